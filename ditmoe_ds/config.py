@@ -1,0 +1,105 @@
+"""Strict configuration: dataclass defaults < YAML file < ``a.b=c`` on the command line.
+
+Every field is typed. An unknown key or a wrong type is an error that names the key and what would be valid.
+The dataclasses live beside what they configure; this module only fills them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ditmoe_ds.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
+    """Read a YAML file into dataclass ``cls``, then apply ``key=value`` overrides (dotted keys, YAML values).
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError("recipe", str(path), f"no readable file there ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError("recipe", str(path), f"not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("recipe", str(path), "the file must hold a mapping of sections")
+    for override in overrides or []:
+        key, sign, text = override.partition("=")
+        if not sign:
+            raise ConfigError("command line", override, "overrides are written key=value, for example train.steps=100")
+        _set(tree, key.lstrip("-"), yaml.safe_load(text))
+    return build(cls, tree)
+
+
+def build(cls: type[T], tree: dict[str, Any], prefix: str = "") -> T:
+    """Fill dataclass ``cls`` from nested dicts; ``prefix`` is the dotted key of ``tree`` for messages."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in tree:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            known = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{prefix}{name}", tree[name], f"unknown key; {known}")
+    values = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in tree.items()}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            if not dataclasses.is_dataclass(hints[name]):
+                raise ConfigError(f"{prefix}{name}", None, "required; add it to the recipe or the command line")
+            values[name] = build(typing.cast(type, hints[name]), {}, f"{prefix}{name}.")
+    return cls(**values)
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration as YAML that ``load`` reads back to an equal object."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for depth, name in enumerate(parents):
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(dotted, value, f"{'.'.join(parents[: depth + 1])} is a value, not a section")
+    tree[leaf] = value
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        return _convert(options[0], value, key)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(key, value, f"choose one of {', '.join(map(repr, choices))}")
+        return value
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise ConfigError(key, value, "expected a list, for example [0, 1, 2]")
+        return origin(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(key, value, "expected a section of key: value lines")
+        return build(typing.cast(type, hint), value, f"{key}.")
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except (TypeError, ValueError):
+            pass
+    if type(value) is not hint:
+        raise ConfigError(key, value, f"expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,33 @@
+"""Every random number of a training step, drawn per sample from (seed, epoch, sample) and so from nothing else."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditmoe_ds.rng import keyed_generator
+
+
+class Draws(NamedTuple):
+    """What chance decides for B samples."""
+
+    noise: Tensor
+    """(B, C, H, W) standard normal."""
+    normal: Tensor
+    """(B,) standard normal, for a logit-normal time."""
+    uniform: Tensor
+    """(B, 3) in [0, 1): time, label dropout, flip."""
+
+
+def draw(seed: int, epochs: Tensor, samples: Tensor, shape: tuple[int, ...]) -> Draws:
+    """Draw for samples (B,) in epochs (B,) of latents of ``shape`` (C, H, W), on the CPU."""
+    rows = []
+    for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
+        generator = keyed_generator(seed, "draw", epoch, sample)
+        rows.append((torch.randn(shape, generator=generator), torch.randn((), generator=generator), torch.rand(3, generator=generator)))
+    return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def starting_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """(count, *shape) noise to sample images first..first+count from: image i's depends on (seed, i) alone."""
+    return torch.stack([torch.randn(shape, generator=keyed_generator(seed, "sample", first + i)) for i in range(count)])

@@ -1,0 +1,27 @@
+"""The mistakes a user can make, as types. Each message names the key, the value and the fix."""
+
+
+class UserError(Exception):
+    """A mistake in what the user handed in. Entry points print it as one line and exit with 2."""
+
+
+class ConfigError(UserError):
+    """A recipe or command-line value that cannot work.
+
+    Args:
+        key: dotted name of the setting, as the user writes it (``parallel.expert``).
+        value: what was given.
+        fix: what to write instead, as a short sentence.
+    """
+
+    def __init__(self, key: str, value: object, fix: str):
+        super().__init__(f"{key}={value!r}: {fix}")
+        self.key, self.value, self.fix = key, value, fix
+
+
+class DataError(UserError):
+    """A latent folder, shard or image source that is missing, damaged or unsafe."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete or does not fit the model."""

@@ -1,0 +1,62 @@
+"""Moving tokens to the ranks that hold their experts, and back. Variable splits: nothing is padded or dropped."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange(NamedTuple):
+    """Who sends how many rows to whom in one layer's forward."""
+
+    send: list[int]
+    """Rows for each rank of the group."""
+    receive: list[int]
+    """Rows from each rank of the group."""
+    order: Tensor
+    """(R,) received rows, which arrive by (source rank, local expert), sorted by local expert."""
+    counts: Tensor
+    """(E_local,) rows of each local expert."""
+
+
+def plan(counts: Tensor, group: dist.ProcessGroup) -> Exchange:
+    """Exchange the (E,) takings per expert and derive the splits. The layer's only device-to-host sync."""
+    ranks = dist.get_world_size(group)
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts, group=group)
+    by_rank = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
+    local = torch.arange(len(counts) // ranks, device=counts.device).repeat(ranks)
+    order = local.repeat_interleave(arriving, output_size=sum(by_rank[1])).argsort(stable=True)
+    return Exchange(*by_rank, order, arriving.view(ranks, -1).sum(0))
+
+
+class InFlight:
+    """Rows on their way. ``wait`` returns them; what runs before it overlaps with the transfer."""
+
+    def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup):
+        self.sent = rows.contiguous()  # the transfer reads it until wait
+        self.work: list[dist.Work] = []
+        self.received = _AllToAll.apply(self.sent, send, receive, group, self.work)
+
+    def wait(self) -> Tensor:
+        self.work.pop().wait()
+        del self.sent
+        return self.received
+
+
+class _AllToAll(torch.autograd.Function):
+    """Forward starts the transfer and hands its work to the caller; backward is the reverse exchange."""
+
+    @staticmethod
+    def forward(ctx, rows, send, receive, group, work):
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        out = rows.new_empty(sum(receive), rows.shape[1])
+        work.append(dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_empty(sum(ctx.send), grad.shape[1])
+        dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return out, None, None, None, None
