@@ -1,0 +1,110 @@
+"""``ditmoe-data fit-vae``: a small AutoencoderKL of one's own, for data that no public VAE fits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.sources import Item, open_source
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.vae import decode, encode_mean
+
+HOLDOUT = 0.1  # as encode's default, so that the reported error is of images the VAE never saw
+KL_WEIGHT = 1e-3  # per latent value against squared error per pixel value: smooth latents, digits still crisp
+LEARNING_RATE = 4e-3
+
+
+def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: int, steps: int, batch: int, seed: int) -> None:
+    """Train on the images of ``source`` and save a diffusers folder with ``reconstructions.png``. Does nothing if ``out`` is complete.
+
+    Images are held in memory, ``size * size * 3`` bytes each.
+
+    Raises:
+        ConfigError: ``factor`` is no power of two or does not divide ``size``.
+        DataError: the source cannot be read, or ``out`` holds something else.
+    """
+    folder = Path(out)
+    if (folder / "diffusion_pytorch_model.safetensors").is_file():
+        print(f"{out}: already complete")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"--out={out!r}: the folder is not empty and holds no VAE; choose another")
+    if factor < 1 or factor & (factor - 1) or size % factor:
+        raise ConfigError("--factor", factor, f"must be a power of two that divides --size {size}")
+    train, heldout = (_images(items) for items in open_source(source, size).split(HOLDOUT))
+    if not len(train) or not len(heldout):
+        raise DataError(f"--source={source!r}: too few images to learn from some and test on others")
+
+    torch.manual_seed(seed)
+    vae = _build(size, factor, latent_channels)
+    _train(vae, train, steps, batch)
+    vae.eval().requires_grad_(False)
+    latents = torch.cat([encode_mean(vae, part) for part in _batches(train)])
+    scale = 1 / latents.std().item()
+    vae.register_to_config(scaling_factor=scale)
+    decoded = torch.cat([decode(vae, encode_mean(vae, part) * scale, scale, 0.0) for part in _batches(heldout)])
+    mse = (decoded.float() - heldout.permute(0, 2, 3, 1).float()).square().mean().item() / 255**2
+
+    partial = folder.with_name(folder.name + ".partial")
+    vae.save_pretrained(partial)
+    _grid(heldout.permute(0, 2, 3, 1), decoded).save(partial / "reconstructions.png")
+    partial.replace(folder)
+    print(f"{out}: held-out MSE {mse:.5f} (pixels in [0, 1]), PSNR {-10 * math.log10(mse):.1f} dB, scaling_factor {scale:.4f}")
+
+
+def _images(items: list[Item]) -> torch.Tensor:
+    """(N, 3, size, size) uint8."""
+    return torch.from_numpy(np.stack([item.load() for item in items])).permute(0, 3, 1, 2) if items else torch.empty(0)
+
+
+def _batches(images: torch.Tensor, size: int = 250) -> list[torch.Tensor]:
+    return [part.float() / 127.5 - 1 for part in images.split(size)]
+
+
+def _build(size: int, factor: int, latent_channels: int) -> AutoencoderKL:
+    levels = factor.bit_length()
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) + (32,) * (levels - 1),  # few channels at full size, where nearly all the work is
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=size,
+        mid_block_add_attention=False,
+    )
+
+
+def _train(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int) -> None:
+    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    progress = tqdm(range(steps), desc="fit-vae", unit=" steps", mininterval=1)
+    for step in progress:
+        x = images[torch.randint(len(images), (batch,))].float() / 127.5 - 1
+        posterior = vae.encode(x).latent_dist
+        error = (vae.decode(posterior.sample()).sample - x).square().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        (error + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(mse=f"{error.item():.4f}", kl=f"{kl.item():.2f}")
+
+
+def _grid(originals: torch.Tensor, decoded: torch.Tensor, columns: int = 16, rows: int = 4) -> Image.Image:
+    """Rows of originals, each above the row of their reconstructions, spread over all images. Both (N, H, W, 3) uint8."""
+    some = torch.linspace(0, len(originals) - 1, min(columns * rows, len(originals))).long()
+    lines = []
+    for images in zip(originals[some].split(columns), decoded[some].split(columns)):
+        for line in images:
+            gap = columns - len(line)
+            lines.append(torch.cat([*line, *[torch.zeros_like(line[0])] * gap], dim=1))
+    return Image.fromarray(torch.cat(lines).numpy())

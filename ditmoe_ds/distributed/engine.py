@@ -1,0 +1,168 @@
+"""DeepSpeed's engine for every ZeRO stage with expert parallelism, without a fork.
+
+DeepSpeed 0.19 refuses ZeRO stage 3 for its own MoE layer, although its stage-3 code does everything needed for
+parameters that carry the attributes of its newer "AutoEP" layers. We set those attributes and lift the refusal,
+for the versions it was tried with. Stage 0 clips by a wrong norm under expert parallelism; we clip ourselves.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
+from packaging.version import Version
+from torch import Tensor, nn
+
+from ditmoe_ds.distributed.topology import ParallelConfig
+from ditmoe_ds.errors import ConfigError
+
+SUPPORTED = (Version("0.19.4"), Version("0.20"))
+"""DeepSpeed from, and below: 0.19.4 brought the sparse gate protocol; newer releases are untried."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then constant, as DiT."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the optimizer step numbered ``step`` (from 0)."""
+        return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is cut: ranks x accumulation x micro-batch."""
+
+    global_batch: int
+    accumulation: int
+    micro: int
+
+
+class Engine(DeepSpeedEngine):
+    """DeepSpeedEngine with native MoE under ZeRO-3, and the true gradient norm and clipping at stage 0."""
+
+    grad_clip = 0.0
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """Replace DeepSpeed's blanket refusal by what its stage-3 code needs, and keep its other refusals."""
+        for name, parameter in self.module.named_parameters():
+            tagged = getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert"
+            assert tagged == is_moe_param(parameter), f"{name}: expert parameters, and only those, carry ZeRO-3 placement tags"
+        zero = self._config.zero_config
+        for key, wrong in (
+            ("zero_quantized_gradients", self.zero_quantized_gradients()),
+            ("zero_hpz_partition_size", zero.zero_hpz_partition_size > 1),
+            ("offload_optimizer.device nvme", zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme"),
+            ("sequence_parallel_size", self.sequence_parallel_size != 1),
+        ):
+            if wrong:
+                raise ConfigError("parallel.deepspeed", key, "DeepSpeed's ZeRO-3 does not support this with experts; remove it")
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if self.zero_optimization():
+            super()._take_model_step(lr_kwargs)
+            return
+        norm = self._norm_without_zero()
+        if 0 < self.grad_clip < norm:
+            for parameter in self.module.parameters():
+                parameter.grad.mul_(self.grad_clip / (norm + 1e-6))
+        super()._take_model_step(lr_kwargs)
+        self._global_grad_norm = norm
+
+    def _norm_without_zero(self) -> Tensor:
+        """2-norm of the averaged gradient of the whole model: every expert once, every replicated weight once."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        group = None
+        for parameter in self.module.parameters():
+            if is_moe_param(parameter):
+                group = groups._get_expert_parallel_group(parameter.group_name)
+            squares[int(is_moe_param(parameter))] += parameter.grad.double().square().sum()
+        if group is not None:
+            dist.all_reduce(squares[1:], group=group)
+        return squares.sum().sqrt()
+
+
+def build(
+    model: nn.Module, parallel: ParallelConfig, optimizer: OptimizerConfig, batch: BatchShape, precision: Literal["bf16", "fp32"], ds_config: dict[str, Any]
+) -> Engine:
+    """Wrap ``model``; its expert groups must exist (``topology.expert_group``). All ranks must hold equal weights.
+
+    Args:
+        ds_config: what ``read_ds_config`` returned.
+    """
+    for parameter in model.parameters():
+        if is_moe_param(parameter):
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = parameter.group_name
+    params = dict(lr=optimizer.lr, betas=[optimizer.beta1, optimizer.beta2], eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if not torch.cuda.is_available() and not offload:
+        params["torch_adam"] = True  # DeepSpeed's CPU kernels are for offload and take a minute to compile
+    config = ds_config | dict(
+        train_batch_size=batch.global_batch,
+        train_micro_batch_size_per_gpu=batch.micro,
+        gradient_accumulation_steps=batch.accumulation,
+        gradient_clipping=optimizer.grad_clip if parallel.zero_stage else 0.0,
+        optimizer=dict(type="AdamW", params=params),
+        bf16=dict(enabled=precision == "bf16"),
+    )
+    engine = Engine(args=None, model=model, model_parameters=list(model.parameters()), config=config, config_class=DeepSpeedConfig(config))
+    engine.grad_clip = optimizer.grad_clip
+    assert parallel.zero_stage == engine.zero_optimization_stage()
+    assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
+    return engine
+
+
+OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.global_batch",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.optimizer.grad_clip",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.optimizer.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+"""DeepSpeed settings that the recipe owns, and where."""
+
+
+def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
+    """Read the DeepSpeed file that the recipe names.
+
+    Raises:
+        ConfigError: no such file, invalid JSON, another ZeRO stage than the recipe's, or a setting the recipe owns.
+    """
+    if not SUPPORTED[0] <= Version(deepspeed.__version__) < SUPPORTED[1]:
+        raise ConfigError("deepspeed", deepspeed.__version__, f"this code overrides DeepSpeed internals; install {SUPPORTED[0]} <= deepspeed < {SUPPORTED[1]}")
+    named = Path(parallel.deepspeed.replace("{zero_stage}", str(parallel.zero_stage)))
+    path = next((p for p in (named, Path(__file__).parents[2] / named) if p.is_file()), None)
+    if path is None:
+        raise ConfigError("parallel.deepspeed", str(named), "no such file here or beside the installed package")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError("parallel.deepspeed", str(named), f"not valid JSON: {error}") from None
+    for key in config:
+        if key in OWNED:
+            raise ConfigError("parallel.deepspeed", str(named), f"remove {key!r}; the recipe sets it as {OWNED[key]}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != parallel.zero_stage:
+        raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")
+    return config

@@ -1,0 +1,138 @@
+"""What of the training state lives on this rank, in terms that no ZeRO stage, EP or world size changes.
+
+A logical tensor is a parameter of the whole model: a dense weight, or the (E, ...) weights of all experts of a layer.
+Whatever the stage, a rank's part of it is one range of its flattened elements; a ``Shard`` is that range with
+views of the fp32 master weights and the optimizer's moments.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from deepspeed.moe.utils import is_moe_param
+from torch import Tensor, nn
+
+from ditmoe_ds.distributed.engine import Engine
+from ditmoe_ds.distributed.topology import ExpertGroup
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Shard:
+    """This rank's range of one logical tensor. All tensors are 1-D fp32 views of the optimizer's own memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the logical tensor."""
+    start: int
+    """Offset of the range in the flattened logical tensor."""
+    master: Tensor
+    moments: dict[str, Tensor]
+    saved: bool
+    """Whether this rank is the one that writes the range to a checkpoint (False for a replica's copy)."""
+
+
+def collect(engine: Engine, group: ExpertGroup) -> list[Shard]:
+    """List this rank's shards in the order of the model's parameters."""
+    _prepare_moments(engine)
+    stage = engine.zero_optimization_stage()
+    part = {0: _replicated, 1: _partitioned_optimizer, 2: _partitioned_optimizer, 3: _partitioned_weights}[stage]
+    rank = torch.distributed.get_rank()
+    shards = []
+    for name, parameter in engine.module.named_parameters():
+        found = part(engine, parameter)
+        if found is None:
+            continue
+        start, master, moments = found
+        local_shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape, replica = local_shape, rank
+        if is_moe_param(parameter):
+            shape = (local_shape[0] * group.size, *local_shape[1:])
+            start += group.rank * torch.Size(local_shape).numel()
+            replica = group.replica
+        shards.append(Shard(name, shape, start, master, moments, saved=stage > 0 or replica == 0))
+    return shards
+
+
+def refresh_weights(engine: Engine) -> None:
+    """Copy the master weights into the (possibly bf16, possibly partitioned) weights that forward uses. Collective."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        engine.empty_partition_cache()
+        for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif stage:
+        optimizer.update_lp_params()
+    elif engine.bfloat16_enabled():
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            torch._foreach_copy_([p.data for p in low], [p.data for p in high])
+
+
+def set_optimizer_step(engine: Engine, step: int) -> None:
+    """Set Adam's step count, which its bias correction uses."""
+    for state in _torch_optimizer(engine).state.values():
+        state["step"] = torch.tensor(float(step)) if torch.is_tensor(state["step"]) else step
+
+
+def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _masters(engine: Engine) -> list[Tensor]:
+    """The fp32 tensors that the optimizer steps."""
+    optimizer = engine.optimizer
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _prepare_moments(engine: Engine) -> None:
+    """Make the moments before the first step, all at step 0: some of DeepSpeed's optimizers make them only in a step,
+    some by a step on zero gradients, which would shift Adam's bias correction."""
+    optimizer = _torch_optimizer(engine)
+    for master in _masters(engine):
+        state = optimizer.state[master]
+        for key in MOMENTS:
+            if key not in state:
+                state[key] = torch.zeros_like(master, requires_grad=False)
+        state["step"] = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
+
+
+def _replicated(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, dict[str, Tensor]]:
+    master: Tensor = parameter
+    if engine.bfloat16_enabled():
+        optimizer = engine.optimizer
+        master = next(
+            high
+            for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for low, high in zip(lows, highs, strict=True)
+            if low is parameter
+        )
+    state = _torch_optimizer(engine).state[master]
+    return 0, master.detach().view(-1), {key: state[key].view(-1) for key in MOMENTS}
+
+
+def _partitioned_optimizer(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, dict[str, Tensor]] | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # no element of it is ours
+        return None
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    state, place = _torch_optimizer(engine).state[flat], mapping.hp_fragment_address
+    cut = lambda tensor: tensor.detach().narrow(0, place.start, place.numel)  # noqa: E731
+    return mapping.lp_fragment_address.start, cut(flat), {key: cut(state[key]) for key in MOMENTS}
+
+
+def _partitioned_weights(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, dict[str, Tensor]] | None:
+    optimizer = engine.optimizer
+    start = parameter.partition_numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    count = min(parameter.partition_numel(), parameter.ds_numel - start)
+    if count <= 0:  # the last ranks of a small parameter hold padding only
+        return None
+    index, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    flat = optimizer.fp32_partitioned_groups_flat[index]
+    state = _torch_optimizer(engine).state[flat]
+    cut = lambda tensor: tensor.detach().narrow(0, int(offset), count)  # noqa: E731
+    return start, cut(flat), {key: cut(state[key]) for key in MOMENTS}

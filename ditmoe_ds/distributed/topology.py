@@ -1,0 +1,133 @@
+"""Who am I among the processes: start-up from any launcher, errors that reach every rank, expert groups."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ditmoe_ds.errors import ConfigError, UserError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would otherwise search for one, with a warning
+
+T = TypeVar("T")
+
+
+class AgreedError(UserError):
+    """A user's mistake that every rank raises at the same place, so all can still leave together."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over the ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shards: nothing, optimizer states, + gradients, + weights."""
+    expert: int = 1
+    """Expert parallelism: ranks that share one set of experts. Divides the experts and the world size."""
+    deepspeed: str = "ds_configs/zero{zero_stage}.json"
+    """DeepSpeed's own settings; a relative path is looked up here and beside the installed package."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """This rank's place among the ranks that share one set of experts."""
+
+    size: int
+    rank: int
+    """Which block of E / size experts lives here."""
+    replica: int
+    """Which copy of that block this is: the rank within the expert-data-parallel group."""
+
+
+def join() -> World:
+    """Start the process group from the environment of deepspeed, torchrun or srun; alone without one."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return world
+
+
+def leave() -> None:
+    """End together. Without it a rank now and then aborts in its destructors, which a launcher takes for a failure."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it is a user's mistake on any, raise the same error on all.
+
+    Without it, one rank would leave while the others wait for it in a collective.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error and UserError(str(error)))
+    first = next((found for found in errors if found), None)
+    if first:
+        raise AgreedError(str(first))
+    return result  # type: ignore[return-value]
+
+
+def check_expert_parallel(expert: int, experts: int, world: int) -> None:
+    """Refuse an expert-parallel size that does not divide experts and world.
+
+    Raises:
+        ConfigError: naming ``parallel.expert`` and sizes that fit.
+    """
+    fits = [n for n in range(1, world + 1) if world % n == 0 and max(experts, 1) % n == 0]
+    if expert not in fits:
+        raise ConfigError("parallel.expert", expert, f"must divide the {experts} experts and the {world} processes; here one of {fits}")
+
+
+def expert_group(ep_size: int) -> ExpertGroup:
+    """Make DeepSpeed's expert- and expert-data-parallel groups: consecutive ranks share a set of experts."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.init_distributed()
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return ExpertGroup(ep_size, dist.get_rank(groups._get_expert_parallel_group(name)), dist.get_rank(groups._get_expert_data_parallel_group(name)))
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """All-reduce ``values`` in place to their mean over all ranks."""
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,185 @@
+"""What happens around a step: each callback is one concern, called with the trainer and the step's record.
+
+A callback may add to the record; ``MetricsWriter`` comes last and writes it down.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ditmoe_ds.diffusion.noise import starting_noise
+from ditmoe_ds.diffusion.sampling import guided, sample
+from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.latents.vae import decode, load_vae
+from ditmoe_ds.rng import keyed_generator
+from ditmoe_ds.training.recipe import Plan
+
+Record = dict[str, Any]
+VALIDATION_TIMES = [(i + 0.5) / 8 for i in range(8)]
+
+
+class TrainerView(Protocol):
+    """What callbacks may use of the trainer."""
+
+    plan: Plan
+    run_dir: Path
+    engine: Any
+    objective: Any
+    ema: Any
+    step: int
+    device: torch.device
+
+    def save(self) -> None: ...
+
+
+Callback = Callable[[TrainerView, Record], None]
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every ``every`` steps (0: never), and at the end, is due after ``step``."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def share_out(count: int) -> tuple[list[int], int]:
+    """Deal 0..count over the ranks, equally many to each since every forward is collective.
+
+    Returns:
+        This rank's items, and for how many of them (the first) it answers; the rest are repetitions.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = list(range(rank, count, world))
+    return mine + [0] * (-(-count // world) - len(mine)), len(mine)
+
+
+class Validation:
+    """EMA's loss on held-out samples at 8 equidistant times, with noise fixed per sample and time."""
+
+    def __init__(self, plan: Plan):
+        self.dataset = LatentDataset(plan.manifest, "val")
+        self.count = min(plan.recipe.train.validate_samples, len(self.dataset))
+
+    def __call__(self, trainer: TrainerView, record: Record) -> None:
+        train = trainer.plan.recipe.train
+        if not due(trainer.step, train.validate_every, train.steps):
+            return
+        engine = trainer.engine
+        items, answered = share_out(self.count)
+        sums = torch.zeros(len(VALIDATION_TIMES), dtype=torch.float64, device=trainer.device)
+        engine.eval()
+        with trainer.ema.applied(engine), torch.no_grad():
+            for first in range(0, len(items), trainer.plan.batch.micro):
+                part = items[first : first + trainer.plan.batch.micro]
+                latents, labels = zip(*(self.dataset[i] for i in part), strict=True)
+                x0, y = torch.stack(latents).to(trainer.device), torch.tensor(labels, device=trainer.device)
+                counts = (torch.arange(first, first + len(part), device=trainer.device) < answered).double()
+                for k, t in enumerate(VALIDATION_TIMES):
+                    draws = [torch.randn(x0.shape[1:], generator=keyed_generator("validation", i, k)) for i in part]
+                    loss = trainer.objective.loss(lambda z, s: engine(z, s, y), x0, x0.new_full((len(part),), t), torch.stack(draws).to(x0.device))  # noqa: B023
+                    sums[k] += (loss.double() * counts).sum()
+        engine.train()
+        dist.all_reduce(sums)
+        record["val_loss_at_t"] = (sums / self.count).tolist()
+        record["val_loss"] = sum(record["val_loss_at_t"]) / len(sums)
+
+
+class SampleGrid:
+    """A picture of EMA samples, the same noise and classes every time. The ranks share the images."""
+
+    def __init__(self, plan: Plan):
+        self.vae = load_vae(plan.manifest.vae, "cpu") if dist.get_rank() == 0 else None
+
+    def __call__(self, trainer: TrainerView, record: Record) -> None:
+        plan, train = trainer.plan, trainer.plan.recipe.train
+        if not due(trainer.step, train.sample_every, train.steps):
+            return
+        items, _ = share_out(train.sample_images)
+        model = plan.model
+        shape = (model.in_channels, model.input_size, model.input_size)
+        noise = torch.cat([starting_noise(train.seed, i, 1, shape) for i in items]).to(trainer.device)
+        labels = torch.tensor([i % model.num_classes for i in items], device=trainer.device)
+        trainer.engine.eval()
+        with trainer.ema.applied(trainer.engine), torch.no_grad():
+            predict = guided(trainer.engine, labels, model.num_classes, train.guidance, model.in_channels)
+            sampler = "euler" if plan.recipe.diffusion.objective == "rectified_flow" else "ddim"
+            latents = sample(predict, noise, plan.recipe.diffusion, train.sample_steps, sampler)
+        trainer.engine.train()
+        everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, latents)
+        if self.vae is not None:
+            ordered = torch.stack(everyone, dim=1).flatten(0, 1)[: train.sample_images]
+            images = decode(self.vae, ordered.cpu(), plan.manifest.scaling_factor, plan.manifest.shift_factor)
+            save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png", columns=min(10, model.num_classes))
+
+
+class Checkpoints:
+    """Saves every so often and at the end."""
+
+    def __call__(self, trainer: TrainerView, record: Record) -> None:
+        train = trainer.plan.recipe.train
+        if due(trainer.step, train.checkpoint_every, train.steps):
+            trainer.save()
+
+
+class Progress:
+    """Rank 0's printed lines, with the time that is left."""
+
+    def __init__(self, first: int):
+        self.first, self.start = first, time.monotonic()
+
+    def __call__(self, trainer: TrainerView, record: Record) -> None:
+        train, step = trainer.plan.recipe.train, trainer.step
+        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1):
+            return
+        left = (time.monotonic() - self.start) / (step - self.first) * (train.steps - step)
+        validation = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
+        print(
+            f"step {step}/{train.steps}  loss {record['loss']:.4f}{validation}  grad norm {record['grad_norm']:.3f}"
+            f"  {record['images_per_s']:.1f} img/s  {left / 60:.1f} min left",
+            flush=True,
+        )
+
+
+class MetricsWriter:
+    """``metrics.jsonl``, one object per optimizer step, and TensorBoard and Weights & Biases if asked for. Rank 0 only."""
+
+    def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
+        self.file = run_dir / "metrics.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
+        self.file.write_text("".join(line + "\n" for line in kept))  # steps after the checkpoint are run again
+        self.tensorboard = self.wandb = None
+        if plan.recipe.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        if plan.recipe.train.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="ditmoe_ds", dir=str(run_dir), id=run_dir.name, resume="allow")
+
+    def __call__(self, trainer: TrainerView, record: Record) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.tensorboard:
+            for key, value in _flat(record).items():
+                self.tensorboard.add_scalar(key, value, trainer.step)
+        if self.wandb:
+            self.wandb.log(_flat(record), step=trainer.step)
+
+
+def _flat(record: Record) -> dict[str, float]:
+    """Nested lists and dicts as ``router/cv/3``."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
+        if items is None:
+            flat[key] = value
+        else:
+            flat |= {f"{key}/{inner}": number for inner, number in _flat({str(k): v for k, v in items}).items()}
+    return flat

@@ -1,0 +1,128 @@
+"""A recipe: everything that defines a run, and the checks that it can run at all."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from ditmoe_ds import config
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, read_ds_config
+from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.loader import DataConfig
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.moe.routing import RouterConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network; latent shape and classes come from the data."""
+
+    name: str
+    """As in the papers: ``DiT-MoE-XL/2-8E2A``, or dense ``DiT-XL/2``."""
+    qk_norm: bool | None = None
+    """LayerNorm on q and k; unset, as published for the size."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int
+    """Optimizer steps of the whole run; may be raised when resuming."""
+    global_batch: int
+    """Images per optimizer step, over all ranks."""
+    accumulation: int = 1
+    """Forward-backward passes per optimizer step."""
+    seed: int = 0
+    """Of initial weights, order of samples, noise, times and dropout."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float = 0.9999
+    activation_checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is also written at the end."""
+    keep_checkpoints: int = 3
+    validate_every: int = 1000
+    """Steps between validation losses; 0 for never."""
+    validate_samples: int = 512
+    sample_every: int = 1000
+    """Steps between sample grids; 0 for never."""
+    sample_images: int = 40
+    sample_steps: int = 25
+    guidance: float = 2.0
+    """Guidance scale of the sample grids."""
+    log_every: int = 10
+    """Steps between printed lines; ``metrics.jsonl`` has every step."""
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    run_dir: str
+    """Where the run writes; the same command with the same folder resumes."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that was found fit for its data and number of processes."""
+
+    recipe: Recipe
+    manifest: Manifest
+    model: DiTConfig
+    batch: BatchShape
+    ds_config: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must say about itself to be sampled from."""
+        manifest = self.manifest
+        latents = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
+        return dict(
+            model=asdict(self.model),
+            diffusion=asdict(self.recipe.diffusion),
+            latents=latents | dict(class_names=list(manifest.class_names), manifest=manifest.root),
+        )
+
+
+def read_plan(arguments: list[str], world: int) -> Plan:
+    """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
+
+    Raises:
+        ConfigError, DataError: with the key, the value and the fix.
+    """
+    if not arguments:
+        raise ConfigError("recipe", None, "name a recipe, for example recipes/digits.yaml")
+    recipe = config.load(Recipe, arguments[0], arguments[1:])
+    train = recipe.train
+    for key in ("steps", "global_batch", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
+        if getattr(train, key) < 1:
+            raise ConfigError(f"train.{key}", getattr(train, key), "must be at least 1")
+    parts = world * train.accumulation
+    if train.global_batch % parts:
+        near = max(train.global_batch // parts, 1) * parts
+        fix = f"must divide by {world} processes x {train.accumulation} accumulation steps; {near} does"
+        raise ConfigError("train.global_batch", train.global_batch, fix)
+    named = named_config(recipe.model.name)
+    check_expert_parallel(recipe.parallel.expert, named.experts, world)
+    ds_config = read_ds_config(recipe.parallel)
+    manifest = Manifest.load(recipe.data.manifest)
+    channels, height, width = manifest.shape
+    if height != width or height % named.patch:
+        raise ConfigError("model.name", recipe.model.name, f"the data's latents are {height}x{width}; they must be square and divide by the patch")
+    qk_norm = named.qk_norm if recipe.model.qk_norm is None else recipe.model.qk_norm
+    model = replace(
+        named, input_size=height, in_channels=channels, num_classes=manifest.num_classes, qk_norm=qk_norm, router=recipe.model.router
+    )
+    batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
+    return Plan(recipe, manifest, model, batch, ds_config)

@@ -1,0 +1,163 @@
+"""The training loop, top to bottom. Everything optional is a callback."""
+
+import json
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from ditmoe_ds import __version__, config
+from ditmoe_ds.diffusion.objectives import make_objective
+from ditmoe_ds.distributed import checkpoint, shards
+from ditmoe_ds.distributed.ema import EMA
+from ditmoe_ds.distributed.engine import build
+from ditmoe_ds.distributed.topology import World, agreed, expert_group, mean_over_ranks
+from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.latents.loader import LatentDataset, LatentLoader
+from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.models.init import init_weights
+from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
+from ditmoe_ds.training.recipe import Plan
+from ditmoe_ds.training.step import Prepared, compute_loss, prepare, router_metrics
+
+
+class Trainer:
+    """One run on this rank: builds everything, resumes if there is a checkpoint, and runs to the last step."""
+
+    def __init__(self, plan: Plan, world: World):
+        recipe = plan.recipe
+        train = recipe.train
+        self.plan, self.world, self.device = plan, world, world.device
+        self.run_dir = Path(recipe.run_dir)
+        self.dataset = agreed(lambda: LatentDataset(plan.manifest, "train"))
+        self.objective = make_objective(recipe.diffusion)
+
+        group = expert_group(recipe.parallel.expert)
+        model = DiT(plan.model, ep_size=group.size)
+        init_weights(model, train.seed, group.rank)
+        model.checkpoint_activations = train.activation_checkpointing
+        self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config)
+        self.shards = shards.collect(self.engine, group)
+        self.ema = EMA(self.shards, train.ema_decay)
+
+        self.step = self.samples_seen = 0
+        self._resume()
+        self.loader = LatentLoader(
+            self.dataset,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            accumulation=train.accumulation,
+            rank=world.rank,
+            world=world.size,
+            consumed=self.samples_seen,
+            prefetch=recipe.data.prefetch,
+            prepare=partial(
+                prepare, seed=train.seed, objective=self.objective, config=recipe.diffusion, null=plan.model.num_classes, mirror=recipe.data.flip
+            ),
+        )
+        self.callbacks = self._callbacks()
+
+    def run(self) -> None:
+        """Train to ``train.steps``."""
+        self.engine.train()
+        while self.step < self.plan.recipe.train.steps:
+            record = self.train_step()
+            for callback in self.callbacks:
+                callback(self, record)
+        self.loader.close()
+
+    def train_step(self) -> Record:
+        """One optimizer step over the global batch. Returns its entry of ``metrics.jsonl``. Collective."""
+        train, start = self.plan.recipe.train, time.monotonic()
+        lr = train.optimizer.lr_at(self.step)
+        for parameters in self.engine.optimizer.param_groups:
+            parameters["lr"] = lr
+        losses, selections = torch.zeros(3, dtype=torch.float64, device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        for _ in range(train.accumulation):
+            batch: Prepared = next(self.loader).to(self.device)
+            loss = compute_loss(self.engine, self.objective, batch, self.plan.model.router)
+            self.engine.backward(loss.total)
+            self.engine.step()
+            losses += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
+            selections = selections + loss.selections
+        self.ema.update()
+        self.step += 1
+        self.samples_seen += train.global_batch
+        diffusion, balance, z = mean_over_ranks(losses).tolist()
+        record: Record = dict(
+            step=self.step,
+            loss=diffusion,
+            balance_loss=balance,
+            z_loss=z,
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            lr=lr,
+            images_per_s=train.global_batch / (time.monotonic() - start),
+            epoch=self.samples_seen / len(self.dataset),
+        )
+        if selections.numel():
+            record["router"] = router_metrics(selections)
+        return record
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. Collective."""
+        description = self.plan.describe() | dict(samples_seen=self.samples_seen, code=__version__)
+        checkpoint.save(
+            self.run_dir / "checkpoints", self.step, self.shards, self.ema, description, self.plan.recipe.train.keep_checkpoints
+        )
+
+    def _resume(self) -> None:
+        folder = self.run_dir / "checkpoints"
+        path = agreed(lambda: checkpoint.newest(folder))
+        if path is None:
+            return
+        reader = agreed(lambda: checkpoint.Reader(path))
+        agreed(lambda: self._check_same_model(reader))
+        agreed(lambda: reader.check_shapes({shard.name: shard.shape for shard in self.shards}))
+        checkpoint.load(reader, self.engine, self.shards, self.ema)
+        self.step, self.samples_seen = reader.index["step"], reader.index["samples_seen"]
+        if self.world.rank == 0:
+            print(f"resumed at step {self.step} from {path}", flush=True)
+
+    def _check_same_model(self, reader: checkpoint.Reader) -> None:
+        for part in ("model", "diffusion"):
+            ours = json.loads(json.dumps(self.plan.describe()[part]))
+            if ours != reader.index[part]:
+                changed = {key: (reader.index[part].get(key), value) for key, value in ours.items() if reader.index[part].get(key) != value}
+                raise CheckpointError(
+                    f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: (saved, now) {changed}; "
+                    "choose another run_dir or the old settings"
+                )
+
+    def _callbacks(self) -> list[Callback]:
+        train = self.plan.recipe.train
+        callbacks: list[Callback] = []
+        if train.validate_every:
+            callbacks.append(agreed(lambda: Validation(self.plan)))
+        if train.sample_every:
+            callbacks.append(agreed(lambda: SampleGrid(self.plan)))
+        callbacks += [Progress(self.step)]
+        if self.world.rank == 0:
+            self._describe_run()
+            callbacks.append(MetricsWriter(self.plan, self.run_dir, self.step))
+        return [*callbacks, Checkpoints()]
+
+    def _describe_run(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        config.dump(self.plan.recipe, self.run_dir / "config.yaml")
+        cuda = torch.cuda.get_device_name() if self.device.type == "cuda" else None
+        environment = dict(
+            ditmoe_ds=__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            deepspeed=deepspeed.__version__,
+            device=cuda or platform.processor() or platform.machine(),
+            processes=self.world.size,
+            threads=torch.get_num_threads(),
+            command=sys.argv,
+        )
+        (self.run_dir / "env.json").write_text(json.dumps(environment, indent=1))
+

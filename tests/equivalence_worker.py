@@ -1,0 +1,62 @@
+"""One rank of a group that trains the same recipe in many parallel shapes; rank 0 writes what it saw as JSON.
+
+python equivalence_worker.py CASES.json RESULTS.json
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.moe import layer
+from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.trainer import Trainer
+
+real_choice = layer.token_choice
+
+
+def choice_without_the_last_expert(scores, k, config):
+    """Routing in which one expert never gets a token, anywhere."""
+    masked = torch.cat([scores[:, :-1], scores[:, -1:] * 0], dim=1)
+    return real_choice(masked, k, config)
+
+
+def run(case, world):
+    idle = []
+    layer.token_choice = choice_without_the_last_expert if case.get("starve") else real_choice
+    plan = read_plan([case["recipe"], *case["overrides"]], world.size)
+    trainer = Trainer(plan, world)
+    for module in trainer.engine.module.modules():
+        if isinstance(module, layer.Router):
+            module.register_forward_hook(lambda module, args, out: idle.append(bool((out[0].counts == 0).any())))
+    trainer.engine.train()
+    records = []
+    while trainer.step < case["steps"]:
+        record = trainer.train_step()
+        for callback in trainer.callbacks:
+            callback(trainer, record)
+        records.append(record)
+    trainer.loader.close()
+    anywhere = torch.tensor(float(any(idle)))
+    dist.all_reduce(anywhere)
+    del trainer
+    gc.collect()
+    return dict(records=records, idle=bool(anywhere))
+
+
+def main():
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
+    world = join()
+    for case in cases:
+        results[case["name"]] = run(case, world)
+    if world.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

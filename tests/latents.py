@@ -1,0 +1,40 @@
+"""A small folder of latents for tests: ten classes that differ, without images or a VAE."""
+
+import torch
+
+from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, sha256
+
+
+def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10):
+    """Write a finished folder and return its path as a string. Sample i has class i % classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(7)
+    centres = torch.randn(classes, *shape, generator=generator)
+    splits = {}
+    for split, count in (("train", train), ("val", val)):
+        path = folder / f"{split}-000000.tar"
+        with ShardWriter(path) as writer:
+            for i in range(count):
+                latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
+                writer.write(f"{split}{i:06d}", latent.numpy(), {"label": i % classes, "class": str(i % classes), "source": "test"})
+        splits[split] = Split(count, (Shard(path.name, count, path.stat().st_size, sha256(path)),))
+    Manifest(
+        root=str(folder),
+        format=FORMAT,
+        version=VERSION,
+        source="test",
+        vae="none",
+        vae_sha256=None,
+        scaling_factor=0.9,
+        shift_factor=0.0,
+        downsample=4,
+        image_size=shape[1] * 4,
+        shape=shape,
+        dtype="float32",
+        mean=(0.0,) * shape[0],
+        std=(1.0,) * shape[0],
+        num_classes=classes,
+        class_names=tuple(map(str, range(classes))),
+        splits=Splits(**splits),
+    ).save()
+    return str(folder)
