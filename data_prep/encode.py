@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.vae import encode_mean, load_vae
 
 
-def encode(source: str, vae: str, out: str, *, size: int, shard_size: int, holdout: float, batch: int, dtype: str) -> None:
+def encode(source: str, vae: str, out: str, *, size: int, shard_size: int, holdout: float, batch: int, dtype: Any) -> None:
     """Encode all images of ``source`` into the folder ``out``. Complete shards of an earlier, interrupted run are kept.
 
     Raises:
@@ -26,7 +27,7 @@ def encode(source: str, vae: str, out: str, *, size: int, shard_size: int, holdo
     """
     images = open_source(source, size)
     weights = sorted(Path(vae).glob("*.safetensors")) if Path(vae).is_dir() else []
-    request = {
+    request: dict[str, Any] = {
         "source": source,
         "items_sha256": hashlib.sha256(json.dumps([(item.key, item.label) for item in images.items]).encode()).hexdigest(),
         "vae": vae,

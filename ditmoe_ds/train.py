@@ -2,10 +2,12 @@
 
 import os
 import sys
+import warnings
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about a user's mistake."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.topology import AgreedError, agreed, join, leave
     from ditmoe_ds.errors import UserError
     from ditmoe_ds.training.recipe import read_plan

@@ -17,9 +17,15 @@ def launch(world, arguments, timeout=600, check=True):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | dict(
-        WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", DS_ACCELERATOR="cpu"
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+        DS_ACCELERATOR="cpu",
     )
-    outputs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # a pipe that nobody reads would block its rank
+    # files, since a pipe that nobody reads would block its rank
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
     ranks = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)],

@@ -54,7 +54,9 @@ def runs(tmp_path_factory):
             for stage, ep, w in SHAPES:
                 name = f"{variant}-zero{stage}-ep{ep}-world{w}"
                 shape = [f"parallel.zero_stage={stage}", f"parallel.expert={ep}", f"run_dir={folder / name}"]
-                cases += [dict(name=name, recipe=str(recipe), overrides=overrides + shape, steps=STEPS, starve=variant == "starved")] * (w == world)
+                cases += [dict(name=name, recipe=str(recipe), overrides=overrides + shape, steps=STEPS, starve=variant == "starved")] * (
+                    w == world
+                )
         (folder / "cases.json").write_text(json.dumps(cases))
         launch(world, [Path(__file__).parent / "equivalence_worker.py", folder / "cases.json", folder / f"results{world}.json"])
         results |= json.loads((folder / f"results{world}.json").read_text())

@@ -109,7 +109,13 @@ def test_ema_is_preferred():
 
 
 @pytest.mark.parametrize(
-    "lost", ["blocks.1.moe.experts.2.down_proj.weight", "blocks.0.moe.experts.1.up_proj.weight", "blocks.1.attn.proj.bias", "x_embedder.proj.weight"]
+    "lost",
+    [
+        "blocks.1.moe.experts.2.down_proj.weight",
+        "blocks.0.moe.experts.1.up_proj.weight",
+        "blocks.1.attn.proj.bias",
+        "x_embedder.proj.weight",
+    ],
 )
 def test_a_lost_tensor_is_named(lost):
     fixture, _ = read(NAMES[0])

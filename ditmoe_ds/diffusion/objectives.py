@@ -134,5 +134,3 @@ def drop_labels(labels: Tensor, draws: Draws, share: float, null: int) -> Tensor
 def flip(x: Tensor, draws: Draws) -> Tensor:
     """x (B, C, H, W) with about half of the samples mirrored left to right."""
     return torch.where((draws.uniform[:, 2] < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
-
-

@@ -1,6 +1,7 @@
 """From noise to latents: Euler for rectified flow, diffusers' DDPM and DDIM schedulers for noise prediction."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -37,7 +38,9 @@ def guide(out: Tensor, scale: float, channels: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(predict: Predict, noise: Tensor, config: DiffusionConfig, steps: int, sampler: Sampler, generator: torch.Generator | None = None) -> Tensor:
+def sample(
+    predict: Predict, noise: Tensor, config: DiffusionConfig, steps: int, sampler: Sampler, generator: torch.Generator | None = None
+) -> Tensor:
     """Integrate from ``noise`` (B, C, H, W) to scaled latents of the same shape.
 
     Args:
@@ -52,7 +55,7 @@ def sample(predict: Predict, noise: Tensor, config: DiffusionConfig, steps: int,
 def _euler(predict: Predict, z: Tensor, config: DiffusionConfig, steps: int) -> Tensor:
     objective = make_objective(config)
     times = torch.linspace(1, 0, steps + 1, device=z.device)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         velocity = predict(z, objective.embed(now.expand(len(z))))[:, : z.shape[1]]
         z = z + (then - now) * velocity
     return z

@@ -1,0 +1,1 @@
+import ditmoe_ds.moe  # noqa: F401 (settles DeepSpeed's accelerator before it is imported here)

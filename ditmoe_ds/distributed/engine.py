@@ -100,13 +100,19 @@ class Engine(DeepSpeedEngine):
 
 
 def build(
-    model: nn.Module, parallel: ParallelConfig, optimizer: OptimizerConfig, batch: BatchShape, precision: Literal["bf16", "fp32"], ds_config: dict[str, Any]
+    model: nn.Module,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    batch: BatchShape,
+    precision: Literal["bf16", "fp32"],
+    ds_config: dict[str, Any],
 ) -> Engine:
     """Wrap ``model``; its expert groups must exist (``topology.expert_group``). All ranks must hold equal weights.
 
     Args:
         ds_config: what ``read_ds_config`` returned.
     """
+    parameter: Any  # carries DeepSpeed's attributes
     for parameter in model.parameters():
         if is_moe_param(parameter):
             parameter.ds_zero_placement_family = "autoep_expert"
@@ -150,7 +156,11 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
         ConfigError: no such file, invalid JSON, another ZeRO stage than the recipe's, or a setting the recipe owns.
     """
     if not SUPPORTED[0] <= Version(deepspeed.__version__) < SUPPORTED[1]:
-        raise ConfigError("deepspeed", deepspeed.__version__, f"this code overrides DeepSpeed internals; install {SUPPORTED[0]} <= deepspeed < {SUPPORTED[1]}")
+        raise ConfigError(
+            "deepspeed",
+            deepspeed.__version__,
+            f"this code overrides DeepSpeed internals; install {SUPPORTED[0]} <= deepspeed < {SUPPORTED[1]}",
+        )
     named = Path(parallel.deepspeed.replace("{zero_stage}", str(parallel.zero_stage)))
     path = next((p for p in (named, Path(__file__).parents[2] / named) if p.is_file()), None)
     if path is None:

@@ -6,10 +6,11 @@ views of the fp32 master weights and the optimizer's moments.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed.moe.utils import is_moe_param
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditmoe_ds.distributed.engine import Engine
 from ditmoe_ds.distributed.topology import ExpertGroup
@@ -76,7 +77,7 @@ def set_optimizer_step(engine: Engine, step: int) -> None:
         state["step"] = torch.tensor(float(step)) if torch.is_tensor(state["step"]) else step
 
 
-def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+def _torch_optimizer(engine: Engine) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -101,7 +102,7 @@ def _prepare_moments(engine: Engine) -> None:
         state["step"] = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
 
 
-def _replicated(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, dict[str, Tensor]]:
+def _replicated(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
     master: Tensor = parameter
     if engine.bfloat16_enabled():
         optimizer = engine.optimizer
@@ -115,7 +116,7 @@ def _replicated(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, d
     return 0, master.detach().view(-1), {key: state[key].view(-1) for key in MOMENTS}
 
 
-def _partitioned_optimizer(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, dict[str, Tensor]] | None:
+def _partitioned_optimizer(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]] | None:
     mapping = parameter._hp_mapping
     if mapping is None:  # no element of it is ours
         return None
@@ -125,7 +126,7 @@ def _partitioned_optimizer(engine: Engine, parameter: nn.Parameter) -> tuple[int
     return mapping.lp_fragment_address.start, cut(flat), {key: cut(state[key]) for key in MOMENTS}
 
 
-def _partitioned_weights(engine: Engine, parameter: nn.Parameter) -> tuple[int, Tensor, dict[str, Tensor]] | None:
+def _partitioned_weights(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]] | None:
     optimizer = engine.optimizer
     start = parameter.partition_numel() * torch.distributed.get_rank(parameter.ds_process_group)
     count = min(parameter.partition_numel(), parameter.ds_numel - start)

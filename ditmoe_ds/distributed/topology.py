@@ -12,9 +12,6 @@ import torch.distributed as dist
 
 from ditmoe_ds.errors import ConfigError, UserError
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would otherwise search for one, with a warning
-
 T = TypeVar("T")
 
 
@@ -118,7 +115,9 @@ def expert_group(ep_size: int) -> ExpertGroup:
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
-    return ExpertGroup(ep_size, dist.get_rank(groups._get_expert_parallel_group(name)), dist.get_rank(groups._get_expert_data_parallel_group(name)))
+    return ExpertGroup(
+        ep_size, dist.get_rank(groups._get_expert_parallel_group(name)), dist.get_rank(groups._get_expert_data_parallel_group(name))
+    )
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

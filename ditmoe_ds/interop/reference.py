@@ -32,7 +32,13 @@ _EXPERT = re.compile(r"(blocks\.\d+)\.moe\.(?:experts\.(?P<index>\d+)|shared_exp
 
 
 def load_reference(
-    path_or_state_dict: str | Path | dict[str, Any], *, top_k: int, num_heads: int, num_classes: int, input_size: int, balance_alpha: float = 0.005
+    path_or_state_dict: str | Path | dict[str, Any],
+    *,
+    top_k: int,
+    num_heads: int,
+    num_classes: int,
+    input_size: int,
+    balance_alpha: float = 0.005,
 ) -> DiT:
     """Build a model with the reference's weights; call it as ``model(x, t, y)``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -142,10 +143,8 @@ class LatentLoader:
         """Stop the thread. The iterator ends."""
         self._stop.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)  # it may be waiting for room
-            except queue.Empty:
-                pass
 
     def _run(self) -> None:
         position = self._begin
@@ -153,7 +152,7 @@ class LatentLoader:
             try:
                 batch = self._load(position)
                 item = self._prepare(batch) if self._prepare else batch
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer must see it rather than wait for ever
+            except BaseException as error:
                 self._ready.put(_Failure(error))
                 return
             self._ready.put(item)

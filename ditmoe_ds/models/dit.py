@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ditmoe_ds.moe.layer import MoE
-from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.models.attention import Attention
 from ditmoe_ds.models.embeddings import LabelEmbedder, TimestepEmbedder, position_table
+from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.routing import RouterConfig
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What a DiT is told beside the latent: where, when and what."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int, frequencies: int = 256):
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp: Any = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) on the 0..1000 scale -> (B, D)."""
@@ -31,7 +33,7 @@ class TimestepEmbedder(nn.Module):
         omega = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * omega
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].bias.dtype))
+        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

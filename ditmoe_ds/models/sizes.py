@@ -21,7 +21,7 @@ class Size:
 
 SIZES = {
     "Nano": Size(2, 64, 4, False),  # ours, for tests
-    "Tiny": Size(6, 128, 4, False),  # ours, for the demo on a CPU
+    "Tiny": Size(4, 128, 4, False),  # ours, for the demo on a CPU
     "S": Size(12, 384, 6, False),
     "B": Size(12, 768, 12, False),
     "L": Size(24, 1024, 16, False),

@@ -25,10 +25,10 @@ def plan(counts: Tensor, group: dist.ProcessGroup) -> Exchange:
     ranks = dist.get_world_size(group)
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts, group=group)
-    by_rank = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
+    send, receive = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
     local = torch.arange(len(counts) // ranks, device=counts.device).repeat(ranks)
-    order = local.repeat_interleave(arriving, output_size=sum(by_rank[1])).argsort(stable=True)
-    return Exchange(*by_rank, order, arriving.view(ranks, -1).sum(0))
+    order = local.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)
+    return Exchange(send, receive, order, arriving.view(ranks, -1).sum(0))
 
 
 class InFlight:

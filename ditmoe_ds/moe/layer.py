@@ -99,7 +99,11 @@ class MoE(DeepSpeedMoE):
         # One packed module poses as the only local expert: DeepSpeed tags its parameters and finds it under the
         # names that its checkpoint code expects.
         self.deepspeed_moe = RoutedExperts(
-            Router(dim, experts, top_k, router), Experts(packed, 1, self.expert_group_name), self.expert_group_name, ep_size, self.num_local_experts
+            Router(dim, experts, top_k, router),
+            Experts(packed, 1, self.expert_group_name),
+            self.expert_group_name,
+            ep_size,
+            self.num_local_experts,
         )
         self.shared_mlp = SharedMLP(dim, shared_width) if shared_width else None
 

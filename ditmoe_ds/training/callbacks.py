@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import starting_noise
-from ditmoe_ds.diffusion.sampling import guided, sample
+from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -68,24 +68,32 @@ class Validation:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.validate_every, train.steps):
             return
-        engine = trainer.engine
         items, answered = share_out(self.count)
         sums = torch.zeros(len(VALIDATION_TIMES), dtype=torch.float64, device=trainer.device)
-        engine.eval()
-        with trainer.ema.applied(engine), torch.no_grad():
+        trainer.engine.eval()
+        with trainer.ema.applied(trainer.engine), torch.no_grad():
             for first in range(0, len(items), trainer.plan.batch.micro):
                 part = items[first : first + trainer.plan.batch.micro]
-                latents, labels = zip(*(self.dataset[i] for i in part), strict=True)
-                x0, y = torch.stack(latents).to(trainer.device), torch.tensor(labels, device=trainer.device)
-                counts = (torch.arange(first, first + len(part), device=trainer.device) < answered).double()
-                for k, t in enumerate(VALIDATION_TIMES):
-                    draws = [torch.randn(x0.shape[1:], generator=keyed_generator("validation", i, k)) for i in part]
-                    loss = trainer.objective.loss(lambda z, s: engine(z, s, y), x0, x0.new_full((len(part),), t), torch.stack(draws).to(x0.device))  # noqa: B023
-                    sums[k] += (loss.double() * counts).sum()
-        engine.train()
+                counts = (torch.arange(first, first + len(part)) < answered).double()
+                sums += (self._losses(trainer, part).cpu() * counts).sum(1).to(sums.device)
+        trainer.engine.train()
         dist.all_reduce(sums)
         record["val_loss_at_t"] = (sums / self.count).tolist()
         record["val_loss"] = sum(record["val_loss_at_t"]) / len(sums)
+
+    def _losses(self, trainer: TrainerView, items: list[int]) -> torch.Tensor:
+        """(times, items) losses."""
+        latents, labels = zip(*(self.dataset[i] for i in items), strict=True)
+        x0, y = torch.stack(latents).to(trainer.device), torch.tensor(labels, device=trainer.device)
+
+        def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return trainer.engine(z, t, y)
+
+        rows = []
+        for k, t in enumerate(VALIDATION_TIMES):
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=keyed_generator("validation", i, k)) for i in items])
+            rows.append(trainer.objective.loss(predict, x0, x0.new_full((len(items),), t), noise.to(x0.device)))
+        return torch.stack(rows)
 
 
 class SampleGrid:
@@ -106,7 +114,7 @@ class SampleGrid:
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine), torch.no_grad():
             predict = guided(trainer.engine, labels, model.num_classes, train.guidance, model.in_channels)
-            sampler = "euler" if plan.recipe.diffusion.objective == "rectified_flow" else "ddim"
+            sampler: Sampler = "euler" if plan.recipe.diffusion.objective == "rectified_flow" else "ddim"
             latents = sample(predict, noise, plan.recipe.diffusion, train.sample_steps, sampler)
         trainer.engine.train()
         everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size())]

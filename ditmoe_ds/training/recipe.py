@@ -119,7 +119,9 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     manifest = Manifest.load(recipe.data.manifest)
     channels, height, width = manifest.shape
     if height != width or height % named.patch:
-        raise ConfigError("model.name", recipe.model.name, f"the data's latents are {height}x{width}; they must be square and divide by the patch")
+        raise ConfigError(
+            "model.name", recipe.model.name, f"the data's latents are {height}x{width}; they must be square and divide by the patch"
+        )
     qk_norm = named.qk_norm if recipe.model.qk_norm is None else recipe.model.qk_norm
     model = replace(
         named, input_size=height, in_channels=channels, num_classes=manifest.num_classes, qk_norm=qk_norm, router=recipe.model.router

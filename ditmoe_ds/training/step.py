@@ -76,5 +76,7 @@ def router_metrics(selections: Tensor) -> dict[str, list[float]]:
     share = load / load.sum(1, keepdim=True)
     mean = load.mean(1)
     entropy = -(share * share.clamp(min=1e-12).log()).sum(1) / torch.tensor(max(load.shape[1], 2)).log()
-    values = dict(cv=load.std(1, correction=0) / mean, dead=(load == 0).double().mean(1), entropy=entropy, max_over_mean=load.amax(1) / mean)
+    values = dict(
+        cv=load.std(1, correction=0) / mean, dead=(load == 0).double().mean(1), entropy=entropy, max_over_mean=load.amax(1) / mean
+    )
     return {key: [round(v, 6) for v in value.tolist()] for key, value in values.items()}

@@ -56,7 +56,12 @@ class Trainer:
             consumed=self.samples_seen,
             prefetch=recipe.data.prefetch,
             prepare=partial(
-                prepare, seed=train.seed, objective=self.objective, config=recipe.diffusion, null=plan.model.num_classes, mirror=recipe.data.flip
+                prepare,
+                seed=train.seed,
+                objective=self.objective,
+                config=recipe.diffusion,
+                null=plan.model.num_classes,
+                mirror=recipe.data.flip,
             ),
         )
         self.callbacks = self._callbacks()
@@ -160,4 +165,3 @@ class Trainer:
             command=sys.argv,
         )
         (self.run_dir / "env.json").write_text(json.dumps(environment, indent=1))
-

@@ -1,0 +1,108 @@
+"""``ditmoe``: train, sample, analyze, info."""
+
+import argparse
+import json
+import sys
+
+from ditmoe_ds.errors import ConfigError, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line about a user's mistake."""
+    parser = argparse.ArgumentParser(prog="ditmoe", description="Mixture-of-Experts diffusion transformers on DeepSpeed-MoE.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train in one process (several: deepspeed --module ditmoe_ds.train)")
+    train.add_argument("recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+
+    sample = commands.add_parser("sample", help="images from a run's EMA weights")
+    sample.add_argument("run_dir")
+    sample.add_argument("--classes", default="0", help="comma-separated, for example 0,1,2")
+    sample.add_argument("--per-class", type=int, default=8, help="images (a row) per class")
+    sample.add_argument("--steps", type=int, default=50)
+    sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
+    sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
+    sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
+    sample.add_argument("--weights", choices=["ema", "master"], default="ema")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", default="grid.png")
+
+    analyze = commands.add_parser("analyze", help="which expert takes which token, as pictures and JSON")
+    analyze.add_argument("run_dir")
+    analyze.add_argument("--out", required=True)
+    analyze.add_argument("--samples", type=int, default=256)
+
+    info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
+    info.add_argument("name", help="for example DiT-MoE-XL/2-8E2A or DiT-XL/2")
+    info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
+    info.add_argument("--json", action="store_true")
+
+    arguments = parser.parse_args(argv)
+    try:
+        return globals()[f"_{arguments.command}"](arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds import train
+
+    return train.main([arguments.recipe, *arguments.overrides])
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from ditmoe_ds.latents.images import save_grid
+    from ditmoe_ds.pipelines.run import open_run
+
+    try:
+        classes = [int(part) for part in arguments.classes.split(",")]
+    except ValueError:
+        raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
+    run = open_run(arguments.run_dir, arguments.weights)
+    labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
+    images = run.sample(
+        labels,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        guided_channels=arguments.guided_channels,
+    )
+    save_grid(images, Path(arguments.out), columns=arguments.per_class)
+    print(f"{len(labels)} images of step {run.step} in {arguments.out}")
+    return 0
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.analysis.routing import analyze
+
+    for name, path in analyze(arguments.run_dir, arguments.out, arguments.samples).items():
+        print(f"{name}: {path}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.models.sizes import describe, named_config
+
+    numbers = describe(named_config(arguments.name, input_size=arguments.image_size // 8))
+    if arguments.json:
+        print(json.dumps({"name": arguments.name, **numbers}))
+        return 0
+    print(f"{arguments.name} at {arguments.image_size} px: {numbers['tokens']} tokens")
+    rows = {"total parameters": numbers["total"], "active per token": numbers["active"]} | {
+        f"  {k}": v for k, v in numbers["parts"].items()
+    }
+    for name, count in rows.items():
+        print(f"{name:<22}{count:>18,}")
+    print(f"{'linear GMACs':<22}{numbers['linear_gmacs']:>18,}\n{'GMACs with attention':<22}{numbers['gmacs']:>18,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="ditmoe_ds",
+    version="0.1.0",
+    description="Distributed training of Mixture-of-Experts diffusion transformers (DiT-MoE, EC-DIT) on DeepSpeed-MoE",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["ditmoe_ds*", "data_prep*"]), "ds_configs"],
+    package_data={"ds_configs": ["*.json"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.4,<0.20",
+        "diffusers>=0.42",
+        "webdataset>=1.0",
+        "safetensors",
+        "pyyaml",
+        "numpy",
+        "pillow",
+        "tqdm",
+        "matplotlib",
+        "tensorboard",
+        "packaging",
+        "ninja",  # DeepSpeed compiles its CPU communication kernel at the first start
+    ],
+    extras_require={
+        "demo": ["mlxtend", "scikit-learn"],
+        "eval": ["scikit-learn"],
+        "track": ["wandb"],
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "import-linter"],
+    },
+    entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:main", "ditmoe-data=data_prep.cli:main"]},
+)
