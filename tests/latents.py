@@ -1,11 +1,11 @@
-"""A small folder of latents for tests: ten classes that differ, without images or a VAE."""
+"""A small folder of latents for tests: ten classes that differ, without images; and a VAE with random weights."""
 
 import torch
 
 from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, sha256
 
 
-def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10):
+def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none"):
     """Write a finished folder and return its path as a string. Sample i has class i % classes."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
@@ -23,8 +23,8 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10):
         format=FORMAT,
         version=VERSION,
         source="test",
-        vae="none",
-        vae_sha256=None,
+        vae=vae,
+        vae_sha256=None if vae == "none" else "unchecked",
         scaling_factor=0.9,
         shift_factor=0.0,
         downsample=4,
@@ -37,4 +37,21 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10):
         class_names=tuple(map(str, range(classes))),
         splits=Splits(**splits),
     ).save()
+    return str(folder)
+
+
+def write_vae(folder, channels=4, factor=4):
+    """A diffusers folder with a tiny random VAE; returns its path as a string."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    levels = factor.bit_length()
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(4,) * levels,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=2,
+    ).save_pretrained(folder)
     return str(folder)

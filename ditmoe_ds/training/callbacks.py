@@ -122,7 +122,11 @@ class SampleGrid:
         if self.vae is not None:
             ordered = torch.stack(everyone, dim=1).flatten(0, 1)[: train.sample_images]
             images = decode(self.vae, ordered.cpu(), plan.manifest.scaling_factor, plan.manifest.shift_factor)
-            save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png", columns=min(10, model.num_classes))
+            save_grid(
+                images,
+                trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png",
+                columns=min(10, model.num_classes, train.sample_images),
+            )
 
 
 class Checkpoints:

@@ -1,0 +1,74 @@
+"""Strict configuration."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from ditmoe_ds import config
+from ditmoe_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    kind: Literal["a", "b"] = "a"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    sizes: tuple[int, ...] = ()
+    flag: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return config.load(Outer, path, list(overrides))
+
+
+def test_defaults_then_yaml_then_command_line(tmp_path):
+    loaded = load(tmp_path, "name: x\ninner: {rate: 1e-4, limit: 3}\nsizes: [1, 2]", "inner.rate=2", "inner.kind=b", "flag=true")
+    assert loaded == Outer("x", (1, 2), True, Inner(2.0, "b", 3))
+    assert load(tmp_path, "name: x", "inner.limit=null").inner.limit is None
+
+
+def test_dump_reads_back(tmp_path):
+    value = Outer("x", (1,), True, Inner(1e-4, "b", None))
+    config.dump(value, tmp_path / "config.yaml")
+    assert config.load(Outer, tmp_path / "config.yaml") == value
+
+
+@pytest.mark.parametrize(
+    "text, overrides, words",
+    [
+        ("name: x\ninner: {rat: 1}", [], ["inner.rat", "inner.rate"]),
+        ("name: x\nother: 1", [], ["other", "name, sizes, flag, inner"]),
+        ("name: 3", [], ["name", "expected str", "int"]),
+        ("name: x\nflag: 1", [], ["flag", "expected bool"]),
+        ("name: x\ninner: {rate: true}", [], ["inner.rate", "expected float"]),
+        ("name: x\ninner: {rate: fast}", [], ["inner.rate", "'fast'"]),
+        ("name: x\ninner: {kind: c}", [], ["inner.kind", "'a', 'b'"]),
+        ("name: x\ninner: {limit: 1.5}", [], ["inner.limit", "expected int"]),
+        ("name: x\ninner: 3", [], ["inner", "section"]),
+        ("name: x\nsizes: 3", [], ["sizes", "list"]),
+        ("name: x\nsizes: [1, y]", [], ["sizes[1]", "expected int"]),
+        ("flag: true", [], ["name", "required"]),
+        ("- 1", [], ["recipe.yaml", "mapping"]),
+        ("name: [", [], ["recipe.yaml", "not valid YAML"]),
+        ("name: x", ["inner.rate"], ["inner.rate", "key=value"]),
+        ("name: x", ["name.deep=1"], ["name.deep", "not a section"]),
+    ],
+)
+def test_mistakes_name_key_value_and_fix(tmp_path, text, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        config.load(Outer, tmp_path / "none.yaml")

@@ -1,0 +1,157 @@
+"""Objectives, draws, samplers."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ditmoe_ds.diffusion.noise import draw, starting_noise
+from ditmoe_ds.diffusion.objectives import (
+    DDPM,
+    DiffusionConfig,
+    RectifiedFlow,
+    discretized_log_likelihood,
+    drop_labels,
+    flip,
+    gaussian_kl,
+    make_objective,
+)
+from ditmoe_ds.diffusion.sampling import guided, sample
+
+SHAPE = (2, 4, 4)
+
+
+@pytest.fixture
+def x0():
+    return torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def draws(seed=0, epoch=0, samples=range(6)):
+    return draw(seed, torch.full((len(samples),), epoch), torch.tensor(list(samples)), SHAPE)
+
+
+def test_draws_depend_on_seed_epoch_and_sample_alone():
+    one, other = draws(), draws(samples=[5, 2])
+    for a, b in zip(one, other):
+        assert torch.equal(a[5], b[0]) and torch.equal(a[2], b[1])
+    for changed in (draws(seed=1), draws(epoch=1)):
+        assert not torch.equal(one.noise, changed.noise) and not torch.equal(one.uniform, changed.uniform)
+    assert torch.equal(starting_noise(3, 4, 2, SHAPE)[1], starting_noise(3, 5, 1, SHAPE)[0])
+
+
+def test_draws_are_distributed_as_they_say():
+    many = draws(samples=range(3000))
+    assert many.noise.mean() == pytest.approx(0, abs=0.02) and many.noise.std() == pytest.approx(1, abs=0.02)
+    assert many.uniform.mean(0).tolist() == pytest.approx([0.5] * 3, abs=0.03)
+    times = RectifiedFlow(1000).time(many)
+    assert times.logit().mean() == pytest.approx(0, abs=0.06) and times.logit().std() == pytest.approx(1, abs=0.06)
+
+
+def test_label_dropout_and_flip(x0):
+    many = draws(samples=range(3000))
+    labels = torch.arange(3000) % 10
+    dropped = drop_labels(labels, many, 0.1, null=10)
+    assert (dropped == 10).float().mean() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(dropped[dropped != 10], labels[dropped != 10])
+    assert torch.equal(drop_labels(labels, many, 0.0, 10), labels)
+    mirrored = flip(x0, draws())
+    same = [torch.equal(a, b) for a, b in zip(mirrored, x0)]
+    assert all(torch.equal(m, x if kept else x.flip(-1)) for m, x, kept in zip(mirrored, x0, same)) and len(set(same)) == 2
+
+
+def test_rectified_flow_loss(x0):
+    d = draws()
+    objective, t, seen = RectifiedFlow(1000), torch.linspace(0.05, 0.95, 6), {}
+
+    def predict(z, s):
+        seen.update(z=z, s=s)
+        return torch.cat([d.noise - x0, torch.full_like(x0, 9.0)], 1)  # the true velocity; the second half is unused
+
+    assert objective.loss(predict, x0, t, d.noise).abs().max() < 1e-10
+    torch.testing.assert_close(seen["z"][2], (1 - t[2]) * x0[2] + t[2] * d.noise[2])
+    torch.testing.assert_close(seen["s"], 1000 * t)
+    zero = objective.loss(lambda z, s: torch.zeros_like(z), x0, t, d.noise)
+    torch.testing.assert_close(zero, (d.noise - x0).square().mean((1, 2, 3)))
+    assert torch.equal(make_objective(DiffusionConfig(time_scale=1.0)).embed(t), t)
+
+
+def test_ddpm_tables_are_diffusers(x0):
+    objective, scheduler = DDPM(), DDPMScheduler(1000, 1e-4, 2e-2, "linear", variance_type="fixed_small_log")
+    d, t = draws(), torch.tensor([0.0, 0.0004, 0.25, 0.5, 0.75, 0.9995])
+    seen = {}
+    objective.loss(lambda z, s: seen.update(z=z, s=s) or torch.zeros_like(z), x0, t, d.noise)
+    assert seen["s"].tolist() == [0, 0, 250, 500, 750, 999]
+    torch.testing.assert_close(seen["z"], scheduler.add_noise(x0, d.noise, seen["s"].long()), rtol=1e-4, atol=1e-5)
+    for step in (1, 10, 500, 999):
+        variance = scheduler._get_variance(step, variance_type="fixed_small")
+        assert objective.log_posterior[step] == pytest.approx(math.log(variance), rel=1e-4)
+
+
+def test_ddpm_bound_is_zero_for_the_true_posterior_and_spares_the_mean(x0):
+    objective, d, t = DDPM(), draws(), torch.full((6,), 0.5)
+
+    def predict(share):
+        return lambda z, s: torch.cat([eps, share * torch.ones_like(x0)], 1)
+
+    eps = d.noise.clone().requires_grad_()
+    exact = objective.loss(predict(-1.0), x0, t, d.noise)  # share -1: the posterior variance
+    assert exact.abs().max() < 1e-4
+    assert (objective.loss(predict(1.0), x0, t, d.noise) > exact).all()
+    (objective.loss(predict(0.3), x0, t, d.noise).sum()).backward()
+    assert eps.grad.abs().max() < 1e-6  # at the true noise MSE is flat, and the bound must not reach the mean
+
+
+def test_gaussian_kl_is_torchs():
+    m1, v1, m2, v2 = torch.randn(4, 50)
+    ours = gaussian_kl(m1, v1, m2, v2)
+    p, q = torch.distributions.Normal(m1, (v1 / 2).exp()), torch.distributions.Normal(m2, (v2 / 2).exp())
+    torch.testing.assert_close(ours, torch.distributions.kl_divergence(p, q), rtol=1e-4, atol=1e-5)
+
+
+def test_discretized_likelihood_sums_to_one():
+    bins = torch.linspace(-1, 1, 256)
+    total = discretized_log_likelihood(bins, torch.tensor(0.2), torch.tensor(-1.5)).exp().sum()
+    assert total == pytest.approx(1, abs=1e-3)
+
+
+def test_euler_follows_a_straight_flow_exactly(x0):
+    noise = torch.randn_like(x0)
+    steps_seen = []
+
+    def predict(z, t):
+        steps_seen.append(float(t[0]))
+        return torch.cat([noise - x0, torch.zeros_like(x0)], 1)
+
+    out = sample(predict, noise, DiffusionConfig(), 7, "euler")
+    torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-5)
+    assert steps_seen == pytest.approx([1000 * (1 - i / 7) for i in range(7)], rel=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_ddpm_samplers_find_the_image_that_the_model_knows(x0, sampler):
+    objective = DDPM()
+
+    def predict(z, t):
+        step = t.long()[0]
+        eps = (z - objective.signal[step] * x0) / objective.sigma[step]
+        return torch.cat([eps, torch.zeros_like(eps)], 1)
+
+    out = sample(predict, torch.randn_like(x0), DiffusionConfig(objective="ddpm"), 50, sampler, torch.Generator().manual_seed(0))
+    assert (out - x0).abs().max() < 0.05
+
+
+def test_guidance_is_one_batched_call():
+    calls = []
+
+    def model(x, t, y):
+        calls.append((x.shape[0], y.tolist()))
+        return y.view(-1, 1, 1, 1).float().expand(-1, 8, 4, 4).clone()
+
+    z, labels = torch.zeros(2, 4, 4, 4), torch.tensor([1, 2])
+    out = guided(model, labels, 10, 3.0, 4)(z, torch.zeros(2))
+    assert calls == [(4, [1, 2, 10, 10])]
+    assert out[:, :4, 0, 0].tolist() == [[10 + 3 * (1 - 10)] * 4, [10 + 3 * (2 - 10)] * 4]
+    assert out[:, 4:, 0, 0].tolist() == [[1.0] * 4, [2.0] * 4]
+    guided(model, labels, 10, 1.0, 4)(z, torch.zeros(2))
+    assert calls[1] == (2, [1, 2])

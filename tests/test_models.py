@@ -1,0 +1,133 @@
+"""Exact sizes, initial weights, shapes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ditmoe_ds.cli import main
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.embeddings import TimestepEmbedder, position_table
+from ditmoe_ds.models.init import init_weights
+from ditmoe_ds.models.sizes import describe, named_config
+
+PUBLISHED = {  # total, active, linear GMACs at 256 tokens
+    "DiT-MoE-S/2-8E2A": (199_307_552, 71_905_568, 15.43),
+    "DiT-MoE-S/2-16E2A": (369_213_728, 71_942_432, 15.44),
+    "DiT-MoE-B/2-8E2A": (795_861_536, 286_253_600, 61.68),
+    "DiT-MoE-L/2-8E2A": (2_823_764_000, 1_011_824_672, 219.26),
+    "DiT-MoE-XL/2-8E2A": (4_168_172_192, 1_492_730_528, 323.74),
+    "DiT-MoE-G/2-16E2A": (16_503_731_232, 3_181_573_152, 690.94),
+    "DiT-XL/2": (675_129_632, 675_129_632, 114.39),  # the count of the public DiT-XL/2
+}
+TINY = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, experts=4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_info_prints_the_published_counts(name, capsys):
+    assert main(["info", name, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert (numbers["total"], numbers["active"], numbers["linear_gmacs"]) == PUBLISHED[name]
+    assert sum(numbers["parts"].values()) == numbers["total"]
+
+
+def test_info_is_readable(capsys):
+    assert main(["info", "DiT-MoE-G/2-16E2A"]) == 0
+    assert "16,503,731,232" in capsys.readouterr().out
+
+
+def test_gmacs_with_attention():
+    assert describe(named_config("DiT-MoE-G/2-16E2A"))["gmacs"] == pytest.approx(698.3, abs=0.05)
+
+
+@pytest.mark.parametrize("config", [TINY, DiTConfig(hidden=32, depth=1, heads=2, qk_norm=True, experts=2, top_k=1, shared=0)])
+def test_the_count_is_the_models(config):
+    model = DiT(config)
+    assert describe(config)["total"] == sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
+
+
+@pytest.mark.parametrize(
+    "name", ["DiT-MoE-XL/2", "DiT-XL/2-8E2A", "DiT-MoE-XXL/2-8E2A", "DiT-MoE-S/3-8E2A", "DiT-MoE-S/2-8E9A", "SiT-XL/2"]
+)
+def test_unknown_names(name, capsys):
+    with pytest.raises(ConfigError, match=r"model\.name"):
+        named_config(name)
+    assert main(["info", name]) == 2
+    error = capsys.readouterr().err
+    assert name in error and error.count("\n") == 1
+
+
+def make(config=TINY, seed=0, ep_size=1, ep_rank=0):
+    model = DiT(config, ep_size)
+    init_weights(model, seed, ep_rank)
+    return model
+
+
+@pytest.mark.parametrize("config", [TINY, DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3)])
+def test_output_is_zero_and_blocks_are_the_identity_at_init(config):
+    model = make(config)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0]), torch.tensor([0, 3])
+    assert torch.equal(model(x, t, y), torch.zeros(2, 8, 8, 8))
+    tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert torch.equal(model.blocks[0](tokens, c)[0], tokens)
+
+
+def test_initial_weights_do_not_depend_on_expert_parallelism():
+    whole = dict(make().named_parameters())
+    for ep_size in (2, 4):
+        for rank in range(ep_size):
+            for name, part in make(ep_size=ep_size, ep_rank=rank).named_parameters():
+                mine = whole[name].chunk(ep_size)[rank] if "deepspeed_experts" in name else whole[name]
+                assert torch.equal(part, mine), name
+
+
+def test_every_matrix_is_its_own_draw():
+    model, other = make().requires_grad_(False), make(seed=1)
+    experts = [block.mlp.deepspeed_moe.experts.deepspeed_experts[0] for block in model.blocks]
+    drawn = [matrix for e in experts for w1 in e.w1 for matrix in w1.chunk(2)] + [w2.t() for e in experts for w2 in e.w2]
+    for i, a in enumerate(drawn):
+        assert a.abs().max() <= math.sqrt(6 / (32 + 128)) and a.std() == pytest.approx(math.sqrt(2 / (32 + 128)), rel=0.1)
+        assert not any(torch.equal(a, b) for b in drawn[:i])
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+    router = model.blocks[0].mlp.deepspeed_moe.gate.weight
+    assert 0.5 / math.sqrt(32) < router.abs().max() <= 1 / math.sqrt(32)
+    assert model.y_embed.table.weight.std() == pytest.approx(0.02, rel=0.2)
+
+
+def test_position_table_matches_its_formula():
+    table = position_table(4, 16)
+    for row, column in ((0, 0), (1, 3), (2, 1)):
+        ours = table[row * 4 + column]
+        omega = [10000 ** (-i / 4) for i in range(4)]
+        wanted = [f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in omega]
+        assert ours.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_timestep_sinusoid_is_cos_then_sin():
+    embedder = TimestepEmbedder(8)
+    seen = []
+    embedder.mlp = torch.nn.Sequential(torch.nn.Linear(256, 8))
+    embedder.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embedder(torch.tensor([7.0]))
+    wanted = [f(7 * 10000 ** (-i / 128)) for f in (math.cos, math.sin) for i in range(128)]
+    assert seen[0][0].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_position_table_is_not_trained():
+    assert "pos_embed" not in dict(make().named_parameters()) and "pos_embed" not in make().state_dict()
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        model = make()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        model.checkpoint_activations = recompute
+        out, stats = model(torch.ones(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), return_router=True)
+        (out.square().mean() + stats.mean_scores[:, 0].sum() + stats.z.sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -1,0 +1,167 @@
+"""Routing, packed experts, the layer in one process."""
+
+import pytest
+import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.moe.utils import has_moe_layers, is_moe_param
+
+from ditmoe_ds.moe.experts import PackedExperts, activate, grouped_mm, per_expert_mm
+from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
+
+T, E, D = 50, 5, 16
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def layer(top_k=2, **router):
+    moe = MoE(D, E, top_k, 24, 8, RouterConfig(**router))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+def by_loop(moe, x, weights_of=lambda scores, chosen: scores.gather(1, chosen)):
+    """The layer as one would first write it: a loop over tokens and their experts."""
+    core = moe.deepspeed_moe
+    packed = core.experts.deepspeed_experts[0]
+    scores = (x @ core.gate.weight.t()).softmax(-1)
+    chosen = scores.topk(core.gate.top_k).indices
+    weights = weights_of(scores, chosen)
+    rows = []
+    for i, token in enumerate(x):
+        out = moe.shared_mlp(token) if moe.shared_mlp else torch.zeros_like(token)
+        for weight, e in zip(weights[i], chosen[i]):
+            out = out + weight * (packed.w2[e] @ activate(packed.w1[e] @ token, packed.activation))
+        rows.append(out)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_layer_is_the_loop(top_k):
+    moe, x = layer(top_k), torch.randn(T, D)
+    out, selections, mean_scores, z = moe(x.view(2, 25, D))
+    torch.testing.assert_close(out.view(T, D), by_loop(moe, x), rtol=1e-4, atol=1e-5)
+    assert selections.sum() == T * top_k
+    logits = x @ moe.deepspeed_moe.gate.weight.t()
+    torch.testing.assert_close(mean_scores, logits.softmax(-1).mean(0))
+    torch.testing.assert_close(z, logits.logsumexp(-1).square().mean())
+
+
+def test_renormalise_and_route_scale():
+    moe, x = layer(renormalise=True, route_scale=2.5), torch.randn(T, D)
+
+    def scaled(scores, chosen):
+        kept = scores.gather(1, chosen)
+        return 2.5 * kept / kept.sum(1, keepdim=True)
+
+    torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x, scaled), rtol=1e-4, atol=1e-5)
+
+
+def test_deepspeed_knows_the_layer():
+    moe = layer()
+    assert isinstance(moe, DeepSpeedMoE) and has_moe_layers(moe) == (True, E)
+    tagged = {name for name, parameter in moe.named_parameters() if is_moe_param(parameter)}
+    assert tagged == {f"deepspeed_moe.experts.deepspeed_experts.0.{w}" for w in ("w1", "w2")}
+
+
+def test_no_shared_path():
+    moe = MoE(D, E, 2, 24, 0, RouterConfig())
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(T, D)
+    torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_tokens_gets_a_zero_gradient():
+    moe, x = layer(), torch.randn(1, T, D).abs()
+    with torch.no_grad():
+        moe.deepspeed_moe.gate.weight[3] = -100.0  # positive tokens: never chosen
+    out, selections, *_ = moe(x)
+    out.sum().backward()
+    packed = moe.deepspeed_moe.experts.deepspeed_experts[0]
+    assert selections[3] == 0
+    assert packed.w1.grad[3].abs().sum() == 0 and packed.w2.grad[3].abs().sum() == 0
+    assert packed.w1.grad[selections.argmax()].abs().sum() > 0
+    assert all(p.grad.isfinite().all() for p in moe.parameters())
+
+
+def test_capacity_drops_the_last_second_choices_first():
+    scores = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.9, 0.1]])
+    assignment, chosen = token_choice(scores, 2, RouterConfig(capacity_factor=0.5))  # 2 of 4 tokens per expert
+    assert chosen.shape == (4, 2)
+    assert assignment.counts.tolist() == [2, 2]
+    assert assignment.tokens.tolist() == [0, 1, 2, 0]  # expert 0: first choices of 0, 1 (3 is too late); 1: 2, then 0's second
+    assert assignment.weights.tolist() == pytest.approx([0.6, 0.7, 0.8, 0.4])
+
+
+def test_enough_capacity_drops_nothing():
+    scores = torch.randn(T, E).softmax(-1)
+    free, _ = token_choice(scores, 2, RouterConfig())
+    capped, _ = token_choice(scores, 2, RouterConfig(capacity_factor=float(E)))
+    assert all(torch.equal(a, b) for a, b in zip(free, capped))
+
+
+def test_balance_loss_is_alpha_at_perfect_balance():
+    assert balance_loss(torch.full((E,), 7), torch.full((E,), 1 / E), 0.005) == pytest.approx(0.005)
+    assert balance_loss(torch.full((3, E), 7), torch.full((3, E), 1 / E), 0.005) == pytest.approx(0.015)
+    collapsed = torch.tensor([1.0] + [0.0] * (E - 1))
+    assert balance_loss(collapsed * 9, collapsed, 0.005) == pytest.approx(0.005 * E)
+
+
+def test_balance_gradient_scales_with_the_loss():
+    """fp16's loss scaling multiplies the loss; the unscaled router gradient must not change."""
+    moe, x = layer(), torch.randn(1, T, D)
+    gradients = []
+    for scale in (1.0, 65536.0):
+        moe.zero_grad()
+        _, selections, mean_scores, _ = moe(x)
+        (scale * balance_loss(selections, mean_scores, 0.005)).backward()
+        gradients.append(moe.deepspeed_moe.gate.weight.grad / scale)
+    assert gradients[0].norm() > 1e-5
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
+def test_balance_loss_pushes_towards_balance():
+    scores = torch.randn(T, E, requires_grad=True)
+    with torch.no_grad():
+        scores[:, 0] += 3
+    soft = scores.softmax(-1)
+    balance_loss(count(soft.topk(2).indices, E), soft.mean(0), 1.0).backward()
+    assert scores.grad[:, 0].mean() > 0 > scores.grad[:, 1:].mean()
+
+
+@pytest.mark.parametrize("counts", [[10, 0, 25, 15], [0, 0, 0, 50], [0, 0, 0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_kernel_is_the_gemm_per_expert(counts, dtype):
+    rows = sum(counts)
+    results = []
+    for multiply in (per_expert_mm, grouped_mm):
+        torch.manual_seed(0)
+        x, weight = torch.randn(rows, 32, dtype=dtype, requires_grad=True), torch.randn(4, 16, 32, dtype=dtype, requires_grad=True)
+        out = multiply(x, weight, torch.tensor(counts))
+        out.backward(torch.ones(rows, 16, dtype=dtype))
+        results.append((out.detach(), x.grad, weight.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_gelu_experts():
+    experts = PackedExperts(2, D, 24, "gelu")
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(6, D)
+    out = experts(x, torch.tensor([2, 4]))
+    wanted = [experts.w2[e] @ torch.nn.functional.gelu(experts.w1[e] @ token) for token, e in zip(x, [0, 0, 1, 1, 1, 1])]
+    torch.testing.assert_close(out, torch.stack(wanted))
+
+
+def test_router_computes_in_fp32_under_bf16():
+    moe = layer().bfloat16()
+    seen = []
+    moe.deepspeed_moe.gate.register_forward_hook(lambda module, args, out: seen.append(out[0].weights.dtype))
+    out, *_ = moe(torch.randn(1, T, D, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16 and seen == [torch.float32]

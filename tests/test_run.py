@@ -1,0 +1,259 @@
+"""Whole runs: exact resume in the same and in other shapes, EMA, run directory, sampling and analysis."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from latents import write_latents, write_vae
+from PIL import Image
+from processes import ROOT, launch
+from safetensors import safe_open
+
+from ditmoe_ds import config
+from ditmoe_ds.analysis.routing import analyze
+from ditmoe_ds.cli import main
+from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.init import init_weights
+from ditmoe_ds.pipelines.run import open_run
+from ditmoe_ds.training.recipe import Recipe
+
+STEPS = 8
+
+
+def train(recipe, world, *overrides, check=True):
+    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=200, check=check)
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    """A run of 2 processes, ZeRO-3 and EP 2, with everything switched on."""
+    path = folder / "recipe.yaml"
+    latents = write_latents(folder / "latents", train=44, val=7, vae=write_vae(folder / "vae"))
+    path.write_text(
+        yaml.safe_dump(
+            dict(
+                model=dict(name="DiT-MoE-Nano/2-4E2A"),
+                data=dict(manifest=latents, flip=True),
+                parallel=dict(zero_stage=3, expert=2),
+                train=dict(
+                    steps=STEPS,
+                    global_batch=8,
+                    accumulation=2,
+                    precision="fp32",
+                    optimizer=dict(lr=1e-3, grad_clip=0.5, warmup_steps=5),
+                    ema_decay=0.9,
+                    checkpoint_every=1,
+                    keep_checkpoints=STEPS + 1,
+                    validate_every=4,
+                    validate_samples=7,
+                    sample_every=4,
+                    sample_images=5,
+                    sample_steps=3,
+                    log_every=2,
+                ),
+                run_dir=str(folder / "straight"),
+            )
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(folder, recipe):
+    output = train(recipe, 2)[0][1]
+    return folder / "straight", output
+
+
+def copy_to(straight, folder, name, step):
+    """The straight run as it stood after ``step``: what a kill right after that checkpoint leaves."""
+    run = folder / name
+    shutil.copytree(straight, run)
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (run / "checkpoints" / "latest").write_text(f"step_{step:08d}")
+    return run
+
+
+def tensors(run, step):
+    """All tensors of a checkpoint, assembled."""
+    reader = checkpoint.Reader(run / "checkpoints" / f"step_{step:08d}")
+    out = {}
+    for name, shape in reader.index["shapes"].items():
+        for kind in ("master", "ema", "exp_avg", "exp_avg_sq"):
+            out[kind, name] = torch.empty(torch.Size(shape).numel())
+            reader.read(kind, name, 0, out[kind, name])
+    return out
+
+
+def test_the_run_directory_describes_itself(straight, recipe):
+    run, output = straight
+    assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe)
+    assert json.loads((run / "env.json").read_text())["processes"] == 2
+    records = metrics(run)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    for record in records:
+        assert {"loss", "balance_loss", "grad_norm", "lr", "images_per_s"} <= set(record)
+        assert all(len(record["router"][key]) == 2 for key in ("cv", "dead", "entropy", "max_over_mean"))
+        assert record["balance_loss"] >= 2 * 0.005 * 0.99
+    assert [r["lr"] for r in records] == pytest.approx([1e-3 * min(1, i / 6) for i in range(1, STEPS + 1)])
+    assert [len(r["val_loss_at_t"]) for r in records if "val_loss" in r] == [8, 8]
+    assert list((run / "tensorboard").glob("events*"))
+    assert Image.open(run / "samples" / "step_00000008.png").size == (5 * 32 + 4 * 2, 32)
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 1/8") and "min left" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "world, overrides, exact",
+    [
+        (2, [], True),
+        (1, ["parallel.zero_stage=1", "parallel.expert=1"], False),
+        (4, ["parallel.zero_stage=2", "parallel.expert=4"], False),
+        (4, ["parallel.zero_stage=3", "parallel.expert=2"], False),
+        (2, ["parallel.zero_stage=0", "parallel.expert=2"], False),
+    ],
+)
+def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overrides, exact):
+    run = copy_to(straight[0], folder, f"resumed-{world}-{len(overrides)}-{exact}-{'-'.join(overrides)}".replace("=", ""), 3)
+    output = train(recipe, world, f"run_dir={run}", *overrides)[0][1]
+    assert "resumed at step 3" in output
+    wanted, ours = metrics(straight[0]), metrics(run)
+    assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
+    tolerance = 0 if exact else 1e-5
+    for a, b in zip(ours, wanted):
+        for key in ("loss", "grad_norm", "balance_loss"):
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=0), (a["step"], key)
+    assert ours[-1]["val_loss"] == pytest.approx(wanted[-1]["val_loss"], rel=tolerance, abs=0)
+    theirs = tensors(straight[0], STEPS)
+    for key, value in tensors(run, STEPS).items():
+        if exact:
+            assert torch.equal(value, theirs[key]), key
+        else:
+            torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_resumes_exactly(folder, recipe):
+    overrides = ["train.precision=bf16", "train.sample_every=0", f"run_dir={folder / 'bf16'}"]
+    train(recipe, 2, *overrides)
+    run = copy_to(folder / "bf16", folder, "bf16-resumed", 3)
+    train(recipe, 2, *overrides[:2], f"run_dir={run}")
+    wanted = tensors(folder / "bf16", STEPS)
+    assert all(torch.equal(value, wanted[key]) for key, value in tensors(run, STEPS).items())
+
+
+def test_steps_may_be_raised(straight, folder, recipe):
+    run = copy_to(straight[0], folder, "longer", STEPS)
+    train(recipe, 2, f"run_dir={run}", "train.steps=10", "train.keep_checkpoints=2")
+    assert [r["step"] for r in metrics(run)] == list(range(1, 11))
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_00000009", "step_00000010"]
+    output = train(recipe, 2, f"run_dir={run}", "train.steps=10")[0][1]  # done already
+    assert "resumed at step 10" in output and len(metrics(run)) == 10
+
+
+def test_ema_is_the_average_of_the_weights(straight):
+    index = checkpoint.Reader(straight[0] / "checkpoints" / f"step_{STEPS:08d}").index
+    model = DiT(config.build(DiTConfig, index["model"]))
+    init_weights(model, seed=0)
+    average = {name: parameter.detach().flatten().double() for name, parameter in model.named_parameters()}
+    for step in range(1, STEPS + 1):
+        saved = tensors(straight[0], step)
+        decay = min(0.9, step / (9 + step))
+        average = {name: decay * value + (1 - decay) * saved["master", name].double() for name, value in average.items()}
+    for name, value in average.items():
+        torch.testing.assert_close(saved["ema", name].double(), value, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(saved["ema", name], saved["master", name]) for name in average)
+
+
+def test_another_model_is_refused(straight, folder, recipe):
+    for code, output in train(recipe, 2, f"run_dir={straight[0]}", "model.name=DiT-MoE-Nano/2-8E2A", "train.steps=20", check=False):
+        assert code == 2
+        assert "Traceback" not in output
+    output = train(recipe, 2, f"run_dir={straight[0]}", "model.name=DiT-MoE-Nano/2-8E2A", "train.steps=20", check=False)[0][1]
+    assert "another model" in output and "(4, 8)" in output
+
+
+def test_a_damaged_checkpoint_is_refused(straight, folder):
+    run = copy_to(straight[0], folder, "damaged", 3)
+    file = run / "checkpoints" / "step_00000003" / "rank_00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="rank_00001"):
+        open_run(run)
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        open_run(folder)
+
+
+def test_every_element_is_saved_once(straight):
+    reader = checkpoint.Reader(straight[0] / "checkpoints" / f"step_{STEPS:08d}")
+    for name, shape in reader.index["shapes"].items():
+        ranges = sorted((start, start + count) for start, count, _, _ in reader.pieces[f"master/{name}"])
+        assert ranges[0][0] == 0 and ranges[-1][1] == torch.Size(shape).numel()
+        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:])), name
+    experts = [shape for name, shape in reader.index["shapes"].items() if "deepspeed_experts" in name]
+    assert len(experts) == 4 and all(shape[0] == 4 for shape in experts)
+    with safe_open(straight[0] / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors", "pt") as file:
+        assert file.keys()
+
+
+def test_sample_and_analyze(straight, folder, capsys):
+    run = str(straight[0])
+    grid = folder / "grid.png"
+    assert main(["sample", run, "--classes", "0,3", "--per-class", "3", "--steps", "2", "--out", str(grid)]) == 0
+    assert Image.open(grid).size == (3 * 32 + 2 * 2, 2 * 32 + 2)
+    opened = open_run(run)
+    together = opened.sample(torch.tensor([1, 2, 3]), steps=2, guidance=2.0)
+    alone = opened.sample(torch.tensor([3]), steps=2, guidance=2.0, first=2)
+    assert (together[2].int() - alone[0].int()).abs().max() <= 1
+    assert not torch.equal(opened.model.x_embed.weight, open_run(run, "master").model.x_embed.weight)
+
+    files = analyze(run, str(folder / "analysis"), samples=7, bins=4)
+    numbers = json.loads(files["routing.json"].read_text())
+    shares = {axis: torch.tensor(share) for axis, share in numbers["share"].items()}
+    assert shares["timestep"].shape == (2, 4, 4) and shares["position"].shape == (2, 16, 4) and shares["class"].shape == (2, 10, 4)
+    for axis in ("timestep", "position"):
+        torch.testing.assert_close(shares[axis].sum(-1), torch.ones(shares[axis].shape[:2]))
+    assert all(Image.open(files[axis]).width > 100 for axis in ("timestep", "position", "class", "loss"))
+
+    capsys.readouterr()
+    for arguments, word in ((["--classes", "12"], "0..9"), (["--classes", "a"], "commas"), (["--sampler", "ddim"], "euler")):
+        assert main(["sample", run, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+
+
+def test_ddpm_dense_and_offload_train(folder, recipe):
+    """The other objective, the dense model and CPU offload run through the same loop."""
+    common = ["train.steps=2", "train.sample_every=2", "train.checkpoint_every=2"]
+    train(recipe, 1, *common, f"run_dir={folder / 'dense'}", "model.name=DiT-Nano/2", "diffusion.objective=ddpm", "parallel.expert=1")
+    records = metrics(folder / "dense")
+    assert len(records) == 2 and "router" not in records[0] and records[0]["balance_loss"] == 0
+    assert main(["sample", str(folder / "dense"), "--steps", "2", "--sampler", "ddpm", "--out", str(folder / "ddpm.png")]) == 0
+    with pytest.raises(CheckpointError, match="dense"):
+        analyze(str(folder / "dense"), str(folder / "none"))
+
+
+@pytest.mark.slow
+def test_offload_trains_as_without(straight, folder, recipe):
+    """Slow: DeepSpeed compiles its CPU Adam."""
+    train(recipe, 2, f"run_dir={folder / 'offload'}", "parallel.deepspeed=ds_configs/zero3_offload.json")
+    for ours, theirs in zip(metrics(folder / "offload"), metrics(straight[0])):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_the_deepspeed_configs_are_json_for_their_stage():
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert f"zero{json.loads(path.read_text())['zero_optimization']['stage']}" in path.name
