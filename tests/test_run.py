@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_every_element_is_saved_once(straight):
     for name, shape in reader.index["shapes"].items():
         ranges = sorted((start, start + count) for start, count, _, _ in reader.pieces[f"master/{name}"])
         assert ranges[0][0] == 0 and ranges[-1][1] == torch.Size(shape).numel()
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:])), name
+        assert all(a[1] == b[0] for a, b in pairwise(ranges)), name
     experts = [shape for name, shape in reader.index["shapes"].items() if "deepspeed_experts" in name]
     assert len(experts) == 4 and all(shape[0] == 4 for shape in experts)
     with safe_open(straight[0] / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors", "pt") as file:

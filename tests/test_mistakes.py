@@ -1,0 +1,112 @@
+"""Bad recipes: one clear line from rank 0, exit code 2 on every rank, soon, and no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from latents import write_latents
+from processes import ROOT, launch
+
+from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.training.recipe import read_plan
+
+MISTAKES = {
+    "unknown key": (["train.step=3"], ["train.step", "train.steps"]),
+    "wrong type": (["train.global_batch=many"], ["train.global_batch", "'many'", "expected int"]),
+    "EP does not divide the experts": (["model.name=DiT-MoE-Nano/2-3E2A", "parallel.expert=2"], ["parallel.expert=2", "3 experts", "[1]"]),
+    "EP does not divide the world": (["parallel.expert=4"], ["parallel.expert=4", "2 processes", "[1, 2]"]),
+    "batch does not divide": (["train.global_batch=7"], ["train.global_batch=7", "2 processes", "6 does"]),
+    "no data": (["data.manifest=nowhere"], ["data.manifest", "nowhere", "ditmoe-data encode"]),
+    "unknown model": (["model.name=DiT-MoE-XXL/2-8E2A"], ["model.name", "DiT-MoE-XXL/2-8E2A", "Nano, Tiny, S"]),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    path = folder / "recipe.yaml"
+    content = dict(
+        model=dict(name="DiT-MoE-Nano/2-4E2A"),
+        data=dict(manifest=write_latents(folder / "latents", train=8, val=2)),
+        train=dict(steps=2, global_batch=8),
+        run_dir=str(folder / "run"),
+    )
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def check_output(output, words):
+    """The message is there once, whole, on one line; nothing else went wrong."""
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_rank_leaves_with_2(recipe, mistake):
+    overrides, words = MISTAKES[mistake]
+    start = time.monotonic()
+    (first, output), (second, silent) = launch(2, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=60, check=False)
+    assert (first, second) == (2, 2), output + silent
+    assert time.monotonic() - start < 20
+    check_output(output, words)
+    assert "error" not in silent
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_mistake_that_one_rank_alone_sees_ends_all(recipe):
+    """The second rank finds no data: the first must not wait for it, and must say why."""
+    worker = f"""
+import os, sys
+from ditmoe_ds import train
+folder = "{recipe.parent / "latents"}" if os.environ["RANK"] == "0" else "elsewhere"
+sys.exit(train.main(["{recipe}", f"data.manifest={{folder}}"]))
+"""
+    (first, output), (second, _) = launch(2, ["-c", worker], timeout=60, check=False)
+    assert (first, second) == (2, 2)
+    check_output(output, ["elsewhere"])
+
+
+def test_through_the_deepspeed_launcher(recipe):
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29731"]
+    command += ["--module", "ditmoe_ds.train", str(recipe), "train.step=3"]
+    start = time.monotonic()
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu")
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert time.monotonic() - start < 20
+    check_output("\n".join(line for line in (result.stdout + result.stderr).splitlines() if "[launch.py" not in line), ["train.steps"])
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["train.accumulation=3"], ["train.global_batch=8", "3 accumulation"]),
+        (["parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
+        (["parallel.deepspeed=none.json"], ["parallel.deepspeed", "none.json", "no such file"]),
+        (["parallel.deepspeed=ds_configs/zero3.json", "parallel.zero_stage=1"], ["parallel.zero_stage=1", "stage 3"]),
+        (["model.name=DiT-MoE-Nano/8-4E2A", "data.manifest={odd}"], ["model.name", "12x12"]),
+    ],
+)
+def test_other_mistakes(recipe, overrides, words):
+    odd = write_latents(recipe.parent / "odd", train=1, val=1, shape=(4, 12, 12))
+    with pytest.raises(UserError) as caught:
+        read_plan([str(recipe), *(override.format(odd=odd) for override in overrides)], world=1)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content, word", [("{", "not valid JSON"), (json.dumps({"bf16": {}}), "train.precision")])
+def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(ConfigError, match=word):
+        read_plan([str(recipe), f"parallel.deepspeed={tmp_path / 'ds.json'}"], world=1)
+
+
+def test_no_recipe():
+    with pytest.raises(ConfigError, match="name a recipe"):
+        read_plan([], world=1)
