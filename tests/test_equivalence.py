@@ -23,6 +23,13 @@ VARIANTS = {
     "bf16": ["train.precision=bf16"],
 }
 TOLERANCE = {"bf16": 1e-2}
+# every shape in the plain variant; in the others, of the 12 shapes of 4 processes, those with both EP and replicas, and one more
+CASES = [
+    (variant, stage, ep, world)
+    for variant in VARIANTS
+    for stage, ep, world in SHAPES
+    if variant == "plain" or world < 4 or ep == 2 or (stage, ep) == (3, 4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +57,19 @@ def runs(tmp_path_factory):
     results = {}
     for world in WORLDS:
         cases = []
-        for variant, overrides in VARIANTS.items():
-            for stage, ep, w in SHAPES:
-                name = f"{variant}-zero{stage}-ep{ep}-world{w}"
-                shape = [f"parallel.zero_stage={stage}", f"parallel.expert={ep}", f"run_dir={folder / name}"]
-                cases += [dict(name=name, recipe=str(recipe), overrides=overrides + shape, steps=STEPS, starve=variant == "starved")] * (
-                    w == world
-                )
+        for variant, stage, ep, w in CASES:
+            name = f"{variant}-zero{stage}-ep{ep}-world{w}"
+            shape = [f"parallel.zero_stage={stage}", f"parallel.expert={ep}", f"run_dir={folder / name}"]
+            if w == world:
+                overrides = VARIANTS[variant] + shape
+                cases.append(dict(name=name, recipe=str(recipe), overrides=overrides, steps=STEPS, starve=variant == "starved"))
         (folder / "cases.json").write_text(json.dumps(cases))
         launch(world, [Path(__file__).parent / "equivalence_worker.py", folder / "cases.json", folder / f"results{world}.json"])
         results |= json.loads((folder / f"results{world}.json").read_text())
     return results
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stage,ep,world", SHAPES)
+@pytest.mark.parametrize("variant,stage,ep,world", CASES)
 def test_same_curve(runs, variant, stage, ep, world):
     ours = runs[f"{variant}-zero{stage}-ep{ep}-world{world}"]["records"]
     base = runs[f"{variant}-zero0-ep1-world1"]["records"]

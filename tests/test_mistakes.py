@@ -71,6 +71,21 @@ sys.exit(train.main(["{recipe}", f"data.manifest={{folder}}"]))
     check_output(output, ["elsewhere"])
 
 
+def test_srun_starts_ranks_too(recipe):
+    """One task per GPU under srun: SLURM's variables instead of a launcher's. The mistake proves that the ranks met."""
+    worker = f"""
+import os, sys
+e = os.environ
+e.update(SLURM_PROCID=e.pop("RANK"), SLURM_NTASKS=e.pop("WORLD_SIZE"), SLURM_LOCALID=e.pop("LOCAL_RANK"))
+e.update(SLURM_LAUNCH_NODE_IPADDR=e.pop("MASTER_ADDR"), SLURM_JOB_ID=str(int(e.pop("MASTER_PORT")) % 20000))
+from ditmoe_ds import train
+sys.exit(train.main(["{recipe}", "parallel.expert=4"]))
+"""
+    (first, output), (second, _) = launch(2, ["-c", worker], timeout=60, check=False)
+    assert (first, second) == (2, 2)
+    check_output(output, ["2 processes"])
+
+
 def test_through_the_deepspeed_launcher(recipe):
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29731"]
     command += ["--module", "ditmoe_ds.train", str(recipe), "train.step=3"]
