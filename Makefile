@@ -2,7 +2,6 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test install lint
 
@@ -11,7 +10,7 @@ demo: install
 	$(BIN)/ditmoe-data encode --source sample:digits --vae demo/vae --out demo/latents
 	@# two processes share the experts; a machine with one GPU holds one process
 	processes=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') && \
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_accelerators $$processes --module ditmoe_ds.train recipes/digits.yaml parallel.expert=$$processes
+	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_accelerators $$processes --module ditmoe_ds.train recipes/digits.yaml parallel.expert=$$processes
 	$(BIN)/ditmoe sample demo/run --classes 0,1,2,3,4,5,6,7,8,9 --out demo/samples.png
 	$(BIN)/ditmoe analyze demo/run --out demo/analysis
 	@$(BIN)/python -c "import json; r = [json.loads(l) for l in open('demo/run/metrics.jsonl')]; \
