@@ -6,6 +6,7 @@ The dataclasses live beside what they configure; this module only fills them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -96,10 +97,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(key, value, "expected a section of key: value lines")
         return build(typing.cast(type, hint), value, f"{key}.")
     if hint is float and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except (TypeError, ValueError):
-            pass
     if type(value) is not hint:
         raise ConfigError(key, value, f"expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     return value

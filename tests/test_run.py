@@ -236,10 +236,17 @@ def test_sample_and_analyze(straight, folder, capsys):
         assert word in error and error.count("\n") == 1
 
 
-def test_ddpm_dense_and_offload_train(folder, recipe):
-    """The other objective, the dense model and CPU offload run through the same loop."""
-    common = ["train.steps=2", "train.sample_every=2", "train.checkpoint_every=2"]
-    train(recipe, 1, *common, f"run_dir={folder / 'dense'}", "model.name=DiT-Nano/2", "diffusion.objective=ddpm", "parallel.expert=1")
+def test_ddpm_and_the_dense_model_train_in_one_process(folder, recipe):
+    """``ditmoe train`` without any launcher; the other objective and the dense model run through the same loop."""
+    overrides = ["train.steps=2", "train.sample_every=2", "train.checkpoint_every=2", "parallel.expert=1", "diffusion.objective=ddpm"]
+    alone = f"""
+import os, sys
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]
+from ditmoe_ds.cli import main
+sys.exit(main(["train", "{recipe}", "model.name=DiT-Nano/2", "run_dir={folder / "dense"}", *{overrides}]))
+"""
+    launch(1, ["-c", alone])
     records = metrics(folder / "dense")
     assert len(records) == 2 and "router" not in records[0] and records[0]["balance_loss"] == 0
     assert main(["sample", str(folder / "dense"), "--steps", "2", "--sampler", "ddpm", "--out", str(folder / "ddpm.png")]) == 0
