@@ -42,13 +42,13 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
         raise DataError(f"--source={source!r}: too few images to learn from some and test on others")
 
     torch.manual_seed(seed)
-    vae = _build(size, factor, latent_channels)
+    vae = _build(size, factor, latent_channels).to("cuda" if torch.cuda.is_available() else "cpu")
     _train(vae, train, steps, batch)
     vae.eval().requires_grad_(False)
     latents = torch.cat([encode_mean(vae, part) for part in _batches(train)])
     scale = 1 / latents.std().item()
     vae.register_to_config(scaling_factor=scale)
-    decoded = torch.cat([decode(vae, encode_mean(vae, part) * scale, scale, 0.0) for part in _batches(heldout)])
+    decoded = torch.cat([decode(vae, encode_mean(vae, part) * scale, scale, 0.0).cpu() for part in _batches(heldout)])
     mse = (decoded.float() - heldout.permute(0, 2, 3, 1).float()).square().mean().item() / 255**2
 
     partial = folder.with_name(folder.name + ".partial")
@@ -86,7 +86,7 @@ def _train(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int) -> 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
     progress = tqdm(range(steps), desc="fit-vae", unit=" steps", mininterval=1)
     for step in progress:
-        x = images[torch.randint(len(images), (batch,))].float() / 127.5 - 1
+        x = images[torch.randint(len(images), (batch,))].to(vae.device).float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         error = (vae.decode(posterior.sample()).sample - x).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()

@@ -13,10 +13,24 @@ import torch.distributed as dist
 
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.moe import layer
+from ditmoe_ds.rng import keyed_generator
+from ditmoe_ds.training import trainer as trainer_module
 from ditmoe_ds.training.recipe import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
-real_choice = layer.token_choice
+real_choice, real_init = layer.token_choice, trainer_module.init_weights
+
+
+@torch.no_grad()
+def init_without_zeros(model, seed, ep_rank):
+    """As trained for a while. The real start, where every block is the identity, would hide wrong experts for many steps."""
+    real_init(model, seed, ep_rank)
+    for name, parameter in model.named_parameters():
+        if not parameter.any():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=keyed_generator(name)))
+
+
+trainer_module.init_weights = init_without_zeros
 
 
 def choice_without_the_last_expert(scores, k, config):

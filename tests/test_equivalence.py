@@ -89,7 +89,7 @@ def test_the_cases_are_hard_enough(runs):
     assert plain[0]["balance_loss"] > 0
     assert runs["plain-zero3-ep2-world4"]["idle"], "every expert got tokens from every rank"
     for record in runs["starved-zero3-ep2-world4"]["records"]:
-        assert record["router"]["dead"] == [0.25, 0.25]
+        assert min(record["router"]["dead"]) >= 0.25
 
 
 def test_recomputing_changes_nothing(runs):

@@ -101,6 +101,7 @@ def test_through_the_deepspeed_launcher(recipe):
     "overrides, words",
     [
         (["train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["data.prefetch=0"], ["data.prefetch=0", "at least 1"]),
         (["train.accumulation=3"], ["train.global_batch=8", "3 accumulation"]),
         (["parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
         (["parallel.deepspeed=none.json"], ["parallel.deepspeed", "none.json", "no such file"]),

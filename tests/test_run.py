@@ -145,7 +145,7 @@ def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overri
         if exact:
             assert torch.equal(value, theirs[key]), key
         else:
-            torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
+            assert (value - theirs[key]).norm() <= 1e-3 * theirs[key].norm(), key
 
 
 def test_bf16_resumes_exactly(folder, recipe):

@@ -119,8 +119,8 @@ def build(
             parameter.ds_zero_partition_group_name = parameter.group_name
     params = dict(lr=optimizer.lr, betas=[optimizer.beta1, optimizer.beta2], eps=optimizer.eps, weight_decay=optimizer.weight_decay)
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if not torch.cuda.is_available() and not offload:
-        params["torch_adam"] = True  # DeepSpeed's CPU kernels are for offload and take a minute to compile
+    if not offload:
+        params |= dict(torch_adam=True, fused=True)  # one kernel per flat tensor, and nothing to compile as for DeepSpeed's own
     config = ds_config | dict(
         train_batch_size=batch.global_batch,
         train_micro_batch_size_per_gpu=batch.micro,

@@ -74,7 +74,7 @@ def refresh_weights(engine: Engine) -> None:
 def set_optimizer_step(engine: Engine, step: int) -> None:
     """Set Adam's step count, which its bias correction uses."""
     for state in _torch_optimizer(engine).state.values():
-        state["step"] = torch.tensor(float(step)) if torch.is_tensor(state["step"]) else step
+        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
 
 def _torch_optimizer(engine: Engine) -> Any:
@@ -99,7 +99,7 @@ def _prepare_moments(engine: Engine) -> None:
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(master, requires_grad=False)
-        state["step"] = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
+        state["step"] = torch.zeros((), device=master.device) if isinstance(optimizer, torch.optim.AdamW) else 0
 
 
 def _replicated(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]]:

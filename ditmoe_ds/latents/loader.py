@@ -97,7 +97,7 @@ class LatentLoader:
         prefetch: micro-batches held ready.
 
     Raises:
-        ConfigError: ``global_batch`` cannot be divided evenly, or nothing is to be loaded ahead.
+        ConfigError: ``global_batch`` cannot be divided evenly.
     """
 
     def __init__(
@@ -116,8 +116,6 @@ class LatentLoader:
         if global_batch % (accumulation * world):
             fix = f"must be a multiple of accumulation x ranks = {accumulation} x {world}"
             raise ConfigError("global_batch", global_batch, fix)
-        if prefetch < 1:
-            raise ConfigError("data.prefetch", prefetch, "must be at least 1")
         self._dataset, self._seed, self._prepare = dataset, seed, prepare
         self._micro = global_batch // accumulation
         self._local = self._micro // world

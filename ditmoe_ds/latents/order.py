@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 
 import torch
+
+from ditmoe_ds.rng import keyed_generator
 
 
 @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless it is larger than the data set
 def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
     """The permutation (n,) int64 of an epoch. The result is cached: do not write into it."""
-    key = hashlib.blake2b(f"order/{seed}/{epoch}/{n}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=keyed_generator(seed, "order", epoch, n))
 
 
 def batch_indices(seed: int, consumed: int, count: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:

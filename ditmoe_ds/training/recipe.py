@@ -108,6 +108,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     for key in ("steps", "global_batch", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
         if getattr(train, key) < 1:
             raise ConfigError(f"train.{key}", getattr(train, key), "must be at least 1")
+    if recipe.data.prefetch < 1:
+        raise ConfigError("data.prefetch", recipe.data.prefetch, "must be at least 1")
     parts = world * train.accumulation
     if train.global_batch % parts:
         near = max(train.global_batch // parts, 1) * parts
