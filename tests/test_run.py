@@ -26,8 +26,8 @@ from ditmoe_ds.training.recipe import Recipe
 STEPS = 8
 
 
-def train(recipe, world, *overrides, check=True):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=200, check=check)
+def train(recipe, world, *overrides, check=True, timeout=200):
+    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=timeout, check=check)
 
 
 def metrics(run_dir):
@@ -257,7 +257,7 @@ sys.exit(main(["train", "{recipe}", "model.name=DiT-Nano/2", "run_dir={folder / 
 @pytest.mark.slow
 def test_offload_trains_as_without(straight, folder, recipe):
     """Slow: DeepSpeed compiles its CPU Adam."""
-    train(recipe, 2, f"run_dir={folder / 'offload'}", "parallel.deepspeed=ds_configs/zero3_offload.json")
+    train(recipe, 2, f"run_dir={folder / 'offload'}", "parallel.deepspeed=ds_configs/zero3_offload.json", timeout=900)
     for ours, theirs in zip(metrics(folder / "offload"), metrics(straight[0])):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
