@@ -12,25 +12,26 @@ import torch
 import torch.distributed as dist
 
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.moe import layer
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training import trainer as trainer_module
 from ditmoe_ds.training.recipe import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
-real_choice, real_init = layer.token_choice, trainer_module.init_weights
+real_choice = layer.token_choice
 
 
-@torch.no_grad()
-def init_without_zeros(model, seed, ep_rank):
+class WithoutZeros(InitialWeights):
     """As trained for a while. The real start, where every block is the identity, would hide wrong experts for many steps."""
-    real_init(model, seed, ep_rank)
-    for name, parameter in model.named_parameters():
-        if not parameter.any():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=keyed_generator(name)))
+
+    def read(self, name, start, out):
+        super().read(name, start, out)
+        if not out.any():
+            out.copy_(0.1 * torch.randn(2**16, generator=keyed_generator(name))[start : start + out.numel()])
 
 
-trainer_module.init_weights = init_without_zeros
+trainer_module.InitialWeights = WithoutZeros
 
 
 def choice_without_the_last_expert(scores, k, config):

@@ -56,9 +56,15 @@ class BatchShape:
 
 
 class Engine(DeepSpeedEngine):
-    """DeepSpeedEngine with native MoE under ZeRO-3, and the true gradient norm and clipping at stage 0."""
+    """DeepSpeedEngine with native MoE under ZeRO-3, and the true gradient norm and clipping at stage 0.
+
+    A step whose gradient norm is not finite is not applied, at any stage; ``was_step_applied`` tells.
+    """
 
     grad_clip = 0.0
+
+    def _broadcast_model(self) -> None:
+        """Not needed: every rank fills in the same weights, later."""
 
     def _validate_zero3_moe_compatibility(self) -> None:
         """Replace DeepSpeed's blanket refusal by what its stage-3 code needs, and keep its other refusals."""
@@ -80,6 +86,12 @@ class Engine(DeepSpeedEngine):
             super()._take_model_step(lr_kwargs)
             return
         norm = self._norm_without_zero()
+        if not norm.isfinite():
+            self.optimizer.zero_grad()
+            self._step_applied = False
+            self.skipped_steps += 1
+            self.global_steps += 1
+            return
         if 0 < self.grad_clip < norm:
             for parameter in self.module.parameters():
                 parameter.grad.mul_(self.grad_clip / (norm + 1e-6))
@@ -106,17 +118,16 @@ def build(
     batch: BatchShape,
     precision: Literal["bf16", "fp32"],
     ds_config: dict[str, Any],
+    device: torch.device,
 ) -> Engine:
-    """Wrap ``model``; its expert groups must exist (``topology.expert_group``). All ranks must hold equal weights.
+    """Wrap ``model``, which is on the meta device; its expert groups must exist (``topology.expert_group``).
+
+    Memory is given to one module at a time and, under ZeRO-3, cut into this rank's part at once, so that no rank ever
+    holds more than its part and one module. The weights are not initialised: see ``shards.fill``.
 
     Args:
         ds_config: what ``read_ds_config`` returned.
     """
-    parameter: Any  # carries DeepSpeed's attributes
-    for parameter in model.parameters():
-        if is_moe_param(parameter):
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = parameter.group_name
     params = dict(lr=optimizer.lr, betas=[optimizer.beta1, optimizer.beta2], eps=optimizer.eps, weight_decay=optimizer.weight_decay)
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if not offload:
@@ -127,13 +138,32 @@ def build(
         gradient_accumulation_steps=batch.accumulation,
         gradient_clipping=optimizer.grad_clip if parallel.zero_stage else 0.0,
         optimizer=dict(type="AdamW", params=params),
-        bf16=dict(enabled=precision == "bf16"),
+        bf16=dict(enabled=precision == "bf16", check_grad_overflow=True),
     )
+    _materialise(model, device, torch.bfloat16 if precision == "bf16" else torch.float32, config if parallel.zero_stage == 3 else None)
     engine = Engine(args=None, model=model, model_parameters=list(model.parameters()), config=config, config_class=DeepSpeedConfig(config))
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
     return engine
+
+
+def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, partition: dict[str, Any] | None) -> None:
+    """Replace every meta parameter by uninitialised memory; given a DeepSpeed config, by this rank's ZeRO-3 part of it."""
+    for module in model.modules():
+        parameter: Any  # carries DeepSpeed's attributes
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            made: Any = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            made.__dict__.update(parameter.__dict__)
+            if is_moe_param(made):
+                made.ds_zero_placement_family = "autoep_expert"
+                made.ds_zero_partition_group_name = made.group_name
+                made.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(made.group_name)
+            setattr(module, name, made)
+        if partition and next(module.parameters(recurse=False), None) is not None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=partition, dtype=dtype)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
 
 
 OWNED = {

@@ -5,6 +5,7 @@ Whatever the stage, a rank's part of it is one range of its flattened elements; 
 views of the fp32 master weights and the optimizer's moments.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,18 @@ def collect(engine: Engine, group: ExpertGroup) -> list[Shard]:
             replica = group.replica
         shards.append(Shard(name, shape, start, master, moments, saved=stage > 0 or replica == 0))
     return shards
+
+
+@torch.no_grad()
+def fill(engine: Engine, shards: list[Shard], read: Callable[[str, int, Tensor], None]) -> None:
+    """Set the weights from a source of logical tensors. Collective.
+
+    Args:
+        read: ``read(name, start, out)`` fills ``out`` (1-D fp32) with the elements from ``start`` on of the flattened tensor.
+    """
+    for shard in shards:
+        read(shard.name, shard.start, shard.master)
+    refresh_weights(engine)
 
 
 def refresh_weights(engine: Engine) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 def position_table(side: int, dim: int) -> Tensor:
     """Fixed 2-D sin-cos table (side * side, dim): first half from the column index, second from the row index.
 
-    Each half is [sin | cos] with omega_i = 10000^(-i / (dim / 4)). Source: DiT (arXiv 2212.09748), as in MAE.
+    Each half is [sin | cos] with omega_i = 10000^(-i / (dim / 4)). Source: DiT (arXiv 2212.09748), as in MAE. Made on
+    the CPU also inside ``torch.device("meta")``, since no initial weights will fill it.
     """
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim / 2)
     columns = line[None, :, :].expand(side, side, -1)
     rows = line[:, None, :].expand(side, side, -1)

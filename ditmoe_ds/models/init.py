@@ -1,6 +1,7 @@
 """Initial weights as a function of (seed, parameter, global expert index): not of EP, world size or ZeRO stage."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,45 +13,85 @@ from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.rng import keyed_generator
 
 
-@torch.no_grad()
-def init_weights(model: DiT, seed: int, ep_rank: int = 0) -> None:
-    """Draw every weight of ``model`` in place, as DiT-MoE does: the output is exactly 0 and each block the identity.
+class Matrix(NamedTuple):
+    """A matrix that is drawn on its own, and where it lies in its flattened logical tensor."""
 
-    Xavier-uniform for every matrix (each expert's own), N(0, 0.02) for label table and timestep MLP,
-    uniform +-1/sqrt(D) for routers, zeros for biases, adaLN and the final layer.
+    start: int
+    shape: tuple[int, ...]
+    key: tuple[int | str, ...]
+    std: float | None = None
+    """Normal with this deviation; unset, uniform in +-``bound``."""
+    bound: float | None = None
+    """Unset, Xavier's for (out, everything else)."""
+
+    def draw(self) -> Tensor:
+        generator = keyed_generator("weight", *self.key)
+        draw = torch.empty(self.shape)
+        if self.std is not None:
+            return draw.normal_(0, self.std, generator=generator)
+        bound = self.bound or math.sqrt(6 / (len(draw) + draw[0].numel()))
+        return draw.uniform_(-bound, bound, generator=generator)
+
+
+class InitialWeights:
+    """Any range of any weight of a new model, as DiT-MoE starts: the output is exactly 0 and each block the identity.
+
+    Xavier-uniform for every matrix (each expert's own), N(0, 0.02) for label table and timestep MLP, uniform +-1/sqrt(D)
+    for routers, ones for the scales of LayerNorm, zeros for biases, adaLN and the final layer. What is read is drawn
+    then, matrix by matrix.
+
+    Args:
+        model: tells names and shapes; may be on the meta device, and hold the experts of one rank only.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            if module.bias is not None:
-                module.bias.zero_()
-            if "modulation" in path or path.startswith("final"):
-                module.weight.zero_()
-            elif path.startswith("t_embed"):
-                _fill(module.weight, (seed, path), std=0.02)
-            elif path.endswith("shared_mlp.w1"):
-                for name, half in zip(("gate", "up"), module.weight.chunk(2), strict=True):
-                    _fill(half, (seed, path, name))
-            else:
-                _fill(module.weight, (seed, path))
-        elif isinstance(module, LabelEmbedder):
-            _fill(module.table.weight, (seed, path), std=0.02)
-        elif isinstance(module, Router):
-            _fill(module.weight, (seed, path), bound=1 / math.sqrt(module.weight.shape[1]))
-        elif isinstance(module, PackedExperts):
-            first = ep_rank * len(module.w1)
-            for local, (w1, w2) in enumerate(zip(module.w1, module.w2, strict=True)):
-                halves = w1.chunk(2) if module.activation == "swiglu" else (w1,)
-                for name, matrix in zip(("down", "gate", "up"), (w2, *halves), strict=False):
-                    _fill(matrix, (seed, path, first + local, name))
+
+    def __init__(self, model: DiT, seed: int):
+        self.matrices: dict[str, list[Matrix]] = {name: [] for name, _ in model.named_parameters()}
+        self.ones: set[str] = set()
+        for path, module in model.named_modules():
+            name = f"{path}.weight"
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                shape = tuple(module.weight.shape)
+                if "modulation" in path or path.startswith("final"):
+                    continue
+                if path.startswith("t_embed"):
+                    self._add(name, shape, (seed, path), std=0.02)
+                elif path.endswith("shared_mlp.w1"):
+                    for half in ("gate", "up"):
+                        self._add(name, (shape[0] // 2, shape[1]), (seed, path, half))
+                else:
+                    self._add(name, shape, (seed, path))
+            elif isinstance(module, nn.LayerNorm):
+                self.ones.add(name)
+            elif isinstance(module, LabelEmbedder):
+                self._add(f"{path}.table.weight", tuple(module.table.weight.shape), (seed, path), std=0.02)
+            elif isinstance(module, Router):
+                self._add(name, tuple(module.weight.shape), (seed, path), bound=1 / math.sqrt(module.weight.shape[1]))
+            elif isinstance(module, PackedExperts):
+                halves = ("gate", "up") if module.activation == "swiglu" else ("gate",)
+                rows, dim = module.w1.shape[1:]
+                for expert in range(model.config.experts):
+                    for half in halves:
+                        self._add(f"{path}.w1", (rows // len(halves), dim), (seed, path, expert, half))
+                    self._add(f"{path}.w2", tuple(module.w2.shape[1:]), (seed, path, expert, "down"))
+
+    def _add(self, name: str, shape: tuple[int, ...], key: tuple[int | str, ...], **law: float) -> None:
+        before = self.matrices[name]
+        start = before[-1].start + math.prod(before[-1].shape) if before else 0
+        before.append(Matrix(start, shape, key, **law))
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` (1-D) with the elements of the flattened logical tensor ``name`` from ``start`` on."""
+        out.fill_(1.0 if name in self.ones else 0.0)
+        stop = start + out.numel()
+        for matrix in self.matrices[name]:
+            low, high = max(start, matrix.start), min(stop, matrix.start + math.prod(matrix.shape))
+            if low < high:
+                out[low - start : high - start].copy_(matrix.draw().view(-1)[low - matrix.start : high - matrix.start])
 
 
-def _fill(weight: Tensor, key: tuple[int | str, ...], std: float | None = None, bound: float | None = None) -> None:
-    """Normal with ``std``, or uniform in +-``bound``, by default Xavier's for the matrix (out, everything else)."""
-    generator = keyed_generator("weight", *key)
-    draw = torch.empty(weight.shape)
-    if std is not None:
-        draw.normal_(0, std, generator=generator)
-    else:
-        bound = bound or math.sqrt(6 / (len(weight) + weight[0].numel()))
-        draw.uniform_(-bound, bound, generator=generator)
-    weight.copy_(draw)
+@torch.no_grad()
+def init_weights(model: DiT, seed: int) -> None:
+    """Fill a whole model (EP 1) in place with its initial weights."""
+    source = InitialWeights(model, seed)
+    for name, parameter in model.named_parameters():
+        source.read(name, 0, parameter.view(-1))

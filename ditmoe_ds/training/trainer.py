@@ -19,7 +19,7 @@ from ditmoe_ds.distributed.topology import World, agreed, expert_group, mean_ove
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.loader import LatentDataset, LatentLoader
 from ditmoe_ds.models.dit import DiT
-from ditmoe_ds.models.init import init_weights
+from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.recipe import Plan
 from ditmoe_ds.training.step import Prepared, compute_loss, prepare, router_metrics
@@ -37,11 +37,13 @@ class Trainer:
         self.objective = make_objective(recipe.diffusion)
 
         group = expert_group(recipe.parallel.expert)
-        model = DiT(plan.model, ep_size=group.size)
-        init_weights(model, train.seed, group.rank)
+        with torch.device("meta"):
+            model = DiT(plan.model, ep_size=group.size)
+        initial = InitialWeights(model, train.seed)
         model.checkpoint_activations = train.activation_checkpointing
-        self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config)
+        self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         self.shards = shards.collect(self.engine, group)
+        shards.fill(self.engine, self.shards, initial.read)
         self.ema = EMA(self.shards, train.ema_decay)
 
         self.step = self.samples_seen = 0
