@@ -41,7 +41,7 @@ def main():
     del small
     before = host_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    engine, parts, ema = construct(name)
+    engine, parts, _ema = construct(name)
     peak = host_bytes("VmHWM")
     local = [(p.ds_numel if stage == 3 else p.numel()) * torch.finfo(p.dtype).bits // 8 for p in engine.module.parameters()]
     report = dict(before=before, peak=peak, shard=sum(p.master.numel() for p in parts), local=sum(local) // 2, largest=max(local) // 2)

@@ -11,12 +11,12 @@ import yaml
 from latents import write_latents, write_vae
 from PIL import Image
 from processes import ROOT, launch
-from safetensors import safe_open
 
 from ditmoe_ds import config
 from ditmoe_ds.analysis.routing import analyze
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.tensorfile import TensorFile
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import init_weights
@@ -56,9 +56,6 @@ def recipe(folder):
                     accumulation=2,
                     precision="fp32",
                     optimizer=dict(lr=1e-3, grad_clip=0.5, warmup_steps=5),
-                    ema_decay=0.9,
-                    checkpoint_every=1,
-                    keep_checkpoints=STEPS + 1,
                     validate_every=4,
                     validate_samples=7,
                     sample_every=4,
@@ -66,6 +63,8 @@ def recipe(folder):
                     sample_steps=3,
                     log_every=2,
                 ),
+                ema=dict(decays=[0.9, 0.5]),
+                checkpoint=dict(every=1, keep=STEPS + 1),
                 run_dir=str(folder / "straight"),
             )
         )
@@ -95,7 +94,7 @@ def tensors(run, step):
     reader = checkpoint.Reader(run / "checkpoints" / f"step_{step:08d}")
     out = {}
     for name, shape in reader.index["shapes"].items():
-        for kind in ("master", "ema", "exp_avg", "exp_avg_sq"):
+        for kind in ("master", *reader.index["ema"]["kinds"], "exp_avg", "exp_avg_sq"):
             out[kind, name] = torch.empty(torch.Size(shape).numel())
             reader.read(kind, name, 0, out[kind, name])
     return out
@@ -159,55 +158,71 @@ def test_bf16_resumes_exactly(folder, recipe):
 
 def test_steps_may_be_raised(straight, folder, recipe):
     run = copy_to(straight[0], folder, "longer", STEPS)
-    train(recipe, 2, f"run_dir={run}", "train.steps=10", "train.keep_checkpoints=2")
+    train(recipe, 2, f"run_dir={run}", "train.steps=10", "checkpoint.keep=2")
     assert [r["step"] for r in metrics(run)] == list(range(1, 11))
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_00000009", "step_00000010"]
     output = train(recipe, 2, f"run_dir={run}", "train.steps=10")[0][1]  # done already
     assert "resumed at step 10" in output and len(metrics(run)) == 10
 
 
-def test_ema_is_the_average_of_the_weights(straight):
+@pytest.mark.parametrize("decay", [0.9, 0.5])
+def test_ema_is_the_average_of_the_weights(straight, decay):
     index = checkpoint.Reader(straight[0] / "checkpoints" / f"step_{STEPS:08d}").index
     model = DiT(config.build(DiTConfig, index["model"]))
     init_weights(model, seed=0)
     average = {name: parameter.detach().flatten().double() for name, parameter in model.named_parameters()}
     for step in range(1, STEPS + 1):
         saved = tensors(straight[0], step)
-        decay = min(0.9, step / (9 + step))
-        average = {name: decay * value + (1 - decay) * saved["master", name].double() for name, value in average.items()}
+        now = min(decay, step / (9 + step))
+        average = {name: now * value + (1 - now) * saved["master", name].double() for name, value in average.items()}
     for name, value in average.items():
-        torch.testing.assert_close(saved["ema", name].double(), value, rtol=1e-5, atol=1e-7)
-    assert any(not torch.equal(saved["ema", name], saved["master", name]) for name in average)
+        torch.testing.assert_close(saved[f"ema_{decay}", name].double(), value, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(saved[f"ema_{decay}", name], saved["master", name]) for name in average)
 
 
 def test_another_model_is_refused(straight, folder, recipe):
-    for code, output in train(recipe, 2, f"run_dir={straight[0]}", "model.name=DiT-MoE-Nano/2-8E2A", "train.steps=20", check=False):
-        assert code == 2
-        assert "Traceback" not in output
-    output = train(recipe, 2, f"run_dir={straight[0]}", "model.name=DiT-MoE-Nano/2-8E2A", "train.steps=20", check=False)[0][1]
-    assert "another model" in output and "(4, 8)" in output
+    both = train(recipe, 2, f"run_dir={straight[0]}", "model.name=DiT-MoE-Nano/2-8E2A", "train.steps=20", check=False)
+    assert all(code == 2 and "Traceback" not in output for code, output in both)
+    assert "another model" in both[0][1] and "(4, 8)" in both[0][1]
 
 
-def test_a_damaged_checkpoint_is_refused(straight, folder):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(straight, folder, capsys):
     run = copy_to(straight[0], folder, "damaged", 3)
-    file = run / "checkpoints" / "step_00000003" / "rank_00001.safetensors"
+    steps = [run / "checkpoints" / f"step_{step:08d}" for step in (3, 2, 1)]
+    file = steps[0] / "rank_00001.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="rank_00001"):
+    assert open_run(run).step == 2
+    assert str(file) in capsys.readouterr().err
+    (steps[1] / "index.json").write_text("{")
+    assert open_run(run).step == 1
+    (steps[2] / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints"):
         open_run(run)
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         open_run(folder)
 
 
 def test_every_element_is_saved_once(straight):
-    reader = checkpoint.Reader(straight[0] / "checkpoints" / f"step_{STEPS:08d}")
+    step = straight[0] / "checkpoints" / f"step_{STEPS:08d}"
+    reader = checkpoint.Reader(step)
+    kinds = {"master", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.5"}
+    files = {rank: TensorFile(step / f"rank_{rank:05d}.safetensors") for rank in (0, 1)}
     for name, shape in reader.index["shapes"].items():
-        ranges = sorted((start, start + count) for start, count, _, _ in reader.pieces[f"master/{name}"])
+        ranges = sorted((start, start + count) for start, count, _ in reader.index["pieces"][name])
         assert ranges[0][0] == 0 and ranges[-1][1] == torch.Size(shape).numel()
         assert all(a[1] == b[0] for a, b in pairwise(ranges)), name
+        for start, count, rank in reader.index["pieces"][name]:
+            assert all(files[rank].shapes[f"{kind}/{name}@{start}"] == (count,) for kind in kinds)
+    assert sum(len(file.shapes) for file in files.values()) == len(kinds) * sum(map(len, reader.index["pieces"].values()))
     experts = [shape for name, shape in reader.index["shapes"].items() if "deepspeed_experts" in name]
     assert len(experts) == 4 and all(shape[0] == 4 for shape in experts)
-    with safe_open(straight[0] / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors", "pt") as file:
-        assert file.keys()
+
+
+def test_other_data_is_refused(straight, folder, recipe):
+    other = write_latents(folder / "other", train=45, val=7, vae=folder / "vae")
+    both = train(recipe, 2, f"run_dir={straight[0]}", f"data.manifest={other}", "train.steps=20", check=False)
+    assert all(code == 2 and "Traceback" not in output for code, output in both)
+    assert "not the data that run_dir" in both[0][1]
 
 
 def test_sample_and_analyze(straight, folder, capsys):
@@ -238,7 +253,7 @@ def test_sample_and_analyze(straight, folder, capsys):
 
 def test_ddpm_and_the_dense_model_train_in_one_process(folder, recipe):
     """``ditmoe train`` without any launcher; the other objective and the dense model run through the same loop."""
-    overrides = ["train.steps=2", "train.sample_every=2", "train.checkpoint_every=2", "parallel.expert=1", "diffusion.objective=ddpm"]
+    overrides = ["train.steps=2", "train.sample_every=2", "checkpoint.every=2", "parallel.expert=1", "diffusion.objective=ddpm"]
     alone = f"""
 import os, sys
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

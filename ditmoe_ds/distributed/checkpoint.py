@@ -1,71 +1,166 @@
 """Checkpoints by logical tensor: any (ZeRO stage, EP, world) loads what any other saved.
 
 A checkpoint is a folder ``step_00001000`` with one safetensors file per rank and an ``index.json``. A file holds ranges
-of flattened logical tensors under ``kind/name@start``; the kinds are master, exp_avg, exp_avg_sq and ema. Nothing is
-pickled. A folder is complete when it has its final name, which it gets after every rank's file is on disk.
+of flattened logical tensors under ``kind/name@start``; the kinds are master, the optimizer's moments and one per EMA.
+Nothing is pickled. A folder has its final name only when every rank's file is on disk, and ``latest`` names it only then.
 """
 
 import json
 import os
 import shutil
+import sys
+import threading
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import Engine
-from ditmoe_ds.distributed.shards import MOMENTS, Shard, refresh_weights, set_optimizer_step
-from ditmoe_ds.distributed.tensorfile import TensorFile
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.distributed.shards import MOMENTS, Shard, fill, set_optimizer_step
+from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
+from ditmoe_ds.distributed.topology import agreed
+from ditmoe_ds.errors import CheckpointError, UserError
 
-FORMAT = "ditmoe-checkpoint/1"
+FORMAT = "ditmoe-checkpoint/2"
+
+T = TypeVar("T")
 
 
-def save(folder: Path, step: int, shards: list[Shard], ema: EMA, description: dict[str, Any], keep: int) -> Path:
-    """Write ``folder/step_N`` and point ``folder/latest`` to it; then delete all but the newest ``keep``. Collective.
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
 
-    Args:
-        description: what else to store, JSON-able: the model, the data position.
-    """
-    rank = dist.get_rank()
-    final, partial = folder / f"step_{step:08d}", folder / f"step_{step:08d}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    tensors: dict[str, Tensor] = {}
-    for shard, average in zip(shards, ema.values, strict=True):
-        if shard.saved:
-            for kind, values in {"master": shard.master, "ema": average, **shard.moments}.items():
-                tensors[f"{kind}/{shard.name}@{shard.start}"] = values
-    file = partial / f"rank_{rank:05d}.safetensors"
-    save_file(tensors, file)
-    _sync(file)
-    shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shapes, {shard.name: shard.shape for shard in shards})
-    if rank == 0:
+    every: int = 1000
+    """Steps between checkpoints; one is also written at the end."""
+    keep: int = 3
+    """The newest so many are kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are never deleted; 0 for none."""
+    asynchronous: bool = False
+    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (a full disk): stop the run, or say so and train on. An asynchronous failure
+    is printed at once and stops the run at the next save."""
+
+
+class Saver:
+    """Writes a run's checkpoints into ``folder``. Methods are collective; one checkpoint is in the making at a time."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder, self.config = folder, config
+        self.group: dist.ProcessGroup | None = None
+        self.buffers: dict[str, Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        if dist.get_rank() == 0:
+            for unfinished in folder.glob("*.partial"):  # of a run that was killed
+                shutil.rmtree(unfinished)
+
+    def save(self, step: int, shards: list[Shard], ema: EMA, optimizer_steps: int, description: dict[str, Any]) -> None:
+        """Write ``step_N``, point ``latest`` to it and delete what need not be kept.
+
+        Args:
+            optimizer_steps: steps that the optimizer took (skipped ones do not count).
+            description: what else to store, JSON-able: the model, the data position.
+
+        Raises:
+            CheckpointError: this one (asynchronous: the one before) could not be written and the configuration says stop.
+        """
+        self.finish()
+        if self.group is None:  # its own, so that a background thread never meets the training's collectives
+            self.group = dist.new_group(backend="gloo")
+        entries, pieces = [], []
+        for i, shard in enumerate(shards):
+            if shard.saved:
+                pieces.append((shard.name, shard.shape, shard.start, shard.master.numel()))
+                averages = {kind: average[i] for kind, average in ema.averages.items()}
+                for kind, values in {"master": shard.master, **averages, **shard.moments}.items():
+                    key = f"{kind}/{shard.name}@{shard.start}"
+                    held = self._host_copy(key, values) if self.config.asynchronous else values
+                    entries.append(Entry(key, torch.float32, held.shape, held.detach))
         index = dict(
             format=FORMAT,
             step=step,
-            ema_updates=ema.updates,
-            files={path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))},
-            shapes={name: shape for of_rank in shapes for name, shape in of_rank.items()},
+            optimizer_steps=optimizer_steps,
+            ema=dict(kinds=list(ema.averages), steps=ema.steps),
             **description,
         )
-        _write(partial / "index.json", json.dumps(index, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
+        if not self.config.asynchronous:
+            self._write(index, entries, pieces)
+            self.finish()
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.thread = threading.Thread(target=self._write, args=(index, entries, pieces), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises as ``save``."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        failure, self.failure = self.failure, None
+        if failure and (self.config.on_failure == "stop" or not isinstance(failure, UserError)):
+            raise failure
+
+    def _host_copy(self, key: str, values: Tensor) -> Tensor:
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        return self.buffers[key].copy_(values, non_blocking=True)
+
+    def _write(self, index: dict[str, Any], entries: list[Entry], pieces: list[tuple[str, tuple[int, ...], int, int]]) -> None:
+        partial = self.folder / f"step_{index['step']:08d}.partial"
+        file = partial / _file(dist.get_rank())
+        try:
+            self._on_rank_0(lambda: _make(partial))
+            self._together(lambda: write(file, entries))
+            everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object((file.stat().st_size, pieces), everyone, group=self.group)
+            self._on_rank_0(lambda: self._publish(partial, index, everyone or []))
+        except Exception as failure:
+            self.failure = failure
+            if dist.get_rank() == 0 and isinstance(failure, UserError):
+                shutil.rmtree(partial, ignore_errors=True)
+                then = "the run stops" if self.config.on_failure == "stop" else "the run goes on"
+                print(f"checkpoint of step {index['step']} was not written: {failure}; the ones before stand, {then}", flush=True)
+
+    def _publish(self, partial: Path, index: dict[str, Any], everyone: list[Any]) -> None:
+        final = partial.with_suffix("")
+        index["files"] = {_file(rank): size for rank, (size, _) in enumerate(everyone)}
+        for name, size in index["files"].items():
+            if (partial / name).stat().st_size != size:
+                raise CheckpointError(f"{partial / name}: {(partial / name).stat().st_size} bytes, its rank wrote {size}")
+        index["shapes"], index["pieces"] = {}, defaultdict(list)
+        for rank, (_, pieces) in enumerate(everyone):
+            for name, shape, start, count in pieces:
+                index["shapes"][name] = shape
+                index["pieces"][name].append((start, count, rank))
+        _write_text(partial / "index.json", json.dumps(index))
+        _remove(final)
         partial.rename(final)
-        _sync(folder)
-        _write(folder / "latest", final.name)
-        for old in sorted(folder.glob("step_????????"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+        _sync(self.folder)
+        _write_text(self.folder / "latest", final.name)
+        for old in sorted(self.folder.glob("step_????????"))[: -self.config.keep]:
+            if not self.config.keep_every or int(old.name[5:]) % self.config.keep_every:
+                _remove(old)
+
+    def _together(self, action: Callable[[], T]) -> T:
+        def on_disk() -> T:
+            try:
+                return action()
+            except OSError as error:
+                raise CheckpointError(f"{error.filename or self.folder}: {error.strerror}") from None
+
+        return agreed(on_disk, self.group)
+
+    def _on_rank_0(self, action: Callable[[], None]) -> None:
+        self._together(action if dist.get_rank() == 0 else lambda: None)
 
 
 class Reader:
@@ -76,29 +171,40 @@ class Reader:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
             self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no readable index.json ({error}); is this a finished checkpoint?") from None
         if self.index.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: format {self.index.get('format')!r}, this code reads {FORMAT!r}")
-        self.pieces: dict[str, list[tuple[int, int, TensorFile, str]]] = defaultdict(list)
+        self.opened: dict[int, TensorFile] = {}
+
+    def verify(self) -> None:
+        """Refuse a checkpoint of which a file is missing or has lost bytes."""
         for name, size in self.index["files"].items():
-            path = folder / name
+            path = self.folder / name
             if not path.is_file() or path.stat().st_size != size:
-                raise CheckpointError(f"{path}: missing or not of its {size} bytes; take an older checkpoint")
-            file = TensorFile(path)
-            for key, (count,) in file.shapes.items():
-                tensor, _, start = key.rpartition("@")
-                self.pieces[tensor].append((int(start), count, file, key))
+                raise CheckpointError(f"{path}: missing or not of its {size} bytes")
+        for name, shape in self.index["shapes"].items():
+            held = sum(count for _, count, _ in self.index["pieces"][name])
+            if held != torch.Size(shape).numel():
+                raise CheckpointError(f"{self.folder}: {name} has {held} of {torch.Size(shape).numel()} elements")
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` (1-D) with the elements of ``kind/name`` from ``start`` on."""
+        """Fill ``out`` (1-D) with the elements of ``kind/name`` from ``start`` on; kind ``ema`` is the first average."""
+        if kind == "ema":
+            kind = self.index["ema"]["kinds"][0]
         stop, filled = start + out.numel(), 0
-        for offset, count, file, key in self.pieces[f"{kind}/{name}"]:
+        for offset, count, rank in self.index["pieces"][name]:
             low, high = max(start, offset), min(stop, offset + count)
             if low < high:
-                file.read(key, low - offset, out[low - start : high - start])
+                if rank not in self.opened:
+                    self.opened[rank] = TensorFile(self.folder / _file(rank))
+                key = f"{kind}/{name}@{offset}"
+                if key not in self.opened[rank].shapes:
+                    raise CheckpointError(f"{self.folder / _file(rank)}: no {key}; its averages are {self.index['ema']['kinds']}")
+                self.opened[rank].read(key, low - offset, out[low - start : high - start])
                 filled += high - low
         if filled != out.numel():
             raise CheckpointError(f"{kind}/{name}: {filled} of elements {start}..{stop} are in the checkpoint")
@@ -112,32 +218,63 @@ class Reader:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that ``folder/latest`` names, or None before the first save."""
+    """The checkpoint that ``folder/latest`` names; if it is damaged, the newest whole one before, said aloud. None before the first save.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
     marker = folder / "latest"
-    return folder / marker.read_text().strip() if marker.is_file() else None
+    if not marker.is_file():
+        return None
+    named = marker.read_text().strip()
+    found = sorted((path for path in folder.glob("step_????????") if path.name <= named), reverse=True)
+    for path in found:
+        try:
+            Reader(path).verify()
+        except CheckpointError as error:
+            print(f"checkpoint refused, taking the one before: {error}", file=sys.stderr, flush=True)
+            continue
+        return path
+    raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints up to {named} is whole; restore one or remove the folder")
 
 
 @torch.no_grad()
 def load(reader: Reader, engine: Engine, shards: list[Shard], ema: EMA) -> None:
-    """Restore weights, moments, step count and EMA, whatever shape of run saved them. Collective."""
-    reader.check_shapes({shard.name: shard.shape for shard in shards})
-    for shard, average in zip(shards, ema.values, strict=True):
-        reader.read("master", shard.name, shard.start, shard.master)
-        reader.read("ema", shard.name, shard.start, average)
-        for key in MOMENTS:
-            reader.read(key, shard.name, shard.start, shard.moments[key])
-    set_optimizer_step(engine, reader.index["step"])
-    ema.updates = reader.index["ema_updates"]
+    """Restore weights, moments, step count and EMA, whatever shape of run saved them. Collective.
+
+    An average that was not kept until now begins at the weights.
+    """
+
+    def read_the_rest() -> None:
+        for i, shard in enumerate(shards):
+            for moment in MOMENTS:
+                reader.read(moment, shard.name, shard.start, shard.moments[moment])
+            for kind, average in ema.averages.items():
+                if kind in reader.index["ema"]["kinds"]:
+                    reader.read(kind, shard.name, shard.start, average[i])
+                else:
+                    average[i].copy_(shard.master)
+
+    fill(engine, shards, lambda name, start, out: reader.read("master", name, start, out))
+    agreed(read_the_rest)
+    set_optimizer_step(engine, reader.index["optimizer_steps"])
+    ema.steps = reader.index["ema"]["steps"]
     engine.global_steps = reader.index["step"]
-    refresh_weights(engine)
 
 
-@torch.no_grad()
-def load_weights(reader: Reader, model: nn.Module, kind: str) -> None:
-    """Fill a whole model (EP 1, no engine) with ``kind`` master or ema."""
-    reader.check_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-    for name, parameter in model.named_parameters():
-        reader.read(kind, name, 0, parameter.view(-1))
+def _file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _make(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint such that, killed half-way, nothing is left under its name."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_suffix(".old.partial")))
 
 
 def _sync(path: Path) -> None:
@@ -146,7 +283,7 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def _write(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Replace ``path`` at once, durably."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)

@@ -14,7 +14,7 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 
 from ditmoe_ds.distributed.engine import Engine
-from ditmoe_ds.distributed.topology import ExpertGroup
+from ditmoe_ds.distributed.topology import ExpertGroup, agreed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -63,8 +63,12 @@ def fill(engine: Engine, shards: list[Shard], read: Callable[[str, int, Tensor],
     Args:
         read: ``read(name, start, out)`` fills ``out`` (1-D fp32) with the elements from ``start`` on of the flattened tensor.
     """
-    for shard in shards:
-        read(shard.name, shard.start, shard.master)
+
+    def read_all() -> None:
+        for shard in shards:
+            read(shard.name, shard.start, shard.master)
+
+    agreed(read_all)
     refresh_weights(engine)
 
 

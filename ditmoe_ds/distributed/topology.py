@@ -77,8 +77,8 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def agreed(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if it is a user's mistake on any, raise the same error on all.
+def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``action`` on every rank (of ``group``); if it is a user's mistake on any, raise the same error on all.
 
     Without it, one rank would leave while the others wait for it in a collective.
     """
@@ -87,12 +87,19 @@ def agreed(action: Callable[[], T]) -> T:
         result = action()
     except UserError as caught:
         error = caught
-    errors: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error and UserError(str(error)))
+    errors: list[UserError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error and UserError(str(error)), group)
     first = next((found for found in errors if found), None)
     if first:
         raise AgreedError(str(first))
     return result  # type: ignore[return-value]
+
+
+def decided(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 alone; every rank gets its result, or its error."""
+    result = [agreed(action if dist.get_rank() == 0 else lambda: None)]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
 
 
 def check_expert_parallel(expert: int, experts: int, world: int) -> None:

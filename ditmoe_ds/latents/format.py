@@ -146,6 +146,12 @@ class Manifest:
         """Where ``shard`` lies."""
         return Path(self.root, shard.name)
 
+    def digest(self) -> str:
+        """sha256 of what decides the training data: everything but where the folder and the VAE lie."""
+        tree = dataclasses.asdict(self)
+        del tree["root"], tree["vae"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
     def verify(self) -> None:
         """Read every byte of every shard.
 

@@ -11,8 +11,8 @@ from ditmoe_ds import config
 from ditmoe_ds.diffusion.noise import starting_noise
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
-from ditmoe_ds.distributed import checkpoint
-from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.distributed.weights import open_weights
+from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.models.dit import DiT, DiTConfig
 
@@ -80,12 +80,11 @@ def open_run(run_dir: str | Path, weights: str = "ema", device: torch.device | N
     Raises:
         CheckpointError: no finished checkpoint there.
     """
-    path = checkpoint.newest(Path(run_dir) / "checkpoints")
-    if path is None:
-        raise CheckpointError(f"{run_dir}: no finished checkpoint in its checkpoints folder; is it a run directory?")
-    reader = checkpoint.Reader(path)
-    model = DiT(config.build(DiTConfig, reader.index["model"]))
-    checkpoint.load_weights(reader, model, weights)
+    found = open_weights(run_dir, weights)
+    model = DiT(config.build(DiTConfig, found.description["model"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            found.read(name, 0, parameter.view(-1))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    diffusion = config.build(DiffusionConfig, reader.index["diffusion"])
-    return Run(model.to(device).eval(), diffusion, reader.index["step"], reader.index["latents"])
+    diffusion = config.build(DiffusionConfig, found.description["diffusion"])
+    return Run(model.to(device).eval(), diffusion, found.description["step"], found.description["latents"])

@@ -133,8 +133,8 @@ class Checkpoints:
     """Saves every so often and at the end."""
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
-        train = trainer.plan.recipe.train
-        if due(trainer.step, train.checkpoint_every, train.steps):
+        recipe = trainer.plan.recipe
+        if due(trainer.step, recipe.checkpoint.every, recipe.train.steps):
             trainer.save()
 
 

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from ditmoe_ds import config
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed.checkpoint import CheckpointConfig
+from ditmoe_ds.distributed.ema import EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
 from ditmoe_ds.errors import ConfigError
@@ -40,12 +42,8 @@ class TrainConfig:
     """Of initial weights, order of samples, noise, times and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema_decay: float = 0.9999
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; one is also written at the end."""
-    keep_checkpoints: int = 3
     validate_every: int = 1000
     """Steps between validation losses; 0 for never."""
     validate_samples: int = 512
@@ -71,6 +69,8 @@ class Recipe:
     run_dir: str
     """Where the run writes; the same command with the same folder resumes."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
 
@@ -89,10 +89,20 @@ class Plan:
         manifest = self.manifest
         latents = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
         return dict(
+            recipe=asdict(self.recipe),
+            manifest_sha256=manifest.digest(),
             model=asdict(self.model),
             diffusion=asdict(self.recipe.diffusion),
             latents=latents | dict(class_names=list(manifest.class_names), manifest=manifest.root),
         )
+
+
+AT_LEAST_1 = dict(
+    train=("steps", "global_batch", "accumulation", "log_every"),
+    data=("prefetch",),
+    ema=("every",),
+    checkpoint=("every", "keep"),
+)
 
 
 def read_plan(arguments: list[str], world: int) -> Plan:
@@ -105,11 +115,14 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         raise ConfigError("recipe", None, "name a recipe, for example recipes/digits.yaml")
     recipe = config.load(Recipe, arguments[0], arguments[1:])
     train = recipe.train
-    for key in ("steps", "global_batch", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
-        if getattr(train, key) < 1:
-            raise ConfigError(f"train.{key}", getattr(train, key), "must be at least 1")
-    if recipe.data.prefetch < 1:
-        raise ConfigError("data.prefetch", recipe.data.prefetch, "must be at least 1")
+    for section, keys in AT_LEAST_1.items():
+        for key in keys:
+            value = getattr(getattr(recipe, section), key)
+            if value < 1:
+                raise ConfigError(f"{section}.{key}", value, "must be at least 1")
+    decays = recipe.ema.decays
+    if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
+        raise ConfigError("ema.decays", list(decays), "list different decays in [0, 1), at least one, for example [0.9999, 0.999]")
     parts = world * train.accumulation
     if train.global_batch % parts:
         near = max(train.global_batch // parts, 1) * parts

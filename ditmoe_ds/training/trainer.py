@@ -15,7 +15,7 @@ from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
-from ditmoe_ds.distributed.topology import World, agreed, expert_group, mean_over_ranks
+from ditmoe_ds.distributed.topology import World, agreed, decided, expert_group, mean_over_ranks
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.loader import LatentDataset, LatentLoader
 from ditmoe_ds.models.dit import DiT
@@ -44,9 +44,10 @@ class Trainer:
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         self.shards = shards.collect(self.engine, group)
         shards.fill(self.engine, self.shards, initial.read)
-        self.ema = EMA(self.shards, train.ema_decay)
+        self.ema = EMA(self.shards, recipe.ema)
+        self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
 
-        self.step = self.samples_seen = 0
+        self.step = self.samples_seen = self.skipped = 0
         self._resume()
         self.loader = LatentLoader(
             self.dataset,
@@ -76,6 +77,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback(self, record)
         self.loader.close()
+        self.saver.finish()
 
     def train_step(self) -> Record:
         """One optimizer step over the global batch. Returns its entry of ``metrics.jsonl``. Collective."""
@@ -111,25 +113,22 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
-        description = self.plan.describe() | dict(samples_seen=self.samples_seen, code=__version__)
-        checkpoint.save(
-            self.run_dir / "checkpoints", self.step, self.shards, self.ema, description, self.plan.recipe.train.keep_checkpoints
-        )
+        description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped, code=__version__)
+        self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
 
     def _resume(self) -> None:
-        folder = self.run_dir / "checkpoints"
-        path = agreed(lambda: checkpoint.newest(folder))
+        path = decided(lambda: checkpoint.newest(self.saver.folder))
         if path is None:
             return
         reader = agreed(lambda: checkpoint.Reader(path))
-        agreed(lambda: self._check_same_model(reader))
+        agreed(lambda: self._check_same_run(reader))
         agreed(lambda: reader.check_shapes({shard.name: shard.shape for shard in self.shards}))
         checkpoint.load(reader, self.engine, self.shards, self.ema)
-        self.step, self.samples_seen = reader.index["step"], reader.index["samples_seen"]
+        self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {path}", flush=True)
 
-    def _check_same_model(self, reader: checkpoint.Reader) -> None:
+    def _check_same_run(self, reader: checkpoint.Reader) -> None:
         for part in ("model", "diffusion"):
             ours = json.loads(json.dumps(self.plan.describe()[part]))
             if ours != reader.index[part]:
@@ -138,6 +137,12 @@ class Trainer:
                     f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: (saved, now) {changed}; "
                     "choose another run_dir or the old settings"
                 )
+
+        if self.plan.manifest.digest() != reader.index["manifest_sha256"]:
+            raise CheckpointError(
+                f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
+                f"({reader.index['latents']['manifest']}); choose a new run_dir and start it from these weights with model.weights"
+            )
 
     def _callbacks(self) -> list[Callback]:
         train = self.plan.recipe.train
