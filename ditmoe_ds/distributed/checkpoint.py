@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import Engine
 from ditmoe_ds.distributed.shards import MOMENTS, Shard, refresh_weights, set_optimizer_step
+from ditmoe_ds.distributed.tensorfile import TensorFile
 from ditmoe_ds.errors import CheckpointError
 
 FORMAT = "ditmoe-checkpoint/1"
@@ -82,15 +82,15 @@ class Reader:
             raise CheckpointError(f"{folder}: no readable index.json ({error}); is this a finished checkpoint?") from None
         if self.index.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: format {self.index.get('format')!r}, this code reads {FORMAT!r}")
-        self.pieces: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self.pieces: dict[str, list[tuple[int, int, TensorFile, str]]] = defaultdict(list)
         for name, size in self.index["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
                 raise CheckpointError(f"{path}: missing or not of its {size} bytes; take an older checkpoint")
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 (no mapping)
+            file = TensorFile(path)
+            for key, (count,) in file.shapes.items():
                 tensor, _, start = key.rpartition("@")
-                self.pieces[tensor].append((int(start), file.get_slice(key).get_shape()[0], file, key))
+                self.pieces[tensor].append((int(start), count, file, key))
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D) with the elements of ``kind/name`` from ``start`` on."""
@@ -98,7 +98,7 @@ class Reader:
         for offset, count, file, key in self.pieces[f"{kind}/{name}"]:
             low, high = max(start, offset), min(stop, offset + count)
             if low < high:
-                out[low - start : high - start].copy_(file.get_slice(key)[low - offset : high - offset])
+                file.read(key, low - offset, out[low - start : high - start])
                 filled += high - low
         if filled != out.numel():
             raise CheckpointError(f"{kind}/{name}: {filled} of elements {start}..{stop} are in the checkpoint")

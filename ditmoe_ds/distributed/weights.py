@@ -1,0 +1,145 @@
+"""One set of weights, wherever it lies: a run's newest checkpoint, a checkpoint, or a weights folder.
+
+A **weights folder** is how weights leave and enter: ``config.json`` says what they are, ``model-0000i-of-0000N.safetensors``
+with ``model.safetensors.index.json`` (the Hugging Face hub's layout) hold one tensor per parameter of the whole model, all
+experts of a layer as one (E, ...) tensor. Nothing here needs a process group, a GPU or memory for more than one tensor.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
+from ditmoe_ds.errors import CheckpointError
+
+FORMAT = "ditmoe-weights/1"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Weights:
+    """The parameters of a whole model (EP 1), read on demand."""
+
+    description: dict[str, Any]
+    """``name`` (or None), ``model`` and ``diffusion`` (fields of DiTConfig, DiffusionConfig), ``latents`` (VAE, scaling_factor,
+    shift_factor, class names; {} if unknown), ``step``, ``weights`` (which set: ema, master, ...)."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of every parameter, in the model's order."""
+    read: Callable[[str, int, Tensor], None]
+    """``read(name, start, out)`` fills ``out`` (1-D) with the elements of the flattened parameter from ``start`` on."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole parameter, fp32."""
+        out = torch.empty(self.shapes[name])
+        self.read(name, 0, out.view(-1))
+        return out
+
+
+def open_weights(path: str | Path, kind: str = "ema") -> Weights:
+    """Open a run directory (its newest checkpoint), a checkpoint folder ``step_N`` or a weights folder.
+
+    Args:
+        kind: which weights of a checkpoint: ``ema``, or ``master`` for the raw ones. A weights folder holds one set, whose
+            kind its description tells.
+
+    Raises:
+        CheckpointError: nothing of the three is there, or it is incomplete.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _open_folder(path)
+    found = path if (path / "index.json").is_file() else checkpoint.newest(path / "checkpoints")
+    if found is None:
+        inside = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
+        what = f"it holds {', '.join(inside) or 'nothing'}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
+        raise CheckpointError(f"{path}: no finished checkpoint and no weights folder; {what}")
+    reader = checkpoint.Reader(found)
+    description = {key: reader.index[key] for key in ("model", "diffusion", "latents", "step")}
+    shapes = {name: tuple(shape) for name, shape in reader.index["shapes"].items()}
+    return Weights(dict(name=None, **description, weights=kind), shapes, lambda name, start, out: reader.read(kind, name, start, out))
+
+
+def _open_folder(path: Path) -> Weights:
+    try:
+        description = json.loads((path / "config.json").read_text())
+        found = description.pop("format", None)
+        if found != FORMAT:
+            raise CheckpointError(f"{path}: its config.json has format {found!r}, not {FORMAT!r}; is it to be imported (ditmoe import)?")
+        weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no whole weights folder ({error})") from None
+    files = {name: TensorFile(path / name) for name in sorted(set(weight_map.values()))}
+    lost = [name for name, file in weight_map.items() if name not in files[file].shapes]
+    if lost:
+        raise CheckpointError(f"{path / weight_map[lost[0]]}: {lost[0]} is missing from it")
+    shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
+    return Weights(description, shapes, lambda name, start, out: files[weight_map[name]].read(name, start, out))
+
+
+def write_weights(folder: str | Path, weights: Weights, dtype: str = "fp32", shard_bytes: int = 5 * 10**9) -> Path:
+    """Write a weights folder, tensor by tensor.
+
+    Args:
+        folder: a new or empty folder; it gets its name when all is written.
+        dtype: a key of ``DTYPES``.
+        shard_bytes: most bytes of tensors per file, but for a single larger tensor.
+
+    Raises:
+        CheckpointError: the folder is not empty, a tensor is missing from the source, or does not fit ``dtype``.
+    """
+    entries = [Entry(name, DTYPES[dtype], shape, partial(weights.tensor, name)) for name, shape in weights.shapes.items()]
+    with new_folder(folder) as unfinished:
+        write_shards(unfinished, "model", entries, shard_bytes)
+        write_json(unfinished / "config.json", dict(format=FORMAT, **weights.description | dict(dtype=dtype)))
+    return Path(folder)
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``target`` at the end and until then is its sibling ``.partial``.
+
+    Raises:
+        CheckpointError: there is something at ``target``.
+    """
+    target = Path(target)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise CheckpointError(f"{target}: something is there already; choose a new or empty folder")
+    unfinished = target.with_name(target.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    unfinished.rename(target)
+
+
+def write_shards(folder: Path, stem: str, entries: Sequence[Entry], shard_bytes: int) -> None:
+    """Write ``stem-0000i-of-0000N.safetensors`` in the order of ``entries``, and the index that says what is where."""
+    shards: list[list[Entry]] = [[]]
+    room = shard_bytes
+    for entry in entries:
+        size = math.prod(entry.shape) * entry.dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(entry)
+        room -= size
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / file, shard)
+        weight_map.update((entry.key, file) for entry in shard)
+    total = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
+    write_json(folder / f"{stem}.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map=weight_map))
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

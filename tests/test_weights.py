@@ -1,0 +1,165 @@
+"""Streamed safetensors files and the weights folder."""
+
+import json
+import struct
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
+from ditmoe_ds.distributed.weights import Weights, open_weights, write_weights
+from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.models.dit import DiT, DiTConfig
+
+TENSORS = {
+    "odd.bf16": torch.randn(3, 5, dtype=torch.bfloat16),
+    "wide": torch.randn(7, dtype=torch.float64),
+    "half": torch.randn(2, 2).half(),
+    "plain": torch.randn(4, 3, 2),
+    "counts": torch.arange(9),
+    "flags": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.empty(0, 4),
+}
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+    write(tmp_path / "a.safetensors", [Entry(key, value.dtype, value.shape, lambda value=value: value) for key, value in TENSORS.items()])
+    read = load_file(tmp_path / "a.safetensors")
+    assert read.keys() == TENSORS.keys()
+    assert all(value.dtype == read[key].dtype and torch.equal(value, read[key]) for key, value in TENSORS.items())
+    write(tmp_path / "none.safetensors", [])
+    assert load_file(tmp_path / "none.safetensors") == {} == TensorFile(tmp_path / "none.safetensors").shapes
+
+
+def test_we_read_what_the_library_writes(tmp_path):
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    assert file.dtypes == {key: value.dtype for key, value in TENSORS.items()}
+    for key, value in TENSORS.items():
+        assert file.shapes[key] == tuple(value.shape)
+        for dtype in (value.dtype, torch.float32):
+            flat = value.reshape(-1).to(dtype)
+            for start in range(min(3, flat.numel() + 1)):
+                out = torch.full((flat.numel() - start,), 7).to(dtype)
+                file.read(key, start, out)
+                assert torch.equal(out, flat[start:])
+
+
+def test_conversion_in_more_than_one_piece(tmp_path):
+    value = torch.arange(2 * CHUNK + 5) % 256
+    write(tmp_path / "a.safetensors", [Entry("x", torch.bfloat16, value.shape, lambda: value)])
+    out = torch.empty(2 * CHUNK + 2)
+    TensorFile(tmp_path / "a.safetensors").read("x", 3, out)
+    assert torch.equal(out, value[3:].float())
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    if how in ("cut", "text", "short"):
+        path.write_bytes({"cut": whole[:-1], "text": b"not a tensor file at all", "short": b"abc"}[how])
+        return
+    if how == "long header":
+        path.write_bytes(struct.pack("<Q", 1 << 40) + whole[8:])
+        return
+    changes = {
+        "dtype": dict(dtype="F31"),
+        "outside": dict(data_offsets=[10**6, 10**6 + 16]),
+        "negative": dict(data_offsets=[-16, 0]),
+        "size": dict(shape=[5]),
+        "no offsets": dict(data_offsets=None),
+        "float": dict(shape=[4.0]),
+    }
+    header["x"] |= changes[how]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "short", "long header", "dtype", "outside", "negative", "size", "no offsets", "float"])
+def test_a_bad_file_is_refused(tmp_path, how):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(4)}, path)
+    damage(path, how)
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        TensorFile(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        TensorFile(tmp_path / "nothing")
+
+
+def test_a_file_cut_while_open_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(1000)}, path)
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="cut"):
+        file.read("x", 0, torch.empty(1000))
+
+
+CONFIG = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, experts=4)
+
+
+def random_weights(config=CONFIG, **description):
+    """A model of random weights, as its parameters and as ``Weights``."""
+    torch.manual_seed(0)
+    parameters = {name: torch.randn(p.shape) * 0.1 for name, p in DiT(config).named_parameters()}
+    known = dict(name="test", model=asdict(config), diffusion={}, latents={}, step=5, weights="ema")
+    read = lambda name, start, out: out.copy_(parameters[name].view(-1)[start : start + out.numel()])  # noqa: E731
+    return parameters, Weights(known | description, {name: tuple(p.shape) for name, p in parameters.items()}, read)
+
+
+@pytest.mark.parametrize("dtype, torch_dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_folder(tmp_path, dtype, torch_dtype):
+    parameters, weights = random_weights()
+    write_weights(tmp_path / "out", weights, dtype, shard_bytes=100_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    by_library = {name: value for file in files for name, value in load_file(tmp_path / "out" / file).items()}
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in by_library.values())
+    opened = open_weights(tmp_path / "out")
+    assert list(opened.shapes) == list(parameters) and by_library.keys() == parameters.keys()
+    assert opened.description == weights.description | dict(dtype=dtype)
+    for name, value in parameters.items():
+        assert torch.equal(by_library[name], value.to(torch_dtype))
+        assert torch.equal(opened.tensor(name), value.to(torch_dtype).float())
+        part = torch.empty(3)
+        opened.read(name, 2, part)
+        assert torch.equal(part, value.view(-1)[2:5].to(torch_dtype).float())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_no_weights_is_named(tmp_path):
+    _, weights = random_weights()
+    full = write_weights(tmp_path / "full", weights)
+    with pytest.raises(CheckpointError, match="already"):
+        write_weights(full, weights)
+    (tmp_path / "stranger").mkdir()
+    with pytest.raises(CheckpointError, match="it holds nothing"):
+        open_weights(tmp_path / "stranger")
+    (tmp_path / "stranger" / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="it holds notes.txt"):
+        open_weights(tmp_path / "stranger")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_weights(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="it is a file"):
+        open_weights(tmp_path / "stranger" / "notes.txt")
+    (tmp_path / "stranger" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    with pytest.raises(CheckpointError, match="format None"):
+        open_weights(tmp_path / "stranger")
+    (full / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00001-of-00001"):
+        open_weights(full)
+
+
+def test_a_value_too_large_for_fp16_is_refused(tmp_path):
+    parameters, weights = random_weights()
+    parameters["final.linear.bias"][0] = 1e5
+    with pytest.raises(CheckpointError, match="final.linear.bias.*1e\\+05.*bf16"):
+        write_weights(tmp_path / "out", weights, "fp16")
+    assert not (tmp_path / "out").exists()
+    write_weights(tmp_path / "out", weights, "bf16")
