@@ -108,7 +108,7 @@ def random_weights(config=CONFIG, **description):
     parameters = {name: torch.randn(p.shape) * 0.1 for name, p in DiT(config).named_parameters()}
     known = dict(name="test", model=asdict(config), diffusion={}, latents={}, step=5, weights="ema")
     read = lambda name, start, out: out.copy_(parameters[name].view(-1)[start : start + out.numel()])  # noqa: E731
-    return parameters, Weights(known | description, {name: tuple(p.shape) for name, p in parameters.items()}, read)
+    return parameters, Weights({name: tuple(p.shape) for name, p in parameters.items()}, read, known | description)
 
 
 @pytest.mark.parametrize("dtype, torch_dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -38,6 +38,9 @@ def init_weights(model: DiT, seed: int, ep_rank: int = 0) -> None:
             _fill(module.weight, (seed, path), bound=1 / math.sqrt(module.weight.shape[1]))
         elif isinstance(module, PackedExperts):
             first = ep_rank * len(module.w1)
+            for bias in (module.b1, module.b2):
+                if bias is not None:
+                    bias.zero_()
             for local, (w1, w2) in enumerate(zip(module.w1, module.w2, strict=True)):
                 halves = w1.chunk(2) if module.activation == "swiglu" else (w1,)
                 for name, matrix in zip(("down", "gate", "up"), (w2, *halves), strict=False):
