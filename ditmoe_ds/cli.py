@@ -1,46 +1,54 @@
-"""``ditmoe``: train, sample, analyze, info."""
+"""``ditmoe``: train, sample, analyze, info; export, import and upcycle are in interop/cli.py."""
 
 import argparse
 import json
 import sys
 
 from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.interop.cli import add_commands
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about a user's mistake."""
     parser = argparse.ArgumentParser(prog="ditmoe", description="Mixture-of-Experts diffusion transformers on DeepSpeed-MoE.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
     train = commands.add_parser("train", help="train in one process (several: deepspeed --module ditmoe_ds.train)")
     train.add_argument("recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value")
 
-    sample = commands.add_parser("sample", help="images from a run's EMA weights")
-    sample.add_argument("run_dir")
+    train.set_defaults(command=_train)
+
+    sample = commands.add_parser("sample", help="images from a run's EMA weights, or from a weights folder")
+    sample.set_defaults(command=_sample)
+    sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
     sample.add_argument("--classes", default="0", help="comma-separated, for example 0,1,2")
     sample.add_argument("--per-class", type=int, default=8, help="images (a row) per class")
     sample.add_argument("--steps", type=int, default=50)
     sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
     sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
     sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
+    sample.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
     sample.add_argument("--weights", choices=["ema", "master"], default="ema")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", default="grid.png")
 
     analyze = commands.add_parser("analyze", help="which expert takes which token, as pictures and JSON")
+    analyze.set_defaults(command=_analyze)
     analyze.add_argument("run_dir")
     analyze.add_argument("--out", required=True)
     analyze.add_argument("--samples", type=int, default=256)
 
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
+    info.set_defaults(command=_info)
     info.add_argument("name", help="for example DiT-MoE-XL/2-8E2A or DiT-XL/2")
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
     info.add_argument("--json", action="store_true")
 
+    add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
-        return globals()[f"_{arguments.command}"](arguments)
+        return arguments.command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,7 +72,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         classes = [int(part) for part in arguments.classes.split(",")]
     except ValueError:
         raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
-    run = open_run(arguments.run_dir, arguments.weights)
+    run = open_run(arguments.run_dir, arguments.weights, vae=arguments.vae)
     labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
     images = run.sample(
         labels,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,10 @@ def test_gmacs_with_attention():
     assert describe(named_config("DiT-MoE-G/2-16E2A"))["gmacs"] == pytest.approx(698.3, abs=0.05)
 
 
-@pytest.mark.parametrize("config", [TINY, DiTConfig(hidden=32, depth=1, heads=2, qk_norm=True, experts=2, top_k=1, shared=0)])
+GELU = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, experts=4, shared=0, expert_activation="gelu", expert_hidden=48)
+
+
+@pytest.mark.parametrize("config", [TINY, GELU, DiTConfig(hidden=32, depth=1, heads=2, qk_norm=True, experts=2, top_k=1, shared=0)])
 def test_the_count_is_the_models(config):
     model = DiT(config)
     assert describe(config)["total"] == sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
@@ -59,13 +63,23 @@ def test_unknown_names(name, capsys):
     assert name in error and error.count("\n") == 1
 
 
+def test_dense_experts_count_as_the_dense_mlp():
+    """One expert that is the dense MLP: the dense model and a router."""
+    dense = DiTConfig(hidden=32, depth=2, heads=4, input_size=8)
+    one = replace(dense, experts=1, top_k=1, shared=0, expert_activation="gelu")
+    assert describe(one)["total"] == describe(dense)["total"] + 2 * 32 == describe(one)["active"]
+    four = describe(replace(one, experts=4, top_k=2, expert_hidden=64))
+    assert four["parts"]["routed_experts"] == 2 * 4 * (2 * 32 * 64 + 64 + 32)
+    assert four["total"] - four["active"] == 2 * 2 * (2 * 32 * 64 + 64 + 32)
+
+
 def make(config=TINY, seed=0):
     model = DiT(config)
     init_weights(model, seed)
     return model
 
 
-@pytest.mark.parametrize("config", [TINY, DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3)])
+@pytest.mark.parametrize("config", [TINY, GELU, DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3)])
 def test_output_is_zero_and_blocks_are_the_identity_at_init(config):
     model = make(config)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0]), torch.tensor([0, 3])

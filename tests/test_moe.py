@@ -5,6 +5,7 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
 
+from ditmoe_ds.models.dit import DenseMLP
 from ditmoe_ds.moe.experts import PackedExperts, activate, grouped_mm, per_expert_mm
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
@@ -149,14 +150,21 @@ def test_grouped_kernel_is_the_gemm_per_expert(counts, dtype):
         torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-1 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_gelu_experts():
-    experts = PackedExperts(2, D, 24, "gelu")
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(6, D)
-    out = experts(x, torch.tensor([2, 4]))
-    wanted = [experts.w2[e] @ torch.nn.functional.gelu(experts.w1[e] @ token) for token, e in zip(x, [0, 0, 1, 1, 1, 1])]
-    torch.testing.assert_close(out, torch.stack(wanted))
+@pytest.mark.parametrize("counts", [[2, 4, 0], [0, 6, 0], [3, 1, 2], [0, 0, 0]])
+def test_gelu_experts_are_the_dense_mlp(counts):
+    experts, mlps, x = PackedExperts(3, D, 4 * D, "gelu"), [DenseMLP(D) for _ in counts], torch.randn(sum(counts), D)
+    with torch.no_grad():
+        for e, mlp in enumerate(mlps):
+            for packed, own in zip((experts.w1, experts.b1, experts.w2, experts.b2), (*mlp.w1.parameters(), *mlp.w2.parameters())):
+                packed[e] = own
+    out = experts(x, torch.tensor(counts))
+    wanted = torch.cat([mlp(rows)[0] for mlp, rows in zip(mlps, x.split(counts))])
+    torch.testing.assert_close(out, wanted)
+    out.square().sum().backward()
+    wanted.square().sum().backward()
+    for e, mlp in enumerate(mlps):
+        for packed, own in zip((experts.w1, experts.b1, experts.w2, experts.b2), (*mlp.w1.parameters(), *mlp.w2.parameters())):
+            torch.testing.assert_close(packed.grad[e], own.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_router_computes_in_fp32_under_bf16():

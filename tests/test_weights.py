@@ -2,16 +2,15 @@
 
 import json
 import struct
-from dataclasses import asdict
 
 import pytest
 import torch
+from models import random_weights
 from safetensors.torch import load_file, save_file
 
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
-from ditmoe_ds.distributed.weights import Weights, open_weights, write_weights
+from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
-from ditmoe_ds.models.dit import DiT, DiTConfig
 
 TENSORS = {
     "odd.bf16": torch.randn(3, 5, dtype=torch.bfloat16),
@@ -97,18 +96,6 @@ def test_a_file_cut_while_open_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="cut"):
         file.read("x", 0, torch.empty(1000))
-
-
-CONFIG = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, experts=4)
-
-
-def random_weights(config=CONFIG, **description):
-    """A model of random weights, as its parameters and as ``Weights``."""
-    torch.manual_seed(0)
-    parameters = {name: torch.randn(p.shape) * 0.1 for name, p in DiT(config).named_parameters()}
-    known = dict(name="test", model=asdict(config), diffusion={}, latents={}, step=5, weights="ema")
-    read = lambda name, start, out: out.copy_(parameters[name].view(-1)[start : start + out.numel()])  # noqa: E731
-    return parameters, Weights(known | description, {name: tuple(p.shape) for name, p in parameters.items()}, read)
 
 
 @pytest.mark.parametrize("dtype, torch_dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,15 +61,19 @@ def _euler(predict: Predict, z: Tensor, config: DiffusionConfig, steps: int) -> 
     return z
 
 
-def _diffusers(predict: Predict, z: Tensor, steps: int, sampler: Sampler, generator: torch.Generator | None) -> Tensor:
+def noise_scheduler(sampler: Literal["ddpm", "ddim"]) -> Any:
+    """diffusers' scheduler for the ddpm objective."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
     common = dict(num_train_timesteps=DDPM.steps, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)
-    channels = z.shape[1]
     if sampler == "ddim":
-        scheduler = DDIMScheduler(**common, set_alpha_to_one=True, timestep_spacing="trailing")
-    else:
-        scheduler = DDPMScheduler(**common, variance_type="learned_range", timestep_spacing="trailing")
+        return DDIMScheduler(**common, set_alpha_to_one=True, timestep_spacing="trailing")
+    return DDPMScheduler(**common, variance_type="learned_range", timestep_spacing="trailing")
+
+
+def _diffusers(predict: Predict, z: Tensor, steps: int, sampler: Literal["ddpm", "ddim"], generator: torch.Generator | None) -> Tensor:
+    scheduler = noise_scheduler(sampler)
+    channels = z.shape[1]
     scheduler.set_timesteps(steps, device=z.device)
     for t in scheduler.timesteps:
         out = predict(z, t.float().expand(len(z)))

@@ -27,22 +27,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Weights:
-    """The parameters of a whole model (EP 1), read on demand."""
+class Tensors:
+    """Named tensors, read on demand."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of every tensor, by name."""
+    read: Callable[[str, int, Tensor], None]
+    """``read(name, start, out)`` fills ``out`` (1-D) with the elements of the flattened tensor from ``start`` on."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, fp32."""
+        out = torch.empty(self.shapes[name])
+        self.read(name, 0, out.view(-1))
+        return out
+
+
+@dataclass
+class Weights(Tensors):
+    """The parameters of a whole model (EP 1), by their names in it."""
 
     description: dict[str, Any]
     """``name`` (or None), ``model`` and ``diffusion`` (fields of DiTConfig, DiffusionConfig), ``latents`` (VAE, scaling_factor,
     shift_factor, class names; {} if unknown), ``step``, ``weights`` (which set: ema, master, ...)."""
-    shapes: dict[str, tuple[int, ...]]
-    """Of every parameter, in the model's order."""
-    read: Callable[[str, int, Tensor], None]
-    """``read(name, start, out)`` fills ``out`` (1-D) with the elements of the flattened parameter from ``start`` on."""
-
-    def tensor(self, name: str) -> Tensor:
-        """One whole parameter, fp32."""
-        out = torch.empty(self.shapes[name])
-        self.read(name, 0, out.view(-1))
-        return out
 
 
 def open_weights(path: str | Path, kind: str = "ema") -> Weights:
@@ -66,7 +72,7 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
     reader = checkpoint.Reader(found)
     description = {key: reader.index[key] for key in ("model", "diffusion", "latents", "step")}
     shapes = {name: tuple(shape) for name, shape in reader.index["shapes"].items()}
-    return Weights(dict(name=None, **description, weights=kind), shapes, lambda name, start, out: reader.read(kind, name, start, out))
+    return Weights(shapes, partial(reader.read, kind), dict(name=None, **description, weights=kind))
 
 
 def _open_folder(path: Path) -> Weights:
@@ -75,15 +81,29 @@ def _open_folder(path: Path) -> Weights:
         found = description.pop("format", None)
         if found != FORMAT:
             raise CheckpointError(f"{path}: its config.json has format {found!r}, not {FORMAT!r}; is it to be imported (ditmoe import)?")
-        weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no whole weights folder ({error})") from None
-    files = {name: TensorFile(path / name) for name in sorted(set(weight_map.values()))}
-    lost = [name for name, file in weight_map.items() if name not in files[file].shapes]
-    if lost:
-        raise CheckpointError(f"{path / weight_map[lost[0]]}: {lost[0]} is missing from it")
-    shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
-    return Weights(description, shapes, lambda name, start, out: files[weight_map[name]].read(name, start, out))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no readable config.json ({error})") from None
+    tensors = open_shards(path, "model")
+    return Weights(tensors.shapes, tensors.read, description)
+
+
+def open_shards(folder: Path, stem: str) -> Tensors:
+    """Open ``stem.safetensors``, or what ``stem.safetensors.index.json`` lists.
+
+    Raises:
+        CheckpointError: neither is there, or a file or a tensor of the index is missing.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        single = TensorFile(folder / f"{stem}.safetensors")
+        return Tensors(single.shapes, single.read)
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        files = {file: TensorFile(folder / file) for file in sorted(set(weight_map.values()))}
+        shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: does not fit the files beside it ({error})") from None
+    return Tensors(shapes, lambda name, start, out: files[weight_map[name]].read(name, start, out))
 
 
 def write_weights(folder: str | Path, weights: Weights, dtype: str = "fp32", shard_bytes: int = 5 * 10**9) -> Path:

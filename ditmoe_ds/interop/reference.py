@@ -1,34 +1,127 @@
-"""Weights of the public DiT-MoE reference code, read into our model."""
+"""Weights of the public DiT-MoE reference code, in and out."""
 
 import argparse
+import os
 import pickle
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds import config as configuration
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed.tensorfile import Entry, TensorFile
+from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_shards
+from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.interop.layout import Layout, assemble, disassemble, from_memory, refuse_settings_without_place
 from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.embeddings import position_table
+from ditmoe_ds.models.sizes import parameter_shapes
 from ditmoe_ds.moe.routing import RouterConfig
+from ditmoe_ds.pipelines.run import load_model
 
 CONTAINERS = ("ema", "model", "module", "state_dict")
 """Where the weights may lie in a checkpoint file, the preferred first; a bare state dict works too."""
 
-_RENAMED = [
-    (r"x_embedder\.proj\.(.*)", r"x_embed.\1"),
-    (r"t_embedder\.(.*)", r"t_embed.\1"),
-    (r"y_embedder\.embedding_table\.(.*)", r"y_embed.table.\1"),
-    (r"(blocks\.\d+)\.attn\.Wqkv\.(.*)", r"\1.attn.qkv.\2"),
-    (r"(blocks\.\d+)\.attn\.out_proj\.(.*)", r"\1.attn.proj.\2"),
-    (r"(blocks\.\d+\.attn\.(?:qkv|proj|q_norm|k_norm)\..*)", r"\1"),
-    (r"(blocks\.\d+)\.adaLN_modulation\.(.*)", r"\1.modulation.\2"),
-    (r"(blocks\.\d+)\.moe\.gate\.weight", r"\1.mlp.deepspeed_moe.gate.weight"),
-    (r"final_layer\.adaLN_modulation\.(.*)", r"final.modulation.\1"),
-    (r"final_layer\.linear\.(.*)", r"final.linear.\1"),
-]
-_EXPERT = re.compile(r"(blocks\.\d+)\.moe\.(?:experts\.(?P<index>\d+)|shared_experts)\.(?P<matrix>gate|up|down)_proj\.weight")
+_SETTINGS = {"hidden", "depth", "heads", "patch", "input_size", "in_channels", "num_classes", "experts", "top_k", "shared", "qk_norm"}
+_SETTINGS |= {"learn_variance", "router.balance_alpha", "router.balance_scope", "router.z_alpha"}
+"""What the reference's model can be told, or needs to be told only in training."""
+
+_RENAMED = {
+    "x_embed.": "x_embedder.proj.",
+    "t_embed.": "t_embedder.",
+    "y_embed.table.": "y_embedder.embedding_table.",
+    ".mlp.deepspeed_moe.gate.": ".moe.gate.",
+    "final.": "final_layer.",
+    "modulation.": "adaLN_modulation.",
+}
+_RENAMED_QK_NORM = {".attn.qkv.": ".attn.Wqkv.", ".attn.proj.": ".attn.out_proj."}
+
+
+def layout(config: DiTConfig) -> Layout:
+    """Their names: experts one by one, gate and up apart, attention by the qk-norm variant."""
+    out: Layout = {}
+    for name, shape in parameter_shapes(config).items():
+        block, _, rest = name.partition(".mlp.")
+        matrices = ("gate", "up") if "w1" in rest else ("down",)
+        if "deepspeed_experts" in rest:
+            piece = (shape[1] // len(matrices), shape[2])
+            out[name] = [(f"{block}.moe.experts.{e}.{matrix}_proj.weight", piece) for e in range(shape[0]) for matrix in matrices]
+        elif "shared_mlp" in rest:
+            piece = (shape[0] // len(matrices), shape[1])
+            out[name] = [(f"{block}.moe.shared_experts.{matrix}_proj.weight", piece) for matrix in matrices]
+        else:
+            key = name
+            for ours, theirs in (_RENAMED | (_RENAMED_QK_NORM if config.qk_norm else {})).items():
+                key = key.replace(ours, theirs)
+            out[name] = [(key, shape)]
+    return out
+
+
+def reference_weights(
+    source: str | Path | dict[str, Any],
+    *,
+    top_k: int,
+    num_heads: int,
+    num_classes: int,
+    input_size: int,
+    objective: Literal["rectified_flow", "ddpm"],
+    balance_alpha: float = 0.005,
+) -> Weights:
+    """Open weights of the reference code.
+
+    What the shapes tell is read from them: width, depth, experts, patch, variance channels, qk-norm.
+
+    Args:
+        source: a file of ``torch.save`` (read whole, with ``weights_only=True``) in any of ``CONTAINERS`` or bare, with or
+            without a ``module.`` prefix, or its content; a safetensors file, or a folder with ``model.safetensors.index.json``.
+        top_k, num_heads, num_classes, input_size, objective, balance_alpha: what the shapes do not tell.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+        ConfigError: a setting that contradicts the shapes.
+    """
+    theirs = _open(source)
+    shapes = theirs.shapes
+    for needed in (
+        "x_embedder.proj.weight",
+        "final_layer.linear.bias",
+        "blocks.0.moe.gate.weight",
+        "blocks.0.moe.shared_experts.gate_proj.weight",
+    ):
+        if needed not in shapes:
+            raise CheckpointError(f"{needed} is missing: this is no DiT-MoE checkpoint (its keys begin {list(shapes)[:3]})")
+    hidden, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
+    experts, tokens = shapes["blocks.0.moe.gate.weight"][0], (input_size // patch) ** 2
+    if hidden % num_heads:
+        raise ConfigError("--heads", num_heads, f"must divide the width {hidden}")
+    if not 1 <= top_k <= experts:
+        raise ConfigError("--top-k", top_k, f"the checkpoint has {experts} experts")
+    if "pos_embed" in shapes and shapes["pos_embed"][1] != tokens:
+        right = round(shapes["pos_embed"][1] ** 0.5) * patch
+        raise ConfigError("--input-size", input_size, f"the checkpoint's position table is for {right}")
+    config = DiTConfig(
+        hidden=hidden,
+        depth=1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match),
+        heads=num_heads,
+        patch=patch,
+        input_size=input_size,
+        in_channels=in_channels,
+        num_classes=num_classes,
+        experts=experts,
+        top_k=top_k,
+        shared=shapes["blocks.0.moe.shared_experts.gate_proj.weight"][0] // hidden,
+        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        learn_variance=shapes["final_layer.linear.bias"][0] == 2 * in_channels * patch**2,
+        router=RouterConfig(balance_alpha=balance_alpha),
+    )
+    # rectified flow passes t in [0, 1] to the reference's embedding, ddpm its step 0..999: time_scale is of no use there
+    diffusion = DiffusionConfig(objective, time_scale=1.0 if objective == "rectified_flow" else 1000.0)
+    description = dict(name=None, model=asdict(config), diffusion=asdict(diffusion), latents={}, step=0, weights="reference")
+    return assemble(theirs, layout(config), description, ignored=("pos_embed",))
 
 
 def load_reference(
@@ -42,94 +135,58 @@ def load_reference(
 ) -> DiT:
     """Build a model with the reference's weights; call it as ``model(x, t, y)``.
 
-    What the shapes tell is read from them: width, depth, experts, patch, variance channels, qk-norm.
+    The arguments and errors are those of ``reference_weights``. Released rectified-flow weights expect t in [0, 1], not 0..1000.
+    """
+    settings = dict(top_k=top_k, num_heads=num_heads, num_classes=num_classes, input_size=input_size, balance_alpha=balance_alpha)
+    return load_model(reference_weights(path_or_state_dict, objective="rectified_flow", **settings))  # type: ignore[arg-type]
+
+
+def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) -> None:
+    """Write weights as the reference code names them, with the position table it stores.
 
     Args:
-        path_or_state_dict: a file (loaded with ``weights_only=True``) or its content, in any of ``CONTAINERS`` or bare,
-            with or without a ``module.`` prefix.
-        top_k, num_heads, num_classes, input_size, balance_alpha: what the shapes do not tell. Released rectified-flow
-            weights expect t in [0, 1], not 0..1000.
+        out: a new folder of safetensors shards; or a file ``*.pt``, one state dict for ``torch.load``, which needs memory
+            for the whole model at once.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape.
+        CheckpointError: the model has something that the reference's has not, or ``out`` exists.
     """
-    source = path_or_state_dict
+    config = configuration.build(DiTConfig, weights.description["model"])
+    refuse_settings_without_place(config, _SETTINGS, "the reference code")
+    if not config.experts or not config.shared:
+        raise CheckpointError("the reference code knows sparse models with shared experts only; use --to diffusers or safetensors")
+    table = position_table(config.input_size // config.patch, config.hidden)[None]
+    entries = [Entry("pos_embed", DTYPES[dtype], tuple(table.shape), lambda: table)]
+    entries += disassemble(weights, layout(config), DTYPES[dtype])
+    if out.suffix != ".pt":
+        with new_folder(out) as folder:
+            write_shards(folder, "model", entries, shard_bytes)
+        return
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".partial")
+    torch.save({entry.key: entry.fetch().to(entry.dtype) for entry in entries}, unfinished)
+    os.replace(unfinished, out)
+
+
+def _open(source: str | Path | dict[str, Any]) -> Tensors:
     if not isinstance(source, dict):
-        source = _read(Path(source))
-    weights = _unwrap(source)
-    for needed in ("x_embedder.proj.weight", "final_layer.linear.bias", "y_embedder.embedding_table.weight"):
-        if needed not in weights:
-            raise CheckpointError(f"{needed} is missing: this is no DiT-MoE checkpoint (its keys begin {list(weights)[:3]})")
-    hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    out_channels = len(weights["final_layer.linear.bias"]) // patch**2
-    config = DiTConfig(
-        hidden=hidden,
-        depth=1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
-        heads=num_heads,
-        patch=patch,
-        input_size=input_size,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        experts=len(weights["blocks.0.moe.gate.weight"]),
-        top_k=top_k,
-        shared=len(weights["blocks.0.moe.shared_experts.gate_proj.weight"]) // hidden,
-        qk_norm="blocks.0.attn.q_norm.weight" in weights,
-        learn_variance=out_channels == 2 * in_channels,
-        router=RouterConfig(balance_alpha=balance_alpha),
-    )
-    model = DiT(config)
-    try:
-        model.load_state_dict(_translate(weights))
-    except RuntimeError as error:
-        raise CheckpointError(f"the reference checkpoint does not fit {config}: {error}") from None
-    return model
+        path = Path(source)
+        if path.is_dir():
+            return open_shards(path, "model")
+        if path.suffix == ".safetensors":
+            file = TensorFile(path)
+            return Tensors(file.shapes, file.read)
+        source = _load(path)
+    inner: dict[str, Tensor] = next((source[name] for name in CONTAINERS if isinstance(source.get(name), dict)), source)
+    return from_memory({key.removeprefix("module."): value for key, value in inner.items()})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     # the reference's training script stores its argparse options beside the weights; a Namespace holds data only
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, pickle.UnpicklingError, RuntimeError) as error:
             raise CheckpointError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from None
-
-
-def _unwrap(source: dict[str, Any]) -> dict[str, Tensor]:
-    inner = next((source[name] for name in CONTAINERS if isinstance(source.get(name), dict)), source)
-    return {key.removeprefix("module."): value for key, value in inner.items()}
-
-
-def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to our keys; pack experts and fuse each gate with its up projection. The position table is computed."""
-    out: dict[str, Tensor] = {}
-    packed: dict[str, dict[int, Tensor]] = {}
-    for key, value in weights.items():
-        expert = _EXPERT.fullmatch(key)
-        if key == "pos_embed" or (expert and expert["matrix"] == "up"):
-            continue
-        if not expert:
-            out[_rename(key)] = value
-            continue
-        matrix = "w2"
-        if expert["matrix"] == "gate":
-            matrix, up = "w1", key.replace("gate_proj", "up_proj")
-            if up not in weights:
-                raise CheckpointError(f"{up} is missing from the reference checkpoint")
-            value = torch.cat([value, weights[up]])
-        if expert["index"]:
-            packed.setdefault(f"{expert[1]}.mlp.deepspeed_moe.experts.deepspeed_experts.0.{matrix}", {})[int(expert["index"])] = value
-        else:
-            out[f"{expert[1]}.mlp.shared_mlp.{matrix}.weight"] = value
-    for name, matrices in packed.items():
-        if sorted(matrices) != list(range(len(matrices))):
-            raise CheckpointError(f"{name}: the reference checkpoint has experts {sorted(matrices)}, some are missing")
-        out[name] = torch.stack([matrices[index] for index in range(len(matrices))])
-    return out
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _RENAMED:
-        name, found = re.subn(rf"^{pattern}$", replacement, key)
-        if found:
-            return name
-    raise CheckpointError(f"{key}: unknown tensor in the reference checkpoint")

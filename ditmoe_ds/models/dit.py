@@ -6,7 +6,7 @@ but the number of ranks that share a set of experts.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,20 @@ class DiTConfig:
     top_k: int = 2
     shared: int = 2
     """Shared experts, each ``hidden`` wide, realised as one SwiGLU of their joint width."""
+    expert_activation: Literal["swiglu", "gelu"] = "swiglu"
+    """swiglu is DiT-MoE's; gelu is the dense DiT's MLP with its biases, for experts upcycled from one."""
+    expert_hidden: int | None = None
+    """Hidden width of a routed expert; None is 4 * ``hidden``."""
     qk_norm: bool = False
     learn_variance: bool = True
     """The output carries a second set of channels (DDPM's variance; unused by rectified flow)."""
+    frequency_shift: int = 0
+    """The timestep's frequencies are 10000^(-i / (128 - shift)): 0 as in DiT, 1 as in diffusers' stock DiT."""
     router: RouterConfig = field(default_factory=RouterConfig)
+
+    @property
+    def expert_width(self) -> int:
+        return self.expert_hidden or 4 * self.hidden
 
     @property
     def out_channels(self) -> int:
@@ -82,7 +92,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp: nn.Module
         if config.experts:
-            self.mlp = MoE(dim, config.experts, config.top_k, 4 * dim, config.shared * dim, config.router, ep_size)
+            widths = config.expert_width, config.shared * dim
+            self.mlp = MoE(dim, config.experts, config.top_k, *widths, config.router, ep_size, config.expert_activation)
         else:
             self.mlp = DenseMLP(dim)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -124,7 +135,7 @@ class DiT(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         self.x_embed = nn.Conv2d(config.in_channels, config.hidden, config.patch, stride=config.patch)
-        self.t_embed = TimestepEmbedder(config.hidden)
+        self.t_embed = TimestepEmbedder(config.hidden, config.frequency_shift)
         self.y_embed = LabelEmbedder(config.num_classes, config.hidden)
         table = position_table(config.input_size // config.patch, config.hidden)
         self.register_buffer("pos_embed", table, persistent=False)

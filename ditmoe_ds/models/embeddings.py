@@ -21,17 +21,19 @@ def position_table(side: int, dim: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid [cos | sin] of size 256 in fp32, then Linear-SiLU-Linear to D."""
+    """Sinusoid [cos | sin] of size 256 in fp32, then Linear-SiLU-Linear to D. omega_i = 10000^(-i / (128 - frequency_shift))."""
 
-    def __init__(self, dim: int, frequencies: int = 256):
+    frequencies = 256
+
+    def __init__(self, dim: int, frequency_shift: int = 0):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp: Any = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.frequency_shift = frequency_shift
+        self.mlp: Any = nn.Sequential(nn.Linear(self.frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) on the 0..1000 scale -> (B, D)."""
         half = self.frequencies // 2
-        omega = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        omega = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift))
         angles = t.float()[:, None] * omega
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))

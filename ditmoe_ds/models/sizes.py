@@ -1,5 +1,6 @@
 """Named models and their exact size: ``DiT-MoE-XL/2-8E2A`` (sparse), ``DiT-XL/2`` (dense)."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.embeddings import TimestepEmbedder
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ def named_config(name: str, **overrides: Any) -> DiTConfig:
     return DiTConfig(**fields | overrides)
 
 
+def parameter_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the whole model (EP 1) and its shape, without allocating it."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in DiT(config).named_parameters()}
+
+
 def describe(config: DiTConfig) -> dict[str, Any]:
     """Count parameters and multiply-accumulates without allocating them.
 
@@ -57,20 +65,21 @@ def describe(config: DiTConfig) -> dict[str, Any]:
         ``gmacs``: 10^9 multiply-accumulates of one image's forward, without and with attention's two matrix products.
         The fixed position table counts, as in the published figures.
     """
-    with torch.device("meta"):
-        model = DiT(config)
-    parts: dict[str, int] = {"position_table": model.pos_embed.numel()}
-    for name, parameter in model.named_parameters():
+    parts: dict[str, int] = {"position_table": config.tokens * config.hidden}
+    for name, shape in parameter_shapes(config).items():
         part = _part(name)
-        parts[part] = parts.get(part, 0) + parameter.numel()
+        parts[part] = parts.get(part, 0) + math.prod(shape)
     total = sum(parts.values())
     idle = config.experts - config.top_k
     active = total - (parts["routed_experts"] * idle // config.experts if config.experts else 0)
 
     h, N, L = config.hidden, config.tokens, config.depth
-    feed_forward = 12 * config.top_k * h * h + 3 * h * config.shared * h + config.experts * h if config.experts else 8 * h * h
+    feed_forward = 8 * h * h
+    if config.experts:
+        matrices = 3 if config.expert_activation == "swiglu" else 2
+        feed_forward = matrices * config.top_k * h * config.expert_width + 3 * h * config.shared * h + config.experts * h
     per_token = L * (4 * h * h + feed_forward) + config.patch**2 * h * (config.in_channels + config.out_channels)
-    per_image = L * 6 * h * h + 2 * h * h + (model.t_embed.frequencies * h + h * h)
+    per_image = L * 6 * h * h + 2 * h * h + (TimestepEmbedder.frequencies * h + h * h)
     linear = N * per_token + per_image
     return dict(
         total=total,

@@ -87,15 +87,26 @@ class MoE(DeepSpeedMoE):
         top_k: experts per token.
         expert_width: hidden width of a routed expert.
         shared_width: hidden width of the shared path; 0 leaves it out.
+        activation: of the routed experts, see ``PackedExperts``.
         ep_size: ranks that share one set of experts; this rank holds E / ep_size of them.
     """
 
-    def __init__(self, dim: int, experts: int, top_k: int, expert_width: int, shared_width: int, router: RouterConfig, ep_size: int = 1):
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        top_k: int,
+        expert_width: int,
+        shared_width: int,
+        router: RouterConfig,
+        ep_size: int = 1,
+        activation: str = "swiglu",
+    ):
         nn.Module.__init__(self)  # DeepSpeed's own __init__ would build its gate and E copies of one expert
         self.num_experts, self.ep_size, self.num_local_experts = experts, ep_size, experts // ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         self.use_residual = self.enable_expert_tensor_parallelism = False
-        packed = PackedExperts(self.num_local_experts, dim, expert_width)
+        packed = PackedExperts(self.num_local_experts, dim, expert_width, activation)
         # One packed module poses as the only local expert: DeepSpeed tags its parameters and finds it under the
         # names that its checkpoint code expects.
         self.deepspeed_moe = RoutedExperts(

@@ -1,0 +1,122 @@
+"""``ditmoe export``, ``import`` and ``upcycle``: weights out, in, and from dense to sparse. One CPU process each."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from ditmoe_ds.errors import ConfigError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_commands(commands: Any) -> None:
+    """Add the three to ``ditmoe``'s subparsers."""
+    export = commands.add_parser("export", help="write a run's weights for others")
+    export.set_defaults(command=_export)
+    export.add_argument("run", help="a run directory, a checkpoint folder or a weights folder")
+    export.add_argument("--to", choices=["safetensors", "diffusers", "reference"], default="safetensors")
+    export.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's weights")
+    _add_output(export, "a new folder; for --to reference also a file NAME.pt")
+
+    importing = commands.add_parser("import", help="make a weights folder of others' weights").add_subparsers(required=True)
+    reference = importing.add_parser("reference", help="a checkpoint of the DiT-MoE reference code")
+    reference.set_defaults(command=_import_reference)
+    reference.add_argument("file", help="*.pt, *.safetensors or a folder of shards")
+    for name, meaning in (("top-k", "experts per token"), ("heads", "attention heads"), ("classes", "without the null class")):
+        reference.add_argument(f"--{name}", type=int, required=True, help=meaning)
+    reference.add_argument("--input-size", type=int, required=True, help="side of the latent: 32 for 256 px")
+    reference.add_argument("--objective", choices=["rectified_flow", "ddpm"], required=True)
+    reference.add_argument("--balance-alpha", type=float, default=0.005)
+    _add_output(reference)
+    diffusers = importing.add_parser("diffusers", help="a pipeline of ours, or one with diffusers' DiTTransformer2DModel")
+    diffusers.set_defaults(command=_import_diffusers)
+    diffusers.add_argument("folder")
+    _add_output(diffusers)
+
+    upcycle = commands.add_parser("upcycle", help="make a sparse model of a dense one that computes the same")
+    upcycle.set_defaults(command=_upcycle)
+    upcycle.add_argument("dense", help="a run directory, a checkpoint folder or a weights folder of a dense DiT")
+    upcycle.add_argument("--experts", type=int, default=8)
+    upcycle.add_argument("--top-k", type=int, help="by default 2, or --split")
+    upcycle.add_argument("--split", type=int, default=1, help="slices per copy of the dense MLP, each an expert")
+    upcycle.add_argument("--noise", type=float, default=0.0, help="standard deviation, relative to each matrix's")
+    upcycle.add_argument("--seed", type=int, default=0, help="of router and noise")
+    upcycle.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's weights")
+    _add_output(upcycle)
+
+
+def _add_output(parser: argparse.ArgumentParser, out: str = "a new folder") -> None:
+    parser.add_argument("--out", required=True, help=out)
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--shard-size", default="5GB", help="most bytes per file, for example 500MB")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.distributed.weights import write_weights
+    from ditmoe_ds.interop.diffusers_folder import export_diffusers
+    from ditmoe_ds.interop.reference import export_reference
+
+    weights, out, how = _open(arguments.run, arguments.weights), Path(arguments.out), (arguments.dtype, _shard_bytes(arguments))
+    notes = []
+    if arguments.to == "safetensors":
+        write_weights(out, weights, *how)
+    elif arguments.to == "diffusers" and not export_diffusers(weights, out, *how):
+        notes.append(f"without its VAE ({weights.description['latents'].get('vae', 'unknown')} is no local folder)")
+    elif arguments.to == "reference":
+        export_reference(weights, out, *how)
+        diffusion = weights.description["diffusion"]
+        if diffusion["objective"] == "rectified_flow" and diffusion["time_scale"] != 1:
+            notes.append(f"call it with t * {diffusion['time_scale']:g}: the reference's own sampler passes t in [0, 1]")
+    print("; ".join([f"{weights.description['weights']} weights of step {weights.description['step']} in {out}", *notes]))
+    return 0
+
+
+def _import_reference(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.interop.reference import reference_weights
+
+    weights = reference_weights(
+        arguments.file,
+        top_k=arguments.top_k,
+        num_heads=arguments.heads,
+        num_classes=arguments.classes,
+        input_size=arguments.input_size,
+        objective=arguments.objective,
+        balance_alpha=arguments.balance_alpha,
+    )
+    return _write(arguments, weights)
+
+
+def _import_diffusers(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.interop.diffusers_folder import diffusers_weights
+
+    return _write(arguments, diffusers_weights(Path(arguments.folder)))
+
+
+def _upcycle(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.interop.upcycle import upcycle
+
+    top_k = arguments.top_k or (arguments.split if arguments.split > 1 else 2)
+    dense = _open(arguments.dense, arguments.weights)
+    return _write(arguments, upcycle(dense, arguments.experts, top_k, arguments.split, arguments.noise, arguments.seed))
+
+
+def _open(path: str, which: str) -> Any:
+    from ditmoe_ds.distributed.weights import open_weights
+
+    return open_weights(path, {"ema": "ema", "raw": "master"}[which])
+
+
+def _write(arguments: argparse.Namespace, weights: Any) -> int:
+    from ditmoe_ds.distributed.weights import write_weights
+
+    write_weights(arguments.out, weights, arguments.dtype, _shard_bytes(arguments))
+    print(f"weights folder in {arguments.out}; ditmoe sample, export and upcycle open it")
+    return 0
+
+
+def _shard_bytes(arguments: argparse.Namespace) -> int:
+    match = re.fullmatch(r"([1-9]\d*) ?(KB|MB|GB)", arguments.shard_size, re.IGNORECASE)
+    if not match:
+        raise ConfigError("--shard-size", arguments.shard_size, "write a number and KB, MB or GB, for example 5GB")
+    return int(match[1]) * _UNITS[match[2].upper()]

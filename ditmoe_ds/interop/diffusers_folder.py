@@ -1,0 +1,178 @@
+"""diffusers pipelines: our models out and back in, and diffusers' stock DiT in."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditmoe_ds import config as configuration
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.diffusion.sampling import noise_scheduler
+from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_json, write_shards
+from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.interop.layout import Layout, assemble, disassemble, refuse_settings_without_place
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.sizes import parameter_shapes
+
+FILES = Path(__file__).parent / "diffusers_files"
+STEM = "diffusion_pytorch_model"
+PIPELINE, TRANSFORMER = "DiTMoEPipeline", "DiTMoETransformer2DModel"
+
+_SETTINGS = {"hidden", "depth", "heads", "patch", "input_size", "in_channels", "num_classes", "experts", "top_k", "shared", "qk_norm"}
+_SETTINGS |= {"learn_variance", "expert_activation", "expert_hidden", "frequency_shift", "router.renormalise", "router.route_scale"}
+_SETTINGS |= {"router.balance_alpha", "router.balance_scope", "router.z_alpha"}
+"""What ``transformer_ditmoe.py`` implements, and what matters in training alone."""
+
+
+def layout(config: DiTConfig) -> Layout:
+    """Our names without those that DeepSpeed asks for."""
+    shorter = {".mlp.deepspeed_moe.gate.": ".mlp.router.", ".mlp.deepspeed_moe.experts.deepspeed_experts.0.": ".mlp.experts."}
+    out: Layout = {}
+    for name, shape in parameter_shapes(config).items():
+        key = name
+        for ours, theirs in shorter.items():
+            key = key.replace(ours, theirs)
+        out[name] = [(key, shape)]
+    return out
+
+
+def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int) -> bool:
+    """Write a pipeline folder that loads without this package:
+    ``DiffusionPipeline.from_pretrained(out, custom_pipeline="pipeline_ditmoe", trust_remote_code=True)``.
+
+    Returns:
+        Whether the VAE is in it: the run's, if that is a local folder.
+
+    Raises:
+        CheckpointError: the model has something that the shipped code has not, or ``out`` is not empty.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = configuration.build(DiTConfig, weights.description["model"])
+    refuse_settings_without_place(config, _SETTINGS, "the diffusers model")
+    diffusion = configuration.build(DiffusionConfig, weights.description["diffusion"])
+    latents = weights.description["latents"]
+    vae = Path(latents["vae"]) if "vae" in latents and Path(latents["vae"]).is_dir() else None
+    scheduler = FlowMatchEulerDiscreteScheduler() if diffusion.objective == "rectified_flow" else noise_scheduler("ddim")
+    with new_folder(out) as folder:
+        (folder / "transformer").mkdir()
+        write_shards(folder / "transformer", STEM, disassemble(weights, layout(config), DTYPES[dtype]), shard_bytes)
+        write_json(folder / "transformer" / "config.json", dict(_class_name=TRANSFORMER, **asdict(config), diffusion=asdict(diffusion)))
+        shutil.copyfile(FILES / "transformer_ditmoe.py", folder / "transformer" / "transformer_ditmoe.py")
+        shutil.copyfile(FILES / "pipeline_ditmoe.py", folder / "pipeline_ditmoe.py")
+        scheduler.save_pretrained(folder / "scheduler")
+        if vae:
+            shutil.copytree(vae, folder / "vae")
+        index = dict(
+            _class_name=["pipeline_ditmoe", PIPELINE],
+            transformer=["transformer_ditmoe", TRANSFORMER],
+            scheduler=["diffusers", type(scheduler).__name__],
+            vae=["diffusers", "AutoencoderKL"] if vae else [None, None],
+            scaling_factor=latents.get("scaling_factor"),
+            shift_factor=latents.get("shift_factor"),
+            class_names=latents.get("class_names"),
+        )
+        write_json(folder / "model_index.json", index)
+    return vae is not None
+
+
+def diffusers_weights(path: Path) -> Weights:
+    """Open a pipeline folder of ours, or one of diffusers' stock DiT (``DiTTransformer2DModel``); its transformer folder will do.
+
+    Raises:
+        CheckpointError: another model, a setting that ours has not, or a damaged folder.
+    """
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    settings = _read_json(folder / "config.json")
+    index = _read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    latents: dict[str, Any] = {}
+    if (path / "vae").is_dir():
+        vae = _read_json(path / "vae" / "config.json")
+        names = {key: index.get(key) for key in ("scaling_factor", "shift_factor", "class_names")}
+        defaults = dict(scaling_factor=vae.get("scaling_factor", 0.18215), shift_factor=vae.get("shift_factor") or 0.0)
+        latents = dict(vae=str((path / "vae").absolute())) | defaults | {key: value for key, value in names.items() if value is not None}
+    description = dict(name=None, latents=latents, step=0, weights="diffusers")
+    kind = settings.get("_class_name")
+    if kind == TRANSFORMER:
+        diffusion = settings["diffusion"]
+        model = {field.name: settings[field.name] for field in fields(DiTConfig) if field.name in settings}
+        config = configuration.build(DiTConfig, model)
+        return assemble(open_shards(folder, STEM), layout(config), description | dict(model=asdict(config), diffusion=diffusion))
+    if kind in ("DiTTransformer2DModel", "Transformer2DModel") and settings.get("norm_type") == "ada_norm_zero":
+        return _stock(folder, settings, description)
+    raise CheckpointError(f"{folder}: a {kind}, neither an export of ours nor diffusers' DiTTransformer2DModel")
+
+
+_NEEDED = dict(activation_fn="gelu-approximate", attention_bias=True, norm_elementwise_affine=False, upcast_attention=False)
+"""Settings of the stock DiT that ours has built in, with diffusers' defaults."""
+
+_STOCK = {
+    "x_embed.": ["pos_embed.proj."],
+    "t_embed.mlp.0.": ["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1."],
+    "t_embed.mlp.2.": ["transformer_blocks.0.norm1.emb.timestep_embedder.linear_2."],
+    "y_embed.table.": ["transformer_blocks.0.norm1.emb.class_embedder.embedding_table."],
+    "final.modulation.1.": ["proj_out_1."],
+    "final.linear.": ["proj_out_2."],
+}
+_STOCK_BLOCK = {
+    "attn.qkv.": ["attn1.to_q.", "attn1.to_k.", "attn1.to_v."],
+    "attn.proj.": ["attn1.to_out.0."],
+    "mlp.w1.": ["ff.net.0.proj."],
+    "mlp.w2.": ["ff.net.2."],
+    "modulation.1.": ["norm1.linear."],
+}
+
+
+def _stock(folder: Path, settings: dict[str, Any], description: dict[str, Any]) -> Weights:
+    """diffusers' dense DiT, exact but for the LayerNorm before the MLP: eps 1e-6 here (as DiT), 1e-5 there by default."""
+    for key, value in _NEEDED.items():
+        if settings.get(key, value) != value:
+            raise CheckpointError(f"{folder}: {key}={settings[key]!r} cannot be represented, only {value!r}")
+    heads, in_channels = settings["num_attention_heads"], settings["in_channels"]
+    out_channels = settings.get("out_channels") or in_channels
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise CheckpointError(f"{folder}: out_channels={out_channels} is neither in_channels={in_channels} nor twice that")
+    config = DiTConfig(
+        hidden=heads * settings["attention_head_dim"],
+        depth=settings["num_layers"],
+        heads=heads,
+        patch=settings["patch_size"],
+        input_size=settings["sample_size"],
+        in_channels=in_channels,
+        num_classes=settings["num_embeds_ada_norm"],
+        learn_variance=out_channels == 2 * in_channels,
+        frequency_shift=1,
+    )
+    renamed = dict(_STOCK)
+    for i in range(config.depth):
+        for ours, theirs in _STOCK_BLOCK.items():
+            renamed[f"blocks.{i}.{ours}"] = [f"transformer_blocks.{i}.{key}" for key in theirs]
+    layout: Layout = {}
+    for name, shape in parameter_shapes(config).items():
+        ours = next(prefix for prefix in renamed if name.startswith(prefix))
+        piece = (shape[0] // len(renamed[ours]), *shape[1:])
+        layout[name] = [(key + name.removeprefix(ours), piece) for key in renamed[ours]]
+    tensors = open_shards(folder, STEM)
+    copies = [key for key in tensors.shapes if re.match(r"transformer_blocks\.[1-9]\d*\.norm1\.emb\.", key)]
+    _check_equal(folder, tensors, copies)
+    diffusion = DiffusionConfig(objective="ddpm")
+    return assemble(tensors, layout, description | dict(model=asdict(config), diffusion=asdict(diffusion)), ignored=copies)
+
+
+def _check_equal(folder: Path, theirs: Tensors, copies: list[str]) -> None:
+    """Every block of the stock DiT has its own embedders of timestep and class; ours has one for all."""
+    for key in copies:
+        first = re.sub(r"^transformer_blocks\.\d+", "transformer_blocks.0", key)
+        if first not in theirs.shapes or not torch.equal(theirs.tensor(key), theirs.tensor(first)):
+            raise CheckpointError(f"{folder}: {key} differs from the first block's; our DiT has one embedder for all blocks")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error})") from None

@@ -1,0 +1,323 @@
+"""Weights out and in: the reference's layout, diffusers' folders, and the memory it takes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from latents import write_vae
+from models import DENSE, SPARSE, random_weights
+from PIL import Image
+from processes import ROOT
+from safetensors.torch import load_file
+
+from ditmoe_ds.cli import main
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.diffusion.sampling import guided, sample
+from ditmoe_ds.distributed.weights import open_weights, write_weights
+from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.interop.diffusers_folder import diffusers_weights
+from ditmoe_ds.interop.reference import load_reference
+from ditmoe_ds.moe.routing import RouterConfig
+from ditmoe_ds.pipelines.run import load_model, open_run
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ["dit_moe_reference_tiny", "dit_moe_reference_tiny_qknorm"]
+FLOW_01 = DiffusionConfig(time_scale=1.0)
+DDPM = DiffusionConfig(objective="ddpm")
+
+
+def shards(folder, stem="model"):
+    """All tensors of a folder of shards, by the safetensors library."""
+    index = json.loads((folder / f"{stem}.safetensors.index.json").read_text())
+    tensors = {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+    assert tensors.keys() == index["weight_map"].keys()
+    return tensors
+
+
+def flags(arguments, objective="rectified_flow"):
+    named = dict(zip(("top_k", "num_heads", "num_classes", "input_size"), ("top-k", "heads", "classes", "input-size")))
+    values = [text for key, name in named.items() for text in (f"--{name}", str(arguments[key]))]
+    return [*values, "--objective", objective]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Both fixtures as weights folders, by the command."""
+    folder = tmp_path_factory.mktemp("imported")
+    for name in NAMES:
+        fixture = torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+        torch.save(fixture["checkpoint"], folder / f"{name}.pt")
+        assert main(["import", "reference", str(folder / f"{name}.pt"), *flags(fixture["arguments"]), "--out", str(folder / name)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_weights_come_out_as_they_went_in(name, imported, tmp_path):
+    fixture = torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+    checkpoint = fixture["checkpoint"]
+    original = next((checkpoint[key] for key in ("ema", "module") if key in checkpoint), checkpoint)
+    original = {key.removeprefix("module."): value for key, value in original.items()}
+    export = ["export", str(imported / name), "--to", "reference", "--out"]
+    assert main([*export, str(tmp_path / "shards"), "--shard-size", "500KB"]) == 0
+    assert main([*export, str(tmp_path / "one.pt")]) == 0
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for ours in (shards(tmp_path / "shards"), torch.load(tmp_path / "one.pt", weights_only=True)):
+        assert ours.keys() == original.keys()
+        torch.testing.assert_close(ours.pop("pos_embed"), original["pos_embed"], rtol=0, atol=1e-6)
+        assert all(value.dtype == torch.float32 and torch.equal(value, original[key]) for key, value in ours.items())
+    arguments, model = fixture["arguments"], load_model(open_weights(imported / name))
+    inputs = fixture["x"], fixture["t"], fixture["y"]
+    for path in (tmp_path / "shards", tmp_path / "one.pt", imported / f"{name}.pt"):
+        assert torch.equal(load_reference(path, **arguments)(*inputs), model(*inputs))
+    diffusion = open_weights(imported / name).description["diffusion"]
+    assert diffusion["time_scale"] == 1.0 and diffusion["objective"] == "rectified_flow"
+
+
+@pytest.mark.parametrize(
+    "changed, word",
+    [({"top_k": 9}, "--top-k"), ({"num_heads": 5}, "--heads"), ({"input_size": 16}, "is for 8"), ({"num_classes": 9}, "shape")],
+)
+def test_settings_that_contradict_the_reference_weights(changed, word, imported, tmp_path, capsys):
+    arguments = torch.load(FIXTURES / f"{NAMES[0]}.pt", weights_only=True)["arguments"] | changed
+    assert main(["import", "reference", str(imported / f"{NAMES[0]}.pt"), *flags(arguments), "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "target, config, word",
+    [
+        ("reference", DENSE, "sparse"),
+        ("reference", replace(SPARSE, shared=0), "shared"),
+        ("reference", replace(SPARSE, router=RouterConfig(renormalise=True)), "router.renormalise"),
+        ("reference", replace(SPARSE, expert_activation="gelu"), "expert_activation"),
+        ("diffusers", replace(SPARSE, router=RouterConfig(capacity_factor=1.0)), "router.capacity_factor"),
+    ],
+)
+def test_what_a_target_cannot_represent_is_refused(target, config, word, tmp_path, capsys):
+    write_weights(tmp_path / "weights", random_weights(config)[1])
+    assert main(["export", str(tmp_path / "weights"), "--to", target, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_commands_say_what_is_wrong(tmp_path, capsys):
+    weights = str(write_weights(tmp_path / "weights", random_weights()[1]))
+    for arguments, word in (
+        (["export", weights, "--out", weights], "already"),
+        (["export", weights, "--out", str(tmp_path / "o"), "--shard-size", "5"], "--shard-size"),
+        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds weights"),
+        (["import", "diffusers", weights, "--out", str(tmp_path / "o")], "neither"),
+        (
+            ["import", "reference", str(tmp_path / "no.pt"), *flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8)), "--out", "o"],
+            "no.pt",
+        ),
+        (["sample", weights, "--steps", "1"], "--vae"),
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+
+
+def test_a_weights_folder_is_sampled_from(tmp_path):
+    write_weights(tmp_path / "weights", random_weights()[1], "bf16")
+    vae = write_vae(tmp_path / "vae")
+    command = ["sample", str(tmp_path / "weights"), "--classes", "0,2", "--per-class", "1", "--steps", "1", "--vae", vae]
+    assert main([*command, "--out", str(tmp_path / "grid.png")]) == 0
+    assert Image.open(tmp_path / "grid.png").size == (32, 66)
+
+
+GELU = replace(SPARSE, shared=0, expert_activation="gelu", expert_hidden=48, router=RouterConfig(renormalise=True, route_scale=2.0))
+PIPELINES = {  # each another part of the shipped code
+    "flow": (SPARSE, DiffusionConfig()),
+    "flow in 0..1": (replace(SPARSE, qk_norm=True), FLOW_01),
+    "ddpm": (SPARSE, DDPM),
+    "gelu": (GELU, DDPM),
+    "dense": (replace(DENSE, learn_variance=False, frequency_shift=1), DiffusionConfig()),
+}
+ALONE = """
+import importlib.abc, json, sys, torch
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ditmoe_ds", "data_prep"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+for name in ("ditmoe_ds", "data_prep"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} could be imported")
+from diffusers import DiffusionPipeline
+
+results = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_ditmoe", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for scale in (1.0, 2.5):
+        out = pipe(class_labels=[0, 1, 2], num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="latent")
+        results[f"{name}/{scale}"] = out.images
+    drawn = [pipe([0], 1, generator=torch.Generator().manual_seed(s), output_type="latent").images for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    if pipe.vae is not None:
+        picture = pipe(class_labels=[0], num_inference_steps=1).images[0]
+        assert picture.size == (32, 32) and picture.mode == "RGB"
+        results["image"] = torch.from_numpy(pipe([0, 1, 2], 4, 2.5, latents=noise, output_type="np").images)
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)  # model_index.json names the code, too
+        assert type(pipe).__name__ == "DiTMoEPipeline"
+    else:
+        try:
+            pipe(class_labels=[0], num_inference_steps=1)
+        except ValueError as error:
+            assert "VAE" in str(error)
+torch.save(results, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Exported folders, and what they sampled in a process that knows only torch and diffusers."""
+    root = tmp_path_factory.mktemp("pipelines")
+    vae = write_vae(root / "vae")
+    for name, (config, diffusion) in PIPELINES.items():
+        latents = dict(vae=vae, scaling_factor=0.9, shift_factor=0.1, class_names=["a", "b", "c"]) if name == "flow" else {}
+        write_weights(root / "weights" / name, random_weights(config, diffusion, latents=latents)[1])
+        command = ["export", str(root / "weights" / name), "--to", "diffusers", "--out", str(root / "pipelines" / name)]
+        assert main([*command, "--shard-size", "100KB"]) == 0
+    folders = json.dumps({name: str(root / "pipelines" / name) for name in PIPELINES})
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= dict(HF_HOME=str(root / "hf"), HF_MODULES_CACHE=str(root / "hf" / "modules"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, folders, str(root / "out.pt")], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, torch.load(root / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_diffusers_samples_what_we_sample(name, pipelines):
+    root, results = pipelines
+    run = open_run(root / "weights" / name)
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for scale in (1.0, 2.5):
+        predict = guided(run.model, torch.tensor([0, 1, 2]), 3, scale, 4)
+        ours = sample(predict, noise, run.diffusion, 4, "ddim" if run.diffusion.objective == "ddpm" else "euler")
+        theirs = results[f"{name}/{scale}"]
+        assert (ours - theirs).norm() <= 1e-5 * ours.norm()
+        assert (ours - noise).norm() > 0.1 * noise.norm()
+    assert len(list((root / "pipelines" / name / "transformer").glob("*.safetensors"))) > 1
+
+
+def test_diffusers_decodes_what_we_decode(pipelines, monkeypatch):
+    root, results = pipelines
+    run = open_run(root / "weights" / "flow")
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("ditmoe_ds.pipelines.run.starting_noise", lambda *arguments: noise)
+    ours = run.sample(torch.tensor([0, 1, 2]), steps=4, guidance=2.5)
+    assert (ours / 255 - results["image"]).abs().max() <= 0.6 / 255
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_our_pipeline_is_read_back(name, pipelines, tmp_path):
+    root, _ = pipelines
+    assert main(["import", "diffusers", str(root / "pipelines" / name), "--out", str(tmp_path / "back")]) == 0
+    before, after = open_weights(root / "weights" / name), open_weights(tmp_path / "back")
+    for part in ("model", "diffusion"):
+        assert after.description[part] == before.description[part]
+    wanted = before.description["latents"]
+    assert after.description["latents"] == (wanted | dict(vae=str(root / "pipelines" / name / "vae")) if wanted else {})
+    assert before.shapes == after.shapes
+    assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in before.shapes)
+
+
+def stock_dit(folder, equal=True, **settings):
+    """diffusers' dense DiT with random weights."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    known = dict(num_attention_heads=4, attention_head_dim=8, num_layers=3, out_channels=8, sample_size=8, num_embeds_ada_norm=3)
+    model = DiTTransformer2DModel(**known | settings).eval()
+    if equal:
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model.save_pretrained(folder / "transformer", safe_serialization=True)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, dict(norm_eps=1e-6), dict(out_channels=None, patch_size=4, sample_size=16)])
+def test_the_stock_dit_computes_the_same(settings, tmp_path):
+    theirs = stock_dit(tmp_path / "stock", **settings)
+    assert main(["import", "diffusers", str(tmp_path / "stock"), "--out", str(tmp_path / "weights")]) == 0
+    run = open_run(tmp_path / "weights")
+    assert run.diffusion.objective == "ddpm"
+    side = run.model.config.input_size
+    x, t, y = torch.randn(5, 4, side, side), torch.tensor([0, 1, 37, 500, 999]), torch.tensor([0, 1, 2, 3, 3])
+    wanted = theirs(x, timestep=t, class_labels=y).sample
+    assert (run.model(x, t.float(), y) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_stock_dit_that_is_not_ours_is_refused(tmp_path):
+    stock_dit(tmp_path / "unequal", equal=False)
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.1\.norm1\.emb.*differs"):
+        diffusers_weights(tmp_path / "unequal")
+    stock_dit(tmp_path / "other", activation_fn="gelu")
+    with pytest.raises(CheckpointError, match="activation_fn='gelu'"):
+        diffusers_weights(tmp_path / "other" / "transformer")
+
+
+PEAK = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+import torch
+from ditmoe_ds.cli import main
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed.weights import Weights, write_weights
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.sizes import parameter_shapes
+
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+def make(folder, **size):
+    config = DiTConfig(heads=4, experts=8, **size)
+    known = dict(name=None, model=asdict(config), diffusion=asdict(DiffusionConfig()), latents={}, step=0, weights="ema")
+    shapes = parameter_shapes(config)
+    write_weights(folder, Weights(shapes, lambda name, start, out: out.fill_(0.5), known))
+    sizes = [4 * torch.Size(shape).numel() for shape in shapes.values()]
+    return dict(largest=max(sizes), total=sum(sizes), peaks={})
+
+root = Path(sys.argv[1])
+make(root / "small", hidden=32, depth=1)
+result = make(root / "weights", hidden=int(sys.argv[2]), depth=int(sys.argv[3]))
+for target in ("safetensors", "diffusers", "reference"):
+    out = lambda source: str(root / f"{source}-{target}")
+    export = lambda source: main(["export", str(root / source), "--to", target, "--dtype", "bf16", "--out", out(source)])
+    assert export("small") == 0  # everything is imported and has run once
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    assert export("weights") == 0
+    result["peaks"][target] = memory("VmHWM") - before
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.parametrize("hidden, depth", [pytest.param(256, 8, id="60M"), pytest.param(768, 6, id="0.4B", marks=pytest.mark.slow)])
+def test_an_export_holds_one_tensor(hidden, depth, tmp_path):
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(hidden), str(depth)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(result)
+    for target, peak in result["peaks"].items():
+        assert peak < result["largest"] + 64 * 2**20 < 0.4 * result["total"], target
