@@ -4,6 +4,7 @@ A callback may add to the record; ``MetricsWriter`` comes last and writes it dow
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ class MetricsWriter:
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_finite(record)) + "\n")
         if self.tensorboard:
             for key, value in _flat(record).items():
                 self.tensorboard.add_scalar(key, value, trainer.step)
@@ -185,11 +186,22 @@ class MetricsWriter:
             self.wandb.log(_flat(record), step=trainer.step)
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _flat(record: Record) -> dict[str, float]:
     """Nested lists and dicts as ``router/cv/3``."""
     flat: dict[str, float] = {}
     for key, value in record.items():
         items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
+        if isinstance(value, str):
+            continue
         if items is None:
             flat[key] = value
         else:

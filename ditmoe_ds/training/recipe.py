@@ -9,6 +9,7 @@ from ditmoe_ds.distributed.checkpoint import CheckpointConfig
 from ditmoe_ds.distributed.ema import EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
+from ditmoe_ds.distributed.weights import Weights, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig
@@ -21,8 +22,11 @@ from ditmoe_ds.moe.routing import RouterConfig
 class ModelConfig:
     """Which network; latent shape and classes come from the data."""
 
-    name: str
+    name: str | None = None
     """As in the papers: ``DiT-MoE-XL/2-8E2A``, or dense ``DiT-XL/2``."""
+    weights: str | None = None
+    """Instead of a name: start from these weights, as the network that they are. A run (its EMA), a checkpoint or a weights
+    folder, such as ``ditmoe import`` and ``ditmoe upcycle`` make."""
     qk_norm: bool | None = None
     """LayerNorm on q and k; unset, as published for the size."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -53,6 +57,8 @@ class TrainConfig:
     sample_steps: int = 25
     guidance: float = 2.0
     """Guidance scale of the sample grids."""
+    max_skipped_steps: int = 10
+    """A step whose gradient is not finite is skipped; the run stops after so many in a row."""
     log_every: int = 10
     """Steps between printed lines; ``metrics.jsonl`` has every step."""
     tensorboard: bool = True
@@ -83,6 +89,8 @@ class Plan:
     model: DiTConfig
     batch: BatchShape
     ds_config: dict[str, Any]
+    weights: Weights | None
+    """What training starts from; None for new weights."""
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
@@ -98,7 +106,7 @@ class Plan:
 
 
 AT_LEAST_1 = dict(
-    train=("steps", "global_batch", "accumulation", "log_every"),
+    train=("steps", "global_batch", "accumulation", "max_skipped_steps", "log_every"),
     data=("prefetch",),
     ema=("every",),
     checkpoint=("every", "keep"),
@@ -128,7 +136,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         near = max(train.global_batch // parts, 1) * parts
         fix = f"must divide by {world} processes x {train.accumulation} accumulation steps; {near} does"
         raise ConfigError("train.global_batch", train.global_batch, fix)
-    named = named_config(recipe.model.name)
+    weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
+    named = _network_of(weights, recipe) if weights else named_config(recipe.model.name or "")
     check_expert_parallel(recipe.parallel.expert, named.experts, world)
     ds_config = read_ds_config(recipe.parallel)
     manifest = Manifest.load(recipe.data.manifest)
@@ -137,9 +146,24 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         raise ConfigError(
             "model.name", recipe.model.name, f"the data's latents are {height}x{width}; they must be square and divide by the patch"
         )
-    qk_norm = named.qk_norm if recipe.model.qk_norm is None else recipe.model.qk_norm
-    model = replace(
-        named, input_size=height, in_channels=channels, num_classes=manifest.num_classes, qk_norm=qk_norm, router=recipe.model.router
-    )
+    model = replace(named, input_size=height, in_channels=channels, num_classes=manifest.num_classes)
+    if not weights:
+        qk_norm = named.qk_norm if recipe.model.qk_norm is None else recipe.model.qk_norm
+        model = replace(model, qk_norm=qk_norm, router=recipe.model.router)
+    elif (named.in_channels, named.num_classes) != (channels, manifest.num_classes):
+        fix = f"made for {named.in_channels} channels and {named.num_classes} classes; data.manifest has {channels} and {manifest.num_classes}"
+        raise ConfigError("model.weights", recipe.model.weights, fix)
     batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
-    return Plan(recipe, manifest, model, batch, ds_config)
+    return Plan(recipe, manifest, model, batch, ds_config, weights)
+
+
+def _network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
+    given = recipe.model
+    if given != ModelConfig(weights=given.weights):
+        raise ConfigError("model.weights", given.weights, "the network is that of the weights: leave out model.name, qk_norm and router")
+    theirs = config.build(DiffusionConfig, weights.description["diffusion"])
+    for key in ("objective", "time_scale"):
+        if getattr(theirs, key) != getattr(recipe.diffusion, key):
+            fix = f"model.weights={given.weights!r} were trained with {getattr(theirs, key)!r}; set this"
+            raise ConfigError(f"diffusion.{key}", getattr(recipe.diffusion, key), fix)
+    return config.build(DiTConfig, weights.description["model"])

@@ -21,6 +21,8 @@ class Prepared(NamedTuple):
     times: Tensor
     """(B,) in [0, 1]."""
     noise: Tensor
+    samples: Tensor
+    """(B,) indices into the data set."""
 
     def to(self, device: torch.device) -> "Prepared":
         return Prepared(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -30,7 +32,9 @@ def prepare(batch: Batch, seed: int, objective: Objective, config: DiffusionConf
     """Draw time, noise, label dropout and flip of each sample from (seed, epoch, sample)."""
     draws = draw(seed, batch.epochs, batch.samples, tuple(batch.latents.shape[1:]))
     latents = flip(batch.latents, draws) if mirror else batch.latents
-    return Prepared(latents, drop_labels(batch.labels, draws, config.label_dropout, null), objective.time(draws), draws.noise)
+    return Prepared(
+        latents, drop_labels(batch.labels, draws, config.label_dropout, null), objective.time(draws), draws.noise, batch.samples
+    )
 
 
 class StepLoss(NamedTuple):

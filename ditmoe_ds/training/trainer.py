@@ -1,6 +1,7 @@
 """The training loop, top to bottom. Everything optional is a callback."""
 
 import json
+import math
 import platform
 import sys
 import time
@@ -15,12 +16,13 @@ from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
-from ditmoe_ds.distributed.topology import World, agreed, decided, expert_group, mean_over_ranks
+from ditmoe_ds.distributed.topology import AgreedError, World, agreed, decided, expert_group, mean_over_ranks
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.loader import LatentDataset, LatentLoader
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
+from ditmoe_ds.training.guard import explain
 from ditmoe_ds.training.recipe import Plan
 from ditmoe_ds.training.step import Prepared, compute_loss, prepare, router_metrics
 
@@ -39,7 +41,7 @@ class Trainer:
         group = expert_group(recipe.parallel.expert)
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
-        initial = InitialWeights(model, train.seed)
+        initial = plan.weights or InitialWeights(model, train.seed)
         model.checkpoint_activations = train.activation_checkpointing
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         self.shards = shards.collect(self.engine, group)
@@ -47,7 +49,7 @@ class Trainer:
         self.ema = EMA(self.shards, recipe.ema)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
 
-        self.step = self.samples_seen = self.skipped = 0
+        self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self._resume()
         self.loader = LatentLoader(
             self.dataset,
@@ -86,30 +88,53 @@ class Trainer:
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
         losses, selections = torch.zeros(3, dtype=torch.float64, device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        for _ in range(train.accumulation):
-            batch: Prepared = next(self.loader).to(self.device)
+        batches: list[Prepared] = [next(self.loader).to(self.device) for _ in range(train.accumulation)]
+        for batch in batches:
             loss = compute_loss(self.engine, self.objective, batch, self.plan.model.router)
             self.engine.backward(loss.total)
             self.engine.step()
             losses += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
             selections = selections + loss.selections
-        self.ema.update()
         self.step += 1
         self.samples_seen += train.global_batch
         diffusion, balance, z = mean_over_ranks(losses).tolist()
+        applied = self.engine.was_step_applied()
         record: Record = dict(
             step=self.step,
             loss=diffusion,
             balance_loss=balance,
             z_loss=z,
-            grad_norm=float(self.engine.get_global_grad_norm()),
+            grad_norm=float(self.engine.get_global_grad_norm()) if applied else math.inf,
             lr=lr,
             images_per_s=train.global_batch / (time.monotonic() - start),
             epoch=self.samples_seen / len(self.dataset),
         )
         if selections.numel():
             record["router"] = router_metrics(selections)
+        if applied:
+            self.ema.update()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(record, batches)
         return record
+
+    def _skip(self, record: Record, batches: list[Prepared]) -> None:
+        """The gradient was not finite, and DeepSpeed left the weights alone: say why, and stop if it happens too often."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        record["skipped"] = explain(
+            self.engine,
+            batches,
+            lambda batch: compute_loss(self.engine, self.objective, batch, self.plan.model.router),
+            self.dataset.key,
+        )
+        if self.world.rank == 0:
+            print(f"step {self.step} skipped, its gradient is not finite: {record['skipped']}", flush=True)
+        if self.skipped_in_a_row == self.plan.recipe.train.max_skipped_steps:
+            raise AgreedError(
+                f"train.max_skipped_steps={self.skipped_in_a_row}: so many steps in a row had no finite gradient, the last at step "
+                f"{self.step}, {record['skipped']}; checkpoints before it stand; lower train.optimizer.lr or look at the samples"
+            )
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""

@@ -1,0 +1,196 @@
+"""What must not lose a run: kills at any moment of a save, a full disk, gradients that are not finite; and what it may start from."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+import yaml
+from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from latents import write_latents
+from processes import launch
+
+from ditmoe_ds.cli import main
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.weights import Weights, open_weights, write_weights
+from ditmoe_ds.interop.upcycle import upcycle
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.pipelines.run import load_model
+from ditmoe_ds.rng import keyed_generator
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("safety")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    path = folder / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            dict(
+                model=dict(name="DiT-MoE-Nano/2-4E2A"),
+                data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4))),
+                parallel=dict(zero_stage=3, expert=2),
+                train=dict(steps=STEPS, global_batch=8, precision="fp32", validate_every=0, sample_every=0, tensorboard=False, log_every=1),
+                checkpoint=dict(every=1, keep=2),
+                run_dir=str(folder / "straight"),
+            )
+        )
+    )
+    return path
+
+
+def train(recipe, world, *overrides, check=True):
+    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=200, check=check)
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(folder, recipe):
+    train(recipe, 2)
+    return folder / "straight"
+
+
+@pytest.mark.parametrize(
+    "kills, asynchronous",
+    [(3, "true"), pytest.param(20, "true", marks=pytest.mark.slow), pytest.param(20, "false", marks=pytest.mark.slow)],
+)
+def test_a_rank_killed_during_a_save(kills, asynchronous, straight, folder, recipe):
+    """Saves follow each other without pause (one a step), so a kill at a random moment falls into one or between two."""
+    run = folder / f"killed-{asynchronous}-{kills}"
+    chance = random.Random(kills)
+    arguments = [recipe, f"run_dir={run}", f"checkpoint.asynchronous={asynchronous}"]
+    for kill in range(kills):
+        # further each time, so that no run ends before its kill
+        seen = kill * (STEPS - 2) // kills
+        code = "import sys; from kill import main; sys.exit(main(sys.argv[1:]))"
+        wait = [str(chance.randrange(2)), str(seen), str(chance.uniform(0, 0.3))]
+        results = launch(2, ["-c", code, *wait, *arguments], timeout=120, check=False)
+        assert -signal.SIGKILL in [code for code, _ in results], results[0][1][-2000:]
+    results = train(*arguments[:1], 2, *arguments[1:])
+    assert "resumed at step" in results[0][1]
+    assert losses(run) == losses(straight)
+    assert not list((run / "checkpoints").glob("*.partial"))
+    ours, theirs = (checkpoint.Reader(checkpoint.newest(path / "checkpoints")) for path in (run, straight))
+    for name, shape in theirs.index["shapes"].items():
+        for kind in ("master", "ema", "exp_avg", "exp_avg_sq"):
+            a, b = (torch.empty(math.prod(shape)) for _ in range(2))
+            ours.read(kind, name, 0, a)
+            theirs.read(kind, name, 0, b)
+            assert torch.equal(a, b), (kind, name)
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_full_disk(on_failure, folder, recipe):
+    """The last good checkpoint stands; the run goes on or stops, as configured."""
+    disk = folder / f"disk-{on_failure}"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", disk], check=True)  # one checkpoint of 5.6 MB fits, not two
+    try:
+        overrides = [f"run_dir={disk / 'run'}", f"checkpoint.on_failure={on_failure}", "checkpoint.every=3", "train.steps=6"]
+        results = train(recipe, 2, *overrides, check=False)
+        output = results[0][1]
+        assert "checkpoint of step 6 was not written" in output and "No space left on device" in output
+        assert [code for code, _ in results] == ([0, 0] if on_failure == "continue" else [2, 2]), output
+        assert "Traceback" not in output + results[1][1]
+        assert checkpoint.newest(disk / "run" / "checkpoints").name == "step_00000003"
+        assert not list((disk / "run" / "checkpoints").glob("*.partial"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_deepspeeds_converters_refuse_our_checkpoints(straight, folder):
+    """On this layout they would give wrong weights without a word (ds_to_universal) or crash half-way."""
+    with pytest.raises(Exception, match=r"model states file|No such file|doesn't exist|not exist|Unable to find|can't find"):
+        get_fp32_state_dict_from_zero_checkpoint(str(straight / "checkpoints"))
+    step = checkpoint.newest(straight / "checkpoints")
+    done = subprocess.run(
+        [sys.executable, "-m", ds_to_universal.__module__, "--input_folder", step, "--output_folder", folder / "universal"],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(DS_ACCELERATOR="cpu"),
+    )
+    assert done.returncode != 0 and not list((folder / "universal").rglob("*.pt")), done.stdout
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_without_a_finite_gradient_is_skipped(stage, folder, recipe):
+    """A sample whose latent is not a number ruins its batch; the weights stay, and the message names it."""
+    run = folder / f"nan-{stage}"
+    code = f"import sys; from poison import main; sys.exit(main({[str(recipe)]} + sys.argv[1:]))"
+    overrides = [f"run_dir={run}", f"parallel.zero_stage={stage}", "train.steps=6", "train.precision=bf16"]
+    output = launch(2, ["-c", code, *overrides], timeout=120)[0][1]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    bad = [record for record in records if "skipped" in record]
+    assert 1 <= len(bad) < len(records) and [record["step"] for record in records] == list(range(1, 7))
+    for record in bad:
+        assert "the latents" in record["skipped"] and "t 0." in record["skipped"] and record["loss"] is None
+        assert record["skipped"] in output
+    assert all(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]) for record in records if record not in bad)
+    weights = open_weights(run)
+    assert all(weights.tensor(name).isfinite().all() for name in weights.shapes)
+    index = checkpoint.Reader(checkpoint.newest(run / "checkpoints")).index
+    assert (index["skipped"], index["optimizer_steps"]) == (len(bad), 6 - len(bad))
+    if stage == 0:
+        results = launch(2, ["-c", code, f"run_dir={run}-stopped", "train.max_skipped_steps=1"], timeout=120, check=False)
+        assert [code for code, _ in results] == [2, 2] and "train.max_skipped_steps=1" in results[0][1]
+
+
+DENSE = DiTConfig(hidden=32, depth=2, heads=4, input_size=4, num_classes=10)
+
+
+def dense_weights(path):
+    known = dict(name=None, model=asdict(DENSE), diffusion=asdict(DiffusionConfig()), latents={}, step=7, weights="ema")
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in DiT(DENSE).named_parameters()}
+
+    def read(name, start, out):
+        whole = torch.randn(math.prod(shapes[name]), generator=keyed_generator(name)) * 0.1
+        out.copy_(whole[start : start + out.numel()])
+
+    write_weights(path, Weights(shapes, read, known))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_an_upcycled_model_computes_what_the_dense_one_does(split, tmp_path):
+    dense_weights(tmp_path / "dense")
+    source = open_weights(tmp_path / "dense")
+    dense, sparse = load_model(source), load_model(upcycle(source, experts=8, top_k=2, split=split))
+    x, t, y = torch.randn(6, 4, 4, 4), torch.linspace(0, 999, 6), torch.arange(6)
+    with torch.no_grad():
+        wanted = dense(x, t, y)
+        ours, stats = sparse(x, t, y, return_router=True)
+    assert (ours - wanted).norm() <= 1e-5 * wanted.norm()
+    loss, theirs = ours.square().mean(), wanted.square().mean()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert (stats.selections > 0).sum() >= 8, "the tokens do not spread over the experts"
+
+
+def test_training_starts_from_upcycled_weights(folder, recipe):
+    dense_weights(folder / "dense")
+    assert main(["upcycle", str(folder / "dense"), "--experts", "4", "--out", str(folder / "sparse")]) == 0
+    content = yaml.safe_load(recipe.read_text()) | dict(model=dict(weights=str(folder / "sparse")), run_dir=str(folder / "from-sparse"))
+    (folder / "sparse.yaml").write_text(yaml.safe_dump(content))
+    train(folder / "sparse.yaml", 2, "train.steps=1", "train.optimizer.lr=0")
+    started, given = open_weights(folder / "from-sparse"), open_weights(folder / "sparse")
+    assert started.shapes == given.shapes
+    assert all(torch.equal(started.tensor(name), given.tensor(name)) for name in given.shapes)
+    results = train(folder / "sparse.yaml", 2, "model.name=DiT-MoE-Nano/2-4E2A", check=False)
+    assert [code for code, _ in results] == [2, 2] and "leave out model.name" in results[0][1]
+    results = train(folder / "sparse.yaml", 2, "diffusion.time_scale=1.0", check=False)
+    assert [code for code, _ in results] == [2, 2] and "diffusion.time_scale=1.0" in results[0][1]
