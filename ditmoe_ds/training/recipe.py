@@ -151,7 +151,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         qk_norm = named.qk_norm if recipe.model.qk_norm is None else recipe.model.qk_norm
         model = replace(model, qk_norm=qk_norm, router=recipe.model.router)
     elif (named.in_channels, named.num_classes) != (channels, manifest.num_classes):
-        fix = f"made for {named.in_channels} channels and {named.num_classes} classes; data.manifest has {channels} and {manifest.num_classes}"
+        theirs, ours = (named.in_channels, named.num_classes), (channels, manifest.num_classes)
+        fix = f"trained on (channels, classes) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
     batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
     return Plan(recipe, manifest, model, batch, ds_config, weights)
