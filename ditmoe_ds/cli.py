@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
     sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
     sample.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    sample.add_argument("--weights", choices=["ema", "master"], default="ema")
+    sample.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", default="grid.png")
 
