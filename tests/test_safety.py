@@ -1,5 +1,6 @@
 """What must not lose a run: kills at any moment of a save, a full disk, gradients that are not finite; and what it may start from."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import yaml
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from latents import write_latents
-from processes import launch
+from processes import ROOT, launch
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -195,3 +196,21 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     assert [code for code, _ in results] == [2, 2] and "leave out model.name" in results[0][1]
     results = train(folder / "sparse.yaml", 2, "diffusion.time_scale=1.0", check=False)
     assert [code for code, _ in results] == [2, 2] and "diffusion.time_scale=1.0" in results[0][1]
+
+
+def test_every_experts_every_tensor_is_in_the_export(folder, recipe):
+    """ZeRO-3 and EP 4: 8 experts, two on a rank; compared by hash with the model as gathered from the ranks."""
+    run, out = folder / "gathered", folder / "gathered-export"
+    overrides = [f"run_dir={run}", "model.name=DiT-MoE-Nano/2-8E2A", "parallel.expert=4", "train.steps=2"]
+    launch(4, [ROOT / "tests" / "gather_worker.py", folder / "hashes.json", recipe, *overrides])
+    gathered = json.loads((folder / "hashes.json").read_text())
+    assert main(["export", str(run), "--weights", "raw", "--out", str(out)]) == 0
+    exported = open_weights(out)
+    hashes = {}
+    for name in exported.shapes:
+        tensor = exported.tensor(name)
+        parts = {f"{name}/{i}": matrix for i, matrix in enumerate(tensor)} if "deepspeed_experts" in name else {name: tensor}
+        hashes |= {key: hashlib.sha256(part.numpy().tobytes()).hexdigest() for key, part in parts.items()}
+    assert hashes == gathered
+    experts = [value for key, value in hashes.items() if "deepspeed_experts" in key]
+    assert len(experts) == 2 * 2 * 8 == len(set(experts)), "layers x (w1, w2) x experts, each its own"

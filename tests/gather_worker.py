@@ -1,0 +1,45 @@
+"""Train two steps, then hash the whole model as the ranks hold it: gathered over ZeRO-3 and over the expert-parallel group.
+
+python gather_worker.py HASHES.json RECIPE [key=value ...]
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups
+
+from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.trainer import Trainer
+
+
+def main():
+    world = join()
+    trainer = Trainer(read_plan(sys.argv[2:], world.size), world)
+    trainer.run()
+    trainer.engine.empty_partition_cache()
+    hashes = {}
+    for name, parameter in trainer.engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            local = parameter.detach().clone()
+        if is_moe_param(parameter):
+            group = groups._get_expert_parallel_group(parameter.group_name)
+            blocks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(blocks, local, group=group)
+            for expert, matrix in enumerate(torch.cat(blocks)):
+                hashes[f"{name}/{expert}"] = hashlib.sha256(matrix.numpy().tobytes()).hexdigest()
+        else:
+            hashes[name] = hashlib.sha256(local.numpy().tobytes()).hexdigest()
+    if world.rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(hashes))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
