@@ -10,7 +10,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.4,<0.20",
-        "diffusers>=0.42",
+        "diffusers>=0.41",
         "webdataset>=1.0",
         "safetensors",
         "pyyaml",
