@@ -17,7 +17,7 @@ import os
 import tarfile
 import tokenize
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -191,7 +191,7 @@ class ShardWriter:
         np.save(array, np.ascontiguousarray(latent), allow_pickle=False)
         self._tar.write({"__key__": key, "json": json.dumps(meta).encode(), "latent.npy": array.getvalue()})
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
