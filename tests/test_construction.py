@@ -12,7 +12,7 @@ NAME = "DiT-MoE-B/2-4E2A"  # 456M parameters, 340M of them in experts
 MiB = 2**20
 
 
-@pytest.mark.parametrize("stage, ep", [(3, 1), (1, 4)])
+@pytest.mark.parametrize("stage, ep", [(3, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_peak_host_memory(stage, ep, tmp_path):
     launch(4, [Path(__file__).parent / "construction_worker.py", stage, ep, NAME, tmp_path / "report"])
     parts = describe(named_config(NAME))["parts"]
