@@ -14,10 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
 
     train = commands.add_parser("train", help="train in one process (several: deepspeed --module ditmoe_ds.train)")
+    train.set_defaults(command=_train)
     train.add_argument("recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value")
-
-    train.set_defaults(command=_train)
 
     sample = commands.add_parser("sample", help="images from a run's EMA weights, or from a weights folder")
     sample.set_defaults(command=_sample)

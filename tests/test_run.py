@@ -158,9 +158,14 @@ def test_bf16_resumes_exactly(folder, recipe):
 
 def test_steps_may_be_raised(straight, folder, recipe):
     run = copy_to(straight[0], folder, "longer", STEPS)
-    train(recipe, 2, f"run_dir={run}", "train.steps=10", "checkpoint.keep=2")
+    train(recipe, 2, f"run_dir={run}", "train.steps=10", "checkpoint.keep=2", "checkpoint.keep_every=4", "ema.decays=[0.9, 0.99]")
     assert [r["step"] for r in metrics(run)] == list(range(1, 11))
-    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_00000009", "step_00000010"]
+    kept = [f"step_{step:08d}" for step in (4, 8, 9, 10)]
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == kept
+    before, after = tensors(run, 8), tensors(run, 9)
+    for name in (name for kind, name in before if kind == "master"):  # the new average began at the weights of step 8
+        warm = 9 / 18
+        torch.testing.assert_close(after["ema_0.99", name], warm * before["master", name] + (1 - warm) * after["master", name])
     output = train(recipe, 2, f"run_dir={run}", "train.steps=10")[0][1]  # done already
     assert "resumed at step 10" in output and len(metrics(run)) == 10
 

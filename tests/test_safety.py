@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,16 +16,12 @@ import yaml
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from latents import write_latents
+from models import DENSE, random_weights
 from processes import ROOT, launch
 
 from ditmoe_ds.cli import main
-from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed import checkpoint
-from ditmoe_ds.distributed.weights import Weights, open_weights, write_weights
-from ditmoe_ds.interop.upcycle import upcycle
-from ditmoe_ds.models.dit import DiT, DiTConfig
-from ditmoe_ds.pipelines.run import load_model
-from ditmoe_ds.rng import keyed_generator
+from ditmoe_ds.distributed.weights import open_weights, write_weights
 
 STEPS = 12
 
@@ -153,38 +149,8 @@ def test_a_step_without_a_finite_gradient_is_skipped(stage, folder, recipe):
         assert [code for code, _ in results] == [2, 2] and "train.max_skipped_steps=1" in results[0][1]
 
 
-DENSE = DiTConfig(hidden=32, depth=2, heads=4, input_size=4, num_classes=10)
-
-
-def dense_weights(path):
-    known = dict(name=None, model=asdict(DENSE), diffusion=asdict(DiffusionConfig()), latents={}, step=7, weights="ema")
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in DiT(DENSE).named_parameters()}
-
-    def read(name, start, out):
-        whole = torch.randn(math.prod(shapes[name]), generator=keyed_generator(name)) * 0.1
-        out.copy_(whole[start : start + out.numel()])
-
-    write_weights(path, Weights(shapes, read, known))
-
-
-@pytest.mark.parametrize("split", [1, 2])
-def test_an_upcycled_model_computes_what_the_dense_one_does(split, tmp_path):
-    dense_weights(tmp_path / "dense")
-    source = open_weights(tmp_path / "dense")
-    dense, sparse = load_model(source), load_model(upcycle(source, experts=8, top_k=2, split=split))
-    x, t, y = torch.randn(6, 4, 4, 4), torch.linspace(0, 999, 6), torch.arange(6)
-    with torch.no_grad():
-        wanted = dense(x, t, y)
-        ours, stats = sparse(x, t, y, return_router=True)
-    assert (ours - wanted).norm() <= 1e-5 * wanted.norm()
-    loss, theirs = ours.square().mean(), wanted.square().mean()
-    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    assert (stats.selections > 0).sum() >= 8, "the tokens do not spread over the experts"
-
-
 def test_training_starts_from_upcycled_weights(folder, recipe):
-    dense_weights(folder / "dense")
+    write_weights(folder / "dense", random_weights(replace(DENSE, input_size=4, num_classes=10))[1])
     assert main(["upcycle", str(folder / "dense"), "--experts", "4", "--out", str(folder / "sparse")]) == 0
     content = yaml.safe_load(recipe.read_text()) | dict(model=dict(weights=str(folder / "sparse")), run_dir=str(folder / "from-sparse"))
     (folder / "sparse.yaml").write_text(yaml.safe_dump(content))

@@ -99,6 +99,8 @@ def open_shards(folder: Path, stem: str) -> Tensors:
         return Tensors(single.shapes, single.read)
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
+        if outside := [file for file in weight_map.values() if Path(file).name != file]:
+            raise ValueError(f"{outside[0]!r} lies outside the folder")
         files = {file: TensorFile(folder / file) for file in sorted(set(weight_map.values()))}
         shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,7 @@
 """What went wrong in a step whose loss or gradient was not finite: the module, the times, the samples."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def explain(engine: Any, batches: list[Prepared], forward: Callable[[Prepared], 
     """
     mine = None
     for batch in batches:
-        module = _first_bad_module(engine.module, lambda batch=batch: forward(batch))  # type: ignore[misc]
+        module = _first_bad_module(engine.module, partial(forward, batch))
         if mine is None and module is not None:
             where = "the latents" if not batch.latents.isfinite().all() else f"the output of {module}"
             keys = [key(i) for i in batch.samples.tolist()]

@@ -45,12 +45,14 @@ class Trainer:
         model.checkpoint_activations = train.activation_checkpointing
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         self.shards = shards.collect(self.engine, group)
-        shards.fill(self.engine, self.shards, initial.read)
-        self.ema = EMA(self.shards, recipe.ema)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
-
+        saved = self._newest_checkpoint()
+        if saved is None:
+            shards.fill(self.engine, self.shards, initial.read)
+        self.ema = EMA(self.shards, recipe.ema)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
-        self._resume()
+        if saved:
+            self._resume(saved)
         self.loader = LatentLoader(
             self.dataset,
             seed=train.seed,
@@ -141,17 +143,20 @@ class Trainer:
         description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped, code=__version__)
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
 
-    def _resume(self) -> None:
+    def _newest_checkpoint(self) -> checkpoint.Reader | None:
         path = decided(lambda: checkpoint.newest(self.saver.folder))
         if path is None:
-            return
+            return None
         reader = agreed(lambda: checkpoint.Reader(path))
         agreed(lambda: self._check_same_run(reader))
         agreed(lambda: reader.check_shapes({shard.name: shard.shape for shard in self.shards}))
+        return reader
+
+    def _resume(self, reader: checkpoint.Reader) -> None:
         checkpoint.load(reader, self.engine, self.shards, self.ema)
         self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
-            print(f"resumed at step {self.step} from {path}", flush=True)
+            print(f"resumed at step {self.step} from {reader.folder}", flush=True)
 
     def _check_same_run(self, reader: checkpoint.Reader) -> None:
         for part in ("model", "diffusion"):

@@ -104,6 +104,7 @@ class MoE(nn.Module):
         self.shared_mlp = SharedMLP(dim, shared_hidden) if shared_hidden else None
 
     def forward(self, x):
+        """x (B, N, D) -> (B, N, D)."""
         tokens = x.reshape(-1, x.shape[-1])
         scores = F.linear(tokens.float(), self.router.weight.float()).softmax(-1)
         weights, chosen = scores.topk(self.top_k, dim=-1)
