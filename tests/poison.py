@@ -1,12 +1,13 @@
-"""Train on data of which one sample, seen in the first epoch of 40, is not a number."""
+"""Train on data of which one sample, seen in the first epoch of 40, is not a number, or through a backward pass that overflows."""
 
 import torch
 
 from ditmoe_ds import train
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.order import epoch_order
+from ditmoe_ds.models.attention import Attention
 
-real_item = LatentDataset.__getitem__
+real_item, real_attention = LatentDataset.__getitem__, Attention.forward
 
 
 def item(self, i):
@@ -14,6 +15,19 @@ def item(self, i):
     return (torch.full_like(latent, torch.nan) if i == int(epoch_order(0, 0, len(self))[10]) else latent), label
 
 
-def main(arguments):
-    LatentDataset.__getitem__ = item
+class Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.inf
+
+
+def main(what, arguments):
+    if what == "latents":
+        LatentDataset.__getitem__ = item
+    else:
+        Attention.forward = lambda self, x: real_attention(self, Overflow.apply(x))
     return train.main(arguments)

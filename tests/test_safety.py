@@ -24,6 +24,7 @@ from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 
 STEPS = 12
+POISON = "import sys; from poison import main; sys.exit(main(sys.argv[1], sys.argv[2:]))"
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,8 @@ def test_deepspeeds_converters_refuse_our_checkpoints(straight, folder):
 def test_a_step_without_a_finite_gradient_is_skipped(stage, folder, recipe):
     """A sample whose latent is not a number ruins its batch; the weights stay, and the message names it."""
     run = folder / f"nan-{stage}"
-    code = f"import sys; from poison import main; sys.exit(main({[str(recipe)]} + sys.argv[1:]))"
-    overrides = [f"run_dir={run}", f"parallel.zero_stage={stage}", "train.steps=6", "train.precision=bf16"]
-    output = launch(2, ["-c", code, *overrides], timeout=120)[0][1]
+    overrides = [recipe, f"run_dir={run}", f"parallel.zero_stage={stage}", "train.steps=6", "train.precision=bf16"]
+    output = launch(2, ["-c", POISON, "latents", *overrides], timeout=120)[0][1]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     bad = [record for record in records if "skipped" in record]
     assert 1 <= len(bad) < len(records) and [record["step"] for record in records] == list(range(1, 7))
@@ -144,9 +144,18 @@ def test_a_step_without_a_finite_gradient_is_skipped(stage, folder, recipe):
     assert all(weights.tensor(name).isfinite().all() for name in weights.shapes)
     index = checkpoint.Reader(checkpoint.newest(run / "checkpoints")).index
     assert (index["skipped"], index["optimizer_steps"]) == (len(bad), 6 - len(bad))
-    if stage == 0:
-        results = launch(2, ["-c", code, f"run_dir={run}-stopped", "train.max_skipped_steps=1"], timeout=120, check=False)
-        assert [code for code, _ in results] == [2, 2] and "train.max_skipped_steps=1" in results[0][1]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_a_run_whose_steps_all_fail_stops(stage, folder, recipe):
+    """Every output is finite, and no gradient from the last block's attention on."""
+    run = folder / f"overflow-{stage}"
+    overrides = [recipe, f"run_dir={run}", f"parallel.zero_stage={stage}", "train.max_skipped_steps=2"]
+    results = launch(2, ["-c", POISON, "gradients", *overrides], timeout=120, check=False)
+    assert [code for code, _ in results] == [2, 2] and "train.max_skipped_steps=2" in results[0][1]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 1 and math.isfinite(records[0]["loss"])
+    assert records[0]["skipped"].startswith("first in the gradient of the output of blocks.1."), records[0]["skipped"]
 
 
 def test_training_starts_from_upcycled_weights(folder, recipe):

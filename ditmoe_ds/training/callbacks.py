@@ -147,6 +147,8 @@ class Progress:
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         train, step = trainer.plan.recipe.train, trainer.step
+        if dist.get_rank() == 0 and "spike" in record:
+            print(f"step {step}: the loss jumped: {record['spike']}", flush=True)
         if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1):
             return
         left = (time.monotonic() - self.start) / (step - self.first) * (train.steps - step)

@@ -1,6 +1,9 @@
-"""What went wrong in a step whose loss or gradient was not finite: the module, the times, the samples."""
+"""What went wrong in a step: where a loss or gradient stopped being finite, and which samples made the loss jump."""
 
-from collections.abc import Callable
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,48 +15,108 @@ from ditmoe_ds.training.step import Prepared
 
 MAX_KEYS = 8
 
+Key = Callable[[int], str]
+"""The data set's key of a sample."""
 
-def explain(engine: Any, batches: list[Prepared], forward: Callable[[Prepared], Any], key: Callable[[int], str]) -> str:
-    """Run the forwards of the skipped step again and watch every module. Collective; the same text on every rank.
+
+def explain(model: nn.Module, batches: list[Prepared], forward: Callable[[Prepared], Tensor], key: Key) -> str:
+    """Run a skipped step again and watch every module. Collective; the same text on every rank.
 
     Args:
         batches: this rank's micro-batches of the step.
         forward: computes the loss of one, as the step did.
-        key: the data set's key of a sample.
 
     Returns:
         The first module (in the order of computation) whose output is not finite, on the first rank that has one, with the
-        range of t and the samples of its micro-batch; if there is none, that the backward pass did it.
+        range of t and the samples of its micro-batch. If all are finite, the same of the gradients in the backward pass.
     """
-    mine = None
-    for batch in batches:
-        module = _first_bad_module(engine.module, partial(forward, batch))
-        if mine is None and module is not None:
-            where = "the latents" if not batch.latents.isfinite().all() else f"the output of {module}"
-            keys = [key(i) for i in batch.samples.tolist()]
-            shown = ", ".join(keys[:MAX_KEYS]) + (f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else "")
-            mine = f"first in {where}, rank {dist.get_rank()}, t {batch.times.min():.3f} to {batch.times.max():.3f}, samples {shown}"
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return next((found for found in everyone if found), "in the backward pass: every module's output is finite")
+    for first_bad, what in ((_first_bad_output, "the output of"), (_first_bad_gradient, "the gradient of the output of")):
+        mine = None
+        for batch in batches:
+            module = first_bad(model, partial(forward, batch))
+            if mine is None and module is not None:
+                where = f"{what} {module}" if batch.latents.isfinite().all() else "the latents"
+                mine = f"first in {where}, {_describe(batch, key)}"
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if found := next((found for found in everyone if found), None):
+            return found
+    return "in the gradient of a weight: every output and its gradient is finite"
+
+
+class SpikeWatch:
+    """Tells when the loss jumps: by more than ``threshold`` standard deviations over the mean of the last 100 steps."""
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.recent: deque[float] = deque(maxlen=100)
+
+    def __call__(self, loss: float, losses: list[Tensor], batches: list[Prepared], key: Key) -> str | None:
+        """Look at a step. Collective; the same answer on every rank. The first 20 steps of a start only fill the memory.
+
+        Args:
+            loss: of the step, over all ranks.
+            losses: () each, of this rank's micro-batches.
+
+        Returns:
+            On a jump, what was usual, and the micro-batch of the largest loss over all ranks: its range of t and samples.
+        """
+        usual = list(self.recent)
+        self.recent.append(loss)
+        if not self.threshold or len(usual) < 20:
+            return None
+        mean, deviation = statistics.fmean(usual), statistics.stdev(usual)
+        if loss <= mean + self.threshold * deviation:
+            return None
+        largest, batch = max(((float(value), batch) for value, batch in zip(losses, batches, strict=True)), key=lambda pair: pair[0])
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (largest, _describe(batch, key)))
+        value, where = max(everyone)
+        return f"loss {loss:.4f} after {mean:.4f} +- {deviation:.4f}; largest, {value:.4f}, on {where}"
+
+
+def _describe(batch: Prepared, key: Key) -> str:
+    keys = [key(i) for i in batch.samples.tolist()]
+    shown = ", ".join(keys[:MAX_KEYS]) + (f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else "")
+    return f"rank {dist.get_rank()}, t {batch.times.min():.3f} to {batch.times.max():.3f}, samples {shown}"
 
 
 @torch.no_grad()
-def _first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
-    flags: list[tuple[str, Tensor]] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def check(module: nn.Module, args: Any, out: Any) -> None:
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    flags.append((name, tensor.isfinite().all()))
-
-        return check
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
+def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+    finite: list[tuple[str, Tensor]] = []
+    with _watched(model, lambda name, args, out: finite.append((name, out.isfinite().all()))):
         run()
+    return next((name for name, good in finite if not good), None)
+
+
+def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+    finite: list[tuple[str, Tensor]] = []
+    sources: list[Tensor] = []  # where backward ends if no weight's gradient is asked for
+
+    def look(name: str, args: Any, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda gradient: finite.append((name, gradient.isfinite().all())))
+            if not any(isinstance(value, Tensor) and value.requires_grad for value in args):
+                sources.append(out)
+
+    with _watched(model, look):
+        loss = run()
+    torch.autograd.grad(loss, sources, allow_unused=True)
+    return next((name for name, good in finite if not good), None)
+
+
+@contextmanager
+def _watched(model: nn.Module, look: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
+    """Inside the block ``look`` sees every floating-point output of every module, with the module's name and arguments."""
+
+    def hook(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                look(name, args, tensor)
+
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in model.named_modules() if name]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return next((name for name, finite in flags if not finite), None)

@@ -59,6 +59,8 @@ class TrainConfig:
     """Guidance scale of the sample grids."""
     max_skipped_steps: int = 10
     """A step whose gradient is not finite is skipped; the run stops after so many in a row."""
+    spike_threshold: float = 6.0
+    """A loss so many standard deviations over the mean of the last 100 steps is logged with its samples; 0 for never."""
     log_every: int = 10
     """Steps between printed lines; ``metrics.jsonl`` has every step."""
     tensorboard: bool = True

@@ -22,7 +22,7 @@ from ditmoe_ds.latents.loader import LatentDataset, LatentLoader
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
-from ditmoe_ds.training.guard import explain
+from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.recipe import Plan
 from ditmoe_ds.training.step import Prepared, compute_loss, prepare, router_metrics
 
@@ -51,6 +51,7 @@ class Trainer:
             shards.fill(self.engine, self.shards, initial.read)
         self.ema = EMA(self.shards, recipe.ema)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
+        self.spikes = SpikeWatch(train.spike_threshold)
         if saved:
             self._resume(saved)
         self.loader = LatentLoader(
@@ -90,6 +91,7 @@ class Trainer:
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
         losses, selections = torch.zeros(3, dtype=torch.float64, device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        per_batch = []
         batches: list[Prepared] = [next(self.loader).to(self.device) for _ in range(train.accumulation)]
         for batch in batches:
             loss = compute_loss(self.engine, self.objective, batch, self.plan.model.router)
@@ -97,6 +99,7 @@ class Trainer:
             self.engine.step()
             losses += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
             selections = selections + loss.selections
+            per_batch.append(loss.diffusion)
         self.step += 1
         self.samples_seen += train.global_batch
         diffusion, balance, z = mean_over_ranks(losses).tolist()
@@ -116,6 +119,8 @@ class Trainer:
         if applied:
             self.ema.update()
             self.skipped_in_a_row = 0
+            if spike := self.spikes(diffusion, per_batch, batches, self.dataset.key):
+                record["spike"] = spike
         else:
             self._skip(record, batches)
         return record
@@ -124,10 +129,11 @@ class Trainer:
         """The gradient was not finite, and DeepSpeed left the weights alone: say why, and stop if it happens too often."""
         self.skipped += 1
         self.skipped_in_a_row += 1
+        model = self.engine.module  # not the engine, which at stage 0 allows no other backward than its own
         record["skipped"] = explain(
-            self.engine,
+            model,
             batches,
-            lambda batch: compute_loss(self.engine, self.objective, batch, self.plan.model.router),
+            lambda batch: compute_loss(model, self.objective, batch, self.plan.model.router).total,
             self.dataset.key,
         )
         if self.world.rank == 0:

@@ -1,10 +1,11 @@
 """One rank of a group that trains the same recipe in many parallel shapes; rank 0 writes what it saw as JSON.
 
-python equivalence_worker.py CASES.json RESULTS.json
+python shapes_worker.py CASES.json RESULTS.json
 """
 
 import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ditmoe_ds.training import trainer as trainer_module
 from ditmoe_ds.training.recipe import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
-real_choice = layer.token_choice
+real_choice, real_linear = layer.token_choice, torch.nn.functional.linear
 
 
 class WithoutZeros(InitialWeights):
@@ -41,10 +42,18 @@ def choice_without_the_last_expert(scores, k, config):
 
 
 def run(case, world):
+    """Train a case to its last step; one that begins from a checkpoint saves what it loaded before it goes on."""
     idle = []
     layer.token_choice = choice_without_the_last_expert if case.get("starve") else real_choice
     plan = read_plan([case["recipe"], *case["overrides"]], world.size)
+    begin = case.get("begin")
+    if begin and world.rank == 0:
+        shutil.copytree(begin, Path(plan.recipe.run_dir) / "checkpoints" / Path(begin).name)
+        (Path(plan.recipe.run_dir) / "checkpoints" / "latest").write_text(Path(begin).name)
+    dist.barrier()
     trainer = Trainer(plan, world)
+    if begin:
+        trainer.save()
     for module in trainer.engine.module.modules():
         if isinstance(module, layer.Router):
             module.register_forward_hook(lambda module, args, out: idle.append(bool((out[0].counts == 0).any())))
@@ -68,6 +77,7 @@ def main():
     world = join()
     for case in cases:
         results[case["name"]] = run(case, world)
+        torch.nn.functional.linear = real_linear  # ZeRO-3 leaves its own there, which rounds otherwise
     if world.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     leave()

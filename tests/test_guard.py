@@ -1,0 +1,43 @@
+"""What is said of a step whose loss jumps. Steps that are skipped: test_safety.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ditmoe_ds.training.guard import SpikeWatch
+from ditmoe_ds.training.step import Prepared
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def look(watch, loss, *losses):
+    """A step of this loss with micro-batches of two samples: 0 and 1, 10 and 11, ..."""
+    batches = []
+    for i in range(len(losses)):
+        latents, times = torch.zeros(2, 4, 2, 2), torch.tensor([0.25, 0.5]) + i / 10
+        batches.append(Prepared(latents, torch.zeros(2), times, latents, torch.tensor([10 * i, 10 * i + 1])))
+    return watch(loss, [torch.tensor(value) for value in losses], batches, "sample{}".format)
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_a_jump_names_the_worst_micro_batch(threshold):
+    watch = SpikeWatch(threshold)
+    assert [look(watch, 1 + 0.1 * (-1) ** i, 1.0, 1.0) for i in range(30)] == [None] * 30
+    assert look(watch, 1.5, 1.5, 1.5) is None, "five deviations are not six"
+    found = look(watch, 3.0, 1.0, 5.0)
+    if threshold:
+        assert found.startswith("loss 3.0000 after 1.0161 +- ")
+        assert found.endswith("largest, 5.0000, on rank 0, t 0.350 to 0.600, samples sample10, sample11")
+    else:
+        assert found is None
+
+
+def test_the_first_steps_only_fill_the_memory():
+    watch = SpikeWatch(6.0)
+    assert [look(watch, loss, loss) for loss in [1.0] * 10 + [100.0] + [1.0] * 9] == [None] * 20
+    assert look(watch, 1e4, 1e4)
