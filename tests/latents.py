@@ -16,7 +16,7 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         with ShardWriter(path) as writer:
             for i in range(count):
                 latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
-                writer.write(f"{split}{i:06d}", latent.numpy(), {"label": i % classes, "class": str(i % classes), "source": "test"})
+                writer.write(f"{split}{i:06d}", {"label": i % classes, "class": str(i % classes), "source": "test"}, latent=latent)
         splits[split] = Split(count, (Shard(path.name, count, path.stat().st_size, sha256(path)),))
     Manifest(
         root=str(folder),
@@ -31,10 +31,14 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         image_size=shape[1] * 4,
         shape=shape,
         dtype="float32",
+        store="mean",
+        text=None,
         mean=(0.0,) * shape[0],
         std=(1.0,) * shape[0],
         num_classes=classes,
         class_names=tuple(map(str, range(classes))),
+        class_histogram=tuple(len(range(c, train, classes)) for c in range(classes)),
+        rejected=0,
         splits=Splits(**splits),
     ).save()
     return str(folder)

@@ -1,32 +1,43 @@
 """The shard format: a folder of tar files of VAE latents, described by one manifest.
 
     manifest.json
-    train-000000.tar ...   each sample is {key}.json       label (int), class name, source
-    val-000000.tar ...                    {key}.latent.npy (C, H, W), the posterior mean before any scaling
+    train-000000.tar ...         each sample is {key}.json        label (int or null), class, caption, source
+    val-000000.tar ...                          {key}.latent.npy  (C, H, W) before any scaling
+                                                {key}.std.npy     (C, H, W) the posterior's, if it is stored
+                                                {key}.text.safetensors  "text": (tokens, width), valid tokens only
+    train-000000.index.npy ...   where each sample begins in the tar, and where the last ends
 
-Stock webdataset reads the tars. The same input gives the same bytes on every run.
+bfloat16, which npy lacks, is stored as ``latent.safetensors``. Stock webdataset reads the tars. The same input gives the same
+bytes on every run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import tarfile
-import tokenize
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
 
 from ditmoe_ds.config import build
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import remote
 
-FORMAT, VERSION = "ditmoe-latents", 1
+FORMAT, VERSION = "ditmoe-latents", 2
 REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
-MEMBER_LIMIT = 16 << 20  # bytes; the largest latents in use, (16, 128, 128) float32, are 1 MiB
+SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
+KEY = re.compile(r"[\w-]{1,80}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +67,19 @@ class Splits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """What encoded the captions."""
+
+    encoder: str
+    """Folder or hub id of a transformers model."""
+    encoder_sha256: str | None
+    """Digest of its weights; None for a hub id."""
+    width: int
+    max_tokens: int
+    """Longer captions are cut."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a finished folder of latents holds."""
 
@@ -78,26 +102,34 @@ class Manifest:
     """Pixels."""
     shape: tuple[int, ...]
     """(C, H, W) of one latent."""
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    store: Literal["mean", "mean+std", "sample"]
+    """Of the VAE's posterior: its mean; mean and standard deviation, to be sampled at each visit; or one sample."""
+    text: Text | None
     mean: tuple[float, ...]
     """(C,) of the unscaled training latents."""
     std: tuple[float, ...]
     """(C,) of the unscaled training latents."""
     num_classes: int
+    """0 for data without classes."""
     class_names: tuple[str, ...]
+    class_histogram: tuple[int, ...]
+    """Training samples of each class."""
+    rejected: int
+    """Images of the source that could not be encoded; ``rejected.jsonl`` says why."""
     splits: Splits
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read the manifest of a folder (or the ``manifest.json`` itself) and check that all shards are there in full length.
+        """Read the manifest of a folder or URL (or the ``manifest.json`` itself); in a folder, check that all shards are there in full length.
 
         Raises:
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
         """
-        path = Path(path)
-        file = path / "manifest.json" if path.suffix != ".json" else path
+        root = str(path).removesuffix("manifest.json").rstrip("/")
+        file = f"{root}/manifest.json"
         try:
-            tree = json.loads(file.read_text())
+            tree = json.loads(remote.read(file) if remote.is_url(root) else Path(file).read_text())
         except OSError as error:
             raise DataError(f"data.manifest={str(path)!r}: no readable manifest ({error.strerror}); run ditmoe-data encode first") from None
         except ValueError as error:
@@ -106,19 +138,21 @@ class Manifest:
             found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else type(tree).__name__
             raise DataError(f"{file}: is {found}, this release reads {(FORMAT, VERSION)}; encode the data again")
         try:
-            manifest = build(cls, {**tree, "root": str(file.parent.resolve())})
+            manifest = build(cls, {**tree, "root": root if remote.is_url(root) else str(Path(root).resolve())})
         except ConfigError as error:
             raise DataError(f"{file}: {error}") from None
         for shard in manifest.shards():
             if Path(shard.name).name != shard.name:
                 raise DataError(f"{file}: shard {shard.name!r} lies outside the folder; encode the data again")
+            if remote.is_url(root):
+                continue
             shard_path = manifest.path(shard)
             if not shard_path.is_file():
                 raise DataError(f"{shard_path}: missing; delete manifest.json and run ditmoe-data encode again")
             if shard_path.stat().st_size != shard.bytes:
                 size = shard_path.stat().st_size
                 raise DataError(f"{shard_path}: {size} bytes, the manifest says {shard.bytes}; {REMAKE}")
-        if manifest.vae_sha256 is not None:
+        if manifest.vae_sha256 is not None and not remote.is_url(root):
             manifest = dataclasses.replace(manifest, vae=os.path.normpath(os.path.join(manifest.root, manifest.vae)))
         return manifest
 
@@ -174,7 +208,7 @@ def sha256(*paths: Path) -> str:
 
 
 class ShardWriter:
-    """Writes one tar file, under a temporary name until the ``with`` block ends without an error."""
+    """Writes one tar file and its index, under temporary names until the ``with`` block ends without an error."""
 
     def __init__(self, path: str | Path):
         from webdataset import TarWriter  # only writers need it
@@ -184,86 +218,152 @@ class ShardWriter:
         self._stream = open(self._partial, "wb")  # noqa: SIM115 - __exit__ closes it
         # Fixed owner and time: the same samples give the same bytes.
         self._tar = TarWriter(self._stream, user="", group="", mtime=0, encoder=False)
+        self._starts: list[int] = []
 
-    def write(self, key: str, latent: np.ndarray, meta: dict[str, Any]) -> None:
-        """Append a sample; ``latent`` is (C, H, W), ``key`` has no dot."""
-        array = io.BytesIO()
-        np.save(array, np.ascontiguousarray(latent), allow_pickle=False)
-        self._tar.write({"__key__": key, "json": json.dumps(meta).encode(), "latent.npy": array.getvalue()})
+    def write(self, key: str, meta: dict[str, Any], **tensors: torch.Tensor) -> None:
+        """Append a sample; ``tensors`` are ``latent`` and maybe ``std`` and ``text``. ``key`` has no dot and at most 80 characters."""
+        assert KEY.fullmatch(key), key
+        self._starts.append(self._tar.tarstream.offset)
+        members = {f"{name}.{_kind(tensor.dtype)}": _encode(name, tensor) for name, tensor in tensors.items()}
+        self._tar.write({"__key__": key, "json": json.dumps(meta).encode(), **members})
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        end = self._tar.tarstream.offset
         self._tar.close()
         self._stream.close()
-        if failure is None:
-            self._partial.replace(self._path)
+        if failure is not None:
+            self._partial.unlink()
+            return
+        index = index_path(self._path)
+        with open(index.with_suffix(".partial"), "wb") as file:
+            np.save(file, np.array([*self._starts, end], dtype="<i8"))
+        index.with_suffix(".partial").replace(index)
+        self._partial.replace(self._path)  # last: a tar under its name is complete and has an index
 
 
-class ShardIndex(NamedTuple):
-    """Where the S samples of one tar file lie in it."""
-
-    keys: list[str]
-    spans: np.ndarray
-    """(S, 4) int64: offset and size of the json, offset and size of the latent, in bytes."""
+def index_path(tar: Path) -> Path:
+    """Where the index of a shard lies."""
+    return tar.with_suffix(".index.npy")
 
 
-def index_shard(path: Path) -> ShardIndex:
-    """Scan the headers of a tar file, which may come from anyone: nothing is extracted.
+class Sample(NamedTuple):
+    """One sample as stored."""
 
-    Raises:
-        DataError: not a tar file, or a member that is no regular file, is named outside the folder, is too large or has no partner.
-    """
-    spans: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                where = f"{path}: member {member.name!r}"
-                if not member.isreg() or member.issparse():
-                    raise DataError(f"{where} is no regular file; do not use this shard")
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise DataError(f"{where} points outside the folder; do not use this shard")
-                if member.size > MEMBER_LIMIT:
-                    raise DataError(f"{where} has {member.size} bytes, more than {MEMBER_LIMIT}; do not use this shard")
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if kind not in ("json", "latent.npy") or kind in spans.setdefault(key, {}):
-                    raise DataError(f"{where} is not part of the format; each key has one .json and one .latent.npy")
-                spans[key][kind] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not a readable tar file ({error}); {REMAKE}") from None
-    for key, kinds in spans.items():
-        if len(kinds) != 2:
-            raise DataError(f"{path}: key {key!r} lacks its .json or .latent.npy; {REMAKE}")
-    rows = [(*kinds["json"], *kinds["latent.npy"]) for kinds in spans.values()]
-    return ShardIndex(list(spans), np.array(rows, dtype=np.int64).reshape(-1, 4))
+    key: str
+    meta: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    """By name; as stored, ``latent`` before any scaling."""
 
 
-def read_sample(path: Path, span: np.ndarray, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """One sample of a tar file, by its row of ``ShardIndex.spans``: the unscaled latent (C, H, W), read-only, and its json.
+class ShardReader:
+    """Random access to the samples of a tar file, which may come from anyone: nothing is extracted, every header is checked.
 
     Raises:
-        DataError: the bytes are cut short or are not a latent of ``shape`` and ``dtype`` with an integer label.
+        DataError: the index is missing or does not fit the tar.
     """
-    json_offset, json_size, latent_offset, latent_size = span.tolist()
-    try:
-        # Opened per read: a large data set has more shards than a process may hold open.
-        file = os.open(path, os.O_RDONLY)
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+        index = index_path(path)
         try:
-            raw_meta, raw_latent = os.pread(file, json_size, json_offset), os.pread(file, latent_size, latent_offset)
-        finally:
-            os.close(file)
-        meta = json.loads(raw_meta)
-        if not isinstance(meta, dict) or type(meta.get("label")) is not int:
-            raise ValueError("the json has no integer label")
-        # The header is checked before np.load believes it: a forged one could ask for any amount of memory.
-        stream = io.BytesIO(raw_latent)
-        np.lib.format.read_magic(stream)
-        found, fortran, kind = np.lib.format.read_array_header_1_0(stream)
-        if (found, fortran, kind) != (shape, False, np.dtype(dtype)):
-            raise ValueError(f"latent is {kind} {found}, the manifest says {dtype} {shape}")
-        return np.frombuffer(raw_latent, kind, count=int(np.prod(shape)), offset=stream.tell()).reshape(shape), meta
-    except (OSError, ValueError, tokenize.TokenError) as error:  # the last from a garbled numpy header
-        raise DataError(f"{path}: sample at byte {json_offset} is damaged ({error}); {REMAKE}") from None
+            starts = np.load(index, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{index}: no readable index ({error}); {REMAKE}") from None
+        if starts.dtype != np.int64 or starts.ndim != 1 or not len(starts):
+            raise DataError(f"{index}: holds {starts.dtype} {starts.shape}, not the starts of samples; {REMAKE}")
+        if starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] > path.stat().st_size:
+            raise DataError(f"{index}: does not fit {path.name}; {REMAKE}")
+        self.starts = starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def read(self, i: int) -> Sample:
+        """The ``i``-th sample.
+
+        Raises:
+            DataError: its bytes are cut short, or are not a sample as the manifest describes it.
+        """
+        start, size = int(self.starts[i]), int(self.starts[i + 1] - self.starts[i])
+        try:
+            if size > SAMPLE_LIMIT:
+                raise ValueError(f"{size} bytes, more than {SAMPLE_LIMIT}")
+            # Opened per read: a large data set has more shards than a process may hold open.
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                raw = os.pread(file, size, start)
+            finally:
+                os.close(file)
+            return self._parse(raw)
+        except (OSError, ValueError, tarfile.TarError, SafetensorError) as error:
+            raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {REMAKE}") from None
+
+    def _parse(self, raw: bytes) -> Sample:
+        keys, members = set(), {}
+        position = 0
+        while position < len(raw):
+            header = tarfile.TarInfo.frombuf(raw[position : position + 512], "utf-8", "strict")
+            key, _, kind = header.name.partition(".")
+            if header.type != tarfile.REGTYPE or not KEY.fullmatch(key) or kind in members:
+                raise ValueError(f"member {header.name!r} is not part of the format")
+            begin = position + 512
+            if not 0 <= header.size <= len(raw) - begin:
+                raise ValueError(f"member {header.name!r} has {header.size} bytes, of which {len(raw) - begin} are there")
+            members[kind] = raw[begin : begin + header.size]
+            keys.add(key)
+            position = begin + -(-header.size // 512) * 512
+        latent = f"latent.{_kind(getattr(torch, self.manifest.dtype))}"
+        wanted = {"json", latent}
+        wanted |= {latent.replace("latent", "std")} if self.manifest.store == "mean+std" else set()
+        wanted |= {"text.safetensors"} if self.manifest.text else set()
+        if members.keys() != wanted or len(keys) != 1:
+            raise ValueError(f"members {sorted(members)} of keys {sorted(keys)}, the manifest says {sorted(wanted)} of one")
+        meta = json.loads(members.pop("json"))
+        if not isinstance(meta, dict) or not (meta.get("label") is None or type(meta["label"]) is int):
+            raise ValueError("the json has no label: a number or null")
+        tensors = {kind.partition(".")[0]: self._tensor(kind, content) for kind, content in members.items()}
+        return Sample(keys.pop(), meta, tensors)
+
+    def _tensor(self, kind: str, content: bytes) -> torch.Tensor:
+        name, _, form = kind.partition(".")
+        if form == "npy":
+            # The header is compared, not believed: a forged one could ask for any amount of memory.
+            header = _npy_header(self.manifest.shape, self.manifest.dtype)
+            shape, dtype = self.manifest.shape, getattr(torch, self.manifest.dtype)
+            if content[: len(header)] != header or len(content) - len(header) != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} is not the manifest's {self.manifest.dtype} {shape}")
+            return torch.frombuffer(bytearray(content), dtype=dtype, offset=len(header)).view(shape)
+        tensor = safetensors.torch.load(content).get(name)
+        if tensor is None or tensor.dtype != torch.bfloat16:
+            raise ValueError(f"{kind} holds no bfloat16 tensor {name!r}")
+        if name == "text":
+            text = self.manifest.text
+            assert text
+            fits = tensor.ndim == 2 and tensor.shape[1] == text.width and 1 <= len(tensor) <= text.max_tokens
+        else:
+            fits = tuple(tensor.shape) == self.manifest.shape
+        if not fits:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
+        return tensor
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "safetensors" if dtype == torch.bfloat16 else "npy"
+
+
+def _encode(name: str, tensor: torch.Tensor) -> bytes:
+    tensor = tensor.contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return safetensors.torch.save({name: tensor})
+    array = tensor.numpy()
+    return _npy_header(array.shape, array.dtype.name) + array.tobytes()
+
+
+@functools.lru_cache
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, dict(descr=np.dtype(dtype).newbyteorder("<").str, fortran_order=False, shape=shape))
+    return stream.getvalue()

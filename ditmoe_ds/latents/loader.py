@@ -2,84 +2,171 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import REMAKE, Manifest, index_shard, read_sample
-from ditmoe_ds.latents.order import batch_indices
+from ditmoe_ds.errors import ConfigError, DataError, UserError
+from ditmoe_ds.latents import format, remote
+from ditmoe_ds.latents.format import Manifest, ShardReader
+from ditmoe_ds.latents.order import Order
+from ditmoe_ds.rng import keyed_generator
 
 
-@dataclass
+@dataclass(frozen=True)
+class MixConfig:
+    """One more data set, of the same VAE, latent shape and classes."""
+
+    manifest: str
+    weight: int = 1
+    """Samples of it in each block of the mix."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data of a run."""
 
     manifest: str
-    """Folder made by ``ditmoe-data encode``."""
+    """Folder made by ``ditmoe-data``, or its URL (https, gs, ... as webdataset opens them)."""
+    weight: int = 1
+    """With ``mix``: samples of it in each block of the mix."""
+    mix: tuple[MixConfig, ...] = ()
+    """More data sets. With weights 1 and 5, every sample of the first goes with five of the second."""
+    window: int = 16384
+    """Samples shuffled together, after the shards were shuffled. A rank reads from the shards that a window spans."""
     flip: bool = False
     """Mirror latents left to right, each with probability 1/2 per epoch; not for digits or text."""
-    prefetch: int = 2
-    """Micro-batches loaded ahead, at least 1."""
+    workers: int = 2
+    """Processes per rank that load ahead; 0 loads in the training process."""
+    prefetch: int = 4
+    """Micro-batches that each of them holds ready, at least 1."""
+    cache: str = ""
+    """Local folder for the shards of a data set behind a URL."""
+    cache_gb: float = 100.0
+    """Most gigabytes there; the longest unused shards are deleted."""
+    skip_shards: tuple[str, ...] = ()
+    """Names of training shards to leave out, such as one that was found damaged."""
+    log_samples: bool = False
+    """Write the keys of every global batch to ``samples.jsonl`` in the run's folder."""
+
+
+class Latent(NamedTuple):
+    """One sample, scaled."""
+
+    latent: Tensor
+    """(C, H, W) float32."""
+    std: Tensor | None
+    """(C, H, W) float32 of the posterior, if it is stored."""
+    label: int
+    """-1 if it has none."""
 
 
 class Batch(NamedTuple):
     """A micro-batch of one rank."""
 
-    latents: torch.Tensor
+    latents: Tensor
     """(B, C, H, W) float32, scaled."""
-    labels: torch.Tensor
+    labels: Tensor
     """(B,) int64."""
-    epochs: torch.Tensor
+    epochs: Tensor
     """(B,) int64: with ``samples`` the identity of a visit, from which noise can be drawn."""
-    samples: torch.Tensor
+    samples: Tensor
     """(B,) int64: index into the data set."""
 
 
 class LatentDataset:
-    """Random access to the samples of a split, in the order they were written.
+    """Random access to the samples of one or several data sets, in the order they were written.
+
+    Args:
+        manifests: of the data sets; sample indices count through them.
+        skip: names of shards to leave out.
+        cache: where the shards of data sets behind a URL are kept.
 
     Raises:
-        DataError: a shard is unsafe, damaged or does not hold what the manifest says; the split is empty.
+        ConfigError: a name to skip is no shard's.
+        DataError: a split is empty.
     """
 
-    def __init__(self, manifest: Manifest, split: str):
-        self.manifest = manifest
-        self._keys: list[str] = []
-        self._paths = [manifest.path(shard) for shard in manifest.split(split).shards]
-        spans = []
-        for path, shard in zip(self._paths, manifest.split(split).shards):
-            index = index_shard(path)
-            if len(index.keys) != shard.samples:
-                raise DataError(f"{path}: {len(index.keys)} samples, the manifest says {shard.samples}; {REMAKE}")
-            self._keys += index.keys
-            spans.append(index.spans)
-        if not self._keys:
-            raise DataError(f"{manifest.root}: split {split} has no samples; encode again with another --holdout")
-        self._spans = np.concatenate(spans)
-        self._shard_of = np.repeat(np.arange(len(spans)), [len(s) for s in spans])
+    def __init__(self, manifests: Sequence[Manifest], split: str, skip: Sequence[str] = (), cache: remote.Cache | None = None):
+        self.manifests, self.cache = manifests, cache
+        self.shards = [(m, shard) for m in manifests for shard in m.split(split).shards if shard.name not in skip]
+        unknown = set(skip) - {shard.name for m in manifests for shard in m.split(split).shards}
+        if unknown:
+            raise ConfigError("data.skip_shards", sorted(unknown), f"no such {split} shards in the manifest")
+        self.sets = [[shard.samples for m, shard in self.shards if m is manifest] for manifest in manifests]
+        for manifest, sizes in zip(manifests, self.sets):
+            if not sum(sizes):
+                raise DataError(f"{manifest.root}: split {split} has no samples; encode again with another --holdout")
+        self._ends = np.cumsum([shard.samples for _, shard in self.shards])
+        self._reader = functools.lru_cache(maxsize=256)(self._open)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return int(self._ends[-1])
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        """Sample ``i``: the scaled latent (C, H, W) float32 and the label."""
-        m = self.manifest
-        path = self._paths[self._shard_of[i]]
-        latent, meta = read_sample(path, self._spans[i], m.shape, m.dtype)
-        if not 0 <= meta["label"] < m.num_classes:
-            raise DataError(f"{path}: key {self._keys[i]!r} has label {meta['label']}, the manifest has {m.num_classes} classes")
-        return (torch.from_numpy(latent.astype(np.float32)) - m.shift_factor) * m.scaling_factor, meta["label"]
+    def __getitem__(self, i: int) -> Latent:
+        """Sample ``i``.
+
+        Raises:
+            DataError: its shard or bytes are damaged.
+        """
+        reader, row = self._place(i)
+        m, sample = reader.manifest, reader.read(row)
+        label = sample.meta["label"]
+        if label is not None and not 0 <= label < m.num_classes:
+            raise DataError(f"{reader.path}: key {sample.key!r} has label {label}, the manifest has {m.num_classes} classes")
+        std = sample.tensors.get("std")
+        return Latent(
+            (sample.tensors["latent"].float() - m.shift_factor) * m.scaling_factor,
+            None if std is None else std.float() * m.scaling_factor,
+            -1 if label is None else label,
+        )
 
     def key(self, i: int) -> str:
         """The key of sample ``i``."""
-        return self._keys[i]
+        reader, row = self._place(i)
+        return reader.read(row).key
+
+    def _place(self, i: int) -> tuple[ShardReader, int]:
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        reader = self._reader(shard)
+        if self.cache and not reader.path.is_file():  # another process made room
+            self._reader.cache_clear()
+            reader = self._reader(shard)
+        return reader, i - int(self._ends[shard]) + len(reader)
+
+    def _open(self, number: int) -> ShardReader:
+        manifest, shard = self.shards[number]
+        path = Path(manifest.root, shard.name)
+        if remote.is_url(manifest.root):
+            path = self._download(manifest, shard)
+        reader = ShardReader(path, manifest)
+        if len(reader) != shard.samples:
+            raise DataError(
+                f"{path}: {len(reader)} samples, the manifest says {shard.samples}; {format.REMAKE}, or leave it out with data.skip_shards"
+            )
+        return reader
+
+    def _download(self, manifest: Manifest, shard: format.Shard) -> Path:
+        if not self.cache:
+            raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
+
+        def whole(path: Path) -> None:
+            if format.sha256(path) != shard.sha256:
+                raise OSError("sha256 differs from the manifest")
+
+        name = f"{shard.sha256[:32]}.tar"
+        tar = self.cache.file(f"{manifest.root}/{shard.name}", name, whole)
+        ours, theirs = (format.index_path(Path(tar_name)).name for tar_name in (name, shard.name))
+        self.cache.file(f"{manifest.root}/{theirs}", ours, lambda path: None)
+        return tar
 
 
 class LatentLoader:
@@ -90,11 +177,11 @@ class LatentLoader:
     of each micro-step, do not depend on the number of ranks.
 
     Args:
+        config: of the order, the worker processes and the mix.
         global_batch: samples per optimizer step, over all ranks and micro-steps.
         accumulation: micro-steps per optimizer step.
         consumed: global position to begin at: samples that all ranks together have seen.
-        prepare: runs on each ``Batch`` ahead of time, in the loading thread; the iterator then yields its result.
-        prefetch: micro-batches held ready.
+        prepare: runs on each ``Batch`` ahead of time, in the worker; the iterator then yields its result.
 
     Raises:
         ConfigError: ``global_batch`` cannot be divided evenly.
@@ -103,6 +190,7 @@ class LatentLoader:
     def __init__(
         self,
         dataset: LatentDataset,
+        config: DataConfig,
         *,
         seed: int,
         global_batch: int,
@@ -111,56 +199,61 @@ class LatentLoader:
         world: int,
         consumed: int = 0,
         prepare: Callable[[Batch], Any] | None = None,
-        prefetch: int = 2,
     ):
         if global_batch % (accumulation * world):
             fix = f"must be a multiple of accumulation x ranks = {accumulation} x {world}"
             raise ConfigError("global_batch", global_batch, fix)
-        self._dataset, self._seed, self._prepare = dataset, seed, prepare
-        self._micro = global_batch // accumulation
-        self._local = self._micro // world
-        self._begin = consumed + rank * self._local
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="latent-loader", daemon=True)
-        self._thread.start()
+        micro = global_batch // accumulation
+        order = Order(dataset.sets, [config.weight, *(other.weight for other in config.mix)], seed, config.window)
+        batches = _Batches(dataset, order, seed, micro // world, prepare)
+        loader: DataLoader[Any] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=itertools.count(consumed + rank * (micro // world), micro),  # type: ignore[arg-type]
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # not the global one: nothing here is random
+        )
+        self._iterator: Iterator[Any] = iter(loader)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if self._stop.is_set():
-            raise StopIteration
-        item = self._ready.get()
+        item = next(self._iterator)
         if isinstance(item, _Failure):
             self.close()
             raise item.error
         return item
 
     def close(self) -> None:
-        """Stop the thread. The iterator ends."""
-        self._stop.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.05)  # it may be waiting for room
+        """Stop the workers. The iterator ends."""
+        self._iterator = iter(())
 
-    def _run(self) -> None:
-        position = self._begin
-        while not self._stop.is_set():
-            try:
-                batch = self._load(position)
-                item = self._prepare(batch) if self._prepare else batch
-            except BaseException as error:
-                self._ready.put(_Failure(error))
-                return
-            self._ready.put(item)
-            position += self._micro
 
-    def _load(self, position: int) -> Batch:
-        epochs, samples = batch_indices(self._seed, position, self._local, len(self._dataset))
-        latents, labels = zip(*(self._dataset[i] for i in samples.tolist()))
-        return Batch(torch.stack(latents), torch.tensor(labels), epochs, samples)
+class _Batches(Dataset):
+    """Micro-batches by the global position of their first sample."""
+
+    def __init__(self, dataset: LatentDataset, order: Order, seed: int, local: int, prepare: Callable[[Batch], Any] | None):
+        self.dataset, self.order, self.seed, self.local, self.prepare = dataset, order, seed, local, prepare
+
+    def __getitem__(self, position: int) -> Any:
+        try:
+            epochs, samples = self.order.at(position, self.local)
+            latents = [self._drawn(self.dataset[i], epoch, i) for epoch, i in zip(epochs.tolist(), samples.tolist())]
+            batch = Batch(*map(torch.stack, zip(*latents)), epochs, samples)
+            return self.prepare(batch) if self.prepare else batch
+        except UserError as error:  # its one line, without the worker's traceback around it
+            return _Failure(error)
+
+    def _drawn(self, sample: Latent, epoch: int, i: int) -> tuple[Tensor, Tensor]:
+        label = torch.tensor(sample.label)
+        if sample.std is None:
+            return sample.latent, label
+        noise = torch.randn(sample.std.shape, generator=keyed_generator(self.seed, "posterior", epoch, i))
+        return sample.latent + sample.std * noise, label
 
 
 class _Failure(NamedTuple):
-    error: BaseException
+    error: UserError

@@ -1,0 +1,111 @@
+"""Data sets behind a URL: files come through webdataset's URL handlers into a local folder of bounded size."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from ditmoe_ds.errors import DataError
+
+ATTEMPTS = 6
+"""With pauses of 1, 2, 4, 8 and 16 seconds."""
+
+T = TypeVar("T")
+
+
+def is_url(root: str) -> bool:
+    """Whether ``root`` is no local folder: https, gs and whatever else webdataset opens."""
+    return "://" in root
+
+
+def read(url: str) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        DataError: it cannot be read, also after several attempts.
+    """
+    stream = io.BytesIO()
+
+    def action() -> bytes:
+        stream.seek(0)
+        stream.truncate()
+        _copy(url, stream)
+        return stream.getvalue()
+
+    return _persist(url, action)
+
+
+class Cache:
+    """A folder of downloaded files, shared by all processes of a machine; the longest unused make room for new ones.
+
+    Args:
+        folder: made if it is not there.
+        limit: bytes; a file larger than this is still kept while it is the newest.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit = folder, limit
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, url: str, name: str, check: Callable[[Path], None]) -> Path:
+        """The local copy, downloaded unless it is there; ``check`` raises OSError if a new one is damaged.
+
+        Raises:
+            DataError: it cannot be had whole, also after several attempts.
+        """
+        path = self.folder / name
+        if path.is_file():
+            path.touch()
+            return path
+
+        def action() -> Path:
+            with open(self.folder / f"{name}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.is_file():
+                    partial = path.with_name(f"{name}.partial")
+                    with open(partial, "wb") as file:
+                        _copy(url, file)
+                    check(partial)
+                    self._make_room(partial.stat().st_size)
+                    partial.replace(path)
+            return path
+
+        return _persist(url, action)
+
+    def _make_room(self, size: int) -> None:
+        ages, total = [], size
+        for path in self.folder.iterdir():
+            if path.suffix not in (".lock", ".partial"):
+                stat = path.stat()
+                ages.append((stat.st_mtime, path, stat.st_size))
+                total += stat.st_size
+        for _, path, freed in sorted(ages):
+            if total <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= freed
+
+
+def _copy(url: str, out: BinaryIO) -> None:
+    from webdataset.gopen import gopen
+
+    with gopen(url, "rb") as stream:
+        shutil.copyfileobj(stream, out, 1 << 20)
+
+
+def _persist(url: str, action: Callable[[], T]) -> T:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+        if attempt < ATTEMPTS:
+            print(f"{url}: {reason}; trying again", file=sys.stderr, flush=True)
+            time.sleep(2 ** (attempt - 1))
+    raise DataError(f"{url}: cannot be read in {ATTEMPTS} attempts ({reason})")
