@@ -3,8 +3,8 @@
 python benchmarks/checkpoint.py [--model NAME] [--repeats 3] [--folder build/checkpoint] [--write]
 
 Starts the processes itself, prints markdown and, with --write, puts it under "Measured" in checkpoint.md. The training state
-is that of a bf16 run with one average, all of it random numbers: nothing is trained. Needs, in free space of the folder's
-disk, three times the bytes of the checkpoint (16 per parameter).
+is that of a bf16 run with one average, all of it random numbers: nothing is trained. Takes up to 64 bytes per parameter on
+the folder's disk (four files of a checkpoint's size) and 36 of memory.
 """
 
 import argparse
@@ -90,6 +90,7 @@ def forget(*paths: Path) -> None:
 
 def timed(action: Callable[[], Any]) -> float:
     """Seconds until the last rank is done. Collective."""
+    os.sync()  # what was written and deleted before is not this action's
     dist.barrier()
     start = time.monotonic()
     action()
@@ -113,14 +114,15 @@ def measure_run(name: str, parallel: ParallelConfig, folder: Path, repeats: int,
     parts = shards.collect(engine, group)
     shards.fill(engine, parts, lambda name, start, out: out.normal_())
     ema = EMA(parts, EMAConfig())
-    state = [[part.master, *part.moments.values(), average[i]] for average in ema.averages.values() for i, part in enumerate(parts)]
-    tensors = [tensor for part in state for tensor in part]
+    averages = [tensor for average in ema.averages.values() for tensor in average]
+    tensors = [tensor for part in parts for tensor in (part.master, *part.moments.values())] + averages
     for tensor in tensors:
         tensor.normal_()
     mine = sum(tensor.nbytes for tensor in tensors)
     total = torch.tensor(mine, device=world.device)
     dist.all_reduce(total)
 
+    times: Times = defaultdict(list)
     description = dict(model=asdict(config), diffusion=asdict(DiffusionConfig()), latents={})
     savers = {
         kind: checkpoint.Saver(folder / kind, checkpoint.CheckpointConfig(asynchronous=kind == "async")) for kind in ("sync", "async")
@@ -129,6 +131,13 @@ def measure_run(name: str, parallel: ParallelConfig, folder: Path, repeats: int,
 
     def save(kind: str) -> None:
         savers[kind].save(1, parts, ema, 1, description)
+
+    def save_in_background() -> None:
+        start = time.monotonic()
+        save("async")
+        dist.barrier()
+        times["stall"].append(time.monotonic() - start)
+        savers["async"].finish()
 
     def load() -> None:
         reader = checkpoint.Reader(folder / "sync" / "step_00000001")
@@ -145,7 +154,6 @@ def measure_run(name: str, parallel: ParallelConfig, folder: Path, repeats: int,
             action()
         dist.barrier()
 
-    times: Times = defaultdict(list)
     deepspeed_bytes = 0
     for _ in range(repeats):
         times["plain write"].append(timed(lambda: write_plainly(plain, mine)))
@@ -153,23 +161,19 @@ def measure_run(name: str, parallel: ParallelConfig, folder: Path, repeats: int,
         if saves:
             on_rank_0(lambda: shutil.rmtree(folder / "sync", ignore_errors=True))
             times["save"].append(timed(lambda: save("sync")))
-            start = time.monotonic()
-            times["stall"].append(timed(lambda: save("async")))
-            savers["async"].finish()
-            dist.barrier()
-            times["async"].append(time.monotonic() - start)
+            times["async"].append(timed(save_in_background))
             on_rank_0(lambda: shutil.rmtree(folder / "async"))
             times["deepspeed"].append(timed(save_deepspeeds_way))
             deepspeed_bytes = sum(file.stat().st_size for file in deepspeeds.rglob("*.pt"))
             dist.barrier()
             on_rank_0(lambda: shutil.rmtree(deepspeeds))
-        for name, path, read in (
+        for what, path, read in (
             ("plain read", plain, lambda: read_plainly(plain)),
             ("torch.load", pickled, lambda: torch.load(pickled, weights_only=True)),
             ("load", folder / "sync", load),
         ):
             forget(path)
-            times[name].append(timed(read))
+            times[what].append(timed(read))
         plain.unlink()
         pickled.unlink()
     leave()
@@ -201,6 +205,7 @@ def measure_exports(folder: Path, repeats: int) -> dict[str, tuple[int, list[flo
     for target in ("torch", "safetensors", "diffusers", "reference"):
         seconds, peaks = [], []
         for _ in range(repeats + 1):  # one more: the first has the imports in it
+            os.sync()
             forget(source, averages)
             ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -213,6 +218,7 @@ def measure_exports(folder: Path, repeats: int) -> dict[str, tuple[int, list[flo
         results[target] = size, seconds[1:], max(peaks[1:])
     seconds = []
     for _ in range(repeats):
+        os.sync()
         start = time.monotonic()
         write_plainly(out, size)
         seconds.append(time.monotonic() - start)
@@ -314,14 +320,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="DiT-MoE-S/2-8E2A")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("build/checkpoint"), help="for the files, which are deleted at the end")
+    parser.add_argument("--folder", type=Path, default=Path("build/checkpoint"), help="a new folder, deleted at the end")
     parser.add_argument("--write", action="store_true", help="put the figures into checkpoint.md")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the deepspeed launcher does
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True)
     try:
-        start, tables = time.monotonic(), []
+        start, others, tables = time.monotonic(), os.getloadavg()[0], []
         for world, parallel in LOADED:
             saves = (world, parallel) == SAVED
             size, *rest = on_ranks(world, measure_run, arguments.model, parallel, folder, arguments.repeats, saves)
@@ -333,7 +339,7 @@ def main() -> None:
     report = "\n".join(
         [
             f"`python {' '.join(sys.argv)}`, {(time.monotonic() - start) / 60:.1f} minutes. {hardware}",
-            f"{arguments.model}, a checkpoint of {size / 1e6:,.0f} MB; {arguments.repeats} repeats.",
+            f"{arguments.model}, a checkpoint of {size / 1e6:,.0f} MB; {arguments.repeats} repeats. Load average of the machine before: {others:.1f}.",
             "",
             *tables,
         ]
