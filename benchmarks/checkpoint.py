@@ -339,7 +339,8 @@ def main() -> None:
     report = "\n".join(
         [
             f"`python {' '.join(sys.argv)}`, {(time.monotonic() - start) / 60:.1f} minutes. {hardware}",
-            f"{arguments.model}, a checkpoint of {size / 1e6:,.0f} MB; {arguments.repeats} repeats. Load average of the machine before: {others:.1f}.",
+            f"{arguments.model}, a checkpoint of {size / 1e6:,.0f} MB; {arguments.repeats} repeats. "
+            f"Load average of the machine before: {others:.1f}.",
             "",
             *tables,
         ]
