@@ -3,17 +3,21 @@
 import io
 import itertools
 import json
+import multiprocessing
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import webdataset
 
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import FORMAT, MEMBER_LIMIT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, index_shard, sha256
-from ditmoe_ds.latents.loader import Batch, LatentDataset, LatentLoader
-from ditmoe_ds.latents.order import batch_indices, epoch_order
+from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardReader, ShardWriter, Split, Splits, Text, sha256
+from ditmoe_ds.latents.loader import Batch, DataConfig, LatentDataset, LatentLoader, MixConfig
+from ditmoe_ds.latents.order import Order
 
 torch.set_num_threads(1)
 SHAPE = (2, 3, 4)
@@ -30,19 +34,21 @@ def write_data(root: Path, sizes: tuple[int, ...] = (7, 6)) -> Manifest:
         path = root / f"train-{number:06d}.tar"
         with ShardWriter(path) as shard:
             for i in itertools.islice(samples, size):
-                shard.write(f"k{i}", value(i), {"label": i % 3, "class": "abc"[i % 3], "source": str(i)})
+                meta = {"label": i % 3, "class": "abc"[i % 3], "source": str(i)}
+                shard.write(f"k{i}", meta, latent=torch.from_numpy(value(i)))
         shards.append(Shard(path.name, size, path.stat().st_size, sha256(path)))
     Manifest(
         root=str(root), format=FORMAT, version=VERSION, source="test", vae="org/vae", vae_sha256=None, scaling_factor=2.0,
-        shift_factor=0.5, downsample=4, image_size=16, shape=SHAPE, dtype="float32", mean=(0.0, 0.0), std=(1.0, 1.0), num_classes=3,
-        class_names=("a", "b", "c"), splits=Splits(train=Split(sum(sizes), tuple(shards)), val=Split(0, ())),
+        shift_factor=0.5, downsample=4, image_size=16, shape=SHAPE, dtype="float32", store="mean", text=None,
+        mean=(0.0, 0.0), std=(1.0, 1.0), num_classes=3, class_names=("a", "b", "c"), class_histogram=(5, 4, 4), rejected=0,
+        splits=Splits(train=Split(sum(sizes), tuple(shards)), val=Split(0, ())),
     ).save()  # fmt: skip
     return Manifest.load(root)
 
 
 @pytest.fixture
 def dataset(tmp_path) -> LatentDataset:
-    return LatentDataset(write_data(tmp_path), "train")
+    return LatentDataset([write_data(tmp_path)], "train")
 
 
 # the format
@@ -51,9 +57,9 @@ def dataset(tmp_path) -> LatentDataset:
 def test_samples_come_back_scaled(dataset):
     assert len(dataset) == 13
     for i in (0, 6, 7, 12):  # both sides of the border between shards
-        latent, label = dataset[i]
-        assert torch.equal(latent, (torch.from_numpy(value(i)) - 0.5) * 2.0)
-        assert (label, dataset.key(i)) == (i % 3, f"k{i}")
+        sample = dataset[i]
+        assert torch.equal(sample.latent, (torch.from_numpy(value(i)) - 0.5) * 2.0) and sample.std is None
+        assert (sample.label, dataset.key(i)) == (i % 3, f"k{i}")
 
 
 def test_the_manifest_comes_back(tmp_path):
@@ -63,7 +69,7 @@ def test_the_manifest_comes_back(tmp_path):
     with pytest.raises(DataError, match="choose train or val"):
         manifest.split("test")
     with pytest.raises(DataError, match="val has no samples"):
-        LatentDataset(manifest, "val")
+        LatentDataset([manifest], "val")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_the_manifest_comes_back(tmp_path):
     [
         (lambda root: (root / "manifest.json").unlink(), "no readable manifest"),
         (lambda root: (root / "manifest.json").write_text("{"), "not valid JSON"),
-        (lambda root: edit(root, version=2), "reads"),
+        (lambda root: edit(root, version=1), "reads"),
         (lambda root: edit(root, dtype="float8"), "dtype='float8'"),
         (lambda root: edit(root, splits={"train": {"samples": 0, "shards": []}}), "splits.val.samples"),
         (lambda root: (root / "train-000001.tar").unlink(), r"train-000001\.tar: missing"),
@@ -102,45 +108,117 @@ def test_a_shard_outside_the_folder_does_not_load(tmp_path):
 
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):
     with pytest.raises(RuntimeError), ShardWriter(tmp_path / "x.tar") as shard:
-        shard.write("k", value(0), {"label": 0})
+        shard.write("k", {"label": 0}, latent=torch.zeros(SHAPE))
         raise RuntimeError
-    assert not (tmp_path / "x.tar").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def member(name: str, size: int = 0, **fields) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    for field, content in fields.items():
-        setattr(info, field, content)
-    return info
+def index_damage(root, change):
+    path = root / "train-000000.index.npy"
+    starts = np.load(path)
+    np.save(path, change(starts))
 
 
 @pytest.mark.parametrize(
-    ("info", "message"),
+    ("change", "message"),
     [
-        (member("../k.json"), "points outside"),
-        (member("a/../../k.json"), "points outside"),
-        (member("/etc/k.json"), "points outside"),
-        (member("k.json", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "no regular file"),
-        (member("k.json", type=tarfile.LNKTYPE, linkname="x"), "no regular file"),
-        (member("k.json", type=tarfile.FIFOTYPE), "no regular file"),
-        (member("k.latent.npy", MEMBER_LIMIT + 1), "more than"),
-        (member("k.pickle"), "not part of the format"),
-        (member("k.json"), "lacks its"),
+        (lambda starts: starts[::-1], "does not fit"),
+        (lambda starts: starts - 512, "does not fit"),
+        (lambda starts: starts + 10**6, "does not fit"),
+        (lambda starts: starts.astype(np.float64), "float64"),
+        (lambda starts: starts[:0], "not the starts"),
+        (lambda starts: starts[:-1], "6 samples, the manifest says 7.*data.skip_shards"),
     ],
 )
-def test_unsafe_or_odd_members_are_refused(tmp_path, info, message):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        tar.addfile(info, io.BytesIO(bytes(info.size)))
+def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
+    manifest = write_data(tmp_path)
+    index_damage(tmp_path, change)
     with pytest.raises(DataError, match=message):
-        index_shard(path)
+        LatentDataset([manifest], "train")[0]
 
 
-def test_a_file_that_is_no_tar_is_refused(tmp_path):
-    (tmp_path / "x.tar").write_bytes(b"x" * 2048)
-    with pytest.raises(DataError, match="not a readable tar"):
-        index_shard(tmp_path / "x.tar")
+def member(name: str, content: bytes = b"", **fields) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+JSON = member("k.json", b'{"label": 0}')
+NPY = io.BytesIO()
+np.save(NPY, np.zeros(SHAPE, dtype=np.float32))
+LATENT = member("k.latent.npy", NPY.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (member("../k.json"), "not part of the format"),
+        (member("/etc/k.json"), "not part of the format"),
+        (member("k.json", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "not part of the format"),
+        (member("k.json", type=tarfile.FIFOTYPE), "not part of the format"),
+        (JSON + JSON, "not part of the format"),
+        (JSON, "the manifest says"),
+        (JSON + LATENT + member("k.pickle"), "the manifest says"),
+        (JSON + LATENT.replace(b"k.", b"l.", 1), "bad checksum"),
+        (JSON + member("l.latent.npy", NPY.getvalue()), r"of keys \['k', 'l'\]"),
+        (JSON + LATENT[:512], "of which 0 are there"),
+        (member("k.json", size=-512) + LATENT, "-512 bytes"),
+        (b"x" * 512, "damaged"),
+        (bytes(512), "end of file header"),
+    ],
+)
+def test_unsafe_or_odd_members_are_refused(tmp_path, sample, message):
+    manifest = write_data(tmp_path)
+    (tmp_path / "x.tar").write_bytes(sample)
+    np.save(tmp_path / "x.index.npy", np.array([0, len(sample)]))
+    with pytest.raises(DataError, match=message):
+        ShardReader(tmp_path / "x.tar", manifest).read(0)
+
+
+def test_members_as_they_should_be(tmp_path):
+    manifest = write_data(tmp_path)
+    (tmp_path / "x.tar").write_bytes(JSON + LATENT)
+    np.save(tmp_path / "x.index.npy", np.array([0, len(JSON + LATENT)]))
+    assert ShardReader(tmp_path / "x.tar", manifest).read(0).key == "k"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_std_and_text_come_back(tmp_path, dtype):
+    manifest = replace(write_data(tmp_path), dtype=dtype, store="mean+std", text=Text("org/encoder", None, 5, 7))
+    kind = getattr(torch, dtype)
+    latent, std, text = torch.randn(SHAPE).to(kind), torch.rand(SHAPE).to(kind), torch.randn(3, 5).bfloat16()
+    with ShardWriter(tmp_path / "x.tar") as shard:
+        shard.write("k", {"label": None, "caption": "an ant"}, latent=latent, std=std, text=text)
+        shard.write("m", {"label": None}, latent=latent, std=std, text=torch.zeros(8, 5).bfloat16())
+    reader = ShardReader(tmp_path / "x.tar", manifest)
+    sample = reader.read(0)
+    assert (sample.key, sample.meta) == ("k", {"label": None, "caption": "an ant"})
+    for name, tensor in dict(latent=latent, std=std, text=text).items():
+        assert torch.equal(sample.tensors[name], tensor) and sample.tensors[name].dtype == tensor.dtype
+    with pytest.raises(DataError, match=r"text has shape \[8, 5\]"):
+        reader.read(1)
+    plain = next(iter(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)))
+    assert plain["__key__"] == "k" and torch.equal(safetensors.torch.load(plain["text.safetensors"])["text"], text)
+
+
+def test_the_posterior_is_sampled_anew_at_each_visit(tmp_path):
+    manifest = write_data(tmp_path, sizes=(4,))
+    with ShardWriter(tmp_path / "train-000000.tar") as shard:
+        for i in range(4):
+            shard.write(f"k{i}", {"label": 0}, latent=torch.from_numpy(value(i)), std=torch.full(SHAPE, 0.1))
+    dataset = LatentDataset([replace(manifest, store="mean+std")], "train")
+    first, second = take(dataset, 2, global_batch=4)
+    scaled = {i: (torch.from_numpy(value(i)) - 0.5) * 2.0 for i in range(4)}
+    noise = {}
+    for batch in (first, second):
+        for latent, epoch, i in zip(batch.latents, batch.epochs.tolist(), batch.samples.tolist()):
+            noise[epoch, i] = (latent - scaled[i]) / 0.2
+    assert len(noise) == 8 and 0.8 < torch.stack(list(noise.values())).std() < 1.2
+    assert not torch.equal(noise[0, 0], noise[1, 0])
+    again = take(dataset, 1, global_batch=4, consumed=4)[0]
+    assert torch.equal(again.latents, second.latents)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +240,7 @@ def test_a_damaged_sample_is_refused(tmp_path, old, new):
     assert old in raw
     path.write_bytes(raw.replace(old, new, 1))
     with pytest.raises(DataError, match=r"train-000000\.tar"):
-        LatentDataset(manifest, "train")[0]
+        LatentDataset([manifest], "train")[0]
     with pytest.raises(DataError, match="sha256"):
         manifest.verify()
 
@@ -170,30 +248,64 @@ def test_a_damaged_sample_is_refused(tmp_path, old, new):
 # the order
 
 
-def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_only():
-    order = epoch_order(1, 2, 50).clone()
-    assert sorted(order.tolist()) == list(range(50))
-    for other in (epoch_order(1, 3, 50), epoch_order(2, 2, 50), epoch_order(2, 1, 50)):
-        assert not torch.equal(order, other)
+def at(order, first, count):
+    epochs, samples = order.at(first, count)
+    return list(zip(epochs.tolist(), samples.tolist()))
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 1000])
+def test_an_epoch_is_a_permutation_whatever_the_window(window):
+    sizes = [10, 3, 20, 0, 17]
+    visits = at(Order([sizes], [1], 5, window), 0, 150)
+    for epoch in range(3):
+        assert sorted(visits[50 * epoch : 50 * (epoch + 1)]) == [(epoch, i) for i in range(50)]
+    assert [i for _, i in visits[:50]] != [i for _, i in visits[50:100]]
+    assert at(Order([sizes], [1], 6, window), 0, 50) != visits[:50]
+
+
+def test_the_order_is_the_one_saved_runs_have():
     torch.manual_seed(123)
-    epoch_order.cache_clear()
-    assert torch.equal(order, epoch_order(1, 2, 50))
-    assert epoch_order(0, 0, 8).tolist() == [4, 1, 6, 2, 3, 7, 0, 5]  # a saved run must find the same order in a later release
+    assert [i for _, i in at(Order([[3, 3, 2]], [1], 0, 16), 0, 8)] == [3, 4, 7, 6, 1, 0, 2, 5]
+    assert [i for _, i in at(Order([[3, 3, 2]], [1], 0, 4), 0, 8)] == [3, 6, 5, 4, 7, 0, 2, 1]
 
 
-def test_batches_run_across_epochs():
-    epochs, samples = batch_indices(seed=0, consumed=8, count=25, n=10)
-    assert epochs.tolist() == [0] * 2 + [1] * 10 + [2] * 10 + [3] * 3
-    whole = torch.cat([epoch_order(0, epoch, 10) for epoch in range(4)])
-    assert torch.equal(samples, whole[8:33])
+def test_a_window_spans_few_shards():
+    order = Order([[100] * 50], [1], 0, 300)
+    for window in range(16):
+        shards = {i // 100 for _, i in at(order, 300 * window, 300)}
+        assert len(shards) == 3
+
+
+@pytest.mark.parametrize("sets, weights", [([[7, 6]], [1]), ([[7, 6], [4, 4, 3]], [1, 5])])
+def test_the_order_is_a_function_of_the_position(sets, weights):
+    order = Order(sets, weights, 3, 5)
+    whole = at(order, 0, 200)
+    for first in (0, 1, 12, 13, 97):
+        for count in (1, 6, 40):
+            assert at(order, first, count) == whole[first : first + count]
+
+
+def test_a_mix_keeps_its_weights_and_its_epochs():
+    visits = at(Order([[7, 6], [4, 4, 3]], [1, 5], 3, 5), 0, 6 * 26)
+    for block in range(26):
+        assert sum(i < 13 for _, i in visits[6 * block : 6 * block + 6]) == 1
+    first = [visit for visit in visits if visit[1] < 13]
+    assert sorted(first) == [(epoch, i) for epoch in range(2) for i in range(13)]
+    second = [visit for visit in visits if visit[1] >= 13]
+    assert sorted(second[:110]) == [(epoch, 13 + i) for epoch in range(10) for i in range(11)]
+    places = {[i < 13 for _, i in visits[6 * block : 6 * block + 6]].index(True) for block in range(26)}
+    assert len(places) > 3, "the place in a block is not drawn"
 
 
 # the loader
 
 
-def take(dataset, count: int, **changes) -> list[Batch]:
+HERE = DataConfig("unused", workers=0)
+
+
+def take(dataset, count: int, config=HERE, **changes) -> list[Batch]:
     settings = {"seed": 5, "global_batch": 8, "accumulation": 1, "rank": 0, "world": 1, **changes}
-    loader = LatentLoader(dataset, **settings)
+    loader = LatentLoader(dataset, config, **settings)
     batches = [next(loader) for _ in range(count)]
     loader.close()
     return batches
@@ -209,26 +321,28 @@ def test_a_step_sees_the_same_samples_on_any_number_of_ranks(dataset, world, acc
     steps = 4  # 32 visits of 13 samples: crosses two epochs
     ranks = [take(dataset, steps * accumulation, rank=rank, world=world, accumulation=accumulation) for rank in range(world)]
     seen = [pair for micro in zip(*ranks) for pair in visits(list(micro))]
-    epochs, samples = batch_indices(5, 0, 8 * steps, 13)
-    assert seen == list(zip(epochs.tolist(), samples.tolist()))
+    assert seen == at(Order(dataset.sets, [1], 5, 16384), 0, 8 * steps)
     for batch in ranks[0]:
         assert batch.latents.shape == (8 // accumulation // world, *SHAPE)
         for latent, label, i in zip(batch.latents, batch.labels, batch.samples.tolist()):
-            assert torch.equal(latent, dataset[i][0]) and label == i % 3
+            assert torch.equal(latent, dataset[i].latent) and label == i % 3
 
 
-def test_a_resumed_loader_continues_exactly(dataset):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_resumed_loader_continues_exactly(dataset, workers):
+    config = DataConfig("unused", workers=workers, prefetch=2)
     whole = take(dataset, 10, accumulation=2, rank=1, world=2)
-    resumed = take(dataset, 4, accumulation=2, rank=1, world=2, consumed=3 * 8)
+    resumed = take(dataset, 4, config, accumulation=2, rank=1, world=2, consumed=3 * 8)
     assert visits(resumed) == visits(whole[6:])
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(resumed, whole[6:]))
     # also on another number of ranks
-    assert visits(take(dataset, 2, consumed=3 * 8)) == visits(take(dataset, 5))[24:]
+    assert visits(take(dataset, 2, config, consumed=3 * 8)) == visits(take(dataset, 5))[24:]
 
 
 def test_the_loader_draws_no_random_numbers(dataset):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    take(dataset, 3)
+    take(dataset, 3, DataConfig("unused", workers=1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -236,22 +350,46 @@ def test_prepare_runs_on_each_batch(dataset):
     assert take(dataset, 2, prepare=lambda batch: batch.samples.sum().item()) == [b.samples.sum().item() for b in take(dataset, 2)]
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(dataset):
-    def fail(batch: Batch) -> None:
-        raise ZeroDivisionError("in prepare")
-
-    loader = LatentLoader(dataset, seed=0, global_batch=2, accumulation=1, rank=0, world=1, prepare=fail)
-    with pytest.raises(ZeroDivisionError, match="in prepare"):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_reaches_the_consumer_as_one_line(dataset, workers):
+    path = Path(dataset.manifests[0].root, "train-000001.tar")
+    path.write_bytes(bytes(path.stat().st_size))
+    loader = LatentLoader(dataset, DataConfig("unused", workers=workers), seed=0, global_batch=13, accumulation=1, rank=0, world=1)
+    with pytest.raises(DataError, match=r"train-000001\.tar: sample \d at byte \d+ is damaged") as caught:
         next(loader)
+    assert "\n" not in str(caught.value)
     assert list(loader) == []
 
 
-def test_close_stops_the_thread(dataset):
-    loader = LatentLoader(dataset, seed=0, global_batch=2, accumulation=1, rank=0, world=1)
+def test_a_damaged_shard_can_be_left_out(dataset):
+    manifest = dataset.manifests[0]
+    config = DataConfig("unused", workers=0, skip_shards=("train-000000.tar",))
+    rest = config.open([manifest], "train")
+    assert len(rest) == 6 and rest.key(0) == "k7"
+    assert sorted(visits(take(rest, 3, config, global_batch=2))) == [(0, i) for i in range(6)]
+    with pytest.raises(ConfigError, match=r"data.skip_shards=\['train-9.tar'\]"):
+        DataConfig("unused", skip_shards=("train-9.tar",)).open([manifest], "train")
+
+
+def test_a_mix_reads_from_both(tmp_path):
+    manifests = []
+    for name, sizes in (("real", (4,)), ("made", (5, 6))):
+        (tmp_path / name).mkdir()
+        manifests.append(write_data(tmp_path / name, sizes))
+    config = DataConfig("unused", workers=0, weight=1, mix=(MixConfig("unused", 3),))
+    mixed = config.open(manifests, "train")
+    assert len(mixed) == 15 and (mixed.key(3), mixed.key(4), mixed.key(14)) == ("k3", "k0", "k10")
+    seen = [i for batch in take(mixed, 11, config, global_batch=4) for i in batch.samples.tolist()]
+    assert sum(i < 4 for i in seen) == 11 and set(seen) == set(range(15))
+
+
+def test_close_ends_the_workers(dataset):
+    loader = LatentLoader(dataset, DataConfig("unused", workers=2), seed=0, global_batch=2, accumulation=1, rank=0, world=1)
     next(loader)
+    processes = multiprocessing.active_children()
+    assert len(processes) >= 2
     loader.close()
-    assert not loader._thread.is_alive()
-    assert list(loader) == []
+    assert list(loader) == [] and not any(process.is_alive() for process in processes)
 
 
 def test_batches_that_do_not_divide_are_refused(dataset):

@@ -71,9 +71,10 @@ def analyze(run_dir: str, out: str, samples: int = 256, bins: int = 10) -> dict[
     run = open_run(run_dir)
     if not run.model.config.experts:
         raise CheckpointError(f"{run_dir}: the model is dense, it has no routing to analyze")
-    dataset = LatentDataset(Manifest.load(run.latents["manifest"]), "val")
-    latents, labels = zip(*(dataset[i] for i in range(min(samples, len(dataset)))), strict=True)
-    counts = count_selections(run, torch.stack(latents), torch.tensor(labels), bins)
+    dataset = LatentDataset([Manifest.load(run.latents["manifest"])], "val")
+    chosen = [dataset[i] for i in range(min(samples, len(dataset)))]
+    latents, labels = torch.stack([sample.latent for sample in chosen]), torch.tensor([sample.label for sample in chosen])
+    counts = count_selections(run, latents, labels, bins)
     shares = {axis: count / count.sum(-1, keepdim=True) for axis, count in counts.items()}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

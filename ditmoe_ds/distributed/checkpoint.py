@@ -27,7 +27,7 @@ from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
 from ditmoe_ds.distributed.topology import agreed
 from ditmoe_ds.errors import CheckpointError, UserError
 
-FORMAT = "ditmoe-checkpoint/2"
+FORMAT = "ditmoe-checkpoint/3"
 
 T = TypeVar("T")
 

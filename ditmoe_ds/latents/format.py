@@ -121,7 +121,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read the manifest of a folder or URL (or the ``manifest.json`` itself); in a folder, check that all shards are there in full length.
+        """Read the manifest of a folder or URL (or the ``manifest.json`` itself). In a folder, all shards must be there in full length.
 
         Raises:
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
@@ -322,7 +322,7 @@ class ShardReader:
         if members.keys() != wanted or len(keys) != 1:
             raise ValueError(f"members {sorted(members)} of keys {sorted(keys)}, the manifest says {sorted(wanted)} of one")
         meta = json.loads(members.pop("json"))
-        if not isinstance(meta, dict) or not (meta.get("label") is None or type(meta["label"]) is int):
+        if not isinstance(meta, dict) or type(meta.get("label", "")) not in (int, type(None)):
             raise ValueError("the json has no label: a number or null")
         tensors = {kind.partition(".")[0]: self._tensor(kind, content) for kind, content in members.items()}
         return Sample(keys.pop(), meta, tensors)

@@ -55,7 +55,12 @@ class DataConfig:
     skip_shards: tuple[str, ...] = ()
     """Names of training shards to leave out, such as one that was found damaged."""
     log_samples: bool = False
-    """Write the keys of every global batch to ``samples.jsonl`` in the run's folder."""
+    """Write the keys of every global batch into ``metrics.jsonl``, under ``samples``."""
+
+    def open(self, manifests: Sequence[Manifest], split: str) -> LatentDataset:
+        """The samples of a split of the data sets. Raises as ``LatentDataset``."""
+        cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
+        return LatentDataset(manifests, split, self.skip_shards if split == "train" else (), cache)
 
 
 class Latent(NamedTuple):
@@ -241,18 +246,18 @@ class _Batches(Dataset):
     def __getitem__(self, position: int) -> Any:
         try:
             epochs, samples = self.order.at(position, self.local)
-            latents = [self._drawn(self.dataset[i], epoch, i) for epoch, i in zip(epochs.tolist(), samples.tolist())]
-            batch = Batch(*map(torch.stack, zip(*latents)), epochs, samples)
+            chosen = [self.dataset[i] for i in samples.tolist()]
+            latents = [self._latent(*visit) for visit in zip(chosen, epochs.tolist(), samples.tolist())]
+            batch = Batch(torch.stack(latents), torch.tensor([sample.label for sample in chosen]), epochs, samples)
             return self.prepare(batch) if self.prepare else batch
         except UserError as error:  # its one line, without the worker's traceback around it
             return _Failure(error)
 
-    def _drawn(self, sample: Latent, epoch: int, i: int) -> tuple[Tensor, Tensor]:
-        label = torch.tensor(sample.label)
+    def _latent(self, sample: Latent, epoch: int, i: int) -> Tensor:
         if sample.std is None:
-            return sample.latent, label
+            return sample.latent
         noise = torch.randn(sample.std.shape, generator=keyed_generator(self.seed, "posterior", epoch, i))
-        return sample.latent + sample.std * noise, label
+        return sample.latent + sample.std * noise
 
 
 class _Failure(NamedTuple):

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from ditmoe_ds.diffusion.noise import starting_noise
 from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
 from ditmoe_ds.latents.images import save_grid
-from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training.recipe import Plan
@@ -62,7 +61,7 @@ class Validation:
     """EMA's loss on held-out samples at 8 equidistant times, with noise fixed per sample and time."""
 
     def __init__(self, plan: Plan):
-        self.dataset = LatentDataset(plan.manifest, "val")
+        self.dataset = plan.recipe.data.open([plan.manifest], "val")
         self.count = min(plan.recipe.train.validate_samples, len(self.dataset))
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
@@ -84,8 +83,9 @@ class Validation:
 
     def _losses(self, trainer: TrainerView, items: list[int]) -> torch.Tensor:
         """(times, items) losses."""
-        latents, labels = zip(*(self.dataset[i] for i in items), strict=True)
-        x0, y = torch.stack(latents).to(trainer.device), torch.tensor(labels, device=trainer.device)
+        chosen = [self.dataset[i] for i in items]
+        x0 = torch.stack([sample.latent for sample in chosen]).to(trainer.device)
+        y = torch.tensor([sample.label for sample in chosen], device=trainer.device)
 
         def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return trainer.engine(z, t, y)

@@ -1,5 +1,7 @@
 """A recipe: everything that defines a run, and the checks that it can run at all."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, read_ds_co
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
 from ditmoe_ds.distributed.weights import Weights, open_weights
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig
 from ditmoe_ds.models.dit import DiTConfig
@@ -87,12 +90,25 @@ class Plan:
     """A recipe that was found fit for its data and number of processes."""
 
     recipe: Recipe
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
+    """Of ``data.manifest`` and of what is mixed in."""
     model: DiTConfig
     batch: BatchShape
     ds_config: dict[str, Any]
     weights: Weights | None
     """What training starts from; None for new weights."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first data set's, which also has the validation split."""
+        return self.manifests[0]
+
+    def data_digest(self) -> str:
+        """sha256 of what decides which sample is where in the run."""
+        data = self.recipe.data
+        weights = [data.weight, *(other.weight for other in data.mix)]
+        parts = [manifest.digest() for manifest in self.manifests]
+        return hashlib.sha256(json.dumps([parts, weights, data.window]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
@@ -100,7 +116,7 @@ class Plan:
         latents = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
         return dict(
             recipe=asdict(self.recipe),
-            manifest_sha256=manifest.digest(),
+            data_sha256=self.data_digest(),
             model=asdict(self.model),
             diffusion=asdict(self.recipe.diffusion),
             latents=latents | dict(class_names=list(manifest.class_names), manifest=manifest.root),
@@ -109,7 +125,7 @@ class Plan:
 
 AT_LEAST_1 = dict(
     train=("steps", "global_batch", "accumulation", "max_skipped_steps", "log_every"),
-    data=("prefetch",),
+    data=("prefetch", "weight", "window"),
     ema=("every",),
     checkpoint=("every", "keep"),
 )
@@ -142,7 +158,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     named = _network_of(weights, recipe) if weights else named_config(recipe.model.name or "")
     check_expert_parallel(recipe.parallel.expert, named.experts, world)
     ds_config = read_ds_config(recipe.parallel)
-    manifest = Manifest.load(recipe.data.manifest)
+    manifests = _load_manifests(recipe)
+    manifest = manifests[0]
     channels, height, width = manifest.shape
     if height != width or height % named.patch:
         raise ConfigError(
@@ -157,7 +174,27 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         fix = f"trained on (channels, classes) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
     batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
-    return Plan(recipe, manifest, model, batch, ds_config, weights)
+    return Plan(recipe, manifests, model, batch, ds_config, weights)
+
+
+def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
+    data = recipe.data
+    first = Manifest.load(data.manifest)
+    if remote.is_url(first.root) and not data.cache:
+        raise ConfigError("data.cache", "", f"data.manifest={data.manifest!r} is remote: name a local folder for its shards")
+    if not first.num_classes:
+        raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
+    others = []
+    for i, other in enumerate(data.mix):
+        if other.weight < 1:
+            raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
+        manifest = Manifest.load(other.manifest)
+        for key in ("shape", "scaling_factor", "shift_factor", "vae_sha256", "store", "text", "class_names"):
+            theirs, ours = getattr(manifest, key), getattr(first, key)
+            if theirs != ours:
+                raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
+        others.append(manifest)
+    return first, *others
 
 
 def _network_of(weights: Weights, recipe: Recipe) -> DiTConfig:

@@ -7,9 +7,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 from ditmoe_ds import __version__, config
 from ditmoe_ds.diffusion.objectives import make_objective
@@ -18,7 +20,7 @@ from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
 from ditmoe_ds.distributed.topology import AgreedError, World, agreed, decided, expert_group, mean_over_ranks
 from ditmoe_ds.errors import CheckpointError
-from ditmoe_ds.latents.loader import LatentDataset, LatentLoader
+from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
@@ -35,7 +37,7 @@ class Trainer:
         train = recipe.train
         self.plan, self.world, self.device = plan, world, world.device
         self.run_dir = Path(recipe.run_dir)
-        self.dataset = agreed(lambda: LatentDataset(plan.manifest, "train"))
+        self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
         self.objective = make_objective(recipe.diffusion)
 
         group = expert_group(recipe.parallel.expert)
@@ -56,13 +58,13 @@ class Trainer:
             self._resume(saved)
         self.loader = LatentLoader(
             self.dataset,
+            recipe.data,
             seed=train.seed,
             global_batch=train.global_batch,
             accumulation=train.accumulation,
             rank=world.rank,
             world=world.size,
             consumed=self.samples_seen,
-            prefetch=recipe.data.prefetch,
             prepare=partial(
                 prepare,
                 seed=train.seed,
@@ -93,6 +95,7 @@ class Trainer:
         losses, selections = torch.zeros(3, dtype=torch.float64, device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         per_batch = []
         batches: list[Prepared] = [next(self.loader).to(self.device) for _ in range(train.accumulation)]
+        waited = time.monotonic() - start
         for batch in batches:
             loss = compute_loss(self.engine, self.objective, batch, self.plan.model.router)
             self.engine.backward(loss.total)
@@ -104,6 +107,7 @@ class Trainer:
         self.samples_seen += train.global_batch
         diffusion, balance, z = mean_over_ranks(losses).tolist()
         applied = self.engine.was_step_applied()
+        seconds = time.monotonic() - start
         record: Record = dict(
             step=self.step,
             loss=diffusion,
@@ -111,9 +115,12 @@ class Trainer:
             z_loss=z,
             grad_norm=float(self.engine.get_global_grad_norm()) if applied else math.inf,
             lr=lr,
-            images_per_s=train.global_batch / (time.monotonic() - start),
+            images_per_s=train.global_batch / seconds,
+            data_wait=waited / seconds,
             epoch=self.samples_seen / len(self.dataset),
         )
+        if self.plan.recipe.data.log_samples:
+            record["samples"] = self._keys(batches)
         if selections.numel():
             record["router"] = router_metrics(selections)
         if applied:
@@ -124,6 +131,12 @@ class Trainer:
         else:
             self._skip(record, batches)
         return record
+
+    def _keys(self, batches: list[Prepared]) -> list[str]:
+        """Of the global batch, in its order. Collective."""
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, [[self.dataset.key(i) for i in batch.samples.tolist()] for batch in batches])
+        return [key for micro in zip(*everyone, strict=True) for keys in micro for key in keys]
 
     def _skip(self, record: Record, batches: list[Prepared]) -> None:
         """The gradient was not finite, and DeepSpeed left the weights alone: say why, and stop if it happens too often."""
@@ -174,7 +187,7 @@ class Trainer:
                     "choose another run_dir or the old settings"
                 )
 
-        if self.plan.manifest.digest() != reader.index["manifest_sha256"]:
+        if self.plan.data_digest() != reader.index["data_sha256"]:
             raise CheckpointError(
                 f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
                 f"({reader.index['latents']['manifest']}); choose a new run_dir and start it from these weights with model.weights"
