@@ -5,19 +5,23 @@ import torch
 from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, sha256
 
 
-def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none"):
+def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000):
     """Write a finished folder and return its path as a string. Sample i has class i % classes."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
     centres = torch.randn(classes, *shape, generator=generator)
     splits = {}
     for split, count in (("train", train), ("val", val)):
-        path = folder / f"{split}-000000.tar"
-        with ShardWriter(path) as writer:
-            for i in range(count):
-                latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
-                writer.write(f"{split}{i:06d}", {"label": i % classes, "class": str(i % classes), "source": "test"}, latent=latent)
-        splits[split] = Split(count, (Shard(path.name, count, path.stat().st_size, sha256(path)),))
+        shards = []
+        for first in range(0, count, per_shard):
+            path = folder / f"{split}-{len(shards):06d}.tar"
+            rows = range(first, min(first + per_shard, count))
+            with ShardWriter(path) as writer:
+                for i in rows:
+                    latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
+                    writer.write(f"{split}{i:06d}", {"label": i % classes, "class": str(i % classes), "source": "test"}, latent=latent)
+            shards.append(Shard(path.name, len(rows), path.stat().st_size, sha256(path)))
+        splits[split] = Split(count, tuple(shards))
     Manifest(
         root=str(folder),
         format=FORMAT,

@@ -4,15 +4,16 @@ import torch
 
 from ditmoe_ds import train
 from ditmoe_ds.latents.loader import LatentDataset
-from ditmoe_ds.latents.order import epoch_order
+from ditmoe_ds.latents.order import Order
 from ditmoe_ds.models.attention import Attention
 
 real_item, real_attention = LatentDataset.__getitem__, Attention.forward
 
 
 def item(self, i):
-    latent, label = real_item(self, i)
-    return (torch.full_like(latent, torch.nan) if i == int(epoch_order(0, 0, len(self))[10]) else latent), label
+    sample = real_item(self, i)
+    bad = Order(self.sets, [1], 0, 16384).at(10, 1)[1]
+    return sample._replace(latent=torch.full_like(sample.latent, torch.nan)) if i == bad else sample
 
 
 class Overflow(torch.autograd.Function):

@@ -31,7 +31,7 @@ def recipe(tmp_path_factory):
     path = folder / "recipe.yaml"
     content = dict(
         model=dict(name="DiT-MoE-Nano/2-4E2A"),
-        data=dict(manifest=write_latents(folder / "latents", train=8, val=2)),
+        data=dict(manifest=write_latents(folder / "latents", train=8, val=2), workers=0),
         train=dict(steps=2, global_batch=8),
         run_dir=str(folder / "run"),
     )
@@ -102,6 +102,8 @@ def test_through_the_deepspeed_launcher(recipe):
     [
         (["train.steps=0"], ["train.steps=0", "at least 1"]),
         (["data.prefetch=0"], ["data.prefetch=0", "at least 1"]),
+        (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shape: (4, 12, 12) -> (4, 8, 8)"]),
+        (["data.mix=[{{manifest: {odd}, weight: 0}}]"], ["data.mix[0].weight=0", "at least 1"]),
         (["train.accumulation=3"], ["train.global_batch=8", "3 accumulation"]),
         (["parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
         (["parallel.deepspeed=none.json"], ["parallel.deepspeed", "none.json", "no such file"]),

@@ -48,7 +48,7 @@ def recipe(folder):
         yaml.safe_dump(
             dict(
                 model=dict(name="DiT-MoE-Nano/2-4E2A"),
-                data=dict(manifest=latents, flip=True),
+                data=dict(manifest=latents, flip=True, workers=1),
                 parallel=dict(zero_stage=3, expert=2),
                 train=dict(
                     steps=STEPS,

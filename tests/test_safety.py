@@ -39,7 +39,7 @@ def recipe(folder):
         yaml.safe_dump(
             dict(
                 model=dict(name="DiT-MoE-Nano/2-4E2A"),
-                data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4))),
+                data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4)), workers=0),
                 parallel=dict(zero_stage=3, expert=2),
                 train=dict(steps=STEPS, global_batch=8, precision="fp32", validate_every=0, sample_every=0, tensorboard=False, log_every=1),
                 checkpoint=dict(every=1, keep=2),

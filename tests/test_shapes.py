@@ -17,7 +17,7 @@ from processes import launch
 
 from ditmoe_ds.distributed.checkpoint import Reader
 
-STEPS, HALF = 20, 10
+STEPS, HALF, LONG = 20, 10, 30
 WORLDS = (1, 2, 4)
 SHAPES = [(stage, ep, world) for world in WORLDS for ep in (1, 2, 4) if world % ep == 0 for stage in (0, 1, 2, 3)]
 VARIANTS = {
@@ -69,7 +69,7 @@ def runs(folder):
         yaml.safe_dump(
             dict(
                 model=dict(name="DiT-MoE-Nano/2-4E2A", router=dict(balance_alpha=0.05, z_alpha=0.001)),
-                data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4))),
+                data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4), per_shard=12), window=16, workers=0),
                 train=dict(
                     steps=1000,
                     global_batch=8,
@@ -102,12 +102,16 @@ def runs(folder):
                 begin = folder / f"plain-{title(*saved)}" / "checkpoints" / f"step_{HALF:08d}"
                 yield case(move_title(saved, loaded), *loaded[:2], *VARIANTS["plain"], begin=str(begin))
 
-    results = {}
+    def long(world, **more):
+        logged = ["checkpoint.every=11", "data.log_samples=true", "data.workers=2"]
+        return case(f"long-{world}{len(more)}", 3, 2, *logged, **more | dict(steps=LONG))
+
+    results, begin = {}, str(folder / "long-20" / "checkpoints" / "step_00000011")
     for i, (world, cases) in enumerate(
         [
             (1, [*straight(1), *moved(1, {1})]),
-            (2, [*straight(2), *moved(2, {1, 2})]),
-            (4, [*straight(4), *moved(4, {1, 2, 4})]),
+            (2, [*straight(2), *moved(2, {1, 2}), long(2), long(2, begin=begin)]),
+            (4, [*straight(4), *moved(4, {1, 2, 4}), long(4, begin=begin)]),
             (2, [*moved(2, {4})]),
             (1, [*moved(1, {2, 4})]),
         ]
@@ -172,6 +176,18 @@ def test_saved_and_loaded_run_is_the_straight_run(runs, folder, saved, loaded):
         if name.endswith("qkv.bias"):  # softmax ignores k's bias: its gradient is rounding, which Adam scales up to whole steps
             mine, value = (torch.cat([tensor.chunk(3)[0], tensor.chunk(3)[2]]) for tensor in (mine, value))
         assert (mine - value).norm() <= 1e-6 * value.norm(), (kind, name)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_global_batch_has_its_samples_after_a_resume(runs, world):
+    """30 steps on 2 ranks against 11 of them and 19 on 2 or 4; 6 epochs of 4 shards, read by worker processes."""
+    straight, rest = runs["long-20"]["records"], runs[f"long-{world}1"]["records"]
+    assert [record["samples"] for record in rest] == [record["samples"] for record in straight[11:]]
+    assert [record["loss"] for record in rest] == pytest.approx([record["loss"] for record in straight[11:]], rel=1e-5)
+    seen = [key for record in straight for key in record["samples"]]
+    for epoch in range(6):
+        assert sorted(seen[40 * epoch : 40 * (epoch + 1)]) == [f"train{i:06d}" for i in range(40)]
+    assert len({tuple(seen[40 * epoch : 40 * (epoch + 1)]) for epoch in range(6)}) == 6
 
 
 @cache

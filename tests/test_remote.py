@@ -1,0 +1,96 @@
+"""A data set behind a URL, served by a real HTTP server that now and then fails."""
+
+import functools
+import http.server
+import os
+import threading
+
+import pytest
+import torch
+from latents import write_latents
+
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import remote
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.loader import DataConfig, LatentDataset
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Answers 404 to the first request of each path that ``failing`` names, and cuts the first answer of each in ``cutting``."""
+
+    failing: set[str] = set()
+    cutting: set[str] = set()
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        if name in self.failing:
+            self.failing.discard(name)
+            self.send_error(404)
+        elif name in self.cutting:
+            self.cutting.discard(name)
+            content = open(self.translate_path(self.path), "rb").read()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_latents(tmp_path / "latents", train=20, val=4, per_shard=6)
+    return tmp_path / "latents"
+
+
+@pytest.fixture
+def url(folder, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Handler, "failing", set())
+    monkeypatch.setattr(Handler, "cutting", set())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_samples_are_those_of_the_folder(folder, url, tmp_path):
+    Handler.failing |= {"manifest.json", "train-000000.tar"}
+    Handler.cutting |= {"train-000001.tar"}
+    manifest = Manifest.load(url)
+    assert manifest.digest() == Manifest.load(folder).digest()
+    there = DataConfig(url, cache=str(tmp_path / "cache")).open([manifest], "train")
+    here = LatentDataset([Manifest.load(folder)], "train")
+    assert len(there) == len(here) == 20
+    for i in (0, 5, 6, 19):
+        assert torch.equal(there[i].latent, here[i].latent) and there.key(i) == here.key(i)
+    assert not Handler.failing and not Handler.cutting
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
+
+
+def test_the_cache_stays_within_its_bound(folder, url, tmp_path):
+    manifest = Manifest.load(url)
+    size = manifest.splits.train.shards[0].bytes
+    cache = remote.Cache(tmp_path / "cache", int(2.5 * size))
+    dataset = LatentDataset([manifest], "train", cache=cache)
+    first = [dataset[i].latent for i in range(20)]
+    tars = list((tmp_path / "cache").glob("*.tar"))
+    assert 1 <= len(tars) <= 2
+    assert all(torch.equal(dataset[i].latent, first[i]) for i in range(20)), "a shard that had to go is fetched again"
+
+
+def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
+    manifest = Manifest.load(url)
+    dataset = LatentDataset([manifest], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
+    shard = folder / "train-000002.tar"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"train-000002\.tar: cannot be read in 6 attempts \(sha256 differs"):
+        dataset[13]
+    assert capsys.readouterr().err.count("trying again") == 5
+    with pytest.raises(DataError, match="6 attempts"):
+        Manifest.load(f"{url}/elsewhere")
+    with pytest.raises(ConfigError, match="data.cache"):
+        LatentDataset([manifest], "train")[0]
