@@ -1,0 +1,140 @@
+"""Samples per second of the loader, beside plain webdataset over the same files and beside reading the tars' bytes.
+
+python benchmarks/loader.py [--seconds 5] [--folder build/loader] [--write]
+
+Writes random latents of (4, 32, 32) in float16 (8 KB), without and with 64 x 768 bf16 text. Every reader makes float32 batches
+of 32 latents. Ours shuffles (windows of 16,384), plain webdataset reads from the first shard to the last. The files are in the page
+cache for all. --write puts the tables under "Measured" in loader.md.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset
+
+from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text
+from ditmoe_ds.latents.loader import DataConfig, LatentLoader
+
+SHAPE, BATCH = (4, 32, 32), 32
+
+
+def write(folder: Path, shards: int, per_shard: int, text: bool) -> Manifest:
+    folder.mkdir(parents=True)
+    written = []
+    for number in range(shards):
+        path = folder / f"train-{number:06d}.tar"
+        with ShardWriter(path) as writer:
+            for i in range(per_shard):
+                tensors = dict(latent=torch.randn(SHAPE).half())
+                if text:
+                    tensors["text"] = torch.randn(64, 768).bfloat16()
+                writer.write(f"{number}-{i}", {"label": i % 1000, "class": "", "source": ""}, **tensors)
+        written.append(Shard(path.name, per_shard, path.stat().st_size, "unchecked"))
+    Manifest(
+        root=str(folder), format=FORMAT, version=VERSION, source="random", vae="none", vae_sha256=None, scaling_factor=1.0,
+        shift_factor=0.0, downsample=8, image_size=256, shape=SHAPE, dtype="float16", store="mean",
+        text=Text("none", None, 768, 64) if text else None, mean=(0.0,) * 4, std=(1.0,) * 4, num_classes=1000,
+        class_names=tuple(map(str, range(1000))), class_histogram=(0,) * 1000, rejected=0,
+        splits=Splits(Split(shards * per_shard, tuple(written)), Split(0, ())),
+    ).save()  # fmt: skip
+    return Manifest.load(folder)
+
+
+def ours(manifest: Manifest, workers: int) -> Iterator[Any]:
+    config = DataConfig(manifest.root, workers=workers)
+    dataset = config.open([manifest], "train")
+    return LatentLoader(dataset, config, seed=0, global_batch=BATCH, accumulation=1, rank=0, world=1)
+
+
+def plain(manifest: Manifest, workers: int) -> Iterator[Any]:
+    """What one writes with webdataset: decode, take the latent and the label, make batches in the workers."""
+    urls = [str(manifest.path(shard)) for shard in manifest.splits.train.shards]
+
+    def fields(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(sample["latent.npy"]).float(), sample["json"]["label"]
+
+    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode().map(fields).batched(BATCH)
+    return itertools.chain.from_iterable(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers) for _ in itertools.count())
+
+
+def samples_per_second(batches: Iterator[Any], seconds: float) -> float:
+    next(batches)  # the workers are up
+    count, start = 0, time.monotonic()
+    while (passed := time.monotonic() - start) < seconds:
+        count += len(next(batches)[0])
+    if hasattr(batches, "close"):
+        batches.close()
+    return count / passed
+
+
+def bytes_alone(manifest: Manifest) -> float:
+    """Samples per second of reading the files into one buffer."""
+    buffer, start = bytearray(1 << 22), time.monotonic()
+    for shard in manifest.splits.train.shards:
+        with open(manifest.path(shard), "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return manifest.splits.train.samples / (time.monotonic() - start)
+
+
+def table(head: str, rows: list[tuple[Any, ...]]) -> list[str]:
+    return [head, "|---" * (head.count("|") - 1) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def median(measure: Callable[[], float]) -> float:
+    return sorted(measure() for _ in range(3))[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement; the median of three counts")
+    parser.add_argument("--folder", type=Path, default=Path("build/loader"), help="a new folder, deleted at the end")
+    parser.add_argument("--write", action="store_true", help="put the figures into loader.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    start, lines = time.monotonic(), []
+    try:
+        rows = []
+        for text in (False, True):
+            manifest = write(arguments.folder / f"text-{text}", 20, 1000 if not text else 250, text)
+            what = "latents + 64 x 768 text" if text else "8 KB latents"
+            alone = median(lambda manifest=manifest: bytes_alone(manifest))  # type: ignore[misc]
+            for workers in (0, 1, 2):
+                rates = [median(lambda read=read: samples_per_second(read(manifest, workers), arguments.seconds)) for read in (ours, plain)]  # type: ignore[misc]  # noqa: B023
+                rows.append((what, workers, *(f"{rate:,.0f}" for rate in (*rates, alone)), f"{rates[0] / rates[1]:.2f}"))
+            shutil.rmtree(arguments.folder / f"text-{text}")
+        lines += table("| | workers | ours, samples/s | plain webdataset | bytes alone | ours / plain |", rows)
+        rows = []
+        for shards in (10, 100, 1000):
+            manifest = write(arguments.folder / f"{shards}", shards, 100, text=False)
+            rate = median(lambda: samples_per_second(ours(manifest, 0), arguments.seconds))  # noqa: B023
+            rows.append((f"{shards:,}", f"{shards * 100:,}", f"{1e6 / rate:.0f}"))
+            shutil.rmtree(arguments.folder / f"{shards}")
+        lines += table("| shards of 100 samples | samples | ours without workers, microseconds per sample |", rows)
+    finally:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    hardware = (
+        f"{os.cpu_count()} cores of {named[0].partition(chr(58))[2].strip()}; python {platform.python_version()}, torch {torch.__version__}"
+    )
+    minutes = (time.monotonic() - start) / 60
+    head = f"`python {' '.join(sys.argv)}`, {minutes:.1f} minutes. {hardware}, webdataset {webdataset.__version__}."
+    report = "\n".join([f"{head} Load average at the end: {os.getloadavg()[0]:.1f}.", "", *lines])
+    print(report)
+    if arguments.write:
+        page = Path(__file__).with_suffix(".md")
+        before, heading, _ = page.read_text().partition("## Measured\n\n")
+        page.write_text(f"{before}{heading}{report}")
+
+
+if __name__ == "__main__":
+    main()
