@@ -122,10 +122,9 @@ def main() -> None:
         lines += table("| shards of 100 samples | samples | ours without workers, microseconds per sample |", rows)
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    hardware = (
-        f"{os.cpu_count()} cores of {named[0].partition(chr(58))[2].strip()}; python {platform.python_version()}, torch {torch.__version__}"
-    )
+    named = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    cpu = f"{os.cpu_count()} cores of {named.partition(': ')[2]}"
+    hardware = f"{cpu}; python {platform.python_version()}, torch {torch.__version__}"
     minutes = (time.monotonic() - start) / 60
     head = f"`python {' '.join(sys.argv)}`, {minutes:.1f} minutes. {hardware}, webdataset {webdataset.__version__}."
     report = "\n".join([f"{head} Load average at the end: {os.getloadavg()[0]:.1f}.", "", *lines])
