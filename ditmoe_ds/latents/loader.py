@@ -217,6 +217,7 @@ class LatentLoader:
             sampler=itertools.count(consumed + rank * (micro // world), micro),  # type: ignore[arg-type]
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
+            multiprocessing_context="fork" if config.workers else None,  # nothing is pickled, and the index of shards is shared
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # not the global one: nothing here is random
         )
