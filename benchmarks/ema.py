@@ -19,7 +19,8 @@ from ditmoe_ds.training.callbacks import Validation
 from ditmoe_ds.training.recipe import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
-DECAYS, EVERY = (0.99, 0.999), (1, 4, 16)
+KINDS, EVERY = ((0.9, False), (0.99, False), (0.9999, True)), (1, 4, 16)
+"""Decays, with and without warm-up; how often they are updated."""
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
         world = join()
         plan = read_plan([*recipe, *alone, f"run_dir={run_dir}", *sys.argv[2:]], world.size)
         trainer = Trainer(plan, world)
-        averages = {(d, n): EMA(trainer.shards, EMAConfig(decays=(d,), every=n)) for d in DECAYS for n in EVERY}
+        averages = {(d, warm, n): EMA(trainer.shards, EMAConfig((d,), every=n, warmup=warm)) for d, warm in KINDS for n in EVERY}
         seconds = dict.fromkeys(averages, 0.0)
         steps = plan.recipe.train.steps
         trainer.engine.train()
@@ -45,15 +46,15 @@ def main() -> None:
 
         raw = torch.cat([shard.master for shard in trainer.shards])
         rows = [dict(weights="raw", val_loss=validation_loss(trainer, EMA(trainer.shards, EMAConfig(decays=(0.0,)))))]
-        for (decay, every), ema in averages.items():
-            flat, base = (torch.cat(e.averages[kind(decay)]) for e in (ema, averages[decay, 1]))
+        for (decay, warm, every), ema in averages.items():
+            flat, base = (torch.cat(e.averages[kind(decay)]) for e in (ema, averages[decay, warm, 1]))
             distance = ((flat - base).norm() / (base - raw).norm()).item()
             rows.append(
                 dict(
-                    weights=f"EMA {decay}, every {every}",
+                    weights=f"EMA {decay}{' with warm-up' * warm}, every {every}",
                     val_loss=validation_loss(trainer, ema),
                     distance=round(distance, 4),
-                    ms_per_step=round(1000 * seconds[decay, every] / steps, 2),
+                    ms_per_step=round(1000 * seconds[decay, warm, every] / steps, 2),
                 )
             )
         parameters = raw.numel()

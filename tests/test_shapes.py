@@ -115,7 +115,7 @@ def runs(folder):
         ]
     ):
         (folder / "cases.json").write_text(json.dumps(cases))
-        launch(world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"])
+        launch(world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"], timeout=1200)
         results |= json.loads((folder / f"results{i}.json").read_text())
     return results
 
