@@ -57,6 +57,8 @@ def run(case, world):
     for module in trainer.engine.module.modules():
         if isinstance(module, layer.Router):
             module.register_forward_hook(lambda module, args, out: idle.append(bool((out[0].counts == 0).any())))
+    held = [0] * world.size
+    dist.all_gather_object(held, sum(shard.master.numel() for shard in trainer.shards if "deepspeed_experts" in shard.name))
     trainer.engine.train()
     records = []
     while trainer.step < case["steps"]:
@@ -69,7 +71,7 @@ def run(case, world):
     dist.all_reduce(anywhere)
     del trainer
     gc.collect()
-    return dict(records=records, idle=bool(anywhere))
+    return dict(records=records, idle=bool(anywhere), held=held)
 
 
 def main():

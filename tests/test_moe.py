@@ -6,7 +6,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
 
 from ditmoe_ds.models.dit import DenseMLP
-from ditmoe_ds.moe.experts import PackedExperts, activate, grouped_mm, per_expert_mm
+from ditmoe_ds.moe.experts import ExpertMM, PackedExperts, activate
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
 
@@ -140,14 +140,31 @@ def test_balance_loss_pushes_towards_balance():
 def test_grouped_kernel_is_the_gemm_per_expert(counts, dtype):
     rows = sum(counts)
     results = []
-    for multiply in (per_expert_mm, grouped_mm):
+    for grouped in (False, True):
         torch.manual_seed(0)
         x, weight = torch.randn(rows, 32, dtype=dtype, requires_grad=True), torch.randn(4, 16, 32, dtype=dtype, requires_grad=True)
-        out = multiply(x, weight, torch.tensor(counts))
+        out = ExpertMM.apply(x, weight, torch.tensor(counts), grouped)
         out.backward(torch.ones(rows, 16, dtype=dtype))
         results.append((out.detach(), x.grad, weight.grad))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_experts_keep_no_weights_for_backward():
+    """ZeRO-3 takes a layer's memory away after its forward and gathers it anew for its backward."""
+    experts, x = PackedExperts(3, D, 4 * D), torch.randn(6, D, requires_grad=True)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    gradients = []
+    for taken in (False, True):
+        loss = experts(x, torch.tensor([2, 4, 0])).square().sum()
+        if taken:
+            for parameter in experts.parameters():
+                gathered, parameter.data = parameter.data, parameter.data.clone()
+                gathered.fill_(torch.nan)
+        gradients.append(torch.autograd.grad(loss, [x, *experts.parameters()]))
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("counts", [[2, 4, 0], [0, 6, 0], [3, 1, 2], [0, 0, 0]])

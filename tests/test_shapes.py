@@ -16,7 +16,9 @@ from latents import write_latents
 from processes import launch
 
 from ditmoe_ds.distributed.checkpoint import Reader
+from ditmoe_ds.models.sizes import describe, named_config
 
+NAME = "DiT-MoE-Nano/2-4E2A"
 STEPS, HALF, LONG = 20, 10, 30
 WORLDS = (1, 2, 4)
 SHAPES = [(stage, ep, world) for world in WORLDS for ep in (1, 2, 4) if world % ep == 0 for stage in (0, 1, 2, 3)]
@@ -68,7 +70,7 @@ def runs(folder):
     recipe.write_text(
         yaml.safe_dump(
             dict(
-                model=dict(name="DiT-MoE-Nano/2-4E2A", router=dict(balance_alpha=0.05, z_alpha=0.001)),
+                model=dict(name=NAME, router=dict(balance_alpha=0.05, z_alpha=0.001)),
                 data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4), per_shard=12), window=16, workers=0),
                 train=dict(
                     steps=1000,
@@ -117,7 +119,7 @@ def runs(folder):
         ]
     ):
         (folder / "cases.json").write_text(json.dumps(cases))
-        launch(world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"])
+        launch(world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"], timeout=1200)
         results |= json.loads((folder / f"results{i}.json").read_text())
     return results
 
@@ -134,6 +136,13 @@ def test_same_curve(runs, variant, stage, ep, world):
     if variant != "bf16":
         assert ours[-1]["val_loss"] == pytest.approx(base[-1]["val_loss"], rel=1e-5)
         assert [r["router"] for r in ours] == [r["router"] for r in base]
+
+
+@pytest.mark.parametrize("stage,ep,world", SHAPES)
+def test_optimizer_state_of_experts_is_sharded_over_their_replicas(runs, stage, ep, world):
+    held = runs[f"plain-{title(stage, ep, world)}"]["held"]
+    experts = describe(named_config(NAME))["parts"]["routed_experts"]
+    assert held == [experts // (world if stage else ep)] * world
 
 
 def test_the_cases_are_hard_enough(runs):

@@ -140,12 +140,26 @@ def build(
         optimizer=dict(type="AdamW", params=params),
         bf16=dict(enabled=precision == "bf16", check_grad_overflow=True),
     )
+    if parallel.zero_stage == 3:
+        config["zero_optimization"] = _gather_by_layer(model) | config["zero_optimization"]
     _materialise(model, device, torch.bfloat16 if precision == "bf16" else torch.float32, config if parallel.zero_stage == 3 else None)
     engine = Engine(args=None, model=model, model_parameters=list(model.parameters()), config=config, config_class=DeepSpeedConfig(config))
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
     return engine
+
+
+def _gather_by_layer(model: nn.Module) -> dict[str, int]:
+    """Settings with which ZeRO-3 holds about a layer's weights whole, and fetches the next as it lets go of this one.
+
+    DeepSpeed's prefetch goes on at every module until ``max_live_parameters`` elements are whole (and may exceed it by one
+    tensor): that, not the bucket, is what bounds it. What is needed again within ``max_reuse_distance`` elements is
+    not let go, here the layer that backward begins with or recomputes.
+    """
+    stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
+    layer = max(sum(parameter.numel() for parameter in layer.parameters()) for stack in stacks for layer in stack)
+    return dict(stage3_prefetch_bucket_size=layer, stage3_max_live_parameters=layer, stage3_max_reuse_distance=2 * layer)
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, partition: dict[str, Any] | None) -> None:

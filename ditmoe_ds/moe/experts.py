@@ -1,5 +1,7 @@
 """All local experts of a layer as packed 3-D weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,9 +26,9 @@ class PackedExperts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Apply expert e to its ``counts[e]`` consecutive rows of x (M, D); any count may be zero. Returns (M, D)."""
-        multiply = grouped_mm if x.is_cuda and x.dtype == torch.bfloat16 else per_expert_mm
-        hidden = add_bias(multiply(x, self.w1, counts), self.b1, counts)
-        return add_bias(multiply(activate(hidden, self.activation), self.w2, counts), self.b2, counts)
+        grouped = x.is_cuda and x.dtype == torch.bfloat16
+        hidden = add_bias(ExpertMM.apply(x, self.w1, counts, grouped), self.b1, counts)
+        return add_bias(ExpertMM.apply(activate(hidden, self.activation), self.w2, counts, grouped), self.b2, counts)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -42,14 +44,41 @@ def add_bias(x: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     return x if bias is None else x + bias.repeat_interleave(counts, dim=0, output_size=len(x))
 
 
-def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """One kernel for all experts: rows of x (M, K) times weight (E, N, K)^T of their expert. No host sync."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+class ExpertMM(torch.autograd.Function):
+    """Rows of x (M, K), sorted by expert, times their expert's matrix of weight (E, N, K): (M, N).
 
+    Plain operations would save views of the weight for backward, and so keep the memory of every layer that ZeRO-3 gathered.
+    The parameter itself, saved here, is empty once ZeRO-3 let go of the layer, and whole again when backward comes to it.
 
-def per_expert_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """The same by one GEMM per expert, for devices and dtypes without a grouped kernel.
-
-    Experts without rows multiply an empty matrix, so that every weight is in the graph on every rank.
+    ``grouped`` is one kernel for all experts, without host sync. Otherwise there is a GEMM per expert, for devices and
+    dtypes without such a kernel. Experts without rows multiply an empty matrix: every weight has a gradient on every rank.
     """
-    return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(x.split(counts.tolist()), weight.unbind(), strict=True)])
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, grouped: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, counts)
+        ctx.grouped = grouped
+        return multiply(x, weight.transpose(1, 2), counts, grouped)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, counts = ctx.saved_tensors
+        grad = grad.contiguous()
+        if ctx.grouped:
+            outer = F.grouped_mm(grad.t(), x, offs=ends(counts))
+        else:
+            sizes = counts.tolist()
+            outer = torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
+        return multiply(grad, weight, counts, ctx.grouped), outer, None, None
+
+
+def multiply(x: Tensor, matrices: Tensor, counts: Tensor, grouped: bool) -> Tensor:
+    """Rows of x (M, K) times their expert's of the matrices (E, K, N)."""
+    if grouped:
+        return F.grouped_mm(x, matrices, offs=ends(counts))
+    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(counts.tolist()), matrices.unbind(), strict=True)])
+
+
+def ends(counts: Tensor) -> Tensor:
+    """Where each expert's rows end."""
+    return counts.cumsum(0).to(torch.int32)

@@ -173,6 +173,12 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         theirs, ours = (named.in_channels, named.num_classes), (channels, manifest.num_classes)
         fix = f"trained on (channels, classes) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
+    known = weights.description["latents"] if weights else {}
+    for key in ("scaling_factor", "shift_factor"):
+        ours = getattr(manifest, key)
+        if known.get(key) not in (None, ours):
+            fix = f"{key}: {ours} -> {known[key]} of model.weights={recipe.model.weights!r}; encode with the VAE that they were trained on"
+            raise ConfigError("data.manifest", recipe.data.manifest, fix)
     batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
     return Plan(recipe, manifests, model, batch, ds_config, weights)
 

@@ -1,0 +1,207 @@
+"""Memory of a training rank, measured, beside the formula of ``ditmoe_ds.distributed.memory``.
+
+python benchmarks/memory.py [--accumulation 2] [--out memory.json]     every ZeRO stage x EP 1, 2, 4 on 4 processes
+python benchmarks/memory.py --gather [--out gather.json]               what ZeRO-3 holds gathered, by its settings
+
+Each shape is a fresh group of processes on the CPU, where host memory tells all: a small model trains first, so that
+libraries and connections are not counted; then a large one with small activations. Needs 8 GB.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
+from ditmoe_ds.distributed import shards
+from ditmoe_ds.distributed.ema import EMA, EMAConfig
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
+from ditmoe_ds.distributed.memory import training_memory
+from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.training.step import Prepared, compute_loss
+
+WORLD = 4
+SMALL = DiTConfig(hidden=64, depth=2, heads=4, input_size=4, experts=4)
+LARGE = DiTConfig(hidden=256, depth=12, heads=4, input_size=4, experts=4)
+BUCKET = 2_000_000
+"""reduce_bucket_size, as small against this model as 50M is against a large one."""
+GATHER = {
+    "what build sets": (False, {}),
+    "the same, activations recomputed": (True, {}),
+    "DeepSpeed's defaults": (False, dict(prefetch_bucket_size=50_000_000, max_live_parameters=10**9, max_reuse_distance=10**9)),
+    "a small bucket alone": (False, dict(prefetch_bucket_size=1, max_live_parameters=10**9, max_reuse_distance=0)),
+}
+"""Whether to recompute activations, and ZeRO-3's settings."""
+
+
+class Run:
+    """A model in training as ``training.trainer`` builds it, on random latents."""
+
+    def __init__(self, config: DiTConfig, stage: int, ep: int, precision: Any, accumulation: int, zero: dict[str, int], recompute: bool):
+        self.config, self.accumulation, self.objective = config, accumulation, make_objective(DiffusionConfig())
+        parallel, group = ParallelConfig(stage, ep), expert_group(ep)
+        settings = read_ds_config(parallel)
+        settings["zero_optimization"] |= dict(reduce_bucket_size=BUCKET, allgather_bucket_size=BUCKET) | zero
+        with torch.device("meta"):
+            model = DiT(config, ep_size=group.size)
+        model.checkpoint_activations = recompute
+        batch = BatchShape(accumulation * WORLD, accumulation, 1)
+        self.engine = build(model, parallel, OptimizerConfig(), batch, precision, settings, torch.device("cpu"))
+        self.shards = shards.collect(self.engine, group)
+        shards.fill(self.engine, self.shards, lambda name, start, out: out.normal_(std=0.02))
+        self.ema = EMA(self.shards, EMAConfig())
+        self.engine.train()
+
+    def step(self) -> None:
+        """Micro-batches of one image, the optimizer, the average."""
+        for _ in range(self.accumulation):
+            latents = torch.randn(1, 4, 4, 4)
+            zero = torch.zeros(1, dtype=torch.long)
+            batch = Prepared(latents, zero, torch.rand(1), torch.randn_like(latents), zero)
+            self.engine.backward(compute_loss(self.engine, self.objective, batch, self.config.router).total)
+            self.engine.step()
+        self.ema.update()
+
+
+class Gathered:
+    """Watches what ZeRO-3's coordinator holds whole, each time a module asks for its weights."""
+
+    def __init__(self, engine: Any):
+        self.most = self.ahead = 0
+        names = {module: name for name, module in engine.module.named_modules()}
+        parameters = [(name, p) for name, p in engine.module.named_parameters() if not p.ds_persist]
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        fetch = coordinator.fetch_sub_module
+
+        def watched(module: Any, forward: bool) -> None:
+            fetch(module, forward)
+            whole = [(name, p) for name, p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+            self.most = max(self.most, sum(p.ds_numel for _, p in whole))
+            here = layer(names[module])
+            if here is not None:
+                experts = [layer(name) - here for name, p in whole if is_moe_param(p)]
+                self.ahead = max([self.ahead, *experts] if forward else [self.ahead, *(-distance for distance in experts)])
+
+        coordinator.fetch_sub_module = watched
+
+
+def layer(name: str) -> Any:
+    """The block that a module or parameter is in; None outside."""
+    found = re.match(r"blocks\.(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def host_bytes(which: str) -> int:
+    """VmRSS now, VmHWM at the peak since ``forget_peak``."""
+    return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def forget_peak() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def work(stage: int, ep: int, precision: str, accumulation: int, zero: dict[str, int], recompute: bool) -> dict[str, Any]:
+    """Train on this rank and report; one report per rank."""
+    run = Run(SMALL, stage, ep, precision, accumulation, zero, recompute)
+    run.step()
+    del run
+    forget_peak()
+    before = host_bytes("VmRSS")
+    run = Run(LARGE, stage, ep, precision, accumulation, zero, recompute)
+    for _ in range(3):  # ZeRO-3 learns the order of the modules before it prefetches
+        run.step()
+    forget_peak()
+    kept = host_bytes("VmRSS") - before
+    watch = Gathered(run.engine) if stage == 3 else None
+    run.step()
+    report: dict[str, Any] = dict(kept=kept, peak=host_bytes("VmHWM") - before)
+    whole = {name: p.ds_numel if stage == 3 else p.numel() for name, p in run.engine.module.named_parameters()}
+    expert = {name for name, p in run.engine.module.named_parameters() if is_moe_param(p)}
+    for part, names in (("expert", expert), ("dense", whole.keys() - expert)):
+        report[f"local_{part}"] = sum(whole[name] for name in names)
+        report[f"sharded_{part}"] = sum(shard.master.numel() for shard in run.shards if shard.name in names)
+    if watch:
+        block = sum(count for name, count in whole.items() if layer(name) == 0)
+        groups = {p.ds_process_group.size() for name, p in run.engine.module.named_parameters() if name in expert}
+        report |= dict(gathered_layers=watch.most / block, experts_ahead=watch.ahead, expert_gather_group=sorted(groups))
+    return report
+
+
+def measure(**case: Any) -> list[dict[str, Any]]:
+    """Run a case on fresh processes; their reports by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", __file__]
+        # large freed tensors go back to the system at once
+        environment = os.environ | dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536")
+        done = subprocess.run([*command, "--case", json.dumps(case), "--out", folder], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+def check_shards(case: dict[str, Any], reports: list[dict[str, Any]]) -> None:
+    """From stage 1 on, every element of the optimizer's state lives on one rank: experts are sharded over their replicas."""
+    for part, copies in (("expert", WORLD // case["ep"]), ("dense", WORLD)):
+        local = reports[0][f"local_{part}"]
+        for report in reports:
+            part_of_it = local if case["stage"] == 0 else local / copies
+            assert abs(report[f"sharded_{part}"] - part_of_it) < 0.01 * local, (case, part, report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--expert", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--gather", action="store_true", help="vary ZeRO-3's settings at EP 2 instead")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.case:
+        world = join()
+        (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(**arguments.case)))
+        return leave()
+
+    results = []
+    common = dict(precision=arguments.precision, accumulation=arguments.accumulation)
+    if arguments.gather:
+        for name, (recompute, values) in GATHER.items():
+            zero = {f"stage3_{key}": value for key, value in values.items()}
+            report = measure(stage=3, ep=2, **common, zero=zero, recompute=recompute)[0]
+            results.append(dict(settings=name) | report)
+            print(json.dumps(results[-1]), flush=True)
+    else:
+        for stage in arguments.stages:
+            for ep in arguments.expert:
+                case = dict(stage=stage, ep=ep, **common, zero={}, recompute=False)
+                reports = measure(**case)
+                check_shards(case, reports)
+                dense, experts = reports[0]["local_dense"], reports[0]["local_expert"] * ep
+                formula = training_memory(dense, experts, stage, ep, WORLD, **common, bucket=BUCKET)
+                row = dict(stage=stage, ep=ep, dense=dense, experts=experts)
+                for key in ("kept", "peak"):
+                    measured = [report[key] for report in reports]
+                    mib = [round(value / 2**20) for value in (min(measured), max(measured), getattr(formula, key))]
+                    row |= {key: mib, f"{key}_off": round(max(abs(value / getattr(formula, key) - 1) for value in measured), 3)}
+                results.append(row)
+                print(json.dumps(row), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What training costs a rank in memory, from the size of the model and how it is spread."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+EXPERT_GROUP = 178_956_971
+"""DeepSpeed steps the local experts in groups of at most this many elements, and the dense weights in one."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. Activations, and at stage 3 the layers gathered at the moment, come on top."""
+
+    weights: float
+    """What forward reads (at stage 3 the rank's part)."""
+    master: float
+    """fp32 weights that the optimizer steps; none where ``weights`` are these."""
+    moments: float
+    averages: float
+    gradients: float
+    """Buffers that DeepSpeed never frees (stage 3)."""
+    backward: float
+    """More during the last backward before a step."""
+    step: float
+    """More while the optimizer steps."""
+
+    @property
+    def kept(self) -> float:
+        """Between steps."""
+        return self.weights + self.master + self.moments + self.averages + self.gradients
+
+    @property
+    def peak(self) -> float:
+        return self.kept + max(self.backward, self.step)
+
+
+def training_memory(
+    dense: float,
+    experts: float,
+    stage: int,
+    ep: int,
+    world: int,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    averages: int = 1,
+    accumulation: int = 1,
+    bucket: float = 0,
+) -> Memory:
+    """Memory of training on DeepSpeed 0.19 with AdamW, as ``distributed.engine`` sets it up. ``benchmarks/memory.md`` measures it.
+
+    Args:
+        dense: parameters that every rank needs, in elements.
+        experts: parameters of all routed experts, in elements.
+        stage: of ZeRO, 0 to 3.
+        ep: expert-parallel size.
+        world: processes.
+        averages: exponential moving averages kept.
+        accumulation: micro-batches of a step.
+        bucket: DeepSpeed's ``reduce_bucket_size``, in elements.
+    """
+    size, wide = (2, 4) if precision == "bf16" else (4, 0)  # bytes of a weight, and of its fp32 copy
+    local = dense + experts / ep
+    part = (dense + experts) / world
+    group = max(dense / world, min(experts / ep, EXPERT_GROUP) * ep / world)  # the largest that is stepped at once
+    step = (size + wide) * group  # its gradient, flattened and then in fp32
+    if stage == 0:  # backward: the all-reduce has a copy
+        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, 2 * size * local, (size + wide) * local)
+    if stage == 3:
+        kept = size * (part + bucket)
+        return Memory(size * part, wide * part, 8 * part, 4 * averages * part, kept, size * bucket, step)
+    # from one micro-batch to the next stage 1 keeps every gradient, stage 2 its part; the last one's part comes beside it
+    earlier = 0 if accumulation == 1 else local if stage == 1 else part
+    backward = size * (earlier + part + 3 * bucket)
+    return Memory(size * local, 4 * part, 8 * part, 4 * averages * part, 0, backward, size * part + step)
