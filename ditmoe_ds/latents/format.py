@@ -37,7 +37,7 @@ from ditmoe_ds.latents import remote
 FORMAT, VERSION = "ditmoe-latents", 2
 REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
 SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
-KEY = re.compile(r"[\w-]{1,80}")
+KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read the manifest of a folder or URL (or the ``manifest.json`` itself); in a folder, check that all shards are there in full length.
+        """Read the manifest of a folder or URL (or the ``manifest.json`` itself); in a folder, all shards are there in full length.
 
         Raises:
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
