@@ -42,7 +42,7 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     names = request.class_names if request.class_names is not None else tuple(map(str, range(labels)))
     histogram = np.zeros(len(names), np.int64)
     for record in records:
-        histogram[: len(record.histogram)] += record.histogram
+        histogram[: len(record.histogram)] += np.array(record.histogram, np.int64)
     mean, std = statistics(
         np.sum([r.sum for r in records], axis=0), np.sum([r.squares for r in records], axis=0), train.samples, request.shape
     )
