@@ -27,10 +27,11 @@ def decode(images: list[Path | bytes | np.ndarray], size: int) -> list[np.ndarra
 
 def _decode(image: Path | bytes | np.ndarray, size: int) -> np.ndarray | str:
     if isinstance(image, Path):
+        path = image
         try:
-            image = image.read_bytes()
+            image = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{image}: cannot be read ({error.strerror}); repair or remove it") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images; the truly large are errors

@@ -7,6 +7,7 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> N
     histogram = np.zeros(manifest.num_classes, np.int64)
     splits = {}
     for name in ("train", "val"):
-        shards = []
+        shards: list[Shard] = []
         samples = _chosen(manifest, manifest.split(name), fraction)
         while part := list(itertools.islice(samples, shard_size)):
             tar = partial / f"{name}-{len(shards):06d}.tar"
@@ -50,7 +51,7 @@ def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> N
     if not splits["train"].samples:
         raise DataError(f"--fraction={fraction}: leaves none of {manifest.splits.train.samples} training samples; choose a larger one")
     mean, std = statistics(total.numpy(), squares.numpy(), splits["train"].samples, manifest.shape)
-    changes = dict(mean=mean, std=std, class_histogram=tuple(histogram.tolist()), rejected=0, splits=Splits(**splits))
+    changes: dict[str, Any] = dict(mean=mean, std=std, class_histogram=tuple(histogram.tolist()), rejected=0, splits=Splits(**splits))
     dataclasses.replace(manifest, root=str(partial), **changes).save()
     partial.replace(folder)
     print(f"{out}: {splits['train'].samples} training and {splits['val'].samples} held-out latents")
