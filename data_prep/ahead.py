@@ -15,16 +15,17 @@ from typing import TypeVar
 from ditmoe_ds.errors import DataError
 
 T = TypeVar("T")
+A = TypeVar("A")
 R = TypeVar("R")
 
 
-def ahead(elements: Iterable[T], work: Callable[[T], R], processes: int) -> Iterator[tuple[T, R]]:
-    """Each element with ``work(element)``, in order, some elements ahead of the consumer.
+def ahead(elements: Iterable[tuple[T, A]], work: Callable[[A], R], processes: int) -> Iterator[tuple[T, R]]:
+    """For each element (name, argument) the pair (name, work(argument)), in order, some elements ahead of the consumer.
 
     The elements are drawn in a thread, so a slow source is waited for ahead of time too.
 
     Args:
-        work: and what it takes and returns, can be pickled.
+        work: can be pickled, with what it takes and returns; the processes import its module.
         processes: 0 works in a thread.
 
     Raises:
@@ -40,8 +41,8 @@ def ahead(elements: Iterable[T], work: Callable[[T], R], processes: int) -> Iter
 
     def feed() -> None:
         try:
-            for element in elements:
-                put((element, pool.submit(work, element)))
+            for name, argument in elements:
+                put((name, pool.submit(work, argument)))
                 if stopped.is_set():
                     return
             put(None)

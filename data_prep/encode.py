@@ -154,10 +154,6 @@ def _tasks(source: Source, units: list[int], batch: int) -> Iterator[_Task]:
         yield _Task(unit, part, last=True)
 
 
-def _decode(size: int, task: _Task) -> list[np.ndarray | str]:
-    return images.decode([item.image for item in task.items], size)
-
-
 class _Rejections:
     """How many images were bad, of all that this worker saw."""
 
@@ -181,7 +177,8 @@ def _encode(
         progress.total = -(-source.images * len(units) // source.units)
     with ExitStack() as stack:
         unit: UnitWriter | None = None
-        for task, pixels in ahead(_tasks(source, units, batch), functools.partial(_decode, encoder.request.size), decoders):
+        batches = ((task, [item.image for item in task.items]) for task in _tasks(source, units, batch))
+        for task, pixels in ahead(batches, functools.partial(images.decode, size=encoder.request.size), decoders):
             if unit is None:
                 unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shape, encoder.text_width))
             encoder.write(unit, task.items, pixels)

@@ -579,22 +579,28 @@ def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
         decode_images([tmp_path / "gone.png"], 16)
 
 
+def test_the_decoding_processes_import_little():
+    program = "import sys, data_prep.images; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "False\n"
+
+
 def test_work_is_done_ahead_and_in_order():
-    assert list(ahead(range(50), partial(pow, 2), 0)) == [(i, 2**i) for i in range(50)]
-    assert list(ahead(range(50), partial(pow, 2), 2)) == [(i, 2**i) for i in range(50)]
+    for processes in (0, 2):
+        assert list(ahead(zip("abcdef" * 9, range(54)), partial(pow, 2), processes)) == [("abcdef"[i % 6], 2**i) for i in range(54)]
 
     def failing():
-        yield 3
+        yield 3, 3
         raise DataError("the source broke")
 
     with pytest.raises(DataError, match="the source broke"):
         list(ahead(failing(), partial(pow, 2), 0))
     with pytest.raises(ZeroDivisionError):
-        list(ahead([1, 0], partial(divmod, 1), 0))
+        list(ahead([(1, 1), (0, 0)], partial(divmod, 1), 0))
     with pytest.raises(DataError, match="--decoders=1: a decoding process died"):
-        list(ahead([3], os._exit, 1))
+        list(ahead([(3, 3)], os._exit, 1))
     threads = threading.active_count()
-    for _ in ahead(iter(int, 1), partial(pow, 2), 0):  # endless, and left early
+    for _ in ahead(zip(iter(int, 1), iter(int, 1)), partial(pow, 2), 0):  # endless, and left early
         break
     deadline = time.monotonic() + 5
     while threading.active_count() > threads and time.monotonic() < deadline:
