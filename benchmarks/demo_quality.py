@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-from data_prep.sources import digits, is_heldout
+from data_prep.samples import digits
+from data_prep.sources import is_heldout
 from ditmoe_ds.pipelines.run import open_run
 
 
@@ -32,8 +33,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     arguments = parser.parse_args()
 
-    images, labels, keys = digits()
-    held_out = np.array([is_heldout(key, 0.1) for key in keys])
+    _, items = digits()
+    images, labels = np.stack([item.image for item in items]), np.array([item.label for item in items])
+    held_out = np.array([is_heldout(item.key, 0.1) for item in items])
     classifier = SVC(C=10, gamma="scale").fit(features(images[~held_out]), labels[~held_out])
     real = (classifier.predict(features(images[held_out])) == labels[held_out]).mean()
 

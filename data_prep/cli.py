@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import Any
 
 from ditmoe_ds.errors import UserError
 
-SOURCE = "sample:digits (5,000 MNIST digits) or folder:PATH (one sub-folder per class)"
+SOURCE = (
+    "folder:PATH (one sub-folder per class), wds:URLS (webdataset tars, each with jpg/png/webp and maybe json, cls, txt), "
+    "hf:PATH (saved with datasets' save_to_disk), sample:digits (5,000 MNIST digits) or sample:emoji (3,778 Twemoji with captions)"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a user's mistake, told in one line on stderr."""
+    """Run one command; returns the exit code: 0 done, 2 a user's mistake or a full disk, told in one line on stderr."""
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     try:
@@ -24,12 +29,27 @@ def main(argv: list[str] | None = None) -> int:
             from data_prep.encode import encode
 
             encode(**arguments)
-        else:
-            from data_prep.encode import verify
+        elif command == "finalize":
+            from data_prep.finalize import finalize
+
+            finalize(**arguments)
+        elif command == "verify":
+            from data_prep.verify import verify
 
             verify(**arguments)
+        elif command == "inspect":
+            from data_prep.show import show
+
+            show(**arguments)
+        else:
+            from data_prep.subset import subset
+
+            subset(**arguments)
     except UserError as error:
         print(f"ditmoe-data: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ditmoe-data: error: {error.filename or command}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 
@@ -50,16 +70,42 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = commands.add_parser("encode", help="encode images into shards", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     encode.add_argument("--source", required=True, help=SOURCE)
-    encode.add_argument("--vae", required=True, help="diffusers folder or hub id of an AutoencoderKL")
+    encode.add_argument("--vae", required=True, help="diffusers folder or hub id of an AutoencoderKL, AutoencoderDC or AutoencoderTiny")
     encode.add_argument("--out", required=True, help="folder for the shards")
     encode.add_argument("--size", type=_positive, default=32, help="pixels")
-    encode.add_argument("--shard-size", type=_positive, default=1000, help="samples per shard")
+    encode.add_argument("--shard-size", type=_positive, default=1000, help="images per unit of work; of wds, each tar is one")
     encode.add_argument("--holdout", type=_fraction, default=0.1, help="share of samples in the split val")
     encode.add_argument("--batch", type=_positive, default=100, help="images encoded at once")
-    encode.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of stored latents")
+    encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of stored latents")
+    encode.add_argument("--store", choices=("mean", "mean+std", "sample"), default="mean", help="what of the VAE's posterior")
+    encode.add_argument("--seed", type=int, default=0, help="of --store sample")
+    encode.add_argument("--flip-copies", action="store_true", help="a mirrored copy of each image too")
+    encode.add_argument("--text", help="folder or hub id of a transformers text encoder; None stores captions alone")
+    encode.add_argument("--text-max-tokens", type=_positive, default=77, help="longer captions are cut")
+    encode.add_argument("--classes", type=_positive, help="of wds and hf: number of classes; None counts to the largest label")
+    encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")
+    encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: a SLURM array's task, a torchrun rank, 0/1")
+    rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of images that may be unreadable")
+    encode.add_argument("--max-rejected", **rejected)
+
+    finalize = commands.add_parser("finalize", help="once all workers are done: write the manifest")
+    finalize.add_argument("path", metavar="DIR", help="folder that encode was given")
+    finalize.add_argument("--max-rejected", **rejected)
 
     verify = commands.add_parser("verify", help="check every byte of a finished folder")
     verify.add_argument("path", metavar="DIR", help="folder made by encode")
+    verify.add_argument("--sheet", metavar="PNG", help="picture of some images above their decoded latents")
+    verify.add_argument("--source", help="where those images are, if not where the manifest says")
+
+    inspect = commands.add_parser("inspect", help="say what is in a folder or shard")
+    inspect.add_argument("path", metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")
+    inspect.add_argument("--sheet", metavar="PNG", help="picture of some decoded latents")
+
+    subset = commands.add_parser("subset", help="copy a share of the samples, to try things on")
+    subset.add_argument("path", metavar="DIR", help="finished folder")
+    subset.add_argument("--fraction", type=_fraction, required=True, help="share of the samples; smaller shares are among larger ones")
+    subset.add_argument("--out", required=True, help="new folder")
+    subset.add_argument("--shard-size", type=_positive, default=1000, help="samples per shard")
     return parser
 
 
@@ -70,11 +116,25 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    return value
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
     return value
+
+
+def _worker(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 0 to n - 1, such as 0/8")
+    return int(number), int(count)
 
 
 if __name__ == "__main__":

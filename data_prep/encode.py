@@ -1,147 +1,250 @@
-"""``ditmoe-data encode``: images to latents to shards, and ``ditmoe-data verify``: is it all still there?"""
+"""``ditmoe-data encode``: images to latents to shards, unit by unit."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from data_prep.sources import Item, Source, open_source
+from data_prep import images
+from data_prep.ahead import ahead
+from data_prep.finalize import finalize
+from data_prep.progress import Progress
+from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
+from data_prep.text import TextEncoder
+from data_prep.units import Rejection, Request, UnitWriter, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, index_shard, read_sample, sha256
-from ditmoe_ds.latents.loader import LatentDataset
-from ditmoe_ds.latents.vae import encode_mean, load_vae
+from ditmoe_ds.latents.format import Manifest, sha256
+from ditmoe_ds.latents.vae import encode as encode_images
+from ditmoe_ds.latents.vae import latent_space, load_vae
+from ditmoe_ds.rng import keyed_generator
+
+ENOUGH = 100
+"""Images to see before the share of rejected ones means anything."""
 
 
-def encode(source: str, vae: str, out: str, *, size: int, shard_size: int, holdout: float, batch: int, dtype: Any) -> None:
-    """Encode all images of ``source`` into the folder ``out``. Complete shards of an earlier, interrupted run are kept.
+def encode(
+    source: str,
+    vae: str,
+    out: str,
+    *,
+    size: int = 32,
+    shard_size: int = 1000,
+    holdout: float = 0.1,
+    batch: int = 100,
+    dtype: Any = "float32",
+    store: Any = "mean",
+    seed: int = 0,
+    flip_copies: bool = False,
+    text: str | None = None,
+    text_max_tokens: int = 77,
+    classes: int | None = None,
+    decoders: int = 0,
+    worker: tuple[int, int] | None = None,
+    max_rejected: float = 0.01,
+) -> None:
+    """Encode the images of ``source`` into the folder ``out``: all of them, or worker i's share of n. Units that are done are kept.
 
     Raises:
-        ConfigError: ``size`` does not fit the VAE.
-        DataError: the source or VAE cannot be read, or ``out`` holds the latents of another request.
+        ConfigError: a value that does not fit the VAE or the source.
+        DataError: the source or VAE cannot be read, ``out`` cannot be written or holds another request, too many bad images.
     """
-    images = open_source(source, size)
-    weights = sorted(Path(vae).glob("*.safetensors")) if Path(vae).is_dir() else []
-    request: dict[str, Any] = {
-        "source": source,
-        "items_sha256": hashlib.sha256(json.dumps([(item.key, item.label) for item in images.items]).encode()).hexdigest(),
-        "vae": vae,
-        "vae_sha256": sha256(*weights) if weights else None,
-        "size": size,
-        "shard_size": shard_size,
-        "holdout": holdout,
-        "dtype": dtype,
-    }
+    number, count = worker or worker_from_environment()
+    found = open_source(source, shard_size, classes)
+    request = _request(found, vae, size, shard_size, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
-    _claim(root, request)
+    request.claim(root)
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
         return
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_vae(vae, device)
-    downsample = 2 ** (len(model.config.block_out_channels) - 1)
-    if size % downsample:
-        raise ConfigError("--size", size, f"must be a multiple of {downsample}, the VAE's downsampling")
-    shape = (model.config.latent_channels, size // downsample, size // downsample)
-    train, heldout = images.split(holdout)
-    if not train:
-        raise DataError(f"--holdout={holdout}: leaves no sample of {len(images.items)} to learn from; choose a smaller one")
-    splits = {}
-    with tqdm(total=len(images.items), desc="encode", unit=" images", mininterval=1) as progress:
-        for split, items in (("train", train), ("val", heldout)):
-            shards = []
-            for start in range(0, len(items), shard_size):
-                path = root / f"{split}-{start // shard_size:06d}.tar"
-                part = items[start : start + shard_size]
-                if not path.exists():
-                    _write_shard(path, part, images, model, batch, dtype)
-                shards.append(Shard(path.name, len(part), path.stat().st_size, sha256(path)))
-                progress.update(len(part))
-            splits[split] = Split(len(items), tuple(shards))
-
-    mean, std = _statistics([root / shard.name for shard in splits["train"].shards], shape, dtype)
-    Manifest(
-        root=out,
-        format=FORMAT,
-        version=VERSION,
-        source=source,
-        vae=str(Path(vae).resolve()) if weights else vae,
-        vae_sha256=request["vae_sha256"],
-        scaling_factor=model.config.scaling_factor,
-        shift_factor=model.config.shift_factor or 0.0,
-        downsample=downsample,
-        image_size=size,
-        shape=shape,
-        dtype=dtype,
-        mean=mean,
-        std=std,
-        num_classes=len(images.class_names),
-        class_names=images.class_names,
-        splits=Splits(**splits),
-    ).save()
-    print(f"{out}: {len(train)} training and {len(heldout)} held-out latents of shape {shape}")
-
-
-def verify(path: str) -> None:
-    """Read all of a finished folder: sha256, counts, shapes, labels, and that every value is finite.
-
-    Raises:
-        DataError: the first thing that is wrong.
-    """
-    manifest = Manifest.load(path)
-    manifest.verify()
-    for name in ("train", "val"):
-        if manifest.split(name).samples != sum(shard.samples for shard in manifest.split(name).shards):
-            raise DataError(f"{path}: the shards of split {name} do not add up to its number of samples; encode the data again")
-        if not manifest.split(name).shards:
-            continue
-        dataset = LatentDataset(manifest, name)
-        for i in tqdm(range(len(dataset)), desc=f"verify {name}", unit=" samples", mininterval=1):
-            if not dataset[i][0].isfinite().all():
-                raise DataError(f"{path}: split {name}, key {dataset.key(i)!r} has values that are not finite; encode the data again")
-    print(f"{path}: intact, {manifest.splits.train.samples} training and {manifest.splits.val.samples} held-out samples")
-
-
-def _claim(root: Path, request: dict[str, object]) -> None:
-    """Note in ``root`` what is being encoded, so that a later run knows whether the shards it finds there are its own."""
-    note = root / "request.json"
-    if note.is_file():
-        earlier = json.loads(note.read_text())
-        changed = [key for key in request if earlier.get(key) != request[key]]
-        if changed:
-            was = ", ".join(f"{key} {earlier.get(key)!r} -> {request[key]!r}" for key in changed)
-            raise DataError(f"--out={str(root)!r}: holds the latents of another request ({was}); choose another folder or delete it")
+    mine = range(number, found.units, count)
+    done = {unit: record for unit in mine if (record := load_record(root, unit))}
+    todo = [unit for unit in mine if unit not in done]
+    if todo:
+        seen, rejected = (sum(counts) for counts in zip((0, 0), *((r.images, len(r.rejected)) for r in done.values())))
+        encoder = _Encoder(request)
+        with Progress("encode", "images") as progress:
+            try:
+                _encode(root, found, todo, encoder, batch, decoders, _Rejections(seen, rejected, max_rejected), progress)
+            except OSError as error:
+                reason = f"cannot write ({error.strerror or error})"
+                raise DataError(f"--out={out!r}: {reason}; once that is mended, the same command continues") from None
+    if count == 1:
+        finalize(out, max_rejected=max_rejected)
     else:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise DataError(f"--out={str(root)!r}: exists and was not made by ditmoe-data; choose another folder")
-        root.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(request, indent=2) + "\n")
+        print(f"{out}: worker {number} of {count} is done; when all are, run ditmoe-data finalize {out}")
 
 
-def _write_shard(path: Path, items: list[Item], images: Source, vae: torch.nn.Module, batch: int, dtype: str) -> None:
-    with ShardWriter(path) as shard:
-        for start in range(0, len(items), batch):
-            part = items[start : start + batch]
-            pixels = torch.from_numpy(np.stack([item.load() for item in part])).permute(0, 3, 1, 2).float() / 127.5 - 1
-            for item, latent in zip(part, encode_mean(vae, pixels).cpu().numpy().astype(dtype)):
-                shard.write(item.key, latent, {"label": item.label, "class": images.class_names[item.label], "source": item.origin})
+def _request(
+    found: Source,
+    vae: str,
+    size: int,
+    shard_size: int,
+    holdout: float,
+    dtype: Any,
+    store: Any,
+    seed: int,
+    flip_copies: bool,
+    text: str | None,
+    text_max_tokens: int,
+) -> Request:
+    space = latent_space(vae)
+    if size % space.downsample:
+        raise ConfigError("--size", size, f"must be a multiple of {space.downsample}, the VAE's downsampling")
+    if store != "mean" and not space.posterior:
+        raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
+    side = size // space.downsample
+    return Request(
+        source=found.name,
+        source_sha256=found.sha256,
+        units=found.units,
+        class_names=found.class_names,
+        vae=_resolved(vae),
+        vae_sha256=_digest(vae),
+        scaling_factor=space.scaling_factor,
+        shift_factor=space.shift_factor,
+        downsample=space.downsample,
+        shape=(space.channels, side, side),
+        size=size,
+        shard_size=shard_size,
+        holdout=holdout,
+        dtype=dtype,
+        store=store,
+        seed=seed,
+        flip_copies=flip_copies,
+        text=_resolved(text) if text else None,
+        text_sha256=_digest(text) if text else None,
+        text_max_tokens=text_max_tokens if text else 0,
+    )
 
 
-def _statistics(paths: list[Path], shape: tuple[int, ...], dtype: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, read back from the shards since some may be of an earlier run."""
-    count, total, squares = 0, np.zeros(shape[0]), np.zeros(shape[0])
-    for path in paths:
-        for span in index_shard(path).spans:
-            latent = read_sample(path, span, shape, dtype)[0].astype(np.float64)
-            count += latent[0].size
-            total += latent.sum(axis=(1, 2))
-            squares += np.square(latent).sum(axis=(1, 2))
-    mean = total / count
-    return tuple(mean.tolist()), tuple(np.sqrt(squares / count - mean**2).tolist())
+def _resolved(path_or_id: str) -> str:
+    return str(Path(path_or_id).resolve()) if Path(path_or_id).is_dir() else path_or_id
+
+
+def _digest(path_or_id: str) -> str | None:
+    """Of a local folder's weights."""
+    return sha256(*sorted(Path(path_or_id).glob("*.safetensors"))) if Path(path_or_id).is_dir() else None
+
+
+class _Task(NamedTuple):
+    """A batch of one unit."""
+
+    unit: int
+    items: list[Item]
+    last: bool
+
+
+def _tasks(source: Source, units: list[int], batch: int) -> Iterator[_Task]:
+    for unit in units:
+        items = iter(source.unit(unit))
+        part = list(itertools.islice(items, batch))
+        while following := list(itertools.islice(items, batch)):
+            yield _Task(unit, part, last=False)
+            part = following
+        yield _Task(unit, part, last=True)
+
+
+class _Rejections:
+    """How many images were bad, of all that this worker saw."""
+
+    def __init__(self, seen: int, rejected: int, limit: float):
+        self.seen, self.rejected, self.limit = seen, rejected, limit
+
+    def add(self, unit: UnitWriter) -> None:
+        self.seen += unit.images
+        self.rejected += len(unit.rejected)
+        if self.seen >= ENOUGH and self.rejected > self.limit * self.seen:
+            last = f"; the last: {unit.rejected[-1].source}: {unit.rejected[-1].reason}" if unit.rejected else ""
+            fix = f"{self.rejected} of {self.seen} images could not be encoded{last}; repair them or allow more"
+            raise ConfigError("--max-rejected", self.limit, fix)
+
+
+def _encode(
+    root: Path, source: Source, units: list[int], encoder: _Encoder, batch: int, decoders: int, rejections: _Rejections, progress: Progress
+) -> None:
+    before, finished = rejections.seen, 0
+    if source.images is not None:
+        progress.total = -(-source.images * len(units) // source.units)
+    with ExitStack() as stack:
+        unit: UnitWriter | None = None
+        batches = ((task, [item.image for item in task.items]) for task in _tasks(source, units, batch))
+        for task, pixels in ahead(batches, functools.partial(images.decode, size=encoder.request.size), decoders):
+            if unit is None:
+                unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shape, encoder.text_width))
+            encoder.write(unit, task.items, pixels)
+            progress.update(len(task.items))
+            if task.last:
+                rejections.add(unit)
+                unit.finish()
+                unit, finished = None, finished + 1
+                if source.images is None:  # the units to come are as large as those so far
+                    progress.total = round((rejections.seen - before) / finished * len(units))
+
+
+class _Encoder:
+    """Images and captions to samples."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        self.vae = load_vae(request.vae, self.device)
+        self.text = TextEncoder(request.text, request.text_max_tokens, self.device) if request.text else None
+        self.text_width = self.text.width if self.text else 0
+
+    def write(self, unit: UnitWriter, items: list[Item], pixels: list[np.ndarray | str]) -> None:
+        """Encode ``items`` with their ``pixels`` (size, size, 3) uint8, or the reasons why there are none, into ``unit``."""
+        unit.images += len(items)
+        good = []
+        for item, found in zip(items, pixels):
+            if isinstance(found, str):
+                unit.rejected.append(Rejection(item.key, item.origin, found))
+            else:
+                good.append((item, found))
+        if not good:
+            return
+        batch = torch.from_numpy(np.stack([found for _, found in good])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        tensors = self._latents(batch, [item.key for item, _ in good])
+        if self.request.flip_copies:
+            flipped = self._latents(batch.flip(-1), [item.key + FLIP for item, _ in good])
+        texts = self.text([item.caption or "" for item, _ in good]) if self.text else None
+        for i, (item, _) in enumerate(good):
+            copies = {item.key: tensors[i]} | ({item.key + FLIP: flipped[i]} if self.request.flip_copies else {})
+            if not all(tensor.isfinite().all() for copy in copies.values() for tensor in copy.values()):
+                reason = f"its latent has values that are not finite in {self.request.dtype}"
+                unit.rejected.append(Rejection(item.key, item.origin, reason))
+                continue
+            split = "val" if is_heldout(item.key, self.request.holdout) else "train"
+            for key, copy in copies.items():
+                unit.write(split, key, self._meta(item), **copy, **({"text": texts[i]} if texts else {}))
+
+    def _latents(self, batch: Tensor, keys: list[str]) -> list[dict[str, Tensor]]:
+        """What is stored of each image: (C, H, W) latent, maybe (C, H, W) std."""
+        dtype = getattr(torch, self.request.dtype)
+        mean, std = (part.float().cpu() if part is not None else None for part in encode_images(self.vae, batch))
+        assert mean is not None
+        if self.request.store == "mean":
+            return [{"latent": latent.to(dtype)} for latent in mean]
+        assert std is not None
+        if self.request.store == "mean+std":
+            return [{"latent": latent.to(dtype), "std": deviation.to(dtype)} for latent, deviation in zip(mean, std)]
+        noise = [torch.randn(mean.shape[1:], generator=keyed_generator(self.request.seed, "posterior", key)) for key in keys]
+        return [{"latent": (mean[i] + std[i] * noise[i]).to(dtype)} for i in range(len(keys))]
+
+    def _meta(self, item: Item) -> dict[str, Any]:
+        names, name = self.request.class_names, None
+        if item.label is not None:
+            if names is not None and item.label >= len(names):
+                raise DataError(f"{item.origin}: has label {item.label}, the source has {len(names)} classes; see --classes")
+            name = names[item.label] if names is not None else str(item.label)
+        return {"label": item.label, "class": name, "caption": item.caption, "source": item.origin}

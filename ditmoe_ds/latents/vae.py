@@ -1,45 +1,103 @@
-"""The frozen VAE: images to latents and back."""
+"""The frozen VAE: images to latents and back. AutoencoderKL, AutoencoderDC and AutoencoderTiny of diffusers."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
 
 from ditmoe_ds.errors import DataError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
 
-def load_vae(path_or_id: str, device: str | torch.device) -> AutoencoderKL:
-    """A diffusers ``AutoencoderKL`` from a local folder or the hub: float32, frozen, safetensors only.
+class LatentSpace(NamedTuple):
+    """What the config of a VAE says about its latents."""
+
+    channels: int
+    downsample: int
+    """Image pixels per latent pixel, along one side."""
+    scaling_factor: float
+    """Latents are learned as ``(x - shift_factor) * scaling_factor``."""
+    shift_factor: float
+    posterior: bool
+    """Whether an image has a distribution of latents, or just one."""
+
+
+def latent_space(path_or_id: str) -> LatentSpace:
+    """Read from the config alone; no weights are loaded.
+
+    Raises:
+        DataError: there is no such folder or id, or it is no VAE of a known class.
+    """
+    config, cls = _config(path_or_id)
+    # A config.json may leave out what equals the default of its class, such as SD's scaling_factor.
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+    values = {**defaults, **config}
+    levels = values["block_out_channels"] if "block_out_channels" in defaults else values["encoder_block_out_channels"]
+    return LatentSpace(
+        channels=values["latent_channels"],
+        downsample=2 ** (len(levels) - 1),
+        scaling_factor=float(values["scaling_factor"]),
+        shift_factor=float(values.get("shift_factor") or 0.0),
+        posterior=cls.__name__ == "AutoencoderKL",
+    )
+
+
+def load_vae(path_or_id: str, device: str | torch.device) -> Any:
+    """A diffusers VAE from a local folder or the hub: float32, frozen, safetensors only.
 
     Raises:
         DataError: there is no such folder or id, or its weights cannot be read.
     """
-    from diffusers import AutoencoderKL  # takes seconds to import
+    _, cls = _config(path_or_id)
+    try:
+        vae = cls.from_pretrained(path_or_id, use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # the hub and the weights each fail in their own way
+        raise _unreadable(path_or_id, error) from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def _config(path_or_id: str) -> tuple[dict[str, Any], Any]:
+    """The raw config and the class it names."""
+    import diffusers  # takes seconds to import
 
     if not Path(path_or_id).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_id):
         raise DataError(f"vae={path_or_id!r}: no such folder; give a diffusers folder or a hub id such as stabilityai/sd-vae-ft-ema")
     try:
-        vae = AutoencoderKL.from_pretrained(path_or_id, use_safetensors=True, low_cpu_mem_usage=False)
-    except Exception as error:  # the hub, the config and the weights each fail in their own way
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"vae={path_or_id!r}: neither a folder nor a hub id with a readable AutoencoderKL ({reason})") from error
-    return vae.to(device).eval().requires_grad_(False)
+        config = diffusers.AutoencoderKL.load_config(path_or_id)
+    except Exception as error:  # as above
+        raise _unreadable(path_or_id, error) from error
+    if config.get("_class_name") not in CLASSES:
+        raise DataError(f"vae={path_or_id!r}: is {config.get('_class_name')!r}; choose one of {', '.join(CLASSES)}")
+    return config, getattr(diffusers, config["_class_name"])
+
+
+def _unreadable(path_or_id: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(f"vae={path_or_id!r}: neither a folder nor a hub id with a readable {', '.join(CLASSES)} ({reason})")
 
 
 @torch.no_grad()
-def encode_mean(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1] to unscaled posterior means (B, C, h, w)."""
-    return vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
+def encode(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images (B, 3, H, W) in [-1, 1] to the unscaled posterior's mean and standard deviation, both (B, C, h, w).
+
+    A VAE without a posterior gives its latents and None.
+    """
+    found = vae.encode(images.to(vae.device, vae.dtype), return_dict=False)[0]
+    return (found, None) if isinstance(found, torch.Tensor) else (found.mean, found.std)
+
+
+def encode_mean(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] to unscaled latents (B, C, h, w), the posterior's mean where there is one."""
+    return encode(vae, images)[0]
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, scaling_factor: float, shift_factor: float) -> torch.Tensor:
+def decode(vae: Any, latents: torch.Tensor, scaling_factor: float, shift_factor: float) -> torch.Tensor:
     """Scaled latents (B, C, h, w) to images (B, H, W, 3) uint8."""
-    images = vae.decode((latents / scaling_factor + shift_factor).to(vae.device, vae.dtype)).sample
+    images = vae.decode((latents / scaling_factor + shift_factor).to(vae.device, vae.dtype), return_dict=False)[0]
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

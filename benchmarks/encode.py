@@ -1,0 +1,94 @@
+"""What reading, decoding, hashing and writing cost beside the VAE: images/s of ``ditmoe-data encode`` and of the VAE alone.
+
+    python benchmarks/encode.py --images 2000 --size 256 --batch 32
+
+JPEGs of noise, a VAE with random weights. The bare loop encodes batches that are in memory, decoded, on the CPU, as float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# The decoding processes import this module; what takes seconds to import is imported where it is used.
+
+
+def write_vae(folder: Path, width: int) -> None:
+    """The layout of Stable Diffusion's VAE; there ``width`` is 128."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=min(32, width),
+    ).save_pretrained(folder)
+
+
+def write_images(folder: Path, count: int, size: int) -> None:
+    """JPEGs a quarter larger than what is encoded, smooth enough to compress like photographs."""
+    generator = np.random.default_rng(0)
+    (folder / "class").mkdir(parents=True)
+    for i in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8))
+        coarse.resize((size * 5 // 4, size * 5 // 4), Image.Resampling.BICUBIC).save(folder / "class" / f"{i:06d}.jpg", quality=90)
+
+
+def main() -> None:
+    import torch
+
+    from data_prep.encode import encode
+    from ditmoe_ds.latents.vae import encode as encode_images
+    from ditmoe_ds.latents.vae import load_vae
+
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--width", type=int, default=128 if torch.cuda.is_available() else 16, help="of the VAE")
+    parser.add_argument("--decoders", type=int, default=min(8, len(os.sched_getaffinity(0))))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_vae(root / "vae", arguments.width)
+        write_images(root / "images", arguments.images, arguments.size)
+        vae = load_vae(str(root / "vae"), "cuda" if torch.cuda.is_available() else "cpu")
+        batch = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
+        encode_images(vae, batch)
+        rates: dict[str, list[float]] = {"bare": [], "encode": []}
+        for repeat in range(arguments.repeats):
+            start = time.perf_counter()
+            for _ in range(arguments.images // arguments.batch):
+                encode_images(vae, batch)[0].cpu()
+            rates["bare"].append(arguments.images / (time.perf_counter() - start))
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(None):
+                encode(
+                    f"folder:{root / 'images'}",
+                    str(root / "vae"),
+                    str(root / f"out-{repeat}"),
+                    size=arguments.size,
+                    batch=arguments.batch,
+                    decoders=arguments.decoders,
+                )
+            rates["encode"].append(arguments.images / (time.perf_counter() - start))
+    best = {name: max(found) for name, found in rates.items()}
+    for name, found in rates.items():
+        print(f"{name:7} images/s: {', '.join(f'{rate:.1f}' for rate in found)}")
+    print(
+        f"best of {arguments.repeats}: encode {best['encode']:.1f}, the VAE alone {best['bare']:.1f}: {best['encode'] / best['bare']:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

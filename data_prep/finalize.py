@@ -1,0 +1,89 @@
+"""``ditmoe-data finalize``: units that are all done become a finished folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.units import Request, load_record
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, Split, Splits, Text
+
+
+def finalize(path: str, *, max_rejected: float = 0.01) -> None:
+    """Write ``rejected.jsonl`` and ``manifest.json`` of a folder whose units are all encoded.
+
+    Raises:
+        ConfigError: more than ``max_rejected`` of all images are bad.
+        DataError: units are missing; nothing is left to learn from.
+    """
+    root = Path(path)
+    request = Request.load(root)
+    found = {unit: load_record(root, unit) for unit in range(request.units)}
+    missing = [str(unit) for unit, record in found.items() if record is None]
+    if missing:
+        some = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
+        raise DataError(f"{path}: of {request.units} units {len(missing)} are missing ({some}); run {request.command(root)}")
+    records = [record for record in found.values() if record is not None]
+    rejected = [rejection for record in records for rejection in record.rejected]
+    images = sum(record.images for record in records)
+    if len(rejected) > max_rejected * images:
+        last = f"the last: {rejected[-1].source}: {rejected[-1].reason}"
+        raise ConfigError("--max-rejected", max_rejected, f"{len(rejected)} of {images} images could not be encoded; {last}; allow more")
+    train, val = (_split(shards) for shards in zip(*((record.train, record.val) for record in records)))
+    if not train.samples:
+        raise DataError(f"{path}: no sample of {val.samples} is left to learn from; encode into another folder with a smaller --holdout")
+
+    labels = max(len(record.histogram) for record in records)
+    names = request.class_names if request.class_names is not None else tuple(map(str, range(labels)))
+    histogram = np.zeros(len(names), np.int64)
+    for record in records:
+        histogram[: len(record.histogram)] += np.array(record.histogram, np.int64)
+    mean, std = statistics(
+        np.sum([r.sum for r in records], axis=0), np.sum([r.squares for r in records], axis=0), train.samples, request.shape
+    )
+    partial = root / "rejected.jsonl.partial"
+    partial.write_text("".join(json.dumps(dataclasses.asdict(rejection)) + "\n" for rejection in rejected))
+    partial.replace(root / "rejected.jsonl")
+    width = max(record.text_width for record in records)
+    Manifest(
+        root=path,
+        format=FORMAT,
+        version=VERSION,
+        source=request.source,
+        vae=request.vae,
+        vae_sha256=request.vae_sha256,
+        scaling_factor=request.scaling_factor,
+        shift_factor=request.shift_factor,
+        downsample=request.downsample,
+        image_size=request.size,
+        shape=request.shape,
+        dtype=request.dtype,
+        store=request.store,
+        text=Text(request.text, request.text_sha256, width, request.text_max_tokens) if request.text else None,
+        mean=mean,
+        std=std,
+        num_classes=len(names),
+        class_names=names,
+        class_histogram=tuple(histogram.tolist()),
+        rejected=len(rejected),
+        splits=Splits(train, val),
+    ).save()
+    shutil.rmtree(root / "partial", ignore_errors=True)  # of killed processes
+    print(f"{path}: {train.samples} training and {val.samples} held-out latents of shape {request.shape}, {len(rejected)} images rejected")
+
+
+def statistics(total: np.ndarray, squares: np.ndarray, samples: int, shape: tuple[int, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (C,) of latents ``shape`` (C, H, W) from the sums (C,) over all their pixels."""
+    count = samples * shape[1] * shape[2]
+    mean = total / count
+    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist())
+
+
+def _split(shards: tuple[Shard | None, ...]) -> Split:
+    some = tuple(shard for shard in shards if shard is not None)
+    return Split(sum(shard.samples for shard in some), some)

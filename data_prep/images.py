@@ -1,0 +1,73 @@
+"""Encoded images to pixels. Runs in the decoding processes, so nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ditmoe_ds.errors import DataError
+
+# A list, since Pillow would hand PostScript to an interpreter.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
+
+def decode(images: list[Path | bytes | np.ndarray], size: int) -> list[np.ndarray | str]:
+    """Each image as (size, size, 3) uint8, or why it cannot be used. An array (h, w) or (h, w, 3) uint8 is only cropped.
+
+    Raises:
+        DataError: a file cannot be read at all; that is the disk's fault and not the image's.
+    """
+    return [_decode(image, size) for image in images]
+
+
+def _decode(image: Path | bytes | np.ndarray, size: int) -> np.ndarray | str:
+    if isinstance(image, Path):
+        path = image
+        try:
+            image = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images; the truly large are errors
+            if isinstance(image, np.ndarray):
+                return crop(Image.fromarray(image).convert("RGB"), size)
+            with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+                return crop(_rgb(opened), size)
+    except UnidentifiedImageError:
+        return "empty file" if not len(image) else f"not an image ({', '.join(FORMATS)})"
+    except Exception as error:  # bytes from anywhere: each format's decoder fails in its own ways
+        # The same words on each run: no addresses.
+        return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit colour; where an image is transparent, white shows."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square at ``size`` pixels, resized as ADM does: halve with a box filter while large, then bicubic.
+
+    Raises:
+        ValueError: so narrow that it would become enormous on the way.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a centre crop of {size}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))

@@ -1,0 +1,42 @@
+"""How far a long loop is: a bar on a terminal, a line every half minute in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+PAUSE = 30  # seconds between lines
+
+
+class Progress:
+    """Counts ``unit``s; with ``total``, which may be set late, it says when the work will be done."""
+
+    def __init__(self, name: str, unit: str, total: int | None = None):
+        self.name, self.unit, self.total, self.done = name, unit, total, 0
+        self.bar = tqdm(total=total, desc=name, unit=f" {unit}", mininterval=1) if sys.stderr.isatty() else None
+        self.began = self.said = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        """``count`` more are done."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.total = self.total
+            self.bar.update(count)
+        elif time.monotonic() - self.said > PAUSE:
+            self._say()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._say()
+
+    def _say(self) -> None:
+        self.said = time.monotonic()
+        line = tqdm.format_meter(self.done, self.total, self.said - self.began, prefix=self.name, unit=f" {self.unit}", ncols=0)
+        print(line, file=sys.stderr, flush=True)

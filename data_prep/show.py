@@ -1,0 +1,53 @@
+"""``ditmoe-data inspect``: what is in a folder or shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.verify import decoded, spread
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.format import Manifest, ShardReader
+from ditmoe_ds.latents.images import save_grid
+
+COLUMNS, ROWS = 8, 4
+
+
+def show(path: str, *, sheet: str | None = None) -> None:
+    """Print a table of a finished folder, or of one shard in it, with its first samples.
+
+    Args:
+        sheet: a picture of decoded latents to write.
+
+    Raises:
+        DataError: there is no finished folder, or no such shard in it.
+    """
+    shard_name = Path(path).name if Path(path).suffix == ".tar" else None
+    manifest = Manifest.load(Path(path).parent if shard_name else path)
+    shards = tuple(shard for shard in manifest.shards() if shard_name in (None, shard.name))
+    if not shards:
+        raise DataError(f"{path}: is not in the manifest beside it")
+    lines: list[tuple[str, object]] = [
+        ("samples", sum(shard.samples for shard in shards)),
+        ("bytes", f"{sum(shard.bytes for shard in shards):,} in {len(shards)} shards"),
+        ("latent", f"{manifest.shape} {manifest.dtype}, {manifest.store}"),
+        ("images", f"{manifest.image_size} pixels, {manifest.source}"),
+        ("vae", manifest.vae),
+        (
+            "text",
+            f"{manifest.text.width} x at most {manifest.text.max_tokens} tokens, {manifest.text.encoder}" if manifest.text else "none",
+        ),
+    ]
+    if not shard_name:
+        counts = manifest.class_histogram
+        classes = f"{manifest.num_classes}, of {min(counts)} to {max(counts)} training samples" if counts else "none"
+        lines[1:1] = [("train, val", f"{manifest.splits.train.samples}, {manifest.splits.val.samples}")]
+        lines += [("classes", classes), ("rejected", manifest.rejected)]
+        lines += [("mean, std", "  ".join(f"{mean:.3f}, {std:.3f}" for mean, std in zip(manifest.mean, manifest.std)))]
+    print("\n".join(f"{name:<12}{value}" for name, value in lines))
+    reader = ShardReader(manifest.path(shards[0]), manifest)
+    for i in range(min(5, len(reader))):
+        key, meta, _ = reader.read(i)
+        print(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {meta.get('caption') or '-'}")
+    if sheet:
+        save_grid(decoded(manifest, spread(manifest, shards, COLUMNS * ROWS)), Path(sheet), COLUMNS)
+        print(sheet)

@@ -1,0 +1,272 @@
+"""The folder being encoded: what was asked for, and which units of it are done.
+
+    request.json          what is encoded, so that a later run knows whether it may go on here
+    train-000003.tar ...  unit 3's samples, unless it has none of that split
+    units/000003.json     written last: unit 3 is done
+    partial/000003-.../   unit 3 in the making
+
+Any number of processes work here at once, each on units of its own. No file depends on which process wrote it, or when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ditmoe_ds.config import build
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
+
+SPLITS = ("train", "val")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is encoded."""
+
+    source: str
+    source_sha256: str
+    units: int
+    class_names: tuple[str, ...] | None
+    """None: as many as the labels need, known at the end."""
+    vae: str
+    vae_sha256: str | None
+    scaling_factor: float
+    shift_factor: float
+    downsample: int
+    shape: tuple[int, ...]
+    """(C, H, W) of one latent."""
+    size: int
+    shard_size: int
+    holdout: float
+    dtype: Literal["float32", "float16", "bfloat16"]
+    store: Literal["mean", "mean+std", "sample"]
+    seed: int
+    flip_copies: bool
+    text: str | None
+    text_sha256: str | None
+    text_max_tokens: int
+
+    @classmethod
+    def load(cls, root: Path) -> Request:
+        """Read ``request.json``.
+
+        Raises:
+            DataError: there is none, or not of this release.
+        """
+        return _read(cls, root / "request.json", f"{root}: was not begun by ditmoe-data encode of this release")
+
+    def claim(self, root: Path) -> None:
+        """Note in ``root`` what is being encoded, unless it is noted; of processes that start at once, one writes.
+
+        Raises:
+            DataError: ``root`` is another request's, or not ditmoe-data's.
+        """
+        note, ours = root / "request.json", json.loads(_dump(self))
+        try:
+            if not note.is_file():
+                if root.exists() and (not root.is_dir() or any(not path.name.startswith(note.name) for path in root.iterdir())):
+                    raise DataError(f"--out={str(root)!r}: exists and was not made by ditmoe-data; choose another folder")
+                root.mkdir(parents=True, exist_ok=True)
+                partial = root / f"{note.name}.{_process()}.partial"
+                partial.write_text(_dump(self))
+                try:
+                    os.link(partial, note)  # whole, and only if it is not there
+                except FileExistsError:
+                    pass
+                finally:
+                    partial.unlink()
+        except OSError as error:
+            raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
+        theirs = json.loads(_dump(Request.load(root)))
+        changed = [f"{key} {_short(theirs[key])} -> {_short(ours[key])}" for key in ours if theirs[key] != ours[key]]
+        if changed:
+            what = ", ".join(changed)
+            raise DataError(f"--out={str(root)!r}: holds the latents of another request ({what}); choose another folder or delete it")
+
+    def command(self, root: Path) -> str:
+        """The command that goes on with it, as typed into a shell."""
+        words = ["ditmoe-data", "encode", "--source", self.source, "--vae", self.vae, "--out", str(root), "--size", self.size]
+        words += [
+            "--shard-size",
+            self.shard_size,
+            "--holdout",
+            self.holdout,
+            "--dtype",
+            self.dtype,
+            "--store",
+            self.store,
+            "--seed",
+            self.seed,
+        ]
+        words += ["--flip-copies"] * self.flip_copies
+        words += ["--text", self.text, "--text-max-tokens", self.text_max_tokens] if self.text else []
+        named = self.class_names and self.source.startswith(("wds:", "hf:")) and self.class_names[0] == "0"
+        words += ["--classes", len(self.class_names or ())] if named else []
+        return shlex.join(map(str, words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """An image that could not be encoded."""
+
+    key: str
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitRecord:
+    """A unit that is done."""
+
+    train: Shard | None
+    val: Shard | None
+    images: int
+    """Of the source, the rejected ones too."""
+    rejected: tuple[Rejection, ...]
+    sum: tuple[float, ...]
+    """(C,) over the pixels of all training latents, unscaled."""
+    squares: tuple[float, ...]
+    """(C,) of the same."""
+    histogram: tuple[int, ...]
+    """Training samples of each label, up to the largest label in either split."""
+    shape: tuple[int, ...]
+    """(C, H, W) of one latent."""
+    text_width: int
+    """0 without text."""
+
+
+def record_path(root: Path, unit: int) -> Path:
+    """Where the record of a unit lies."""
+    return root / "units" / f"{unit:06d}.json"
+
+
+def load_record(root: Path, unit: int) -> UnitRecord | None:
+    """The record of a unit; None if it is not done, or no longer: its shards are not there in full length."""
+    path = record_path(root, unit)
+    if not path.is_file():
+        return None
+    record = _read(UnitRecord, path, f"{path}: is damaged; delete it and run ditmoe-data encode again")
+    for shard in (record.train, record.val):
+        tar = root / shard.name if shard else None
+        if shard and tar and not (tar.is_file() and tar.stat().st_size == shard.bytes and index_path(tar).is_file()):
+            return None
+    return record
+
+
+class UnitWriter:
+    """Writes the shards of one unit into a folder of its own and moves them out once they are whole.
+
+    Args:
+        shape: (C, H, W) of its latents.
+        text_width: of its text, or 0.
+    """
+
+    def __init__(self, root: Path, unit: int, shape: tuple[int, ...], text_width: int):
+        self.root, self.unit, self.shape, self.text_width = root, unit, shape, text_width
+        for leftover in (root / "partial").glob(f"{unit:06d}-*"):
+            shutil.rmtree(leftover)
+        self._stage = root / "partial" / f"{unit:06d}-{_process()}"
+        self._stage.mkdir(parents=True)
+        self._open = ExitStack()
+        self._writers: dict[str, ShardWriter] = {}
+        self._samples = dict.fromkeys(SPLITS, 0)
+        self._sum, self._squares = torch.zeros(2, shape[0], dtype=torch.float64)
+        self._histogram: list[int] = []
+        self.rejected: list[Rejection] = []
+        self.images = 0
+
+    def __enter__(self) -> UnitWriter:
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._open.__exit__(*failure)
+
+    def write(self, split: str, key: str, meta: dict[str, Any], **tensors: torch.Tensor) -> None:
+        """Append a sample; see ``ShardWriter.write``."""
+        latent, label = tensors["latent"], meta["label"]
+        assert tuple(latent.shape) == self.shape, latent.shape
+        if split not in self._writers:
+            self._writers[split] = self._open.enter_context(ShardWriter(self._stage / f"{split}-{self.unit:06d}.tar"))
+        self._writers[split].write(key, meta, **tensors)
+        self._samples[split] += 1
+        if label is not None:
+            self._histogram += [0] * (label + 1 - len(self._histogram))
+        if split == "train":
+            self._sum += latent.double().sum((1, 2))
+            self._squares += latent.double().square().sum((1, 2))
+            if label is not None:
+                self._histogram[label] += 1
+
+    def finish(self) -> None:
+        """Close the shards, give them their names, and write the record."""
+        self._open.close()
+        shards: dict[str, Shard | None] = dict.fromkeys(SPLITS)
+        for split in self._writers:
+            tar = self._stage / f"{split}-{self.unit:06d}.tar"
+            shards[split] = Shard(tar.name, self._samples[split], tar.stat().st_size, sha256(tar))
+        record = UnitRecord(
+            **shards,
+            images=self.images,
+            rejected=tuple(self.rejected),
+            sum=tuple(self._sum.tolist()),
+            squares=tuple(self._squares.tolist()),
+            histogram=tuple(self._histogram),
+            shape=self.shape,
+            text_width=self.text_width,
+        )
+        partial = self._stage / "record.json"
+        partial.write_text(_dump(record))
+        for split in self._writers:
+            tar = self._stage / f"{split}-{self.unit:06d}.tar"
+            index_path(tar).replace(self.root / index_path(tar).name)
+            tar.replace(self.root / tar.name)
+        (self.root / "units").mkdir(exist_ok=True)
+        partial.replace(record_path(self.root, self.unit))
+        shutil.rmtree(self._stage)
+
+
+def worker_from_environment() -> tuple[int, int]:
+    """(i, n) of a SLURM array's task or a torchrun rank; (0, 1) if this process is alone.
+
+    Raises:
+        ConfigError: the numbers of an array's tasks have gaps.
+    """
+    environment = os.environ
+    if "SLURM_ARRAY_TASK_COUNT" in environment:
+        number, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
+        first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", 0)), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        worker = (number - first) // step
+        if not 0 <= worker < count:
+            raise ConfigError("SLURM_ARRAY_TASK_ID", number, f"the array has gaps; give --worker i/{count}")
+        return worker, count
+    return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+
+
+def _process() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _dump(content: Any) -> str:
+    return json.dumps(dataclasses.asdict(content), indent=2) + "\n"
+
+
+def _read(cls: Any, path: Path, problem: str) -> Any:
+    try:
+        return build(cls, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
+        raise DataError(f"{problem} ({' '.join(str(error).split())[:200]})") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:76]} ..."

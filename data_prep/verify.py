@@ -1,0 +1,123 @@
+"""``ditmoe-data verify``: is it all still there, and does it look like its images?"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep import images
+from data_prep.progress import Progress
+from data_prep.sources import FLIP, open_source
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardReader
+from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.vae import decode, load_vae
+
+SHEET = 16
+"""Samples on a contact sheet."""
+
+
+def verify(path: str, *, sheet: str | None = None, source: str | None = None) -> None:
+    """Read all of a finished folder: sha256, counts, shapes, labels, and that every value is finite.
+
+    Args:
+        sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
+        source: where the images are, as for ``encode``; the manifest's unless given.
+
+    Raises:
+        DataError: the first thing that is wrong.
+    """
+    manifest = Manifest.load(path)
+    manifest.verify()
+    histogram = Counter[int]()
+    with Progress("verify", "samples", sum(shard.samples for shard in manifest.shards())) as progress:
+        for split in ("train", "val"):
+            for shard in manifest.split(split).shards:
+                labels = _check(manifest, shard, progress)
+                if split == "train":
+                    histogram += labels
+            if manifest.split(split).samples != sum(shard.samples for shard in manifest.split(split).shards):
+                raise DataError(f"{path}: the shards of split {split} do not add up to its number of samples; encode the data again")
+    if manifest.class_histogram != tuple(histogram[label] for label in range(manifest.num_classes)):
+        raise DataError(f"{path}: the training samples of each class are not what the manifest says; encode the data again")
+    print(f"{path}: intact, {manifest.splits.train.samples} training and {manifest.splits.val.samples} held-out samples")
+    if sheet:
+        psnr = contact_sheet(manifest, Path(sheet), source)
+        print(f"{sheet}: {SHEET} images and their decoded latents, PSNR {psnr:.1f} dB")
+
+
+def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> float:
+    """Write the picture described in ``verify``; returns the mean PSNR in dB, of 8-bit pixels.
+
+    Raises:
+        DataError: the source cannot be read, or lacks a sample's image.
+    """
+    samples = spread(manifest, manifest.splits.val.shards or manifest.splits.train.shards, SHEET)
+    wanted = {sample.key.removesuffix(FLIP) for sample in samples}
+    origins = {}
+    for item in open_source(source or manifest.source).items():
+        if item.key in wanted:
+            origins[item.key] = item.image
+            if len(origins) == len(wanted):
+                break
+    missing = wanted - origins.keys()
+    if missing:
+        raise DataError(f"--source={source or manifest.source!r}: has no image of key {min(missing)!r}; give the source that was encoded")
+    originals = []
+    for sample in samples:
+        found = images.decode([origins[sample.key.removesuffix(FLIP)]], manifest.image_size)[0]
+        if isinstance(found, str):
+            raise DataError(f"--source={source or manifest.source!r}: the image of key {sample.key!r} cannot be read ({found})")
+        originals.append(torch.from_numpy(np.ascontiguousarray(found[:, ::-1] if sample.key.endswith(FLIP) else found)))
+    before, after = torch.stack(originals), decoded(manifest, samples)
+    columns = min(8, len(samples))
+    rows = zip(before.split(columns), after.split(columns))
+    save_grid(torch.cat(list(chain.from_iterable(rows))), picture, columns)
+    errors = (before.float() - after.float()).square().mean((1, 2, 3)).clamp(min=1e-12)
+    return float(np.mean([10 * math.log10(255**2 / error) for error in errors.tolist()]))
+
+
+def spread(manifest: Manifest, shards: tuple[Shard, ...], count: int) -> list[Sample]:
+    """At most ``count`` samples, evenly spread over ``shards``."""
+    total = sum(shard.samples for shard in shards)
+    picks = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+    found, start = [], 0
+    for shard in shards:
+        reader = ShardReader(manifest.path(shard), manifest)
+        found += [reader.read(int(pick) - start) for pick in picks if start <= pick < start + shard.samples]
+        start += shard.samples
+    return found
+
+
+def decoded(manifest: Manifest, samples: list[Sample]) -> Tensor:
+    """What the VAE makes of stored latents: (N, H, W, 3) uint8."""
+    vae = load_vae(manifest.vae, "cuda" if torch.cuda.is_available() else "cpu")
+    latents = torch.stack([sample.tensors["latent"].float() for sample in samples])
+    scaled = (latents - manifest.shift_factor) * manifest.scaling_factor
+    return torch.cat([decode(vae, part, manifest.scaling_factor, manifest.shift_factor).cpu() for part in scaled.split(8)])
+
+
+def _check(manifest: Manifest, shard: Shard, progress: Progress) -> Counter[int]:
+    """How often each label is in a shard whose samples are all sound."""
+    reader = ShardReader(manifest.path(shard), manifest)
+    if len(reader) != shard.samples:
+        raise DataError(f"{reader.path}: {len(reader)} samples, the manifest says {shard.samples}; encode the data again")
+    labels = Counter[int]()
+    for i in range(len(reader)):
+        sample = reader.read(i)
+        for name, tensor in sample.tensors.items():
+            if not tensor.isfinite().all():
+                raise DataError(f"{reader.path}: key {sample.key!r} has a {name} with values that are not finite; encode the data again")
+        label = sample.meta["label"]
+        if label is not None:
+            if not 0 <= label < manifest.num_classes:
+                raise DataError(f"{reader.path}: key {sample.key!r} has label {label}, the manifest has {manifest.num_classes} classes")
+            labels[label] += 1
+        progress.update()
+    return labels
