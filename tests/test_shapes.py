@@ -23,7 +23,7 @@ STEPS, HALF, LONG = 20, 10, 30
 WORLDS = (1, 2, 4)
 SHAPES = [(stage, ep, world) for world in WORLDS for ep in (1, 2, 4) if world % ep == 0 for stage in (0, 1, 2, 3)]
 VARIANTS = {
-    "plain": ["checkpoint.every=10"],
+    "plain": [f"checkpoint.every={HALF}", f"train.validate_every={STEPS}"],
     "accumulation": ["train.accumulation=2"],
     "recomputed": ["train.activation_checkpointing=true"],
     "starved": [],
@@ -102,7 +102,7 @@ def runs(folder):
         for saved, loaded in MOVES:
             if loaded[2] == world and saved[2] in sources:
                 begin = folder / f"plain-{title(*saved)}" / "checkpoints" / f"step_{HALF:08d}"
-                yield case(move_title(saved, loaded), *loaded[:2], *VARIANTS["plain"], begin=str(begin))
+                yield case(move_title(saved, loaded), *loaded[:2], f"checkpoint.every={HALF}", "train.validate_every=0", begin=str(begin))
 
     def long(world, **more):
         logged = ["checkpoint.every=11", "data.log_samples=true", "data.workers=2"]
