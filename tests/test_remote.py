@@ -4,6 +4,8 @@ import functools
 import http.server
 import os
 import threading
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ from ditmoe_ds.latents.loader import DataConfig, LatentDataset
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Answers 404 to the first request of each path that ``failing`` names, and cuts the first answer of each in ``cutting``."""
 
-    failing: set[str] = set()
-    cutting: set[str] = set()
+    failing: ClassVar[set[str]] = set()
+    cutting: ClassVar[set[str]] = set()
 
     def do_GET(self):
         name = self.path.rpartition("/")[2]
@@ -28,7 +30,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(404)
         elif name in self.cutting:
             self.cutting.discard(name)
-            content = open(self.translate_path(self.path), "rb").read()
+            content = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.end_headers()
             self.wfile.write(content[: len(content) // 2])
