@@ -75,6 +75,8 @@ def encode(
         with Progress("encode", "images") as progress:
             try:
                 _encode(root, found, todo, encoder, batch, decoders, _Rejections(seen, rejected, max_rejected), progress)
+            except FileNotFoundError:
+                raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
             except OSError as error:
                 reason = f"cannot write ({error.strerror or error})"
                 raise DataError(f"--out={out!r}: {reason}; once that is mended, the same command continues") from None

@@ -148,7 +148,11 @@ def _tar(url: str) -> Iterator[Item]:
         except StopIteration:
             return
         except Exception as error:  # pipes, servers and tars each fail in their own way
-            raise DataError(f"{url}: cannot be read to its end ({' '.join(str(error).split())[:200]}); repair it or leave it out") from None
+            # webdataset adds its stream and the URL to what was said first
+            reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
+            raise DataError(
+                f"{url}: cannot be read to its end ({' '.join(str(reason).split())[:200]}); repair it or leave it out"
+            ) from None
         key = sample["__key__"]
         kind = next((kind for kind in MEMBERS if kind in sample), None)
         if kind is None:
@@ -161,7 +165,8 @@ def _tar(url: str) -> Iterator[Item]:
             caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
         except (ValueError, AttributeError) as error:
             raise DataError(f"{url}: sample {key!r} has a json, cls or txt that cannot be read ({error})") from None
-        yield Item(safe_key(key), _label(label, f"{url}: sample {key!r}"), caption, key, sample[kind])
+        _check(label, caption, f"{url}: sample {key!r}")
+        yield Item(safe_key(key), label, caption, key, sample[kind])
 
 
 def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, unit_size: int) -> Source:
@@ -187,20 +192,16 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
     def unit(number: int) -> Iterator[Item]:
         for row in range(number * unit_size, min((number + 1) * unit_size, len(rows))):
             found: dict[str, Any] = rows[row]
-            image = found["image"]
-            origin = f"row {row}"
-            yield Item(
-                f"row-{row:09d}",
-                _label(found.get("label"), f"{name}: {origin}"),
-                found[text] if text else None,
-                origin,
-                image["bytes"] if image["bytes"] is not None else Path(image["path"]),
-            )
+            image = found["image"] or {"bytes": b"", "path": None}
+            label, caption, origin = found.get("label"), found[text] if text else None, f"row {row}"
+            _check(label, caption, f"{name}: {origin}")
+            yield Item(f"row-{row:09d}", label, caption, origin, Path(image["path"]) if image["bytes"] is None else image["bytes"])
 
     return Source(name, class_names, len(rows), -(-len(rows) // unit_size), unit, digest)
 
 
-def _label(label: object, where: str) -> int | None:
+def _check(label: object, caption: object, where: str) -> None:
     if label is not None and (type(label) is not int or label < 0):
         raise DataError(f"{where} has label {label!r}; labels are whole numbers from 0")
-    return label
+    if caption is not None and not isinstance(caption, str):
+        raise DataError(f"{where} has a caption of type {type(caption).__name__}; a caption is one string")

@@ -49,6 +49,7 @@ def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> N
             shards.append(Shard(tar.name, len(part), tar.stat().st_size, sha256(tar)))
         splits[name] = Split(sum(shard.samples for shard in shards), tuple(shards))
     if not splits["train"].samples:
+        shutil.rmtree(partial)
         raise DataError(f"--fraction={fraction}: leaves none of {manifest.splits.train.samples} training samples; choose a larger one")
     mean, std = statistics(total.numpy(), squares.numpy(), splits["train"].samples, manifest.shape)
     changes: dict[str, Any] = dict(mean=mean, std=std, class_histogram=tuple(histogram.tolist()), rejected=0, splits=Splits(**splits))

@@ -33,7 +33,7 @@ from data_prep.finalize import finalize
 from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source, safe_key
 from data_prep.text import TextEncoder
-from data_prep.units import Request, worker_from_environment
+from data_prep.units import Request, UnitWriter, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Manifest, ShardReader
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
@@ -145,7 +145,8 @@ def test_an_interrupted_run_continues(inputs, encoded, tmp_path):
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
 
 
-def test_killed_at_random_moments_the_result_is_the_same(inputs, tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_result_is_the_same(inputs, tmp_path, kills):
     """Processes killed some time after they begin to encode, and started again as other numbers of workers."""
     chance = random.Random(0)
     settings = dict(shard_size=4, batch=1, flip_copies=True, store="mean+std")
@@ -154,7 +155,7 @@ def test_killed_at_random_moments_the_result_is_the_same(inputs, tmp_path):
     arguments = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(out), "--size", "16"]
     arguments += ["--holdout", "0.3", "--shard-size", "4", "--batch", "1", "--flip-copies", "--store", "mean+std"]
     killed, made = 0, 0
-    while killed < 10:
+    while killed < kills:
         count = chance.choice((1, 2, 3))
         workers = []
         for i in range(count):  # forked, since imports take a hundred times as long as the encoding
@@ -199,6 +200,21 @@ def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0] * 8
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["request.json"]
+
+
+def test_of_two_processes_on_one_unit_one_goes_on(tmp_path, monkeypatch):
+    latent = torch.zeros(2, 8, 8)
+    monkeypatch.setattr("data_prep.units._process", lambda: "first")
+    first = UnitWriter(tmp_path, 3, (2, 8, 8), 0)
+    first.write("train", "a", {"label": 0}, latent=latent)
+    monkeypatch.setattr("data_prep.units._process", lambda: "second")
+    second = UnitWriter(tmp_path, 3, (2, 8, 8), 0)
+    second.write("train", "b", {"label": 0}, latent=latent)
+    with pytest.raises(FileNotFoundError), first:
+        first.finish()
+    second.finish()
+    record = load_record(tmp_path, 3)
+    assert record and record.train.samples == 1 and record.histogram == (1,) and not list(tmp_path.glob("partial/*"))
 
 
 def test_the_worker_is_found_in_the_environment(monkeypatch):
@@ -320,8 +336,15 @@ def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
     write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
     write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
     write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
+    write_tar(tmp_path / "captions.tar", [{"__key__": "a", "png": png(), "json": b'{"caption": ["one", "two"]}'}])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:9000])
-    mistakes = {"no-image.tar": "has no image", "odd-label.tar": "label -1", "no-label.tar": "cannot be read", "cut.tar": "to its end"}
+    mistakes = {
+        "no-image.tar": "has no image",
+        "odd-label.tar": "label -1",
+        "no-label.tar": "cannot be read",
+        "cut.tar": "to its end",
+        "captions.tar": "one string",
+    }
     for name, words in {**mistakes, "none.tar": "no file"}.items():
         with pytest.raises(DataError, match=words) as caught:
             run_encode(inputs, tmp_path / f"out-{name}", f"wds:{tmp_path}/{name}")
