@@ -125,8 +125,8 @@ def index_damage(root, change):
         (lambda starts: starts[::-1], "does not fit"),
         (lambda starts: starts - 512, "does not fit"),
         (lambda starts: starts + 10**6, "does not fit"),
-        (lambda starts: starts.astype(np.float64), "float64"),
-        (lambda starts: starts[:0], "not the starts"),
+        (lambda starts: starts.astype(np.float64), "does not hold the starts"),
+        (lambda starts: starts[:0], "does not hold the starts"),
         (lambda starts: starts[:-1], "6 samples, the manifest says 7.*data.skip_shards"),
     ],
 )
