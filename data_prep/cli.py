@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
             from data_prep.show import show
 
             show(**arguments)
+        elif command == "synthesize":
+            from data_prep.synthesize import synthesize
+
+            synthesize(**arguments)
         else:
             from data_prep.subset import subset
 
@@ -106,6 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     subset.add_argument("--fraction", type=_fraction, required=True, help="share of the samples; smaller shares are among larger ones")
     subset.add_argument("--out", required=True, help="new folder")
     subset.add_argument("--shard-size", type=_positive, default=1000, help="samples per shard")
+
+    make = commands.add_parser(
+        "synthesize", help="make images with a text-to-image pipeline", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    make.add_argument("--pipeline", required=True, help="folder or hub id of a diffusers text-to-image pipeline")
+    make.add_argument("--classes", required=True, help="file with a class a line: folder, or folder, tab, name for the prompt")
+    make.add_argument("--out", required=True, help="folder for the images, a sub-folder per class: a source folder:OUT")
+    make.add_argument("--per-class", type=_positive, required=True, help="images of each class that are kept")
+    make.add_argument("--prompt", default="a photo of a {}", help="{} stands for the name")
+    make.add_argument("--clip", help="folder or hub id of a transformers CLIP model, to choose by")
+    make.add_argument("--keep", type=float, default=1.0, help="share of the images that is kept, those that fit the prompt best")
+    make.add_argument("--size", type=_positive, default=512, help="pixels")
+    make.add_argument("--steps", type=_positive, default=30, help="of the pipeline's sampler")
+    make.add_argument("--guidance", type=float, default=5.0, help="guidance scale")
+    make.add_argument("--batch", type=_positive, default=4, help="images made at once")
+    make.add_argument("--seed", type=int, default=0, help="of the noise, with the class and the image's number")
+    make.add_argument("--worker", type=_worker, help="i/n: make every n-th class; default as for encode")
     return parser
 
 

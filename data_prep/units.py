@@ -66,32 +66,8 @@ class Request:
         return _read(cls, root / "request.json", f"{root}: was not begun by ditmoe-data encode of this release")
 
     def claim(self, root: Path) -> None:
-        """Note in ``root`` what is being encoded, unless it is noted; of processes that start at once, one writes.
-
-        Raises:
-            DataError: ``root`` is another request's, or not ditmoe-data's.
-        """
-        note, ours = root / "request.json", json.loads(_dump(self))
-        try:
-            if not note.is_file():
-                if root.exists() and (not root.is_dir() or any(not path.name.startswith(note.name) for path in root.iterdir())):
-                    raise DataError(f"--out={str(root)!r}: exists and was not made by ditmoe-data; choose another folder")
-                root.mkdir(parents=True, exist_ok=True)
-                partial = root / f"{note.name}.{_process()}.partial"
-                partial.write_text(_dump(self))
-                try:
-                    os.link(partial, note)  # whole, and only if it is not there
-                except FileExistsError:
-                    pass
-                finally:
-                    partial.unlink()
-        except OSError as error:
-            raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
-        theirs = json.loads(_dump(Request.load(root)))
-        changed = [f"{key} {_short(theirs[key])} -> {_short(ours[key])}" for key in ours if theirs[key] != ours[key]]
-        if changed:
-            what = ", ".join(changed)
-            raise DataError(f"--out={str(root)!r}: holds the latents of another request ({what}); choose another folder or delete it")
+        """Note in ``root`` what is being encoded; raises as ``claim``."""
+        claim(root, dataclasses.asdict(self))
 
     def command(self, root: Path) -> str:
         """The command that goes on with it, as typed into a shell."""
@@ -143,6 +119,39 @@ class UnitRecord:
     """(C, H, W) of one latent."""
     text_width: int
     """0 without text."""
+
+
+def claim(root: Path, request: dict[str, Any]) -> None:
+    """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
+
+    Raises:
+        DataError: ``root`` is another request's, or not ditmoe-data's.
+    """
+    note, text = root / "request.json", json.dumps(request, indent=2) + "\n"
+    try:
+        if not note.is_file():
+            if root.exists() and (not root.is_dir() or any(not path.name.startswith(note.name) for path in root.iterdir())):
+                raise DataError(f"--out={str(root)!r}: exists and was not made by ditmoe-data; choose another folder")
+            root.mkdir(parents=True, exist_ok=True)
+            partial = root / f"{note.name}.{_process()}.partial"
+            partial.write_text(text)
+            try:
+                os.link(partial, note)  # whole, and only if it is not there
+            except FileExistsError:
+                pass
+            finally:
+                partial.unlink()
+        theirs = json.loads(note.read_text())
+    except OSError as error:
+        raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
+    except ValueError as error:
+        raise DataError(f"{note}: is damaged ({error}); choose another folder") from None
+    ours = json.loads(text)
+    if not isinstance(theirs, dict) or theirs != ours:
+        before = theirs if isinstance(theirs, dict) else {}
+        changed = [f"{key} {_short(before.get(key))} -> {_short(ours[key])}" for key in ours if before.get(key) != ours[key]]
+        what = ", ".join(changed) or "of another release"
+        raise DataError(f"--out={str(root)!r}: holds the work of another request ({what}); choose another folder or delete it")
 
 
 def record_path(root: Path, unit: int) -> Path:

@@ -1,0 +1,153 @@
+"""``ditmoe-data synthesize``: a text-to-image pipeline makes images of classes, CLIP keeps the fitting ones.
+
+OUT/request.json        how they are made
+OUT/goldfish/000.png    a class is a sub-folder, as the source folder:OUT takes it
+OUT/goldfish.jsonl      written last, so this class is done: prompt, seed, score and pipeline of each image
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data_prep.progress import Progress
+from data_prep.units import claim, worker_from_environment
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.rng import keyed_generator
+
+
+def synthesize(
+    pipeline: str,
+    out: str,
+    *,
+    classes: str,
+    per_class: int,
+    prompt: str = "a photo of a {}",
+    clip: str | None = None,
+    keep: float = 1.0,
+    size: int = 512,
+    steps: int = 30,
+    guidance: float = 5.0,
+    batch: int = 4,
+    seed: int = 0,
+    worker: tuple[int, int] | None = None,
+) -> None:
+    """Make ``per_class`` images of each class. Classes that are done are kept; worker i of n makes every n-th.
+
+    Args:
+        pipeline: folder or hub id of a diffusers text-to-image pipeline; safetensors only.
+        classes: file with a class a line: its folder's name, or folder, tab, name for the prompt.
+        prompt: ``{}`` stands for the name.
+        clip: folder or hub id of a transformers CLIP model, which scores each image against its prompt.
+        keep: share of the images made that is kept, the best scores first; below 1 it needs ``clip``.
+        size: pixels; the pipeline's own units, such as multiples of 8.
+
+    Raises:
+        ConfigError: a value that cannot be.
+        DataError: the classes or a model cannot be read, or ``out`` holds something else.
+    """
+    names = _classes(classes)
+    if prompt.count("{}") != 1:
+        raise ConfigError("--prompt", prompt, "write {} once, where the class's name goes")
+    if not 0 < keep <= 1 or (keep < 1 and not clip):
+        raise ConfigError("--keep", keep, "must be in (0, 1], and below 1 it needs --clip to choose by")
+    root, settings = Path(out), dict(size=size, steps=steps, guidance=guidance, seed=seed)
+    request = dict(pipeline=pipeline, clip=clip, keep=keep, prompt=prompt, per_class=per_class, classes=names, **settings)
+    claim(root, request)
+    number, count = worker or worker_from_environment()
+    todo = [folder for folder in sorted(names)[number::count] if not (root / f"{folder}.jsonl").is_file()]
+    if not todo:
+        print(f"{out}: already complete")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made, score = _load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None
+    candidates = math.ceil(per_class / keep)
+    with Progress("synthesize", "images", candidates * len(todo)) as progress:
+        for folder in todo:
+            text = prompt.format(names[folder])
+            images: list[Image.Image] = []
+            scores: list[float | None] = []
+            for first in range(0, candidates, batch):
+                numbers = range(first, min(first + batch, candidates))
+                generators = [keyed_generator(seed, "synthesize", folder, i) for i in numbers]
+                options = dict(generator=generators, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance)
+                part = made([text] * len(numbers), **options).images
+                images += part
+                scores += score(part, text) if score else [None] * len(part)
+                progress.update(len(part))
+            best = sorted(range(candidates), key=lambda i: (-(scores[i] or 0), i))[:per_class]
+            records = [dict(file=f"{folder}/{i:06d}.png", prompt=text, number=i, score=scores[i], **settings) for i in sorted(best)]
+            _write(root, folder, {record["file"]: images[record["number"]] for record in records}, records, pipeline)
+    print(f"{out}: {per_class} images of each of {len(todo)} classes")
+
+
+def _classes(file: str) -> dict[str, str]:
+    try:
+        lines = [line for line in Path(file).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"--classes={file!r}: no readable file ({error.strerror})") from None
+    names = {}
+    for line in lines:
+        folder, _, name = (part.strip() for part in line.partition("\t"))
+        if not re.fullmatch(r"\w[\w .-]*", folder) or folder in names:
+            raise DataError(f"--classes={file!r}: {folder!r} is no name for a folder, or there twice; write folder, tab, name")
+        names[folder] = name or folder
+    if not names:
+        raise DataError(f"--classes={file!r}: is empty; write a class a line")
+    return names
+
+
+def _write(root: Path, folder: str, images: dict[str, Image.Image], records: list[dict[str, Any]], pipeline: str) -> None:
+    partial, final = root / f".{folder}.partial", root / folder
+    for leftover in (partial, final):  # of a process that was killed: the record, which is written last, is not there
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    for file, image in images.items():
+        image.save(partial / Path(file).name)
+    partial.rename(final)
+    note = root / f".{folder}.jsonl.partial"
+    note.write_text("".join(json.dumps(record | dict(pipeline=pipeline)) + "\n" for record in records))
+    note.replace(root / f"{folder}.jsonl")
+
+
+def _load_pipeline(path_or_id: str, device: str) -> Any:
+    from diffusers import DiffusionPipeline  # takes seconds
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True)
+    except Exception as error:  # the hub, the configs and the weights each fail in their own way
+        raise DataError(f"--pipeline={path_or_id!r}: no readable diffusers pipeline ({' '.join(str(error).split())[:200]})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _load_clip(path_or_id: str, device: str) -> Callable[[list[Image.Image], str], list[float]]:
+    import transformers
+
+    try:
+        model: Any = transformers.CLIPModel.from_pretrained(path_or_id, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
+        images_to_pixels = transformers.AutoImageProcessor.from_pretrained(path_or_id)
+    except Exception as error:
+        raise DataError(f"--clip={path_or_id!r}: no readable CLIP model ({' '.join(str(error).split())[:200]})") from error
+    model = model.to(device).eval()
+    length = model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def score(images: list[Image.Image], text: str) -> list[float]:
+        """Cosine of each image's and the text's embedding, in hundredths."""
+        tokens = tokenizer([text], truncation=True, max_length=length, return_tensors="pt").to(device)
+        pixels = images_to_pixels(images, return_tensors="pt")["pixel_values"].to(device)
+        out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
+        cosines = torch.nn.functional.normalize(out.image_embeds, dim=-1) @ torch.nn.functional.normalize(out.text_embeds, dim=-1).T
+        return (100 * cosines[:, 0]).tolist()
+
+    return score
