@@ -84,8 +84,9 @@ def synthesize(
                 scores += score(part, text) if score else [None] * len(part)
                 progress.update(len(part))
             best = sorted(range(candidates), key=lambda i: (-(scores[i] or 0), i))[:per_class]
-            records = [dict(file=f"{folder}/{i:06d}.png", prompt=text, number=i, score=scores[i], **settings) for i in sorted(best)]
-            _write(root, folder, {record["file"]: images[record["number"]] for record in records}, records, pipeline)
+            kept = {f"{folder}/{i:06d}.png": i for i in sorted(best)}
+            records = [dict(file=file, prompt=text, number=i, score=scores[i], **settings) for file, i in kept.items()]
+            _write(root, folder, {file: images[i] for file, i in kept.items()}, records, pipeline)
     print(f"{out}: {per_class} images of each of {len(todo)} classes")
 
 
