@@ -24,11 +24,12 @@ WORLDS = (1, 2, 4)
 SHAPES = [(stage, ep, world) for world in WORLDS for ep in (1, 2, 4) if world % ep == 0 for stage in (0, 1, 2, 3)]
 VARIANTS = {
     "plain": [f"checkpoint.every={HALF}", f"train.validate_every={STEPS}"],
-    "accumulation": ["train.accumulation=2"],
-    "recomputed": ["train.activation_checkpointing=true"],
+    "recomputed": ["train.accumulation=2", "train.activation_checkpointing=true"],
     "starved": [],
     "bf16": ["train.precision=bf16"],
 }
+BASES = {"recomputed": "accumulated"}
+"""With what a variant is compared, on one process without ZeRO: itself, but recomputed runs with one that keeps its activations."""
 TOLERANCE = {"bf16": 1e-2}
 CASES = [(variant, *shape) for variant in VARIANTS for shape in SHAPES]
 MOVES = [
@@ -108,10 +109,11 @@ def runs(folder):
         logged = ["checkpoint.every=11", "data.log_samples=true", "data.workers=2"]
         return case(f"long-{world}{len(more)}", 3, 2, *logged, **more | dict(steps=LONG))
 
+    accumulated = case(f"accumulated-{title(0, 1, 1)}", 0, 1, "train.accumulation=2", steps=HALF)
     results, begin = {}, str(folder / "long-20" / "checkpoints" / "step_00000011")
     for i, (world, cases) in enumerate(
         [
-            (1, [*straight(1), *moved(1, {1})]),
+            (1, [*straight(1), *moved(1, {1}), accumulated]),
             (2, [*straight(2), *moved(2, {1, 2}), long(2), long(2, begin=begin)]),
             (4, [*straight(4), *moved(4, {1, 2, 4}), long(4, begin=begin)]),
             (2, [*moved(2, {4})]),
@@ -127,7 +129,7 @@ def runs(folder):
 @pytest.mark.parametrize("variant,stage,ep,world", CASES)
 def test_same_curve(runs, variant, stage, ep, world):
     ours = runs[f"{variant}-{title(stage, ep, world)}"]["records"]
-    base = runs[f"{variant}-{title(0, 1, 1)}"]["records"]
+    base = runs[f"{BASES.get(variant, variant)}-{title(0, 1, 1)}"]["records"]
     assert [record["step"] for record in ours] == list(range(1, len(base) + 1))
     assert len(base) == STEPS if variant == "plain" else HALF
     for key in ("loss", "balance_loss", "z_loss", "grad_norm"):
@@ -153,11 +155,6 @@ def test_the_cases_are_hard_enough(runs):
     assert runs["plain-zero3-ep2-world4"]["idle"], "every expert got tokens from every rank"
     for record in runs["starved-zero3-ep2-world4"]["records"]:
         assert min(record["router"]["dead"]) >= 0.25
-
-
-def test_recomputing_changes_nothing(runs):
-    plain, recomputed = (runs[f"{variant}-zero3-ep2-world4"]["records"] for variant in ("plain", "recomputed"))
-    assert [r["loss"] for r in recomputed] == pytest.approx([r["loss"] for r in plain[:HALF]], rel=1e-5)
 
 
 @pytest.mark.parametrize("saved,loaded", MOVES, ids=[move_title(*move) for move in MOVES])
