@@ -65,19 +65,22 @@ def straight(folder, recipe):
 
 
 @pytest.mark.parametrize(
-    "kills, asynchronous",
-    [(3, "true"), pytest.param(20, "true", marks=pytest.mark.slow), pytest.param(20, "false", marks=pytest.mark.slow)],
+    "kills, steps, asynchronous",
+    [(3, STEPS, "true"), pytest.param(20, 100, "true", marks=pytest.mark.slow), pytest.param(20, 100, "false", marks=pytest.mark.slow)],
 )
-def test_a_rank_killed_during_a_save(kills, asynchronous, straight, folder, recipe):
+def test_a_rank_killed_during_a_save(kills, steps, asynchronous, straight, folder, recipe):
     """Saves follow each other without pause (one a step), so a kill at a random moment falls into one or between two."""
+    if steps != STEPS:
+        straight = folder / f"straight-{steps}"
+        train(recipe, 2, f"run_dir={straight}", f"train.steps={steps}")
     run = folder / f"killed-{asynchronous}-{kills}"
     chance = random.Random(kills)
-    arguments = [recipe, f"run_dir={run}", f"checkpoint.asynchronous={asynchronous}"]
+    arguments = [recipe, f"run_dir={run}", f"train.steps={steps}", f"checkpoint.asynchronous={asynchronous}"]
     for kill in range(kills):
         # further each time, so that no run ends before its kill
-        seen = kill * (STEPS - 2) // kills
+        seen = kill * (steps - 2) // kills
         code = "import sys; from kill import main; sys.exit(main(sys.argv[1:]))"
-        wait = [str(chance.randrange(2)), str(seen), str(chance.uniform(0, 0.3))]
+        wait = [str(chance.randrange(2)), str(seen), str(chance.uniform(0, 0.15))]
         results = launch(2, ["-c", code, *wait, *arguments], timeout=120, check=False)
         assert -signal.SIGKILL in [code for code, _ in results], results[0][1][-2000:]
     results = train(*arguments[:1], 2, *arguments[1:])
