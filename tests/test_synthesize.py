@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from encoding import contents, word_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from data_prep.cli import main
 from data_prep.sources import open_source
@@ -16,23 +16,15 @@ from data_prep.sources import open_source
 TEXT = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8, max_position_embeddings=12)
 
 
-def tokenizer():
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "photo", "of", "fish", "cat"])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=12)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthesize")
     torch.manual_seed(0)
+    tokenizer = word_tokenizer("a", "photo", "of", "fish", "cat")
     StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4),
         text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, eos_token_id=1, pad_token_id=0)),
-        tokenizer=tokenizer(),
+        tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(4,),
@@ -50,7 +42,7 @@ def inputs(tmp_path_factory):
     vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
     config = transformers.CLIPConfig(text_config=TEXT | dict(eos_token_id=1, pad_token_id=0), vision_config=vision, projection_dim=4)
     transformers.CLIPModel(config).save_pretrained(root / "clip")
-    tokenizer().save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
     size = dict(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     transformers.CLIPImageProcessor(**size).save_pretrained(root / "clip")
     (root / "names.txt").write_text("n01\tfish\nn02\tcat\n")
@@ -60,10 +52,6 @@ def inputs(tmp_path_factory):
 def arguments(inputs, out, *more):
     made = ["synthesize", "--pipeline", inputs / "pipeline", "--classes", inputs / "names.txt", "--out", out, "--clip", inputs / "clip"]
     return [str(part) for part in [*made, "--per-class", 2, "--keep", 0.5, "--size", 8, "--steps", 2, "--batch", 3, *more]]
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_best_are_kept_and_a_stopped_run_goes_on(inputs, tmp_path, capsys):

