@@ -8,10 +8,8 @@ the folder's disk (four files of a checkpoint's size) and 36 of memory.
 """
 
 import argparse
-import ctypes
 import multiprocessing
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -27,6 +25,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from report import forget_peak, hardware, host_bytes, publish
 
 from ditmoe_ds import cli
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -207,8 +206,7 @@ def measure_exports(folder: Path, repeats: int) -> dict[str, tuple[int, list[flo
         for _ in range(repeats + 1):  # one more: the first has the imports in it
             os.sync()
             forget(source, averages)
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            forget_peak()
             before, start = host_bytes("VmRSS"), time.monotonic()
             by_torch() if target == "torch" else by_us(target)
             seconds.append(time.monotonic() - start)
@@ -224,11 +222,6 @@ def measure_exports(folder: Path, repeats: int) -> dict[str, tuple[int, list[flo
         seconds.append(time.monotonic() - start)
         out.unlink()
     return {"plain": (size, seconds, len(CHUNK))} | results
-
-
-def host_bytes(which: str) -> int:
-    """``VmRSS`` now, ``VmHWM`` at the peak."""
-    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which))
 
 
 # -- starting processes, and the report ----------------------------------------------------------------------------------------
@@ -308,12 +301,8 @@ def report_exports(results: dict[str, tuple[int, list[float], int]]) -> list[str
 
 
 def machine(folder: Path) -> str:
-    named = (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     disk = subprocess.check_output(["df", "--output=fstype,source", folder], text=True).splitlines()[-1]
-    gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    return f"{os.cpu_count()} cores of {next(named, platform.machine())}, {memory:.0f} GB, {gpu}; {' on '.join(disk.split())}; {versions}."
+    return f"{hardware()}, deepspeed {deepspeed.__version__}; {' on '.join(disk.split())}."
 
 
 def main() -> None:
@@ -333,12 +322,12 @@ def main() -> None:
             size, *rest = on_ranks(world, measure_run, arguments.model, parallel, folder, arguments.repeats, saves)
             tables += report_run(world, parallel, size, *rest)
         tables += report_exports(on_ranks(1, measure_exports, folder, arguments.repeats))
-        hardware = machine(folder)
+        where = machine(folder)
     finally:
         shutil.rmtree(folder)
     report = "\n".join(
         [
-            f"`python {' '.join(sys.argv)}`, {(time.monotonic() - start) / 60:.1f} minutes. {hardware}",
+            f"`python {' '.join(sys.argv)}`, {(time.monotonic() - start) / 60:.1f} minutes. {where}",
             f"{arguments.model}, a checkpoint of {size / 1e6:,.0f} MB; {arguments.repeats} repeats. "
             f"Load average of the machine before: {others:.1f}.",
             "",
@@ -347,9 +336,7 @@ def main() -> None:
     )
     print(f"\n{report}")
     if arguments.write:
-        page = Path(__file__).with_suffix(".md")
-        before, heading, _ = page.read_text().partition("## Measured\n\n")
-        page.write_text(f"{before}{heading}{report}\n")
+        publish(__file__, report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ cache for all. --write puts the tables under "Measured" in loader.md.
 import argparse
 import itertools
 import os
-import platform
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import webdataset
+from report import hardware, publish
 
 from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text
 from ditmoe_ds.latents.loader import DataConfig, LatentLoader
@@ -122,17 +122,12 @@ def main() -> None:
         lines += table("| shards of 100 samples | samples | ours without workers, microseconds per sample |", rows)
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
-    named = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    cpu = f"{os.cpu_count()} cores of {named.partition(': ')[2]}"
-    hardware = f"{cpu}; python {platform.python_version()}, torch {torch.__version__}"
     minutes = (time.monotonic() - start) / 60
-    head = f"`python {' '.join(sys.argv)}`, {minutes:.1f} minutes. {hardware}, webdataset {webdataset.__version__}."
+    head = f"`python {' '.join(sys.argv)}`, {minutes:.1f} minutes. {hardware()}, webdataset {webdataset.__version__}."
     report = "\n".join([f"{head} Load average at the end: {os.getloadavg()[0]:.1f}.", "", *lines])
     print(report)
     if arguments.write:
-        page = Path(__file__).with_suffix(".md")
-        before, heading, _ = page.read_text().partition("## Measured\n\n")
-        page.write_text(f"{before}{heading}{report}")
+        publish(__file__, report)
 
 
 if __name__ == "__main__":

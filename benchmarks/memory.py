@@ -8,8 +8,6 @@ libraries and connections are not counted; then a large one with small activatio
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from report import forget_peak, host_bytes
 
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import shards
@@ -101,17 +100,6 @@ def layer(name: str) -> Any:
     """The block that a module or parameter is in; None outside."""
     found = re.match(r"blocks\.(\d+)", name)
     return int(found[1]) if found else None
-
-
-def host_bytes(which: str) -> int:
-    """VmRSS now, VmHWM at the peak since ``forget_peak``."""
-    return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def forget_peak() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(stage: int, ep: int, precision: str, accumulation: int, zero: dict[str, int], recompute: bool) -> dict[str, Any]:
