@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -20,7 +21,7 @@ from data_prep.finalize import finalize
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
 from data_prep.text import TextEncoder
-from data_prep.units import Rejection, Request, UnitWriter, load_record, worker_from_environment
+from data_prep.units import Rejection, Request, UnitWriter, claim, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Manifest, sha256
 from ditmoe_ds.latents.vae import encode as encode_images
@@ -59,9 +60,9 @@ def encode(
     """
     number, count = worker or worker_from_environment()
     found = open_source(source, shard_size, classes)
-    request = _request(found, vae, size, shard_size, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
+    request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
-    request.claim(root)
+    claim(root, dataclasses.asdict(request))
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
@@ -74,7 +75,7 @@ def encode(
         encoder = _Encoder(request)
         with Progress("encode", "images") as progress:
             try:
-                _encode(root, found, todo, encoder, batch, decoders, _Rejections(seen, rejected, max_rejected), progress)
+                _encode(root, found, todo, encoder, decoders, _Rejections(seen, rejected, max_rejected), progress)
             except FileNotFoundError:
                 raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
             except OSError as error:
@@ -91,6 +92,7 @@ def _request(
     vae: str,
     size: int,
     shard_size: int,
+    batch: int,
     holdout: float,
     dtype: Any,
     store: Any,
@@ -118,6 +120,7 @@ def _request(
         shape=(space.channels, side, side),
         size=size,
         shard_size=shard_size,
+        batch=batch,
         holdout=holdout,
         dtype=dtype,
         store=store,
@@ -172,14 +175,14 @@ class _Rejections:
 
 
 def _encode(
-    root: Path, source: Source, units: list[int], encoder: _Encoder, batch: int, decoders: int, rejections: _Rejections, progress: Progress
+    root: Path, source: Source, units: list[int], encoder: _Encoder, decoders: int, rejections: _Rejections, progress: Progress
 ) -> None:
     before, finished = rejections.seen, 0
     if source.images is not None:
         progress.total = -(-source.images * len(units) // source.units)
     with ExitStack() as stack:
         unit: UnitWriter | None = None
-        batches = ((task, [item.image for item in task.items]) for task in _tasks(source, units, batch))
+        batches = ((task, [item.image for item in task.items]) for task in _tasks(source, units, encoder.request.batch))
         for task, pixels in ahead(batches, functools.partial(images.decode, size=encoder.request.size), decoders):
             if unit is None:
                 unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shape, encoder.text_width))

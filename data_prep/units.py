@@ -10,6 +10,7 @@ Any number of processes work here at once, each on units of its own. No file dep
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -47,6 +48,8 @@ class Request:
     """(C, H, W) of one latent."""
     size: int
     shard_size: int
+    batch: int
+    """Images encoded at once: another number rounds otherwise."""
     holdout: float
     dtype: Literal["float32", "float16", "bfloat16"]
     store: Literal["mean", "mean+std", "sample"]
@@ -65,16 +68,14 @@ class Request:
         """
         return _read(cls, root / "request.json", f"{root}: was not begun by ditmoe-data encode of this release")
 
-    def claim(self, root: Path) -> None:
-        """Note in ``root`` what is being encoded; raises as ``claim``."""
-        claim(root, dataclasses.asdict(self))
-
     def command(self, root: Path) -> str:
         """The command that goes on with it, as typed into a shell."""
         words = ["ditmoe-data", "encode", "--source", self.source, "--vae", self.vae, "--out", str(root), "--size", self.size]
         words += [
             "--shard-size",
             self.shard_size,
+            "--batch",
+            self.batch,
             "--holdout",
             self.holdout,
             "--dtype",
@@ -135,12 +136,9 @@ def claim(root: Path, request: dict[str, Any]) -> None:
             root.mkdir(parents=True, exist_ok=True)
             partial = root / f"{note.name}.{_process()}.partial"
             partial.write_text(text)
-            try:
-                os.link(partial, note)  # whole, and only if it is not there
-            except FileExistsError:
-                pass
-            finally:
-                partial.unlink()
+            with contextlib.suppress(FileExistsError):  # another process was first: then its note counts
+                os.link(partial, note)
+            partial.unlink()
         theirs = json.loads(note.read_text())
     except OSError as error:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None

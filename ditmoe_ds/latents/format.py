@@ -125,10 +125,11 @@ class Manifest:
         Raises:
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
         """
-        root = str(path).removesuffix("manifest.json").rstrip("/")
-        file = f"{root}/manifest.json"
+        there = remote.is_url(str(path))
+        file = str(path) if str(path).endswith(".json") else f"{path}/manifest.json"
+        root = file.rpartition("/")[0] if there else str(Path(file).parent.resolve())
         try:
-            tree = json.loads(remote.read(file) if remote.is_url(root) else Path(file).read_text())
+            tree = json.loads(remote.read(file) if there else Path(file).read_text())
         except OSError as error:
             raise DataError(f"data.manifest={str(path)!r}: no readable manifest ({error.strerror}); run ditmoe-data encode first") from None
         except ValueError as error:
@@ -137,13 +138,13 @@ class Manifest:
             found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else type(tree).__name__
             raise DataError(f"{file}: is {found}, this release reads {(FORMAT, VERSION)}; encode the data again")
         try:
-            manifest = build(cls, {**tree, "root": root if remote.is_url(root) else str(Path(root).resolve())})
+            manifest = build(cls, {**tree, "root": root})
         except ConfigError as error:
             raise DataError(f"{file}: {error}") from None
         for shard in manifest.shards():
             if Path(shard.name).name != shard.name:
                 raise DataError(f"{file}: shard {shard.name!r} lies outside the folder; encode the data again")
-            if remote.is_url(root):
+            if there:
                 continue
             shard_path = manifest.path(shard)
             if not shard_path.is_file():
@@ -151,7 +152,7 @@ class Manifest:
             if shard_path.stat().st_size != shard.bytes:
                 size = shard_path.stat().st_size
                 raise DataError(f"{shard_path}: {size} bytes, the manifest says {shard.bytes}; {REMAKE}")
-        if manifest.vae_sha256 is not None and not remote.is_url(root):
+        if manifest.vae_sha256 is not None and not there:
             manifest = dataclasses.replace(manifest, vae=os.path.normpath(os.path.join(manifest.root, manifest.vae)))
         return manifest
 

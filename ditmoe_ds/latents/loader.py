@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ditmoe_ds.errors import ConfigError, DataError, UserError
-from ditmoe_ds.latents import format, remote
-from ditmoe_ds.latents.format import Manifest, ShardReader
+from ditmoe_ds.latents import remote
+from ditmoe_ds.latents.format import REMAKE, Manifest, Shard, ShardReader, index_path, sha256
 from ditmoe_ds.latents.order import Order
 from ditmoe_ds.rng import keyed_generator
 
@@ -155,21 +155,21 @@ class LatentDataset:
         reader = ShardReader(path, manifest)
         if len(reader) != shard.samples:
             raise DataError(
-                f"{path}: {len(reader)} samples, the manifest says {shard.samples}; {format.REMAKE}, or leave it out with data.skip_shards"
+                f"{path}: {len(reader)} samples, the manifest says {shard.samples}; {REMAKE}, or leave it out with data.skip_shards"
             )
         return reader
 
-    def _download(self, manifest: Manifest, shard: format.Shard) -> Path:
+    def _download(self, manifest: Manifest, shard: Shard) -> Path:
         if not self.cache:
             raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
 
         def whole(path: Path) -> None:
-            if format.sha256(path) != shard.sha256:
+            if sha256(path) != shard.sha256:
                 raise OSError("sha256 differs from the manifest")
 
         name = f"{shard.sha256[:32]}.tar"
         tar = self.cache.file(f"{manifest.root}/{shard.name}", name, whole)
-        ours, theirs = (format.index_path(Path(tar_name)).name for tar_name in (name, shard.name))
+        ours, theirs = (index_path(Path(tar_name)).name for tar_name in (name, shard.name))
         self.cache.file(f"{manifest.root}/{theirs}", ours, lambda path: None)
         return tar
 

@@ -30,15 +30,13 @@ def read(url: str) -> bytes:
     Raises:
         DataError: it cannot be read, also after several attempts.
     """
-    stream = io.BytesIO()
 
-    def action() -> bytes:
-        stream.seek(0)
-        stream.truncate()
+    def attempt() -> bytes:
+        stream = io.BytesIO()
         _copy(url, stream)
         return stream.getvalue()
 
-    return _persist(url, action)
+    return _persist(url, attempt)
 
 
 class Cache:
@@ -64,7 +62,7 @@ class Cache:
             path.touch()
             return path
 
-        def action() -> Path:
+        def attempt() -> Path:
             with open(self.folder / f"{name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():
@@ -76,7 +74,7 @@ class Cache:
                     partial.replace(path)
             return path
 
-        return _persist(url, action)
+        return _persist(url, attempt)
 
     def _make_room(self, size: int) -> None:
         ages, total = [], size
@@ -100,12 +98,12 @@ def _copy(url: str, out: BinaryIO) -> None:
 
 
 def _persist(url: str, action: Callable[[], T]) -> T:
-    for attempt in range(1, ATTEMPTS + 1):
+    for number in range(1, ATTEMPTS + 1):
         try:
             return action()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-        if attempt < ATTEMPTS:
+        if number < ATTEMPTS:
             print(f"{url}: {reason}; trying again", file=sys.stderr, flush=True)
-            time.sleep(2 ** (attempt - 1))
+            time.sleep(2 ** (number - 1))
     raise DataError(f"{url}: cannot be read in {ATTEMPTS} attempts ({reason})")

@@ -146,6 +146,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
             value = getattr(getattr(recipe, section), key)
             if value < 1:
                 raise ConfigError(f"{section}.{key}", value, "must be at least 1")
+    if recipe.data.workers < 0:
+        raise ConfigError("data.workers", recipe.data.workers, "must be at least 0, which loads in the training process")
     decays = recipe.ema.decays
     if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
         raise ConfigError("ema.decays", list(decays), "list different decays in [0, 1), at least one, for example [0.9999, 0.999]")

@@ -190,7 +190,8 @@ class Trainer:
         if self.plan.data_digest() != reader.index["data_sha256"]:
             raise CheckpointError(
                 f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
-                f"({reader.index['latents']['manifest']}); choose a new run_dir and start it from these weights with model.weights"
+                f"({reader.index['latents']['manifest']}), or another data.mix, weight or window, which changes the order; "
+                "choose a new run_dir and start it from these weights with model.weights"
             )
 
     def _callbacks(self) -> list[Callback]:
