@@ -77,7 +77,7 @@ def main() -> None:
                     f"folder:{root / 'images'}",
                     str(root / "vae"),
                     str(root / f"out-{repeat}"),
-                    size=arguments.size,
+                    size=((arguments.size,) * 2,),
                     batch=arguments.batch,
                     decoders=arguments.decoders,
                 )

@@ -38,10 +38,10 @@ def write(folder: Path, shards: int, per_shard: int, text: bool) -> Manifest:
                 if text:
                     tensors["text"] = torch.randn(64, 768).bfloat16()
                 writer.write(f"{number}-{i}", {"label": i % 1000, "class": "", "source": ""}, **tensors)
-        written.append(Shard(path.name, per_shard, path.stat().st_size, "unchecked"))
+        written.append(Shard(path.name, per_shard, path.stat().st_size, "unchecked", SHAPE))
     Manifest(
         root=str(folder), format=FORMAT, version=VERSION, source="random", vae="none", vae_sha256=None, scaling_factor=1.0,
-        shift_factor=0.0, downsample=8, image_size=256, shape=SHAPE, dtype="float16", store="mean",
+        shift_factor=0.0, downsample=8, dtype="float16", store="mean",
         text=Text("none", None, 768, 64) if text else None, mean=(0.0,) * 4, std=(1.0,) * 4, num_classes=1000,
         class_names=tuple(map(str, range(1000))), class_histogram=(0,) * 1000, rejected=0,
         splits=Splits(Split(shards * per_shard, tuple(written)), Split(0, ())),

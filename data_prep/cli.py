@@ -76,7 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--source", required=True, help=SOURCE)
     encode.add_argument("--vae", required=True, help="diffusers folder or hub id of an AutoencoderKL, AutoencoderDC or AutoencoderTiny")
     encode.add_argument("--out", required=True, help="folder for the shards")
-    encode.add_argument("--size", type=_positive, default=32, help="pixels")
+    encode.add_argument(
+        "--size",
+        type=_sizes,
+        default="32",
+        help="pixels: 256 is 256x256; of several HEIGHTxWIDTH with commas between, each image gets the one most like its own shape",
+    )
     encode.add_argument("--shard-size", type=_positive, default=1000, help="images per unit of work; of wds, each tar is one")
     encode.add_argument("--holdout", type=_fraction, default=0.1, help="share of samples in the split val")
     encode.add_argument("--batch", type=_positive, default=100, help="images encoded at once")
@@ -142,6 +147,16 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is not at least 0")
     return value
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for part in text.split(","):
+        sides = [_positive(side) for side in part.split("x")]
+        sizes.append((sides[0], sides[-1]))
+        if len(sides) > 2 or len(set(sizes)) < len(sizes):
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no HEIGHTxWIDTH of its own")
+    return tuple(sizes)
 
 
 def _fraction(text: str) -> float:

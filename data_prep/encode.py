@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ def encode(
     vae: str,
     out: str,
     *,
-    size: int = 32,
+    size: Sequence[images.Size] = ((32, 32),),
     shard_size: int = 1000,
     holdout: float = 0.1,
     batch: int = 100,
@@ -90,7 +90,7 @@ def encode(
 def _request(
     found: Source,
     vae: str,
-    size: int,
+    size: Sequence[images.Size],
     shard_size: int,
     batch: int,
     holdout: float,
@@ -102,11 +102,10 @@ def _request(
     text_max_tokens: int,
 ) -> Request:
     space = latent_space(vae)
-    if size % space.downsample:
-        raise ConfigError("--size", size, f"must be a multiple of {space.downsample}, the VAE's downsampling")
+    if any(side % space.downsample for sides in size for side in sides):
+        raise ConfigError("--size", images.size_names(size), f"must be multiples of {space.downsample}, the VAE's downsampling")
     if store != "mean" and not space.posterior:
         raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
-    side = size // space.downsample
     return Request(
         source=found.name,
         source_sha256=found.sha256,
@@ -117,8 +116,8 @@ def _request(
         scaling_factor=space.scaling_factor,
         shift_factor=space.shift_factor,
         downsample=space.downsample,
-        shape=(space.channels, side, side),
-        size=size,
+        shapes=tuple((space.channels, height // space.downsample, width // space.downsample) for height, width in size),
+        sizes=tuple(size),
         shard_size=shard_size,
         batch=batch,
         holdout=holdout,
@@ -183,12 +182,13 @@ def _encode(
     with ExitStack() as stack:
         unit: UnitWriter | None = None
         batches = ((task, [item.image for item in task.items]) for task in _tasks(source, units, encoder.request.batch))
-        for task, pixels in ahead(batches, functools.partial(images.decode, size=encoder.request.size), decoders):
+        for task, pixels in ahead(batches, functools.partial(images.decode, sizes=encoder.request.sizes), decoders):
             if unit is None:
-                unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shape, encoder.text_width))
-            encoder.write(unit, task.items, pixels)
+                unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shapes, encoder.text_width))
+            encoder.add(unit, task.items, pixels)
             progress.update(len(task.items))
             if task.last:
+                encoder.flush(unit)
                 rejections.add(unit)
                 unit.finish()
                 unit, finished = None, finished + 1
@@ -206,18 +206,27 @@ class _Encoder:
         self.vae = load_vae(request.vae, self.device)
         self.text = TextEncoder(request.text, request.text_max_tokens, self.device) if request.text else None
         self.text_width = self.text.width if self.text else 0
+        self.waiting: dict[tuple[int, ...], list[tuple[Item, np.ndarray]]] = {}
 
-    def write(self, unit: UnitWriter, items: list[Item], pixels: list[np.ndarray | str]) -> None:
-        """Encode ``items`` with their ``pixels`` (size, size, 3) uint8, or the reasons why there are none, into ``unit``."""
+    def add(self, unit: UnitWriter, items: list[Item], pixels: list[np.ndarray | str]) -> None:
+        """Encode ``items`` with their ``pixels`` (height, width, 3) uint8, or the reasons why there are none, into ``unit``.
+        They wait until there is a full batch of their size."""
         unit.images += len(items)
-        good = []
         for item, found in zip(items, pixels):
             if isinstance(found, str):
                 unit.rejected.append(Rejection(item.key, item.origin, found))
-            else:
-                good.append((item, found))
-        if not good:
-            return
+                continue
+            waiting = self.waiting.setdefault(found.shape, [])
+            waiting.append((item, found))
+            if len(waiting) == self.request.batch:
+                self._write(unit, self.waiting.pop(found.shape))
+
+    def flush(self, unit: UnitWriter) -> None:
+        """Encode what still waits."""
+        for shape in sorted(self.waiting):
+            self._write(unit, self.waiting.pop(shape))
+
+    def _write(self, unit: UnitWriter, good: list[tuple[Item, np.ndarray]]) -> None:
         batch = torch.from_numpy(np.stack([found for _, found in good])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         tensors = self._latents(batch, [item.key for item, _ in good])
         if self.request.flip_copies:

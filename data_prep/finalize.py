@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.tally import mean_and_std
 from data_prep.units import Request, load_record
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, Split, Splits, Text
@@ -34,7 +35,7 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     if len(rejected) > max_rejected * images:
         last = f"the last: {rejected[-1].source}: {rejected[-1].reason}"
         raise ConfigError("--max-rejected", max_rejected, f"{len(rejected)} of {images} images could not be encoded; {last}; allow more")
-    train, val = (_split(shards) for shards in zip(*((record.train, record.val) for record in records)))
+    train, val = (_split(shards) for shards in ([s for r in records for s in r.train], [s for r in records for s in r.val]))
     if not train.samples:
         raise DataError(f"{path}: no sample of {val.samples} is left to learn from; encode into another folder with a smaller --holdout")
 
@@ -43,9 +44,8 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     histogram = np.zeros(len(names), np.int64)
     for record in records:
         histogram[: len(record.histogram)] += np.array(record.histogram, np.int64)
-    mean, std = statistics(
-        np.sum([r.sum for r in records], axis=0), np.sum([r.squares for r in records], axis=0), train.samples, request.shape
-    )
+    sums, squares = (np.sum([getattr(r, field) for r in records], axis=0) for field in ("sum", "squares"))
+    mean, std = mean_and_std(sums, squares, sum(record.pixels for record in records))
     partial = root / "rejected.jsonl.partial"
     partial.write_text("".join(json.dumps(dataclasses.asdict(rejection)) + "\n" for rejection in rejected))
     partial.replace(root / "rejected.jsonl")
@@ -60,8 +60,6 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
         scaling_factor=request.scaling_factor,
         shift_factor=request.shift_factor,
         downsample=request.downsample,
-        image_size=request.size,
-        shape=request.shape,
         dtype=request.dtype,
         store=request.store,
         text=Text(request.text, request.text_sha256, width, request.text_max_tokens) if request.text else None,
@@ -74,16 +72,9 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
         splits=Splits(train, val),
     ).save()
     shutil.rmtree(root / "partial", ignore_errors=True)  # of killed processes
-    print(f"{path}: {train.samples} training and {val.samples} held-out latents of shape {request.shape}, {len(rejected)} images rejected")
+    shapes = ", ".join(map(str, sorted({shard.shape for shard in (*train.shards, *val.shards)})))
+    print(f"{path}: {train.samples} training and {val.samples} held-out latents of shape {shapes}, {len(rejected)} images rejected")
 
 
-def statistics(total: np.ndarray, squares: np.ndarray, samples: int, shape: tuple[int, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (C,) of latents ``shape`` (C, H, W) from the sums (C,) over all their pixels."""
-    count = samples * shape[1] * shape[2]
-    mean = total / count
-    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist())
-
-
-def _split(shards: tuple[Shard | None, ...]) -> Split:
-    some = tuple(shard for shard in shards if shard is not None)
-    return Split(sum(shard.samples for shard in some), some)
+def _split(shards: list[Shard]) -> Split:
+    return Split(sum(shard.samples for shard in shards), tuple(shards))

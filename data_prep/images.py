@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +14,31 @@ from PIL import Image, UnidentifiedImageError
 
 from ditmoe_ds.errors import DataError
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
 # A list, since Pillow would hand PostScript to an interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
-def decode(images: list[Path | bytes | np.ndarray], size: int) -> list[np.ndarray | str]:
-    """Each image as (size, size, 3) uint8, or why it cannot be used. An array (h, w) or (h, w, 3) uint8 is only cropped.
+def size_names(sizes: Sequence[Size]) -> str:
+    """As on the command line: ``192x320,256x256``."""
+    return ",".join(f"{height}x{width}" for height, width in sizes)
+
+
+def decode(images: list[Path | bytes | np.ndarray], sizes: Sequence[Size]) -> list[np.ndarray | str]:
+    """Each image as (height, width, 3) uint8, or why it cannot be used. An array (h, w) or (h, w, 3) uint8 is only cropped.
+
+    Args:
+        sizes: to choose from; an image gets the one whose aspect ratio is nearest to its own.
 
     Raises:
         DataError: a file cannot be read at all; that is the disk's fault and not the image's.
     """
-    return [_decode(image, size) for image in images]
+    return [_decode(image, sizes) for image in images]
 
 
-def _decode(image: Path | bytes | np.ndarray, size: int) -> np.ndarray | str:
+def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarray | str:
     if isinstance(image, Path):
         path = image
         try:
@@ -36,9 +49,9 @@ def _decode(image: Path | bytes | np.ndarray, size: int) -> np.ndarray | str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images; the truly large are errors
             if isinstance(image, np.ndarray):
-                return crop(Image.fromarray(image).convert("RGB"), size)
+                return crop(Image.fromarray(image).convert("RGB"), sizes)
             with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-                return crop(_rgb(opened), size)
+                return crop(_rgb(opened), sizes)
     except UnidentifiedImageError:
         return "empty file" if not len(image) else f"not an image ({', '.join(FORMATS)})"
     except Exception as error:  # bytes from anywhere: each format's decoder fails in its own ways
@@ -56,18 +69,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square at ``size`` pixels, resized as ADM does: halve with a box filter while large, then bicubic.
+def crop(image: Image.Image, sizes: Sequence[Size]) -> np.ndarray:
+    """The centre at the size of nearest aspect ratio, resized as ADM does: halve with a box filter while large, then bicubic.
 
     Raises:
         ValueError: so narrow that it would become enormous on the way.
     """
-    while min(image.size) >= 2 * size:
+    ratio = image.height / image.width
+    rows, columns = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+    while image.height >= 2 * rows and image.width >= 2 * columns:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(rows / image.height, columns / image.width)
     width, height = round(image.width * scale), round(image.height * scale)
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a centre crop of {size}")
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow for a centre crop of {rows} x {columns}")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    left, top = (image.width - columns) // 2, (image.height - rows) // 2
+    return np.array(image.crop((left, top, left + columns, top + rows)))

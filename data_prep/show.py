@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_prep.verify import decoded, spread
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest, ShardReader
+from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.images import save_grid
 
 COLUMNS, ROWS = 8, 4
@@ -26,11 +26,12 @@ def show(path: str, *, sheet: str | None = None) -> None:
     shards = tuple(shard for shard in manifest.shards() if shard_name in (None, shard.name))
     if not shards:
         raise DataError(f"{path}: is not in the manifest beside it")
+    shapes = sorted({shard.shape for shard in shards})
     lines: list[tuple[str, object]] = [
         ("samples", sum(shard.samples for shard in shards)),
         ("bytes", f"{sum(shard.bytes for shard in shards):,} in {len(shards)} shards"),
-        ("latent", f"{manifest.shape} {manifest.dtype}, {manifest.store}"),
-        ("images", f"{manifest.image_size} pixels, {manifest.source}"),
+        ("latent", f"{', '.join(map(str, shapes))} {manifest.dtype}, {manifest.store}"),
+        ("images", f"{', '.join(f'{h * manifest.downsample}x{w * manifest.downsample}' for _, h, w in shapes)} pixels, {manifest.source}"),
         ("vae", manifest.vae),
         (
             "text",
@@ -44,7 +45,7 @@ def show(path: str, *, sheet: str | None = None) -> None:
         lines += [("classes", classes), ("rejected", manifest.rejected)]
         lines += [("mean, std", "  ".join(f"{mean:.3f}, {std:.3f}" for mean, std in zip(manifest.mean, manifest.std)))]
     print("\n".join(f"{name:<12}{value}" for name, value in lines))
-    reader = ShardReader(manifest.path(shards[0]), manifest)
+    reader = manifest.open(shards[0])
     for i in range(min(5, len(reader))):
         key, meta, _ = reader.read(i)
         print(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {meta.get('caption') or '-'}")

@@ -17,12 +17,15 @@ import os
 import shlex
 import shutil
 import socket
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from data_prep.images import size_names
+from data_prep.tally import Tally
 from ditmoe_ds.config import build
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
@@ -44,9 +47,10 @@ class Request:
     scaling_factor: float
     shift_factor: float
     downsample: int
-    shape: tuple[int, ...]
-    """(C, H, W) of one latent."""
-    size: int
+    shapes: tuple[tuple[int, ...], ...]
+    """(C, H, W) of the latents of each of ``sizes``."""
+    sizes: tuple[tuple[int, int], ...]
+    """(height, width) in pixels. Each image is cropped to the one whose aspect ratio is nearest to its own."""
     shard_size: int
     batch: int
     """Images encoded at once: another number rounds otherwise."""
@@ -70,25 +74,13 @@ class Request:
 
     def command(self, root: Path) -> str:
         """The command that goes on with it, as typed into a shell."""
-        words = ["ditmoe-data", "encode", "--source", self.source, "--vae", self.vae, "--out", str(root), "--size", self.size]
-        words += [
-            "--shard-size",
-            self.shard_size,
-            "--batch",
-            self.batch,
-            "--holdout",
-            self.holdout,
-            "--dtype",
-            self.dtype,
-            "--store",
-            self.store,
-            "--seed",
-            self.seed,
-        ]
-        words += ["--flip-copies"] * self.flip_copies
-        words += ["--text", self.text, "--text-max-tokens", self.text_max_tokens] if self.text else []
+        fields = ("shard_size", "batch", "holdout", "dtype", "store", "seed")
+        options = dict(source=self.source, vae=self.vae, out=root, size=size_names(self.sizes)) | {f: getattr(self, f) for f in fields}
+        options |= dict(text=self.text, text_max_tokens=self.text_max_tokens) if self.text else {}
         named = self.class_names and self.source.startswith(("wds:", "hf:")) and self.class_names[0] == "0"
-        words += ["--classes", len(self.class_names or ())] if named else []
+        options |= dict(classes=len(self.class_names or ())) if named else {}
+        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+        words = ["ditmoe-data", "encode", *words, *["--flip-copies"] * self.flip_copies]
         return shlex.join(map(str, words))
 
 
@@ -105,19 +97,20 @@ class Rejection:
 class UnitRecord:
     """A unit that is done."""
 
-    train: Shard | None
-    val: Shard | None
+    train: tuple[Shard, ...]
+    """One of each size that it has; with ``val``, in the order of their names."""
+    val: tuple[Shard, ...]
     images: int
     """Of the source, the rejected ones too."""
     rejected: tuple[Rejection, ...]
+    pixels: int
+    """Of all training latents."""
     sum: tuple[float, ...]
     """(C,) over the pixels of all training latents, unscaled."""
     squares: tuple[float, ...]
     """(C,) of the same."""
     histogram: tuple[int, ...]
     """Training samples of each label, up to the largest label in either split."""
-    shape: tuple[int, ...]
-    """(C, H, W) of one latent."""
     text_width: int
     """0 without text."""
 
@@ -163,9 +156,9 @@ def load_record(root: Path, unit: int) -> UnitRecord | None:
     if not path.is_file():
         return None
     record = _read(UnitRecord, path, f"{path}: is damaged; delete it and run ditmoe-data encode again")
-    for shard in (record.train, record.val):
-        tar = root / shard.name if shard else None
-        if shard and tar and not (tar.is_file() and tar.stat().st_size == shard.bytes and index_path(tar).is_file()):
+    for shard in (*record.train, *record.val):
+        tar = root / shard.name
+        if not (tar.is_file() and tar.stat().st_size == shard.bytes and index_path(tar).is_file()):
             return None
     return record
 
@@ -174,21 +167,20 @@ class UnitWriter:
     """Writes the shards of one unit into a folder of its own and moves them out once they are whole.
 
     Args:
-        shape: (C, H, W) of its latents.
+        shapes: (C, H, W) of its latents, of each size.
         text_width: of its text, or 0.
     """
 
-    def __init__(self, root: Path, unit: int, shape: tuple[int, ...], text_width: int):
-        self.root, self.unit, self.shape, self.text_width = root, unit, shape, text_width
+    def __init__(self, root: Path, unit: int, shapes: tuple[tuple[int, ...], ...], text_width: int):
+        self.root, self.unit, self.shapes, self.text_width = root, unit, shapes, text_width
         for leftover in (root / "partial").glob(f"{unit:06d}-*"):
             shutil.rmtree(leftover)
         self._stage = root / "partial" / f"{unit:06d}-{_process()}"
         self._stage.mkdir(parents=True)
         self._open = ExitStack()
-        self._writers: dict[str, ShardWriter] = {}
-        self._samples = dict.fromkeys(SPLITS, 0)
-        self._sum, self._squares = torch.zeros(2, shape[0], dtype=torch.float64)
-        self._histogram: list[int] = []
+        self._writers: dict[tuple[str, tuple[int, ...]], ShardWriter] = {}
+        self._samples = Counter[tuple[str, tuple[int, ...]]]()
+        self._tally = Tally(channels=shapes[0][0])
         self.rejected: list[Rejection] = []
         self.images = 0
 
@@ -200,46 +192,45 @@ class UnitWriter:
 
     def write(self, split: str, key: str, meta: dict[str, Any], **tensors: torch.Tensor) -> None:
         """Append a sample; see ``ShardWriter.write``."""
-        latent, label = tensors["latent"], meta["label"]
-        assert tuple(latent.shape) == self.shape, latent.shape
-        if split not in self._writers:
-            self._writers[split] = self._open.enter_context(ShardWriter(self._stage / f"{split}-{self.unit:06d}.tar"))
-        self._writers[split].write(key, meta, **tensors)
-        self._samples[split] += 1
-        if label is not None:
-            self._histogram += [0] * (label + 1 - len(self._histogram))
-        if split == "train":
-            self._sum += latent.double().sum((1, 2))
-            self._squares += latent.double().square().sum((1, 2))
-            if label is not None:
-                self._histogram[label] += 1
+        latent = tensors["latent"]
+        shard = split, tuple(latent.shape)
+        if shard not in self._writers:
+            self._writers[shard] = self._open.enter_context(ShardWriter(self._stage / self._name(*shard)))
+        self._writers[shard].write(key, meta, **tensors)
+        self._samples[shard] += 1
+        self._tally.add(split, latent, meta["label"])
 
     def finish(self) -> None:
         """Close the shards, give them their names, and write the record."""
         self._open.close()
-        shards: dict[str, Shard | None] = dict.fromkeys(SPLITS)
-        for split in self._writers:
-            tar = self._stage / f"{split}-{self.unit:06d}.tar"
-            shards[split] = Shard(tar.name, self._samples[split], tar.stat().st_size, sha256(tar))
+        shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+        for (split, shape), samples in sorted(self._samples.items()):
+            tar = self._stage / self._name(split, shape)
+            shards[split].append(Shard(tar.name, samples, tar.stat().st_size, sha256(tar), shape))
         record = UnitRecord(
-            **shards,
+            train=tuple(shards["train"]),
+            val=tuple(shards["val"]),
             images=self.images,
             rejected=tuple(self.rejected),
-            sum=tuple(self._sum.tolist()),
-            squares=tuple(self._squares.tolist()),
-            histogram=tuple(self._histogram),
-            shape=self.shape,
+            pixels=self._tally.pixels,
+            sum=tuple(self._tally.sum.tolist()),
+            squares=tuple(self._tally.squares.tolist()),
+            histogram=tuple(self._tally.histogram),
             text_width=self.text_width,
         )
         partial = self._stage / "record.json"
         partial.write_text(_dump(record))
-        for split in self._writers:
-            tar = self._stage / f"{split}-{self.unit:06d}.tar"
+        for shard in self._writers:
+            tar = self._stage / self._name(*shard)
             index_path(tar).replace(self.root / index_path(tar).name)
             tar.replace(self.root / tar.name)
         (self.root / "units").mkdir(exist_ok=True)
         partial.replace(record_path(self.root, self.unit))
         shutil.rmtree(self._stage)
+
+    def _name(self, split: str, shape: tuple[int, ...]) -> str:
+        size = f"-{shape[1]}x{shape[2]}" if len(self.shapes) > 1 else ""
+        return f"{split}-{self.unit:06d}{size}.tar"
 
 
 def worker_from_environment() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from itertools import chain
@@ -15,7 +16,7 @@ from data_prep import images
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, open_source
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardReader
+from ditmoe_ds.latents.format import Manifest, Sample, Shard
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
 
@@ -24,7 +25,7 @@ SHEET = 16
 
 
 def verify(path: str, *, sheet: str | None = None, source: str | None = None) -> None:
-    """Read all of a finished folder: sha256, counts, shapes, labels, and that every value is finite.
+    """Read all of a finished folder: sha256, counts, shapes, labels, that every value is finite and no key is there twice.
 
     Args:
         sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
@@ -35,17 +36,19 @@ def verify(path: str, *, sheet: str | None = None, source: str | None = None) ->
     """
     manifest = Manifest.load(path)
     manifest.verify()
-    histogram = Counter[int]()
+    histogram, keys = Counter[int](), []
     with Progress("verify", "samples", sum(shard.samples for shard in manifest.shards())) as progress:
         for split in ("train", "val"):
             for shard in manifest.split(split).shards:
-                labels = _check(manifest, shard, progress)
+                labels, hashes = _check(manifest, shard, progress)
+                keys.append(hashes)
                 if split == "train":
                     histogram += labels
             if manifest.split(split).samples != sum(shard.samples for shard in manifest.split(split).shards):
                 raise DataError(f"{path}: the shards of split {split} do not add up to its number of samples; encode the data again")
     if manifest.class_histogram != tuple(histogram[label] for label in range(manifest.num_classes)):
         raise DataError(f"{path}: the training samples of each class are not what the manifest says; encode the data again")
+    _check_unique(manifest, keys)
     print(f"{path}: intact, {manifest.splits.train.samples} training and {manifest.splits.val.samples} held-out samples")
     if sheet:
         psnr = contact_sheet(manifest, Path(sheet), source)
@@ -71,16 +74,17 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
         raise DataError(f"--source={source or manifest.source!r}: has no image of key {min(missing)!r}; give the source that was encoded")
     originals = []
     for sample in samples:
-        found = images.decode([origins[sample.key.removesuffix(FLIP)]], manifest.image_size)[0]
+        height, width = (side * manifest.downsample for side in sample.tensors["latent"].shape[1:])
+        found = images.decode([origins[sample.key.removesuffix(FLIP)]], [(height, width)])[0]
         if isinstance(found, str):
             raise DataError(f"--source={source or manifest.source!r}: the image of key {sample.key!r} cannot be read ({found})")
         originals.append(torch.from_numpy(np.ascontiguousarray(found[:, ::-1] if sample.key.endswith(FLIP) else found)))
-    before, after = torch.stack(originals), decoded(manifest, samples)
+    after = decoded(manifest, samples)
     columns = min(8, len(samples))
-    rows = zip(before.split(columns), after.split(columns))
-    save_grid(torch.cat(list(chain.from_iterable(rows))), picture, columns)
-    errors = (before.float() - after.float()).square().mean((1, 2, 3)).clamp(min=1e-12)
-    return float(np.mean([10 * math.log10(255**2 / error) for error in errors.tolist()]))
+    rows = [part[i : i + columns] for i in range(0, len(samples), columns) for part in (originals, after)]
+    save_grid(list(chain.from_iterable(rows)), picture, columns)
+    errors = [(a.float() - b.float()).square().mean().clamp(min=1e-12).item() for a, b in zip(originals, after)]
+    return float(np.mean([10 * math.log10(255**2 / error) for error in errors]))
 
 
 def spread(manifest: Manifest, shards: tuple[Shard, ...], count: int) -> list[Sample]:
@@ -89,35 +93,52 @@ def spread(manifest: Manifest, shards: tuple[Shard, ...], count: int) -> list[Sa
     picks = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
     found, start = [], 0
     for shard in shards:
-        reader = ShardReader(manifest.path(shard), manifest)
+        reader = manifest.open(shard)
         found += [reader.read(int(pick) - start) for pick in picks if start <= pick < start + shard.samples]
         start += shard.samples
     return found
 
 
-def decoded(manifest: Manifest, samples: list[Sample]) -> Tensor:
-    """What the VAE makes of stored latents: (N, H, W, 3) uint8."""
+def decoded(manifest: Manifest, samples: list[Sample]) -> list[Tensor]:
+    """What the VAE makes of stored latents: each (H, W, 3) uint8."""
     vae = load_vae(manifest.vae, "cuda" if torch.cuda.is_available() else "cpu")
-    latents = torch.stack([sample.tensors["latent"].float() for sample in samples])
-    scaled = (latents - manifest.shift_factor) * manifest.scaling_factor
-    return torch.cat([decode(vae, part, manifest.scaling_factor, manifest.shift_factor).cpu() for part in scaled.split(8)])
+    scale, shift = manifest.scaling_factor, manifest.shift_factor
+    return [decode(vae, (sample.tensors["latent"].float()[None] - shift) * scale, scale, shift)[0].cpu() for sample in samples]
 
 
-def _check(manifest: Manifest, shard: Shard, progress: Progress) -> Counter[int]:
-    """How often each label is in a shard whose samples are all sound."""
-    reader = ShardReader(manifest.path(shard), manifest)
-    if len(reader) != shard.samples:
-        raise DataError(f"{reader.path}: {len(reader)} samples, the manifest says {shard.samples}; encode the data again")
-    labels = Counter[int]()
+def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counter[int], np.ndarray]:
+    """How often each label is in a shard whose samples are all sound; hashes (samples,) of their keys."""
+    reader = manifest.open(shard)
+    labels, keys = Counter[int](), np.empty(len(reader), np.uint64)
     for i in range(len(reader)):
         sample = reader.read(i)
         for name, tensor in sample.tensors.items():
             if not tensor.isfinite().all():
                 raise DataError(f"{reader.path}: key {sample.key!r} has a {name} with values that are not finite; encode the data again")
+        keys[i] = _hash(sample.key)
         label = sample.meta["label"]
         if label is not None:
             if not 0 <= label < manifest.num_classes:
                 raise DataError(f"{reader.path}: key {sample.key!r} has label {label}, the manifest has {manifest.num_classes} classes")
             labels[label] += 1
         progress.update()
-    return labels
+    return labels, keys
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _check_unique(manifest: Manifest, keys: list[np.ndarray]) -> None:
+    """``keys``: hashes, of each shard."""
+    hashes = np.concatenate(keys)
+    found, counts = np.unique(hashes, return_counts=True)
+    if len(found) == len(hashes):
+        return
+    ends = np.cumsum([len(part) for part in keys])
+    places = np.flatnonzero(hashes == found[counts.argmax()])
+    shards = [manifest.shards()[i] for i in np.searchsorted(ends, places, side="right")]
+    reader = manifest.open(shards[0])
+    key = next(sample.key for sample in map(reader.read, range(len(reader))) if _hash(sample.key) == hashes[places[0]])
+    what = f"{len(hashes) - len(found)} samples have the key of another, such as {key!r} in {', '.join(s.name for s in shards[:5])}"
+    raise DataError(f"{manifest.root}: {what}; leave one of the inputs out and encode again")

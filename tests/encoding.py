@@ -12,9 +12,9 @@ from PIL import Image
 
 from data_prep.encode import encode
 from data_prep.images import decode as decode_images
-from ditmoe_ds.latents.format import Manifest, ShardReader
+from ditmoe_ds.latents.format import Manifest
 
-SETTINGS = {"size": 16, "shard_size": 12, "holdout": 0.3, "batch": 4}
+SETTINGS = {"size": ((16, 16),), "shard_size": 12, "holdout": 0.3, "batch": 4}
 
 
 def write_inputs(root: Path) -> Path:
@@ -51,12 +51,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 def samples(folder: Path, split: str) -> list:
     manifest = Manifest.load(folder)
-    readers = [ShardReader(manifest.path(shard), manifest) for shard in manifest.split(split).shards]
+    readers = [manifest.open(shard) for shard in manifest.split(split).shards]
     return [reader.read(i) for reader in readers for i in range(len(reader))]
 
 
 def pixels(item, size: int = 16) -> torch.Tensor:
-    return torch.from_numpy(decode_images([item.image], size)[0]).permute(2, 0, 1)[None] / 127.5 - 1
+    return torch.from_numpy(decode_images([item.image], [(size, size)])[0]).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def png(seed: int = 0, shape: tuple = (20, 24, 3)) -> bytes:

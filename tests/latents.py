@@ -20,7 +20,7 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
                 for i in rows:
                     latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
                     writer.write(f"{split}{i:06d}", {"label": i % classes, "class": str(i % classes), "source": "test"}, latent=latent)
-            shards.append(Shard(path.name, len(rows), path.stat().st_size, sha256(path)))
+            shards.append(Shard(path.name, len(rows), path.stat().st_size, sha256(path), shape))
         splits[split] = Split(count, tuple(shards))
     Manifest(
         root=str(folder),
@@ -32,8 +32,6 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         scaling_factor=0.9,
         shift_factor=0.0,
         downsample=4,
-        image_size=shape[1] * 4,
-        shape=shape,
         dtype="float32",
         store="mean",
         text=None,

@@ -12,7 +12,7 @@ real_item, real_attention = LatentDataset.__getitem__, Attention.forward
 
 def item(self, i):
     sample = real_item(self, i)
-    bad = Order(self.sets, [1], 0, 16384).at(10, 1)[1]
+    bad = Order(*self.sets.values(), [1], 0, 16384).at(10, 1)[1]
     return sample._replace(latent=torch.full_like(sample.latent, torch.nan)) if i == bad else sample
 
 

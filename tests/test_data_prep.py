@@ -52,7 +52,7 @@ def encoded(inputs, tmp_path_factory) -> Path:
 
 def test_latents_are_those_of_the_images(inputs, encoded):
     manifest = Manifest.load(encoded)
-    assert (manifest.shape, manifest.downsample, manifest.class_names) == ((2, 8, 8), 2, ("ant", "cat"))
+    assert (manifest.shapes, manifest.downsample, manifest.class_names) == (((2, 8, 8),), 2, ("ant", "cat"))
     assert (manifest.scaling_factor, manifest.shift_factor, manifest.rejected) == (0.5, 0.25, 0)
     assert manifest.splits.train.samples + manifest.splits.val.samples == 40
     vae = load_vae(manifest.vae, "cpu")
@@ -69,6 +69,48 @@ def test_latents_are_those_of_the_images(inputs, encoded):
     np.testing.assert_allclose(manifest.std, latents.std((0, 2, 3)), rtol=1e-4)
     assert manifest.class_histogram == tuple(np.bincount([sample.meta["label"] for sample in train]).tolist())
     assert not (encoded / "partial").exists()
+
+
+def test_each_image_gets_the_size_most_like_its_own_shape(inputs, tmp_path, capsys):
+    """The images are 50 pixels wide and 16 to 55 high."""
+    sizes = ((16, 16), (8, 32), (12, 24))
+    out = run_encode(inputs, tmp_path / "out", size=sizes)
+    manifest = Manifest.load(out)
+    assert manifest.shapes == ((2, 4, 16), (2, 6, 12), (2, 8, 8)) and manifest.splits.train.samples + manifest.splits.val.samples == 40
+    vae = load_vae(manifest.vae, "cpu")
+    found = {sample.meta["source"]: sample for split in ("train", "val") for sample in samples(out, split)}
+    for item in open_source(f"folder:{inputs / 'images'}").items():
+        height = Image.open(item.image).height
+        nearest = (8, 32) if height < 50 * 8**-0.5 else (12, 24) if height < 50 * 2**-0.5 else (16, 16)
+        [image] = decode_images([item.image], [nearest])
+        assert image.shape == (*nearest, 3)
+        latent = encode_mean(vae, torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+        torch.testing.assert_close(found[item.origin].tensors["latent"], latent, atol=1e-5, rtol=1e-5)
+    pixels = torch.cat([sample.tensors["latent"].flatten(1) for sample in samples(out, "train")], 1)
+    np.testing.assert_allclose(manifest.mean, pixels.mean(1), atol=1e-5)
+    np.testing.assert_allclose(manifest.std, pixels.std(1), rtol=1e-3)
+
+    other = tmp_path / "other"
+    run_encode(inputs, other, size=sizes, worker=(1, 2))
+    with pytest.raises(DataError, match="of 4 units 2 are missing") as caught:
+        finalize(str(other))
+    assert main([*str(caught.value).partition("; run ditmoe-data ")[2].split(), "--decoders", "0", "--worker", "0/1"]) == 0
+    assert contents(other) == contents(out)
+    sheet = tmp_path / "sheet.png"
+    assert main(["verify", str(out), "--sheet", str(sheet)]) == 0
+    widest = max(sample.tensors["latent"].shape[2] * 2 for sample in samples(out, "val"))
+    assert Image.open(sheet).width == 8 * (widest + 2) - 2
+    assert main(["inspect", str(out)]) == 0
+    assert "8x32, 12x24, 16x16 pixels" in capsys.readouterr().out
+    assert main(["subset", str(out), "--fraction", "0.5", "--out", str(tmp_path / "half")]) == 0
+    assert Manifest.load(tmp_path / "half").shapes == manifest.shapes and main(["verify", str(tmp_path / "half")]) == 0
+
+
+@pytest.mark.parametrize("size", ["0", "16x", "16x16,16", "x16", "a", "8x8x8"])
+def test_sizes_that_are_none(size, capsys):
+    with pytest.raises(SystemExit):
+        main(["encode", "--source", "s", "--vae", "v", "--out", "o", "--size", size])
+    assert "--size" in capsys.readouterr().err
 
 
 def test_any_number_of_workers_and_decoders_write_the_same_bytes(inputs, encoded, tmp_path, capsys):
@@ -161,16 +203,16 @@ def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
 def test_of_two_processes_on_one_unit_one_goes_on(tmp_path, monkeypatch):
     latent = torch.zeros(2, 8, 8)
     monkeypatch.setattr("data_prep.units._process", lambda: "first")
-    first = UnitWriter(tmp_path, 3, (2, 8, 8), 0)
+    first = UnitWriter(tmp_path, 3, ((2, 8, 8),), 0)
     first.write("train", "a", {"label": 0}, latent=latent)
     monkeypatch.setattr("data_prep.units._process", lambda: "second")
-    second = UnitWriter(tmp_path, 3, (2, 8, 8), 0)
+    second = UnitWriter(tmp_path, 3, ((2, 8, 8),), 0)
     second.write("train", "b", {"label": 0}, latent=latent)
     with pytest.raises(FileNotFoundError), first:
         first.finish()
     second.finish()
     record = load_record(tmp_path, 3)
-    assert record and record.train.samples == 1 and record.histogram == (1,) and not list(tmp_path.glob("partial/*"))
+    assert record and [shard.samples for shard in record.train] == [1] and record.histogram == (1,) and not list(tmp_path.glob("partial/*"))
 
 
 def test_the_worker_is_found_in_the_environment(monkeypatch):
@@ -231,15 +273,15 @@ def test_other_vaes(inputs, tmp_path, kind, capsys):
         blocks |= {name.replace("encoder", "decoder"): value for name, value in blocks.items()}
         multiscales = dict(encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()))
         vae = AutoencoderDC(latent_channels=2, scaling_factor=0.4, **blocks, **multiscales)
-        expected = ((2, 4, 4), 4, 0.4, 0.0)
+        expected = (((2, 4, 4),), 4, 0.4, 0.0)
     else:
         blocks = dict(encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8))
         vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), scaling_factor=1.5, shift_factor=0.5)
-        expected = ((4, 4, 4), 4, 1.5, 0.5)
+        expected = (((4, 4, 4),), 4, 1.5, 0.5)
     vae.save_pretrained(tmp_path / "vae")
     out = run_encode(inputs, tmp_path / "out", vae=str(tmp_path / "vae"))
     manifest = Manifest.load(out)
-    assert (manifest.shape, manifest.downsample, manifest.scaling_factor, manifest.shift_factor) == expected
+    assert (manifest.shapes, manifest.downsample, manifest.scaling_factor, manifest.shift_factor) == expected
     assert main(["verify", str(out), "--sheet", str(tmp_path / "sheet.png")]) == 0
     assert "PSNR" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no posterior"):
@@ -282,6 +324,8 @@ def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind):
     out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path / 'in.tar'}", text=str(tmp_path / kind), text_max_tokens=8, flip_copies=True)
     manifest = Manifest.load(out)
     assert (manifest.text.width, manifest.text.max_tokens, len(manifest.text.encoder_sha256)) == (12, 8, 64)
+    # they move together
+    assert manifest.text.encoder == str(tmp_path / kind) and f'"encoder": "../{kind}"' in (out / "manifest.json").read_text()
     encoder = TextEncoder(str(tmp_path / kind), 8, "cpu")
     for _, meta, tensors in samples(out, "train"):
         alone = encoder([meta["caption"]])[0]  # without padding: the mask hides it
@@ -342,6 +386,14 @@ def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 2
     assert_one_line(capsys.readouterr().err, "val-000000.tar", "sha256")
+
+
+def test_verify_finds_a_key_that_is_there_twice(inputs, tmp_path, capsys):
+    for name in "ab":
+        write_tar(tmp_path / f"in-{name}.tar", [{"__key__": key, "png": png(i)} for i, key in enumerate((name, "same"))])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in-{{a,b}}.tar", holdout=0)
+    assert main(["verify", str(out)]) == 2
+    assert_one_line(capsys.readouterr().err, "1 samples have the key of another", "'same' in train-000000.tar, train-000001.tar")
 
 
 def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monkeypatch):
@@ -435,7 +487,7 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
 
     items = open_source(f"folder:{inputs / 'images'}").items()
-    train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], 16)
+    train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], [(16, 16)])
     images = torch.from_numpy(np.stack(train)).permute(0, 3, 1, 2) / 127.5 - 1
     vae = load_vae(str(tmp_path / "v"), "cpu")
     latents = encode_mean(vae, images)

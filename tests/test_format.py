@@ -32,8 +32,6 @@ def manifest(dtype: str) -> Manifest:
         scaling_factor=1.0,
         shift_factor=0.0,
         downsample=4,
-        image_size=16,
-        shape=SHAPE,
         dtype=dtype,
         store="mean+std",
         text=Text("none", None, WIDTH, 9),
@@ -58,7 +56,7 @@ def whole(request, tmp_path_factory):
         for i in range(COUNT):
             tensors = dict(latent=draw(SHAPE).to(dtype), std=draw(SHAPE).to(dtype), text=draw(i + 1, WIDTH).to(torch.bfloat16))
             writer.write(f"key-{i}", {"label": i, "class": "abc"[i], "caption": None, "source": "test"}, **tensors)
-    reader = ShardReader(folder / "whole.tar", manifest(request.param))
+    reader = ShardReader(folder / "whole.tar", manifest(request.param), SHAPE)
     samples = [reader.read(i) for i in range(COUNT)]
     return reader.manifest, (folder / "whole.tar").read_bytes(), index_path(folder / "whole.tar").read_bytes(), samples, folder / "copy.tar"
 
@@ -69,7 +67,7 @@ def outcome(whole, tar: bytes, index: bytes) -> list:
     path.write_bytes(tar)
     index_path(path).write_bytes(index)
     try:
-        reader = ShardReader(path, description)
+        reader = ShardReader(path, description, SHAPE)
     except DataError:
         return []
     found = []
@@ -197,7 +195,7 @@ def test_an_index_that_asks_for_the_world(whole):
     assert outcome(whole, tar, pickled.getvalue()) == []
     index_path(path).unlink()
     with pytest.raises(DataError, match="no readable index"):
-        ShardReader(path, whole[0])
+        ShardReader(path, whole[0], SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +217,7 @@ def test_jsons_that_are_none(whole, tmp_path, content):
         end = writer.tarstream.offset
     np.save(index_path(tmp_path / "odd.tar"), np.array([0, end]))
     with pytest.raises(DataError, match="damaged"):
-        ShardReader(tmp_path / "odd.tar", description).read(0)
+        ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
 
 
 @pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "C64", "U64"])
@@ -233,7 +231,7 @@ def test_tensors_of_odd_types(whole, tmp_path, dtype):
         end = writer.tarstream.offset
     np.save(index_path(tmp_path / "odd.tar"), np.array([0, end]))
     with pytest.raises(DataError, match="damaged"):
-        ShardReader(tmp_path / "odd.tar", description).read(0)
+        ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
 
 
 def test_keys_are_short_plain_words(tmp_path):

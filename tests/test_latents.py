@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import webdataset
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardReader, ShardWriter, Split, Splits, Text, sha256
 from ditmoe_ds.latents.loader import Batch, DataConfig, LatentDataset, LatentLoader, MixConfig
-from ditmoe_ds.latents.order import Order
+from ditmoe_ds.latents.order import BucketOrder, Order
 
 torch.set_num_threads(1)
 SHAPE = (2, 3, 4)
@@ -36,10 +37,10 @@ def write_data(root: Path, sizes: tuple[int, ...] = (7, 6)) -> Manifest:
             for i in itertools.islice(samples, size):
                 meta = {"label": i % 3, "class": "abc"[i % 3], "source": str(i)}
                 shard.write(f"k{i}", meta, latent=torch.from_numpy(value(i)))
-        shards.append(Shard(path.name, size, path.stat().st_size, sha256(path)))
+        shards.append(Shard(path.name, size, path.stat().st_size, sha256(path), SHAPE))
     Manifest(
         root=str(root), format=FORMAT, version=VERSION, source="test", vae="org/vae", vae_sha256=None, scaling_factor=2.0,
-        shift_factor=0.5, downsample=4, image_size=16, shape=SHAPE, dtype="float32", store="mean", text=None,
+        shift_factor=0.5, downsample=4, dtype="float32", store="mean", text=None,
         mean=(0.0, 0.0), std=(1.0, 1.0), num_classes=3, class_names=("a", "b", "c"), class_histogram=(5, 4, 4), rejected=0,
         splits=Splits(train=Split(sum(sizes), tuple(shards)), val=Split(0, ())),
     ).save()  # fmt: skip
@@ -80,6 +81,10 @@ def test_the_manifest_comes_back(tmp_path):
         (lambda root: edit(root, version=1), "reads"),
         (lambda root: edit(root, dtype="float8"), "dtype='float8'"),
         (lambda root: edit(root, splits={"train": {"samples": 0, "shards": []}}), "splits.val.samples"),
+        (
+            lambda root: (root / "manifest.json").write_text((root / "manifest.json").read_text().replace("        2,\n", "", 1)),
+            r"shape \[3, 4\]",
+        ),
         (lambda root: (root / "train-000001.tar").unlink(), r"train-000001\.tar: missing"),
         (lambda root: (root / "train-000000.tar").write_bytes(b"short"), "5 bytes, the manifest says"),
     ],
@@ -99,7 +104,7 @@ def edit(root: Path, **changes) -> None:
 def test_a_shard_outside_the_folder_does_not_load(tmp_path):
     (tmp_path / "data").mkdir()
     manifest = write_data(tmp_path / "data")
-    shard = {"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": ""}
+    shard = {"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": "", "shape": SHAPE}
     edit(Path(manifest.root), splits={"train": {"samples": 1, "shards": [shard]}, "val": {"samples": 0, "shards": []}})
     (tmp_path / "x.tar").write_bytes(b"x")
     with pytest.raises(DataError, match="outside the folder"):
@@ -174,14 +179,14 @@ def test_unsafe_or_odd_members_are_refused(tmp_path, sample, message):
     (tmp_path / "x.tar").write_bytes(sample)
     np.save(tmp_path / "x.index.npy", np.array([0, len(sample)]))
     with pytest.raises(DataError, match=message):
-        ShardReader(tmp_path / "x.tar", manifest).read(0)
+        ShardReader(tmp_path / "x.tar", manifest, SHAPE).read(0)
 
 
 def test_members_as_they_should_be(tmp_path):
     manifest = write_data(tmp_path)
     (tmp_path / "x.tar").write_bytes(JSON + LATENT)
     np.save(tmp_path / "x.index.npy", np.array([0, len(JSON + LATENT)]))
-    assert ShardReader(tmp_path / "x.tar", manifest).read(0).key == "k"
+    assert ShardReader(tmp_path / "x.tar", manifest, SHAPE).read(0).key == "k"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -192,7 +197,7 @@ def test_std_and_text_come_back(tmp_path, dtype):
     with ShardWriter(tmp_path / "x.tar") as shard:
         shard.write("k", {"label": None, "caption": "an ant"}, latent=latent, std=std, text=text)
         shard.write("m", {"label": None}, latent=latent, std=std, text=torch.zeros(8, 5).bfloat16())
-    reader = ShardReader(tmp_path / "x.tar", manifest)
+    reader = ShardReader(tmp_path / "x.tar", manifest, SHAPE)
     sample = reader.read(0)
     assert (sample.key, sample.meta) == ("k", {"label": None, "caption": "an ant"})
     for name, tensor in dict(latent=latent, std=std, text=text).items():
@@ -321,7 +326,7 @@ def test_a_step_sees_the_same_samples_on_any_number_of_ranks(dataset, world, acc
     steps = 4  # 32 visits of 13 samples: crosses two epochs
     ranks = [take(dataset, steps * accumulation, rank=rank, world=world, accumulation=accumulation) for rank in range(world)]
     seen = [pair for micro in zip(*ranks) for pair in visits(list(micro))]
-    assert seen == at(Order(dataset.sets, [1], 5, 16384), 0, 8 * steps)
+    assert seen == at(Order(dataset.sets[SHAPE], [1], 5, 16384), 0, 8 * steps)
     for batch in ranks[0]:
         assert batch.latents.shape == (8 // accumulation // world, *SHAPE)
         for latent, label, i in zip(batch.latents, batch.labels, batch.samples.tolist()):
@@ -381,6 +386,59 @@ def test_a_mix_reads_from_both(tmp_path):
     assert len(mixed) == 15 and (mixed.key(3), mixed.key(4), mixed.key(14)) == ("k3", "k0", "k10")
     seen = [i for batch in take(mixed, 11, config, global_batch=4) for i in batch.samples.tolist()]
     assert sum(i < 4 for i in seen) == 11 and set(seen) == set(range(15))
+
+
+def write_shapes(root: Path, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> Manifest:
+    """A folder with shards of several shapes: {shape: sizes}; the labels are the sample's number within its shape."""
+    root.mkdir()
+    manifest, shards = write_data(root, (1,)), []
+    for shape, sizes in shapes.items():
+        first = 0
+        for size in sizes:
+            path = root / f"train-{len(shards):06d}-x.tar"
+            with ShardWriter(path) as shard:
+                for i in range(first, first + size):
+                    shard.write(f"{shape[1]}x{shape[2]}-{i}", {"label": None}, latent=torch.full(shape, float(i)))
+            first += size
+            shards.append(Shard(path.name, size, path.stat().st_size, sha256(path), shape))
+    replace(manifest, splits=Splits(Split(sum(shard.samples for shard in shards), tuple(shards)), Split(0, ()))).save()
+    return Manifest.load(root)
+
+
+def test_a_step_has_one_shape_and_each_shape_its_share(tmp_path):
+    manifest = write_shapes(tmp_path / "a", {(2, 3, 4): (11, 13), (2, 4, 3): (5, 3), (2, 2, 6): (16,)})
+    assert manifest.shapes == ((2, 2, 6), (2, 3, 4), (2, 4, 3))
+    dataset = LatentDataset([manifest], "train")
+    assert [dataset.key(i) for i in (0, 16, 39, 40)] == ["2x6-0", "3x4-0", "3x4-23", "4x3-0"]
+    steps = 600
+    whole = take(dataset, steps, global_batch=4)
+    count = Counter(tuple(batch.latents.shape[1:]) for batch in whole)
+    for shape, share in {(2, 2, 6): 1 / 3, (2, 3, 4): 1 / 2, (2, 4, 3): 1 / 6}.items():
+        assert abs(count[shape] / steps - share) < 4 * (share * (1 - share) / steps) ** 0.5
+    for shape, first, total in (((2, 2, 6), 0, 16), ((2, 3, 4), 16, 24), ((2, 4, 3), 40, 8)):
+        seen = [pair for batch in whole if tuple(batch.latents.shape[1:]) == shape for pair in visits([batch])]
+        assert sorted(seen[:total]) == [(0, first + i) for i in range(total)]
+        assert {epoch for epoch, _ in seen} == set(range(-(-len(seen) // total)))
+        values = [float(batch.latents[0, 0, 0, 0]) for batch in whole if tuple(batch.latents.shape[1:]) == shape]
+        assert values == [((i - first) - 0.5) * 2 for _, i in seen[::4]]
+    # whatever the ranks and micro-steps, and from any step on
+    ranks = [take(dataset, 40, global_batch=4, accumulation=2, rank=rank, world=2, consumed=4 * 580) for rank in range(2)]
+    assert [pair for micro in zip(*ranks) for pair in visits(list(micro))] == visits(whole[580:])
+
+
+def test_blocks_hold_the_exact_share_of_each_shape():
+    orders = [Order([[size]], [1], 0, 100) for size in (30, 60, 1)]
+    order = BucketOrder(orders, 2, 0)
+    assert order.shares == [3297, 6593, 110]
+    for block in range(2):
+        seen = [int(order.at(2 * step, 2)[1][0]) for step in range(10_000 * block, 10_000 * (block + 1))]
+        assert [sum(low <= i < high for i in seen) for low, high in ((0, 30), (30, 90), (90, 91))] == order.shares
+
+
+def test_what_is_mixed_must_have_all_shapes(tmp_path):
+    both, one = write_shapes(tmp_path / "both", {(2, 3, 4): (5,), (2, 4, 3): (5,)}), write_shapes(tmp_path / "one", {(2, 3, 4): (5,)})
+    with pytest.raises(DataError, match=r"one: split train has no latents of shape \(2, 4, 3\)"):
+        LatentDataset([both, one], "train")
 
 
 def test_close_ends_the_workers(dataset):

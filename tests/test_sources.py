@@ -123,17 +123,17 @@ def test_images_that_cannot_be_used_have_a_reason(monkeypatch):
         png(0, (500, 1, 3)),
         b"%!PS-Adobe-3.0",
     ]
-    good, *reasons = decode_images(images, 16)
+    good, *reasons = decode_images(images, [(16, 16)])
     assert good.shape == (16, 16, 3)
     words = ["truncated", "empty file", "not an image", "more than 8 bits", "DecompressionBomb", "too narrow", "not an image"]
     assert [word for word, reason in zip(words, reasons) if word not in reason] == []
-    assert reasons == decode_images(images, 16)[1:]
+    assert reasons == decode_images(images, [(16, 16)])[1:]
 
 
 def test_transparent_pixels_are_white():
     stream = io.BytesIO()
     Image.new("RGBA", (20, 20), (10, 20, 30, 0)).save(stream, "png")
-    assert (decode_images([stream.getvalue()], 16)[0] == 255).all()
+    assert (decode_images([stream.getvalue()], [(16, 16)])[0] == 255).all()
 
 
 def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
@@ -155,7 +155,7 @@ def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
 
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
-        decode_images([tmp_path / "gone.png"], 16)
+        decode_images([tmp_path / "gone.png"], [(16, 16)])
 
 
 def test_the_decoding_processes_import_little():
@@ -194,7 +194,7 @@ def test_digits():
     assert (source.images, source.units, len({item.key for item in items})) == (5000, 5, 5000)
     assert np.bincount([item.label for item in items]).tolist() == [500] * 10
     assert not any(item.image[:2].any() for item in items) and max(item.image.max() for item in items) == 255
-    assert (decode_images([items[700].image], 32)[0] == items[700].image[..., None]).all()
+    assert (decode_images([items[700].image], [(32, 32)])[0] == items[700].image[..., None]).all()
     assert 400 < sum(is_heldout(item.key, 0.1) for item in items) < 600
 
 
@@ -207,4 +207,4 @@ def test_emoji():
     dove = items["emoji-1f54a"]
     assert (dove.caption, source.class_names[dove.label]) == ("dove", "Animals & Nature") and "CC-BY 4.0" in dove.origin
     assert items["emoji-1f385-1f3ff"].caption == "father christmas, dark skin"
-    assert decode_images([dove.image], 64)[0].shape == (64, 64, 3)
+    assert decode_images([dove.image], [(64, 64)])[0].shape == (64, 64, 3)

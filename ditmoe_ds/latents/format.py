@@ -22,6 +22,7 @@ import math
 import os
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from ditmoe_ds.config import build
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
 
-FORMAT, VERSION = "ditmoe-latents", 2
+FORMAT, VERSION = "ditmoe-latents", 3
 REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
 SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
 KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
@@ -47,6 +48,8 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    shape: tuple[int, ...]
+    """(C, H, W) of its latents; with aspect-ratio buckets, shards differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Text:
     """What encoded the captions."""
 
     encoder: str
-    """Folder or hub id of a transformers model."""
+    """Folder or hub id of a transformers model; a folder is stored as that of ``Manifest.vae``."""
     encoder_sha256: str | None
     """Digest of its weights; None for a hub id."""
     width: int
@@ -97,10 +100,6 @@ class Manifest:
     shift_factor: float
     downsample: int
     """Image pixels per latent pixel, along one side."""
-    image_size: int
-    """Pixels."""
-    shape: tuple[int, ...]
-    """(C, H, W) of one latent."""
     dtype: Literal["float32", "float16", "bfloat16"]
     store: Literal["mean", "mean+std", "sample"]
     """Of the VAE's posterior: its mean; mean and standard deviation, to be sampled at each visit; or one sample."""
@@ -144,6 +143,8 @@ class Manifest:
         for shard in manifest.shards():
             if Path(shard.name).name != shard.name:
                 raise DataError(f"{file}: shard {shard.name!r} lies outside the folder; encode the data again")
+            if len(shard.shape) != 3 or min(shard.shape) < 1 or shard.shape[0] != len(manifest.mean):
+                raise DataError(f"{file}: shard {shard.name!r} has latents of shape {list(shard.shape)}; encode the data again")
             if there:
                 continue
             shard_path = manifest.path(shard)
@@ -152,19 +153,28 @@ class Manifest:
             if shard_path.stat().st_size != shard.bytes:
                 size = shard_path.stat().st_size
                 raise DataError(f"{shard_path}: {size} bytes, the manifest says {shard.bytes}; {REMAKE}")
-        if manifest.vae_sha256 is not None and not there:
-            manifest = dataclasses.replace(manifest, vae=os.path.normpath(os.path.join(manifest.root, manifest.vae)))
-        return manifest
+        return manifest if there else manifest._with_folders(lambda folder: os.path.normpath(os.path.join(manifest.root, folder)))
 
     def save(self) -> None:
         """Write ``manifest.json`` into ``root``, in one rename: a folder with a manifest is finished."""
-        tree = dataclasses.asdict(self)
-        root = Path(tree.pop("root"))
-        if self.vae_sha256 is not None:
-            tree["vae"] = os.path.relpath(self.vae, root.resolve())
+        root = Path(self.root)
+        tree = dataclasses.asdict(self._with_folders(lambda folder: os.path.relpath(folder, root.resolve())))
+        del tree["root"]
         partial = root / "manifest.json.partial"
         partial.write_text(json.dumps(tree, indent=2) + "\n")
         partial.replace(root / "manifest.json")
+
+    def _with_folders(self, change: Callable[[str], str]) -> Manifest:
+        """With the folders of the VAE and text encoder changed, where they are none of a hub's ids."""
+        text = self.text
+        if text is not None and text.encoder_sha256 is not None:
+            text = dataclasses.replace(text, encoder=change(text.encoder))
+        return dataclasses.replace(self, vae=change(self.vae) if self.vae_sha256 is not None else self.vae, text=text)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The different (C, H, W) of its latents, sorted."""
+        return tuple(sorted({shard.shape for shard in self.shards()}))
 
     def split(self, name: str) -> Split:
         """The split ``train`` or ``val``."""
@@ -180,9 +190,21 @@ class Manifest:
         """Where ``shard`` lies."""
         return Path(self.root, shard.name)
 
+    def open(self, shard: Shard, path: Path | None = None) -> ShardReader:
+        """The samples of ``shard``, of which ``path`` may be a copy.
+
+        Raises:
+            DataError: its index does not fit it, or the manifest.
+        """
+        reader = ShardReader(path or self.path(shard), self, shard.shape)
+        if len(reader) != shard.samples:
+            fix = f"{REMAKE}, or leave it out with data.skip_shards"
+            raise DataError(f"{reader.path}: {len(reader)} samples, the manifest says {shard.samples}; {fix}")
+        return reader
+
     def digest(self) -> str:
-        """sha256 of what decides the training data: everything but where the folder and the VAE lie."""
-        tree = dataclasses.asdict(self)
+        """sha256 of what decides the training data: everything but where folders lie."""
+        tree = dataclasses.asdict(self._with_folders(lambda _: ""))
         del tree["root"], tree["vae"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -261,12 +283,15 @@ class Sample(NamedTuple):
 class ShardReader:
     """Random access to the samples of a tar file, which may come from anyone: nothing is extracted, every header is checked.
 
+    Args:
+        shape: (C, H, W) of its latents.
+
     Raises:
         DataError: the index is missing or does not fit the tar.
     """
 
-    def __init__(self, path: Path, manifest: Manifest):
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, shape: tuple[int, ...]):
+        self.path, self.manifest, self.shape = path, manifest, shape
         index = index_path(path)
         try:
             raw = index.read_bytes()
@@ -335,8 +360,8 @@ class ShardReader:
         name, _, form = kind.partition(".")
         if form == "npy":
             # The header is compared, not believed: a forged one could ask for any amount of memory.
-            header = _npy_header(self.manifest.shape, self.manifest.dtype)
-            shape, dtype = self.manifest.shape, getattr(torch, self.manifest.dtype)
+            header = _npy_header(self.shape, self.manifest.dtype)
+            shape, dtype = self.shape, getattr(torch, self.manifest.dtype)
             if content[: len(header)] != header or len(content) - len(header) != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} is not the manifest's {self.manifest.dtype} {shape}")
             return torch.frombuffer(bytearray(content), dtype=dtype, offset=len(header)).view(shape)
@@ -348,7 +373,7 @@ class ShardReader:
             assert text
             fits = tensor.ndim == 2 and tensor.shape[1] == text.width and 1 <= len(tensor) <= text.max_tokens
         else:
-            fits = tuple(tensor.shape) == self.manifest.shape
+            fits = tuple(tensor.shape) == self.shape
         if not fits:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
         return tensor

@@ -1,5 +1,6 @@
 """Pictures of images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,13 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 
-def save_grid(images: Tensor, path: Path, columns: int, gap: int = 2) -> None:
-    """Write images (N, H, W, 3) uint8 as one picture, row by row, ``gap`` pixels apart."""
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
+def save_grid(images: Sequence[Tensor] | Tensor, path: Path, columns: int, gap: int = 2) -> None:
+    """Write images (H, W, 3) uint8, of the same or different sizes, as one picture, row by row, at least ``gap`` pixels apart."""
+    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+    rows = -(-len(images) // columns)
     canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
     for index, image in enumerate(images):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + len(image), left : left + image.shape[1]] = image
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas.numpy()).save(path)

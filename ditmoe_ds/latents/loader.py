@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.format import REMAKE, Manifest, Shard, ShardReader, index_path, sha256
-from ditmoe_ds.latents.order import Order
+from ditmoe_ds.latents.format import Manifest, Shard, ShardReader, index_path, sha256
+from ditmoe_ds.latents.order import BucketOrder, Order
 from ditmoe_ds.rng import keyed_generator
 
 
@@ -88,28 +88,37 @@ class Batch(NamedTuple):
 
 
 class LatentDataset:
-    """Random access to the samples of one or several data sets, in the order they were written.
+    """Random access to the samples of one or several data sets, in the order they were written, shape by shape.
 
     Args:
-        manifests: of the data sets; sample indices count through them.
+        manifests: of the data sets; sample indices count through them, within each shape.
         skip: names of shards to leave out.
         cache: where the shards of data sets behind a URL are kept.
 
     Raises:
         ConfigError: a name to skip is no shard's.
-        DataError: a split is empty.
+        DataError: a split is empty, or has no samples of a shape that another has.
     """
 
     def __init__(self, manifests: Sequence[Manifest], split: str, skip: Sequence[str] = (), cache: remote.Cache | None = None):
         self.manifests, self.cache = manifests, cache
-        self.shards = [(m, shard) for m in manifests for shard in m.split(split).shards if shard.name not in skip]
+        shards = [(m, shard) for m in manifests for shard in m.split(split).shards if shard.name not in skip]
+        self.shards = sorted(shards, key=lambda pair: pair[1].shape)
         unknown = set(skip) - {shard.name for m in manifests for shard in m.split(split).shards}
         if unknown:
             raise ConfigError("data.skip_shards", sorted(unknown), f"no such {split} shards in the manifest")
-        self.sets = [[shard.samples for m, shard in self.shards if m is manifest] for manifest in manifests]
-        for manifest, sizes in zip(manifests, self.sets):
-            if not sum(sizes):
+        for manifest in manifests:
+            if not any(m is manifest for m, _ in shards):
                 raise DataError(f"{manifest.root}: split {split} has no samples; encode again with another --holdout")
+        self.sets: dict[tuple[int, ...], list[list[int]]] = {}
+        """Of each shape: of each data set: samples of each shard."""
+        for shape in sorted({shard.shape for _, shard in shards}):
+            self.sets[shape] = [[s.samples for m, s in shards if m is manifest and s.shape == shape] for manifest in manifests]
+            for manifest, sizes in zip(manifests, self.sets[shape]):
+                if not sizes:
+                    raise DataError(
+                        f"{manifest.root}: split {split} has no latents of shape {shape}, which it is mixed with; encode it alike"
+                    )
         self._ends = np.cumsum([shard.samples for _, shard in self.shards])
         self._reader = functools.lru_cache(maxsize=256)(self._open)
 
@@ -152,12 +161,7 @@ class LatentDataset:
         path = Path(manifest.root, shard.name)
         if remote.is_url(manifest.root):
             path = self._download(manifest, shard)
-        reader = ShardReader(path, manifest)
-        if len(reader) != shard.samples:
-            raise DataError(
-                f"{path}: {len(reader)} samples, the manifest says {shard.samples}; {REMAKE}, or leave it out with data.skip_shards"
-            )
-        return reader
+        return manifest.open(shard, path)
 
     def _download(self, manifest: Manifest, shard: Shard) -> Path:
         if not self.cache:
@@ -179,7 +183,7 @@ class LatentLoader:
 
     Micro-batch ``a`` of the optimizer step that began at global position P covers the ``global_batch / accumulation`` positions from
     ``P + a * global_batch / accumulation``; rank r takes the r-th of ``world`` equal, contiguous slices. So the samples of a step, and
-    of each micro-step, do not depend on the number of ranks.
+    of each micro-step, do not depend on the number of ranks. All of a step have one shape.
 
     Args:
         config: of the order, the worker processes and the mix.
@@ -209,7 +213,9 @@ class LatentLoader:
             fix = f"must be a multiple of accumulation x ranks = {accumulation} x {world}"
             raise ConfigError("global_batch", global_batch, fix)
         micro = global_batch // accumulation
-        order = Order(dataset.sets, [config.weight, *(other.weight for other in config.mix)], seed, config.window)
+        weights = [config.weight, *(other.weight for other in config.mix)]
+        orders = [Order(sets, weights, seed, config.window) for sets in dataset.sets.values()]
+        order = orders[0] if len(orders) == 1 else BucketOrder(orders, global_batch, seed)
         batches = _Batches(dataset, order, seed, micro // world, prepare)
         loader: DataLoader[Any] = DataLoader(
             batches,
@@ -241,7 +247,7 @@ class LatentLoader:
 class _Batches(Dataset):
     """Micro-batches by the global position of their first sample."""
 
-    def __init__(self, dataset: LatentDataset, order: Order, seed: int, local: int, prepare: Callable[[Batch], Any] | None):
+    def __init__(self, dataset: LatentDataset, order: Order | BucketOrder, seed: int, local: int, prepare: Callable[[Batch], Any] | None):
         self.dataset, self.order, self.seed, self.local, self.prepare = dataset, order, seed, local, prepare
 
     def __getitem__(self, position: int) -> Any:

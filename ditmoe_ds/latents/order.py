@@ -2,7 +2,8 @@
 
 A data set is a list of shards. In each of its epochs the shards are permuted, and the samples, in that order, are cut into
 windows whose samples are permuted: a reader is never busy with more shards than a window spans. Several data sets are mixed
-in blocks: with weights 1 and 5, one sample of the first and five of the second, in an order drawn for each block.
+in blocks: with weights 1 and 5, one sample of the first and five of the second, in an order drawn for each block. Where
+latents have several shapes, blocks of global batches are mixed likewise.
 """
 
 from __future__ import annotations
@@ -91,3 +92,40 @@ class Order:
 
     def _block(self, block: int) -> Tensor:
         return torch.randperm(len(self.slots), generator=keyed_generator(self.seed, "mix", block))
+
+
+class BucketOrder:
+    """The order of samples of several shapes, such that all of a global batch have one.
+
+    In each block of about 10,000 global batches each shape has its share, at least one batch, in an order drawn for the block.
+    The samples of a shape have an ``Order`` and epochs of their own. Indices count through the shapes one after the other.
+
+    Args:
+        orders: of each shape.
+        global_batch: samples of a step.
+        seed: of the blocks.
+    """
+
+    BLOCK = 10_000
+
+    def __init__(self, orders: Sequence[Order], global_batch: int, seed: int):
+        self.orders, self.global_batch, self.seed = orders, global_batch, seed
+        sizes = [sum(part.total for part in order.orders) for order in orders]
+        self.shares = [max(1, round(self.BLOCK * size / sum(sizes))) for size in sizes]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._block = functools.lru_cache(maxsize=2)(self._permuted_block)
+
+    def at(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Epochs (count,) of their own shape and samples (count,), both int64, at global positions of one global batch."""
+        step, offset = divmod(first, self.global_batch)
+        assert offset + count <= self.global_batch, (first, count)
+        block, place = divmod(step, sum(self.shares))
+        shapes = self._block(block)
+        shape = int(shapes[place])
+        batch = block * self.shares[shape] + int((shapes[:place] == shape).sum())
+        epochs, samples = self.orders[shape].at(batch * self.global_batch + offset, count)
+        return epochs, samples + self.starts[shape]
+
+    def _permuted_block(self, block: int) -> Tensor:
+        slots = torch.repeat_interleave(torch.arange(len(self.shares)), torch.tensor(self.shares))
+        return slots[torch.randperm(len(slots), generator=keyed_generator(self.seed, "buckets", block))]

@@ -108,7 +108,8 @@ class Plan:
         data = self.recipe.data
         weights = [data.weight, *(other.weight for other in data.mix)]
         parts = [manifest.digest() for manifest in self.manifests]
-        return hashlib.sha256(json.dumps([parts, weights, data.window]).encode()).hexdigest()
+        steps = self.recipe.train.global_batch if len(self.manifest.shapes) > 1 else None  # all of a step have one shape
+        return hashlib.sha256(json.dumps([parts, weights, data.window, steps]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
@@ -162,7 +163,9 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     ds_config = read_ds_config(recipe.parallel)
     manifests = _load_manifests(recipe)
     manifest = manifests[0]
-    channels, height, width = manifest.shape
+    if len(manifest.shapes) > 1:
+        raise ConfigError("data.manifest", recipe.data.manifest, f"has latents of {len(manifest.shapes)} shapes, this model takes one")
+    channels, height, width = manifest.shapes[0]
     if height != width or height % named.patch:
         raise ConfigError(
             "model.name", recipe.model.name, f"the data's latents are {height}x{width}; they must be square and divide by the patch"
@@ -197,7 +200,7 @@ def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
         manifest = Manifest.load(other.manifest)
-        for key in ("shape", "scaling_factor", "shift_factor", "vae_sha256", "store", "text", "class_names"):
+        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", "store", "text", "class_names"):
             theirs, ours = getattr(manifest, key), getattr(first, key)
             if theirs != ours:
                 raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
