@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.svm import SVC
 
 from data_prep.samples import digits
@@ -42,7 +41,7 @@ def main() -> None:
     run = open_run(arguments.run_dir)
     asked = np.arange(arguments.samples) % 10
     start = time.monotonic()
-    sampled = run.sample(torch.tensor(asked), steps=arguments.steps, guidance=arguments.guidance)
+    sampled = run.sample(asked.tolist(), steps=arguments.steps, guidance=arguments.guidance)
     seconds = time.monotonic() - start
     seen = classifier.predict(features(sampled.float().mean(-1).numpy()))
     result = {

@@ -42,7 +42,7 @@ def write(folder: Path, shards: int, per_shard: int, text: bool) -> Manifest:
     Manifest(
         root=str(folder), format=FORMAT, version=VERSION, source="random", vae="none", vae_sha256=None, scaling_factor=1.0,
         shift_factor=0.0, downsample=8, dtype="float16", store="mean",
-        text=Text("none", None, 768, 64) if text else None, mean=(0.0,) * 4, std=(1.0,) * 4, num_classes=1000,
+        text=Text("none", None, 768, 64, "unchecked") if text else None, mean=(0.0,) * 4, std=(1.0,) * 4, num_classes=1000,
         class_names=tuple(map(str, range(1000))), class_histogram=(0,) * 1000, rejected=0,
         splits=Splits(Split(shards * per_shard, tuple(written)), Split(0, ())),
     ).save()  # fmt: skip

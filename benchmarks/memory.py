@@ -68,8 +68,8 @@ class Run:
         for _ in range(self.accumulation):
             latents = torch.randn(1, 4, 4, 4)
             zero = torch.zeros(1, dtype=torch.long)
-            batch = Prepared(latents, zero, torch.rand(1), torch.randn_like(latents), zero)
-            self.engine.backward(compute_loss(self.engine, self.objective, batch, self.config.router).total)
+            batch = Prepared(latents, {"y": zero}, torch.rand(1), torch.randn_like(latents), zero, None)
+            self.engine.backward(compute_loss(self.engine, self.objective, batch, self.config).total)
             self.engine.step()
         self.ema.update()
 

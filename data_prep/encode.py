@@ -20,10 +20,10 @@ from data_prep.ahead import ahead
 from data_prep.finalize import finalize
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
-from data_prep.text import TextEncoder
-from data_prep.units import Rejection, Request, UnitWriter, claim, load_record, worker_from_environment
+from data_prep.units import Rejection, Request, UnitWriter, claim, load_record, worker_from_environment, write_text
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import Manifest, sha256
+from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, sha256
+from ditmoe_ds.latents.text import TextEncoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
 from ditmoe_ds.rng import keyed_generator
@@ -75,6 +75,8 @@ def encode(
         encoder = _Encoder(request)
         with Progress("encode", "images") as progress:
             try:
+                if encoder.text and not (root / EMPTY_TEXT).is_file():
+                    write_text(root / EMPTY_TEXT, encoder.text([""])[0])
                 _encode(root, found, todo, encoder, decoders, _Rejections(seen, rejected, max_rejected), progress)
             except FileNotFoundError:
                 raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None

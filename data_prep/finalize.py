@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.tally import mean_and_std
 from data_prep.units import Request, load_record
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, Split, Splits, Text
+from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
 
 
 def finalize(path: str, *, max_rejected: float = 0.01) -> None:
@@ -49,7 +49,10 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     partial = root / "rejected.jsonl.partial"
     partial.write_text("".join(json.dumps(dataclasses.asdict(rejection)) + "\n" for rejection in rejected))
     partial.replace(root / "rejected.jsonl")
-    width = max(record.text_width for record in records)
+    text = None
+    if request.text:
+        width = max(record.text_width for record in records)
+        text = Text(request.text, request.text_sha256, width, request.text_max_tokens, sha256(root / EMPTY_TEXT))
     Manifest(
         root=path,
         format=FORMAT,
@@ -62,7 +65,7 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
         downsample=request.downsample,
         dtype=request.dtype,
         store=request.store,
-        text=Text(request.text, request.text_sha256, width, request.text_max_tokens) if request.text else None,
+        text=text,
         mean=mean,
         std=std,
         num_classes=len(names),

@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.sources import FLIP, below
 from data_prep.tally import Tally, mean_and_std
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardWriter, Split, Splits, sha256
+from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, Sample, Shard, ShardWriter, Split, Splits, sha256
 
 
 def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> None:
@@ -47,6 +47,8 @@ def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> N
     mean, std = mean_and_std(tally.sum.numpy(), tally.squares.numpy(), tally.pixels)
     histogram = (*tally.histogram, *[0] * (manifest.num_classes - len(tally.histogram)))
     changes: dict[str, Any] = dict(mean=mean, std=std, class_histogram=histogram, rejected=0, splits=Splits(**splits))
+    if manifest.text:
+        shutil.copyfile(Path(manifest.root, EMPTY_TEXT), partial / EMPTY_TEXT)
     dataclasses.replace(manifest, root=str(partial), **changes).save()
     partial.replace(folder)
     print(f"{out}: {splits['train'].samples} training and {splits['val'].samples} held-out latents")

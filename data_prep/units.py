@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 
 from data_prep.images import size_names
@@ -231,6 +232,13 @@ class UnitWriter:
     def _name(self, split: str, shape: tuple[int, ...]) -> str:
         size = f"-{shape[1]}x{shape[2]}" if len(self.shapes) > 1 else ""
         return f"{split}-{self.unit:06d}{size}.tar"
+
+
+def write_text(path: Path, text: torch.Tensor) -> None:
+    """Write the tokens (T, width) of one caption; of processes that do so at once, all write the same."""
+    partial = path.with_name(f"{path.name}.{_process()}.partial")
+    partial.write_bytes(safetensors.torch.save({"text": text}))
+    partial.replace(path)
 
 
 def worker_from_environment() -> tuple[int, int]:

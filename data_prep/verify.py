@@ -36,6 +36,8 @@ def verify(path: str, *, sheet: str | None = None, source: str | None = None) ->
     """
     manifest = Manifest.load(path)
     manifest.verify()
+    if manifest.text:
+        manifest.empty_text()
     histogram, keys = Counter[int](), []
     with Progress("verify", "samples", sum(shard.samples for shard in manifest.shards())) as progress:
         for split in ("train", "val"):

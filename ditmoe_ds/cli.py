@@ -22,12 +22,14 @@ def main(argv: list[str] | None = None) -> int:
     sample.set_defaults(command=_sample)
     sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
     sample.add_argument("--classes", default="0", help="comma-separated, for example 0,1,2")
-    sample.add_argument("--per-class", type=int, default=8, help="images (a row) per class")
+    sample.add_argument("--prompt", action="append", help="of a text-to-image model; several are given by --prompt each")
+    sample.add_argument("--per-class", type=int, default=8, help="images (a row) per class or prompt")
     sample.add_argument("--steps", type=int, default=50)
     sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
     sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
     sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
     sample.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
+    sample.add_argument("--text-encoder", help="likewise")
     sample.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", default="grid.png")
@@ -62,8 +64,6 @@ def _train(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    import torch
-
     from ditmoe_ds.latents.images import save_grid
     from ditmoe_ds.pipelines.run import open_run
 
@@ -71,10 +71,13 @@ def _sample(arguments: argparse.Namespace) -> int:
         classes = [int(part) for part in arguments.classes.split(",")]
     except ValueError:
         raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
-    run = open_run(arguments.run_dir, arguments.weights, vae=arguments.vae)
-    labels = torch.tensor(classes).repeat_interleave(arguments.per_class)
+    run = open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
+    if bool(arguments.prompt) == bool(run.model.config.num_classes):
+        wanted = "--classes" if run.model.config.num_classes else "--prompt"
+        raise ConfigError("--prompt", arguments.prompt, f"this model is told {wanted}")
+    asked = [one for one in arguments.prompt or classes for _ in range(arguments.per_class)]
     images = run.sample(
-        labels,
+        asked,
         steps=arguments.steps,
         guidance=arguments.guidance,
         seed=arguments.seed,
@@ -82,7 +85,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         guided_channels=arguments.guided_channels,
     )
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
-    print(f"{len(labels)} images of step {run.step} in {arguments.out}")
+    print(f"{len(asked)} images of step {run.step} in {arguments.out}")
     return 0
 
 

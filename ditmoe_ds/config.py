@@ -89,7 +89,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(key, value, f"choose one of {', '.join(map(repr, choices))}")
         return value
     if origin in (list, tuple):
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise ConfigError(key, value, "expected a list, for example [0, 1, 2]")
         return origin(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):

@@ -2,15 +2,17 @@
 
 import torch
 
-from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, sha256
+from data_prep.units import write_text
+from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256
 
 
-def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000):
-    """Write a finished folder and return its path as a string. Sample i has class i % classes."""
+def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000, text=0):
+    """Write a finished folder and return its path as a string. Sample i has class i % classes; with ``text``, the width of its
+    tokens, its class has tokens, of which it has one to five."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
     centres = torch.randn(classes, *shape, generator=generator)
-    splits = {}
+    words, splits = torch.randn(classes, 5, max(text, 1), generator=generator).bfloat16(), {}
     for split, count in (("train", train), ("val", val)):
         shards = []
         for first in range(0, count, per_shard):
@@ -19,9 +21,18 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
             with ShardWriter(path) as writer:
                 for i in rows:
                     latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
-                    writer.write(f"{split}{i:06d}", {"label": i % classes, "class": str(i % classes), "source": "test"}, latent=latent)
+                    meta = {
+                        "label": i % classes,
+                        "class": str(i % classes),
+                        "caption": " ".join("ab"[i % 2] * (1 + i % 4)),
+                        "source": "test",
+                    }
+                    told = {"text": words[i % classes, : 1 + i % 5]} if text else {}
+                    writer.write(f"{split}{i:06d}", meta, latent=latent, **told)
             shards.append(Shard(path.name, len(rows), path.stat().st_size, sha256(path), shape))
         splits[split] = Split(count, tuple(shards))
+    if text:
+        write_text(folder / EMPTY_TEXT, words[0, :1])
     Manifest(
         root=str(folder),
         format=FORMAT,
@@ -34,7 +45,7 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         downsample=4,
         dtype="float32",
         store="mean",
-        text=None,
+        text=Text("none", None, text, 5, sha256(folder / EMPTY_TEXT)) if text else None,
         mean=(0.0,) * shape[0],
         std=(1.0,) * shape[0],
         num_classes=classes,

@@ -28,10 +28,10 @@ from data_prep.encode import encode
 from data_prep.finalize import finalize
 from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source
-from data_prep.text import TextEncoder
 from data_prep.units import Request, UnitWriter, claim, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.text import TextEncoder
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.rng import keyed_generator

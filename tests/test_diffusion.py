@@ -12,7 +12,6 @@ from ditmoe_ds.diffusion.objectives import (
     DiffusionConfig,
     RectifiedFlow,
     discretized_log_likelihood,
-    drop_labels,
     flip,
     gaussian_kl,
     make_objective,
@@ -48,13 +47,7 @@ def test_draws_are_distributed_as_they_say():
     assert times.logit().mean() == pytest.approx(0, abs=0.06) and times.logit().std() == pytest.approx(1, abs=0.06)
 
 
-def test_label_dropout_and_flip(x0):
-    many = draws(samples=range(3000))
-    labels = torch.arange(3000) % 10
-    dropped = drop_labels(labels, many, 0.1, null=10)
-    assert (dropped == 10).float().mean() == pytest.approx(0.1, abs=0.02)
-    assert torch.equal(dropped[dropped != 10], labels[dropped != 10])
-    assert torch.equal(drop_labels(labels, many, 0.0, 10), labels)
+def test_flip(x0):
     mirrored = flip(x0, draws())
     same = [torch.equal(a, b) for a, b in zip(mirrored, x0)]
     assert all(torch.equal(m, x if kept else x.flip(-1)) for m, x, kept in zip(mirrored, x0, same)) and len(set(same)) == 2
@@ -148,10 +141,10 @@ def test_guidance_is_one_batched_call():
         calls.append((x.shape[0], y.tolist()))
         return y.view(-1, 1, 1, 1).float().expand(-1, 8, 4, 4).clone()
 
-    z, labels = torch.zeros(2, 4, 4, 4), torch.tensor([1, 2])
-    out = guided(model, labels, 10, 3.0, 4)(z, torch.zeros(2))
+    z, condition = torch.zeros(2, 4, 4, 4), dict(y=torch.tensor([1, 2, 10, 10]))
+    out = guided(model, condition, 3.0, 4)(z, torch.zeros(2))
     assert calls == [(4, [1, 2, 10, 10])]
     assert out[:, :4, 0, 0].tolist() == [[10 + 3 * (1 - 10)] * 4, [10 + 3 * (2 - 10)] * 4]
     assert out[:, 4:, 0, 0].tolist() == [[1.0] * 4, [2.0] * 4]
-    guided(model, labels, 10, 1.0, 4)(z, torch.zeros(2))
+    guided(model, condition, 1.0, 4)(z, torch.zeros(2))
     assert calls[1] == (2, [1, 2])

@@ -34,7 +34,7 @@ def manifest(dtype: str) -> Manifest:
         downsample=4,
         dtype=dtype,
         store="mean+std",
-        text=Text("none", None, WIDTH, 9),
+        text=Text("none", None, WIDTH, 9, ""),
         mean=(0.0, 0.0),
         std=(1.0, 1.0),
         num_classes=3,

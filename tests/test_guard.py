@@ -20,7 +20,7 @@ def look(watch, loss, *losses):
     batches = []
     for i in range(len(losses)):
         latents, times = torch.zeros(2, 4, 2, 2), torch.tensor([0.25, 0.5]) + i / 10
-        batches.append(Prepared(latents, torch.zeros(2), times, latents, torch.tensor([10 * i, 10 * i + 1])))
+        batches.append(Prepared(latents, {}, times, latents, torch.tensor([10 * i, 10 * i + 1]), None))
     return watch(loss, [torch.tensor(value) for value in losses], batches, "sample{}".format)
 
 

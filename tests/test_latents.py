@@ -191,7 +191,7 @@ def test_members_as_they_should_be(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_std_and_text_come_back(tmp_path, dtype):
-    manifest = replace(write_data(tmp_path), dtype=dtype, store="mean+std", text=Text("org/encoder", None, 5, 7))
+    manifest = replace(write_data(tmp_path), dtype=dtype, store="mean+std", text=Text("org/encoder", None, 5, 7, ""))
     kind = getattr(torch, dtype)
     latent, std, text = torch.randn(SHAPE).to(kind), torch.rand(SHAPE).to(kind), torch.randn(3, 5).bfloat16()
     with ShardWriter(tmp_path / "x.tar") as shard:

@@ -49,7 +49,7 @@ GELU = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, exper
 @pytest.mark.parametrize("config", [TINY, GELU, DiTConfig(hidden=32, depth=1, heads=2, qk_norm=True, experts=2, top_k=1, shared=0)])
 def test_the_count_is_the_models(config):
     model = DiT(config)
-    assert describe(config)["total"] == sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
+    assert describe(config)["total"] == sum(p.numel() for p in model.parameters()) + config.tokens * config.hidden
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,10 @@ def test_every_matrix_is_its_own_draw():
 
 
 def test_position_table_matches_its_formula():
-    table = position_table(4, 16)
-    for row, column in ((0, 0), (1, 3), (2, 1)):
-        ours = table[row * 4 + column]
+    table = position_table(3, 5, 16)
+    assert table.shape == (15, 16)
+    for row, column in ((0, 0), (1, 4), (2, 1)):
+        ours = table[row * 5 + column]
         omega = [10000 ** (-i / 4) for i in range(4)]
         wanted = [f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in omega]
         assert ours.tolist() == pytest.approx(wanted, abs=1e-6)
@@ -136,10 +137,6 @@ def test_timestep_sinusoid_is_cos_then_sin():
     embedder(torch.tensor([7.0]))
     wanted = [f(7 * 10000 ** (-i / 128)) for f in (math.cos, math.sin) for i in range(128)]
     assert seen[0][0].tolist() == pytest.approx(wanted, abs=1e-5)
-
-
-def test_position_table_is_not_trained():
-    assert "pos_embed" not in dict(make().named_parameters()) and "pos_embed" not in make().state_dict()
 
 
 def test_recomputed_activations_give_the_same_gradients():

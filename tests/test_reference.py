@@ -39,7 +39,8 @@ def test_guided_forward(name):
     null = fixture["arguments"]["num_classes"]
     theirs = fixture["out_cfg_scale_4_first3"]
     with torch.no_grad():
-        ours = guided(model, fixture["y"], null, 4.0, channels=3)(fixture["x"], fixture["t"])
+        both = torch.cat([fixture["y"], torch.full_like(fixture["y"], null)])
+        ours = guided(model, dict(y=both), 4.0, channels=3)(fixture["x"], fixture["t"])
         unguided = model(fixture["x"], fixture["t"], torch.full_like(fixture["y"], null))
     first, second = theirs.chunk(2)
     close(ours, first, tolerance)

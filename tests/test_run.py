@@ -234,8 +234,8 @@ def test_sample_and_analyze(straight, folder, capsys):
     assert main(["sample", run, "--classes", "0,3", "--per-class", "3", "--steps", "2", "--out", str(grid)]) == 0
     assert Image.open(grid).size == (3 * 32 + 2 * 2, 2 * 32 + 2)
     opened = open_run(run)
-    together = opened.sample(torch.tensor([1, 2, 3]), steps=2, guidance=2.0)
-    alone = opened.sample(torch.tensor([3]), steps=2, guidance=2.0, first=2)
+    together = opened.sample([1, 2, 3], steps=2, guidance=2.0)
+    alone = opened.sample([3], steps=2, guidance=2.0, first=2)
     assert (together[2].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(opened.model.x_embed.weight, open_run(run, "master").model.x_embed.weight)
 

@@ -27,6 +27,7 @@ VARIANTS = {
     "recomputed": ["train.accumulation=2", "train.activation_checkpointing=true"],
     "starved": [],
     "bf16": ["train.precision=bf16"],
+    "experts choose": ["model.name=EC-DIT-Nano-4E", "data.manifest={folder}/texts", "train.mask_ratio=0.5", "model.router.input=decoupled"],
 }
 BASES = {"recomputed": "accumulated"}
 """With what a variant is compared, on one process without ZeRO: itself, but recomputed runs with one that keeps its activations."""
@@ -68,6 +69,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     recipe = folder / "recipe.yaml"
+    write_latents(folder / "texts", train=40, val=6, shape=(4, 4, 8), text=6)
     recipe.write_text(
         yaml.safe_dump(
             dict(
@@ -97,7 +99,8 @@ def runs(folder):
         for variant, stage, ep, size in CASES:
             if size == world:
                 name, steps = f"{variant}-{title(stage, ep, world)}", STEPS if variant == "plain" else HALF
-                yield case(name, stage, ep, *VARIANTS[variant], steps=steps, starve=variant == "starved")
+                overrides = [override.format(folder=folder) for override in VARIANTS[variant]]
+                yield case(name, stage, ep, *overrides, steps=steps, starve=variant == "starved")
 
     def moved(world, sources):
         for saved, loaded in MOVES:

@@ -4,56 +4,77 @@ The analysis of arXiv 2407.11633, section 4.4, on held-out data noised to equidi
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.format import Manifest
-from ditmoe_ds.latents.loader import LatentDataset
-from ditmoe_ds.moe.layer import Router
+from ditmoe_ds.latents.loader import Batch, LatentDataset
+from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.moe.layer import LayerStats, Router
+from ditmoe_ds.moe.routing import Assignment
 from ditmoe_ds.pipelines.run import Run, open_run
 from ditmoe_ds.rng import keyed_generator
 
-AXES = ("timestep", "position", "class")
 
+@contextmanager
+def watched(model: DiT) -> Iterator[list[Tensor]]:
+    """Inside the block every forward appends, per sparse layer, who took which token: bool (B * N, E) on the CPU."""
+    taken: list[Tensor] = []
 
-@torch.no_grad()
-def count_selections(run: Run, latents: Tensor, labels: Tensor, bins: int, batch: int = 64) -> dict[str, Tensor]:
-    """Count how often each expert was chosen.
+    def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, LayerStats]) -> None:
+        x, assignment = args[0], out[0]
+        takers = torch.zeros(x.shape[0] * x.shape[1], len(assignment.counts), dtype=torch.bool)
+        expert = torch.arange(len(assignment.counts)).repeat_interleave(assignment.counts.cpu())
+        takers[assignment.tokens.cpu(), expert] = True
+        taken.append(takers)
 
-    Args:
-        latents, labels: (S, C, H, W) scaled, (S,).
-        bins: times; each sample is noised to the middle of each of ``bins`` equal parts of [0, 1].
-
-    Returns:
-        For each of ``AXES``, int64 (L, bins | N | classes, E).
-    """
-    model, objective = run.model, make_objective(run.diffusion)
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    L, E, N, classes = len(routers), model.config.experts, model.config.tokens, model.config.num_classes
-    counts = {axis: torch.zeros(L, size, E, dtype=torch.int64) for axis, size in zip(AXES, (bins, N, classes), strict=True)}
-    chosen: list[Tensor] = []
-    hooks = [router.register_forward_hook(lambda module, args, out: chosen.append(out[1].cpu())) for router in routers]
-    device = model.x_embed.weight.device
+    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
     try:
-        for first in range(0, len(latents), batch):
-            x0, y = latents[first : first + batch].to(device), labels[first : first + batch]
-            for k in range(bins):
-                chosen.clear()
-                draws = [torch.randn(x0.shape[1:], generator=keyed_generator("analysis", first + i, k)) for i in range(len(x0))]
-                t = x0.new_full((len(x0),), (k + 0.5) / bins)
-                objective.loss(lambda z, s: model(z, s, y.to(device)), x0, t, torch.stack(draws).to(device))  # noqa: B023
-                for layer, experts in enumerate(chosen):
-                    hits = torch.nn.functional.one_hot(experts.view(len(x0), N, -1), E).sum(2)  # (B, N, E)
-                    counts["timestep"][layer, k] += hits.sum((0, 1))
-                    counts["position"][layer] += hits.sum(0)
-                    counts["class"][layer].index_add_(0, y, hits.sum(1))
+        yield taken
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def count_takings(run: Run, samples: Batch, bins: int, size: int = 64) -> dict[str, Tensor]:
+    """Count how many tokens each expert took.
+
+    Args:
+        samples: S samples, scaled.
+        bins: times; each sample is noised to the middle of each of ``bins`` equal parts of [0, 1].
+        size: samples in a forward.
+
+    Returns:
+        By "timestep", "position" and, of a model that knows classes, "class": int64 (L, bins | N | classes, E).
+    """
+    model, objective, told = run.model, make_objective(run.diffusion), run.conditioner()
+    L, E, classes = len(model.config.sparse_layers), model.config.experts, model.config.num_classes
+    patches = samples.latents[0, 0].numel() // model.config.patch**2
+    sizes = {"timestep": bins, "position": patches} | ({"class": classes} if classes else {})
+    counts = {axis: torch.zeros(L, rows, E, dtype=torch.int64) for axis, rows in sizes.items()}
+    asked = told.told(samples)
+    with watched(model) as taken:
+        for first in range(0, len(samples.latents), size):
+            x0 = samples.latents[first : first + size].to(run.device)
+            condition = told.unpack(told.pack(asked[first : first + size]), run.device)
+            for k in range(bins):
+                taken.clear()
+                draws = [torch.randn(x0.shape[1:], generator=keyed_generator("analysis", first + i, k)) for i in range(len(x0))]
+                t = x0.new_full((len(x0),), (k + 0.5) / bins)
+                objective.loss(lambda z, s: model(z, s, **condition), x0, t, torch.stack(draws).to(run.device))  # noqa: B023
+                for layer, takers in enumerate(taken):
+                    hits = takers.view(len(x0), patches, E).long()
+                    counts["timestep"][layer, k] += hits.sum((0, 1))
+                    counts["position"][layer] += hits.sum(0)
+                    if classes:
+                        counts["class"][layer].index_add_(0, samples.labels[first : first + size], hits.sum(1))
     return counts
 
 
@@ -69,19 +90,18 @@ def analyze(run_dir: str, out: str, samples: int = 256, bins: int = 10) -> dict[
     from ditmoe_ds.analysis.plots import plot_loss, plot_shares
 
     run = open_run(run_dir)
-    if not run.model.config.experts:
+    if not any(isinstance(module, Router) for module in run.model.modules()):
         raise CheckpointError(f"{run_dir}: the model is dense, it has no routing to analyze")
-    dataset = LatentDataset([Manifest.load(run.latents["manifest"])], "val")
-    chosen = [dataset[i] for i in range(min(samples, len(dataset)))]
-    latents, labels = torch.stack([sample.latent for sample in chosen]), torch.tensor([sample.label for sample in chosen])
-    counts = count_selections(run, latents, labels, bins)
+    dataset = LatentDataset([Manifest.load(run.latents["manifest"])], "val", shape=run.shape)
+    chosen = dataset.batch(range(min(samples, len(dataset))))
+    counts = count_takings(run, chosen, bins)
     shares = {axis: count / count.sum(-1, keepdim=True) for axis, count in counts.items()}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = {"routing.json": folder / "routing.json"}
     numbers = dict(
         step=run.step,
-        samples=len(labels),
+        samples=len(chosen.samples),
         experts=run.model.config.experts,
         top_k=run.model.config.top_k,
         timesteps=[(k + 0.5) / bins for k in range(bins)],

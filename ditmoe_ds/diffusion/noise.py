@@ -16,7 +16,7 @@ class Draws(NamedTuple):
     normal: Tensor
     """(B,) standard normal, for a logit-normal time."""
     uniform: Tensor
-    """(B, 3) in [0, 1): time, label dropout, flip."""
+    """(B, 3) in [0, 1): time, condition dropout, flip."""
 
 
 def draw(seed: int, epochs: Tensor, samples: Tensor, shape: tuple[int, ...]) -> Draws:
@@ -26,6 +26,15 @@ def draw(seed: int, epochs: Tensor, samples: Tensor, shape: tuple[int, ...]) -> 
         generator = keyed_generator(seed, "draw", epoch, sample)
         rows.append((torch.randn(shape, generator=generator), torch.randn((), generator=generator), torch.rand(3, generator=generator)))
     return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def kept_patches(seed: int, epochs: Tensor, samples: Tensor, patches: int, kept: int) -> Tensor:
+    """(B, kept) numbers, ascending, of the patches that are not masked; any choice is equally likely."""
+    chosen = []
+    for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
+        generator = keyed_generator(seed, "mask", epoch, sample)
+        chosen.append(torch.randperm(patches, generator=generator)[:kept].sort().values)
+    return torch.stack(chosen)
 
 
 def starting_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:

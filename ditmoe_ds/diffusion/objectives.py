@@ -25,8 +25,11 @@ class DiffusionConfig:
     """rectified_flow (DiT-MoE XL, G) or ddpm (S, B)."""
     time_scale: float = 1000.0
     """Factor on rectified flow's t before the embedding. 1.0 for the released reference weights."""
-    label_dropout: float = 0.1
-    """Share of samples trained without their class, for classifier-free guidance."""
+    condition_dropout: float = 0.1
+    """Share of samples trained without their class or caption, for classifier-free guidance."""
+    time_shift: float = 1.0
+    """Rectified flow, for large latents: s > 1 moves t towards noise, t -> s t / (1 + (s - 1) t), in training and sampling; s is the
+    square root of the ratio of token counts (arXiv 2403.03206, section 5.3.2)."""
 
 
 class Objective(Protocol):
@@ -34,28 +37,32 @@ class Objective(Protocol):
 
     def embed(self, t: Tensor) -> Tensor: ...
 
-    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor: ...
+    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor, where: Tensor | None = None) -> Tensor: ...
 
 
 class RectifiedFlow:
     """z_t = (1 - t) x + t noise, target noise - x, logit-normal t. Source: arXiv 2407.11633, section 3.3."""
 
-    def __init__(self, time_scale: float):
-        self.time_scale = time_scale
+    def __init__(self, time_scale: float, time_shift: float = 1.0):
+        self.time_scale, self.time_shift = time_scale, time_shift
 
     def time(self, draws: Draws) -> Tensor:
-        """(B,) t = sigmoid of a standard normal."""
-        return draws.normal.sigmoid()
+        """(B,) t = sigmoid of a standard normal, shifted."""
+        return self.shifted(draws.normal.sigmoid())
+
+    def shifted(self, t: Tensor) -> Tensor:
+        """t, moved towards noise by ``time_shift``."""
+        return t if self.time_shift == 1 else self.time_shift * t / (1 + (self.time_shift - 1) * t)
 
     def embed(self, t: Tensor) -> Tensor:
         """What the model's timestep embedding receives for t."""
         return t * self.time_scale
 
-    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """(B,) mean square error of the velocity at t (B,)."""
+    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor, where: Tensor | None = None) -> Tensor:
+        """(B,) mean square error of the velocity at t (B,), over the pixels ``where`` (B, 1, H, W) is 1, or all."""
         s = t.view(-1, 1, 1, 1)
         velocity = predict((1 - s) * x0 + s * noise, self.embed(t))[:, : x0.shape[1]]
-        return (velocity - (noise - x0)).square().flatten(1).mean(1)
+        return mean_per_sample((velocity - (noise - x0)).square(), where)
 
 
 class DDPM:
@@ -86,15 +93,16 @@ class DDPM:
         """(B,) the step 0..999 as a float."""
         return (t * self.steps).floor().clamp(max=self.steps - 1)
 
-    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """(B,) mean square error of the noise at t (B,), plus the bound's term if the model predicts a variance."""
+    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor, where: Tensor | None = None) -> Tensor:
+        """(B,) mean square error of the noise at t (B,), plus the bound's term if the model predicts a variance; over the pixels
+        ``where`` (B, 1, H, W) is 1, or all."""
         step = self.embed(t).long()
         at = lambda table: table.to(x0.device)[step].view(-1, 1, 1, 1)  # noqa: E731
         z = at(self.signal) * x0 + at(self.sigma) * noise
         out = predict(z, step.float())
         channels = x0.shape[1]
         eps = out[:, :channels]
-        mse = (eps - noise).square().flatten(1).mean(1)
+        mse = mean_per_sample((eps - noise).square(), where)
         if out.shape[1] == channels:
             return mse
         share = (out[:, channels:] + 1) / 2
@@ -104,8 +112,15 @@ class DDPM:
         true_mean = at(self.mean_x0) * x0 + at(self.mean_z) * z
         kl = gaussian_kl(true_mean, at(self.log_posterior), mean, log_variance)
         decoder = -discretized_log_likelihood(x0, mean, log_variance / 2)
-        bound = torch.where(step.view(-1, 1, 1, 1) == 0, decoder, kl).flatten(1).mean(1) / math.log(2)
+        bound = mean_per_sample(torch.where(step.view(-1, 1, 1, 1) == 0, decoder, kl), where) / math.log(2)
         return mse + bound
+
+
+def mean_per_sample(x: Tensor, where: Tensor | None) -> Tensor:
+    """(B,) mean of x (B, C, H, W) over the pixels ``where`` (B, 1, H, W) is 1, or over all."""
+    if where is None:
+        return x.flatten(1).mean(1)
+    return (x * where).flatten(1).sum(1) / (where.flatten(1).sum(1) * x.shape[1])
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -123,12 +138,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 
 def make_objective(config: DiffusionConfig) -> Objective:
-    return RectifiedFlow(config.time_scale) if config.objective == "rectified_flow" else DDPM()
-
-
-def drop_labels(labels: Tensor, draws: Draws, share: float, null: int) -> Tensor:
-    """(B,) labels with about ``share`` of them replaced by ``null``."""
-    return torch.where(draws.uniform[:, 1] < share, torch.full_like(labels, null), labels)
+    return RectifiedFlow(config.time_scale, config.time_shift) if config.objective == "rectified_flow" else DDPM()
 
 
 def flip(x: Tensor, draws: Draws) -> Tensor:

@@ -7,25 +7,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, Predict, make_objective
+from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, Predict, RectifiedFlow
 
 Sampler = Literal["euler", "ddpm", "ddim"]
 
 
-def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, null: int, scale: float, channels: int) -> Predict:
-    """Bind labels (B,) to ``model(x, t, y)`` with classifier-free guidance, both halves in one batched call.
+def guided(model: Callable[..., Tensor], condition: dict[str, Tensor], scale: float, channels: int) -> Predict:
+    """Bind a condition to ``model(x, t, **condition)`` with classifier-free guidance, both halves in one batched call.
 
     Args:
-        null: the label that means no class.
+        condition: arguments of 2 B rows: what is asked for, and for as many the absence of it.
         scale: 1 is no guidance (and one half-size call).
         channels: guidance acts on the first ``channels`` outputs; the rest (variance) is the conditional half's.
     """
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
         if scale == 1:
-            return model(z, t, labels)
-        out = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, null)]))
-        return guide(out, scale, channels)
+            return model(z, t, **{name: rows[: len(z)] for name, rows in condition.items()})
+        return guide(model(torch.cat([z, z]), torch.cat([t, t]), **condition), scale, channels)
 
     return predict
 
@@ -53,8 +52,8 @@ def sample(
 
 
 def _euler(predict: Predict, z: Tensor, config: DiffusionConfig, steps: int) -> Tensor:
-    objective = make_objective(config)
-    times = torch.linspace(1, 0, steps + 1, device=z.device)
+    objective = RectifiedFlow(config.time_scale, config.time_shift)
+    times = objective.shifted(torch.linspace(1, 0, steps + 1, device=z.device))
     for now, then in pairwise(times):
         velocity = predict(z, objective.embed(now.expand(len(z))))[:, : z.shape[1]]
         z = z + (then - now) * velocity

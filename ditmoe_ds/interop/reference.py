@@ -155,7 +155,7 @@ def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
     refuse_settings_without_place(config, _SETTINGS, "the reference code")
     if not config.experts or not config.shared:
         raise CheckpointError("the reference code knows sparse models with shared experts only; use --to diffusers or safetensors")
-    table = position_table(config.input_size // config.patch, config.hidden)[None]
+    table = position_table(config.input_size // config.patch, config.input_size // config.patch, config.hidden)[None]
     entries = [Entry("pos_embed", DTYPES[dtype], tuple(table.shape), lambda: table)]
     entries += disassemble(weights, layout(config), DTYPES[dtype])
     if out.suffix != ".pt":

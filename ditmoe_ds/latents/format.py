@@ -5,6 +5,7 @@
     val-000000.tar ...                          {key}.latent.npy  (C, H, W) before any scaling
                                                 {key}.std.npy     (C, H, W) the posterior's, if it is stored
                                                 {key}.text.safetensors  "text": (tokens, width), valid tokens only
+    empty.text.safetensors      the tokens of an empty caption, if there is text
     train-000000.index.npy ...   where each sample begins in the tar, and where the last ends
 
 bfloat16, which npy lacks, is stored as ``latent.safetensors``. Stock webdataset reads the tars. The same input gives the same
@@ -37,6 +38,7 @@ from ditmoe_ds.latents import remote
 FORMAT, VERSION = "ditmoe-latents", 3
 REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
 SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
+EMPTY_TEXT = "empty.text.safetensors"
 KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
 
 
@@ -79,6 +81,8 @@ class Text:
     width: int
     max_tokens: int
     """Longer captions are cut."""
+    empty_sha256: str
+    """Digest of ``empty.text.safetensors``, the tokens of an empty caption."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +205,22 @@ class Manifest:
             fix = f"{REMAKE}, or leave it out with data.skip_shards"
             raise DataError(f"{reader.path}: {len(reader)} samples, the manifest says {shard.samples}; {fix}")
         return reader
+
+    def empty_text(self) -> torch.Tensor:
+        """(tokens, width) bfloat16 of an empty caption, which takes the place of one in classifier-free guidance.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        assert self.text is not None
+        file = f"{self.root}/{EMPTY_TEXT}"
+        try:
+            content = remote.read(file) if remote.is_url(self.root) else Path(file).read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.text.empty_sha256:
+                raise ValueError("sha256 differs from the manifest")
+            return _text(content, self.text)
+        except Exception as error:  # bytes from anywhere
+            raise DataError(f"{file}: cannot be used ({error}); delete manifest.json and run ditmoe-data encode again") from None
 
     def digest(self) -> str:
         """sha256 of what decides the training data: everything but where folders lie."""
@@ -353,6 +373,8 @@ class ShardReader:
         meta = json.loads(members.pop("json"))
         if not isinstance(meta, dict) or type(meta.get("label", "")) not in (int, type(None)):
             raise ValueError("the json has no label: a number or null")
+        if type(meta.get("caption")) not in (str, type(None)):
+            raise ValueError("the json's caption is no text")
         tensors = {kind.partition(".")[0]: self._tensor(kind, content) for kind, content in members.items()}
         return Sample(keys.pop(), meta, tensors)
 
@@ -365,18 +387,27 @@ class ShardReader:
             if content[: len(header)] != header or len(content) - len(header) != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} is not the manifest's {self.manifest.dtype} {shape}")
             return torch.frombuffer(bytearray(content), dtype=dtype, offset=len(header)).view(shape)
-        tensor = safetensors.torch.load(content).get(name)
-        if tensor is None or tensor.dtype != torch.bfloat16:
-            raise ValueError(f"{kind} holds no bfloat16 tensor {name!r}")
         if name == "text":
-            text = self.manifest.text
-            assert text
-            fits = tensor.ndim == 2 and tensor.shape[1] == text.width and 1 <= len(tensor) <= text.max_tokens
-        else:
-            fits = tuple(tensor.shape) == self.shape
-        if not fits:
+            assert self.manifest.text
+            return _text(content, self.manifest.text)
+        tensor = _bfloat16(content, name)
+        if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
         return tensor
+
+
+def _text(content: bytes, text: Text) -> torch.Tensor:
+    tensor = _bfloat16(content, "text")
+    if not (tensor.ndim == 2 and tensor.shape[1] == text.width and 1 <= len(tensor) <= text.max_tokens):
+        raise ValueError(f"text has shape {list(tensor.shape)}, not the manifest's")
+    return tensor
+
+
+def _bfloat16(content: bytes, name: str) -> torch.Tensor:
+    tensor = safetensors.torch.load(content).get(name)
+    if tensor is None or tensor.dtype != torch.bfloat16:
+        raise ValueError(f"holds no bfloat16 tensor {name!r}")
+    return tensor
 
 
 def _kind(dtype: torch.dtype) -> str:

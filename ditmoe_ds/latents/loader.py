@@ -54,13 +54,17 @@ class DataConfig:
     """Most gigabytes there; the longest unused shards are deleted."""
     skip_shards: tuple[str, ...] = ()
     """Names of training shards to leave out, such as one that was found damaged."""
+    text_encoder: str = ""
+    """transformers folder or hub id that encodes captions in training; empty: the text in the shards."""
+    text_max_tokens: int = 77
+    """Of ``text_encoder``; longer captions are cut."""
     log_samples: bool = False
     """Write the keys of every global batch into ``metrics.jsonl``, under ``samples``."""
 
-    def open(self, manifests: Sequence[Manifest], split: str) -> LatentDataset:
-        """The samples of a split of the data sets. Raises as ``LatentDataset``."""
+    def open(self, manifests: Sequence[Manifest], split: str, shape: tuple[int, ...] | None = None) -> LatentDataset:
+        """The samples of a split of the data sets, of one shape or all. Raises as ``LatentDataset``."""
         cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
-        return LatentDataset(manifests, split, self.skip_shards if split == "train" else (), cache)
+        return LatentDataset(manifests, split, self.skip_shards if split == "train" else (), cache, shape)
 
 
 class Latent(NamedTuple):
@@ -72,6 +76,10 @@ class Latent(NamedTuple):
     """(C, H, W) float32 of the posterior, if it is stored."""
     label: int
     """-1 if it has none."""
+    text: Tensor | None
+    """(T, width) bfloat16 tokens of its caption, if they are stored."""
+    caption: str
+    """Empty if it has none."""
 
 
 class Batch(NamedTuple):
@@ -85,6 +93,22 @@ class Batch(NamedTuple):
     """(B,) int64: with ``samples`` the identity of a visit, from which noise can be drawn."""
     samples: Tensor
     """(B,) int64: index into the data set."""
+    texts: list[Tensor]
+    """B tokens of captions, each (T, width) bfloat16, if they are stored."""
+    captions: list[str]
+    """B captions, empty for those that have none."""
+
+
+def collate(chosen: list[Latent], epochs: Tensor, samples: Tensor) -> Batch:
+    """A batch of samples, with their own latents or, where a deviation is stored, their mean."""
+    return Batch(
+        torch.stack([sample.latent for sample in chosen]),
+        torch.tensor([sample.label for sample in chosen]),
+        epochs,
+        samples,
+        [sample.text for sample in chosen if sample.text is not None],
+        [sample.caption for sample in chosen],
+    )
 
 
 class LatentDataset:
@@ -94,15 +118,25 @@ class LatentDataset:
         manifests: of the data sets; sample indices count through them, within each shape.
         skip: names of shards to leave out.
         cache: where the shards of data sets behind a URL are kept.
+        shape: (C, H, W) to choose the samples by.
 
     Raises:
         ConfigError: a name to skip is no shard's.
         DataError: a split is empty, or has no samples of a shape that another has.
     """
 
-    def __init__(self, manifests: Sequence[Manifest], split: str, skip: Sequence[str] = (), cache: remote.Cache | None = None):
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        split: str,
+        skip: Sequence[str] = (),
+        cache: remote.Cache | None = None,
+        shape: tuple[int, ...] | None = None,
+    ):
         self.manifests, self.cache = manifests, cache
-        shards = [(m, shard) for m in manifests for shard in m.split(split).shards if shard.name not in skip]
+        shards = [
+            (m, shard) for m in manifests for shard in m.split(split).shards if shard.name not in skip and shape in (None, shard.shape)
+        ]
         self.shards = sorted(shards, key=lambda pair: pair[1].shape)
         unknown = set(skip) - {shard.name for m in manifests for shard in m.split(split).shards}
         if unknown:
@@ -141,7 +175,13 @@ class LatentDataset:
             (sample.tensors["latent"].float() - m.shift_factor) * m.scaling_factor,
             None if std is None else std.float() * m.scaling_factor,
             -1 if label is None else label,
+            sample.tensors.get("text"),
+            sample.meta.get("caption") or "",
         )
+
+    def batch(self, items: Sequence[int]) -> Batch:
+        """These samples, of one shape, outside of any epoch."""
+        return collate([self[i] for i in items], torch.zeros(len(items), dtype=torch.int64), torch.tensor(items))
 
     def key(self, i: int) -> str:
         """The key of sample ``i``."""
@@ -255,7 +295,7 @@ class _Batches(Dataset):
             epochs, samples = self.order.at(position, self.local)
             chosen = [self.dataset[i] for i in samples.tolist()]
             latents = [self._latent(*visit) for visit in zip(chosen, epochs.tolist(), samples.tolist())]
-            batch = Batch(torch.stack(latents), torch.tensor([sample.label for sample in chosen]), epochs, samples)
+            batch = collate(chosen, epochs, samples)._replace(latents=torch.stack(latents))
             return self.prepare(batch) if self.prepare else batch
         except UserError as error:  # its one line, without the worker's traceback around it
             return _Failure(error)

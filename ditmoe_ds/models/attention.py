@@ -1,23 +1,56 @@
-"""Multi-head self-attention."""
+"""Attention among patches, and from patches to text."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_ds.models.embeddings import rotate
+
 
 class Attention(nn.Module):
-    """Self-attention with biases, optionally with LayerNorm over head_dim on q and k (qk-norm, as DiT-MoE XL and G)."""
+    """Self-attention with biases.
+
+    Args:
+        heads: of q.
+        kv_heads: of k and v; fewer than ``heads`` is grouped-query attention.
+        qk_norm: LayerNorm over head_dim on q and k, as DiT-MoE XL and G.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads, self.kv_heads, head = heads, kv_heads, dim // heads
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head)
+        self.q_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D). ``angles`` (B or 1, N, head_dim / 2) rotate q and k by their positions (RoPE)."""
+        B, N, D = x.shape
+        heads = self.qkv(x).view(B, N, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads != self.heads)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+class CrossAttention(nn.Module):
+    """Attention from patches to text tokens, with biases, optionally with LayerNorm over head_dim on q and k."""
 
     def __init__(self, dim: int, heads: int, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
         self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """x (B, N, D) and text (B, T, D) -> (B, N, D); ``mask`` (B, T) is true for tokens, of which each caption has one at least."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(text).view(B, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask[:, None, None])
         return self.proj(out.transpose(1, 2).reshape(B, N, D))

@@ -1,7 +1,8 @@
-"""DiT: a transformer over latent patches, conditioned by adaLN-Zero, with dense or Mixture-of-Experts feed-forwards.
+"""DiT: a transformer over latent patches, conditioned by adaLN-Zero and maybe text, with dense or Mixture-of-Experts feed-forwards.
 
-Sources: DiT (arXiv 2212.09748, section 3.2) and DiT-MoE (arXiv 2407.11633, section 3). Knows nothing of distribution
-but the number of ranks that share a set of experts.
+Sources: DiT (arXiv 2212.09748, section 3.2), DiT-MoE (arXiv 2407.11633, section 3) and EC-DIT (arXiv 2410.02098,
+section 3): one network, whose options make the families. Knows nothing of distribution but the number of ranks that
+share a set of experts.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ditmoe_ds.models.attention import Attention
-from ditmoe_ds.models.embeddings import LabelEmbedder, TimestepEmbedder, position_table
+from ditmoe_ds.models.attention import Attention, CrossAttention
+from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, position_table, rotary_angles
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig
 
@@ -25,16 +26,36 @@ class DiTConfig:
     hidden: int
     depth: int
     heads: int
+    kv_heads: int | None = None
+    """Heads of k and v in self-attention; None is ``heads``."""
     patch: int = 2
     input_size: int = 32
+    """Side of a latent. Positions are computed, so the network takes any other height and width too."""
     in_channels: int = 4
     num_classes: int = 1000
+    """0 for none."""
+    text_width: int = 0
+    """Width of text tokens; 0 for none."""
+    condition: int | None = None
+    """Width of the vector that adaLN is given, from timestep, class and mean text token; None is ``hidden``."""
+    positions: Literal["sincos", "rope"] = "sincos"
+    """Added to the patches once, or turning q and k of every self-attention."""
     experts: int = 0
+    sparse_first: int = 0
+    """The first layer with experts,"""
+    sparse_every: int = 1
+    """and every so manieth after it; the others have a dense MLP."""
+    routing: Literal["token", "expert", "dense"] = "token"
+    """Tokens choose experts (DiT-MoE), experts choose tokens (EC-DIT), or: in place of experts a dense MLP, ``top_k`` of them wide,
+    the twin with the same active parameters."""
     top_k: int = 2
+    """Experts per token; with expert choice, on average."""
     shared: int = 2
     """Shared experts, each ``hidden`` wide, realised as one SwiGLU of their joint width."""
     expert_activation: Literal["swiglu", "gelu"] = "swiglu"
-    """swiglu is DiT-MoE's; gelu is the dense DiT's MLP with its biases, for experts upcycled from one."""
+    """swiglu is DiT-MoE's; gelu is the dense DiT's MLP with its biases, as in EC-DIT and for experts upcycled from a dense DiT."""
+    mlp_bias: bool = True
+    """Whether GELU feed-forwards, dense ones and experts, have biases."""
     expert_hidden: int | None = None
     """Hidden width of a routed expert; None is 4 * ``hidden``."""
     qk_norm: bool = False
@@ -49,6 +70,10 @@ class DiTConfig:
         return self.expert_hidden or 4 * self.hidden
 
     @property
+    def condition_width(self) -> int:
+        return self.condition or self.hidden
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_variance else 1)
 
@@ -56,25 +81,40 @@ class DiTConfig:
     def tokens(self) -> int:
         return (self.input_size // self.patch) ** 2
 
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers with experts, or with their dense twin."""
+        return tuple(range(self.sparse_first, self.depth, self.sparse_every)) if self.experts else ()
+
+    def capacity(self, layer: int) -> float:
+        """Experts per token, with expert choice on average, in a layer with experts."""
+        if self.routing == "token":
+            return self.top_k
+        if self.router.layer_capacity:
+            return self.router.layer_capacity[self.sparse_layers.index(layer)]
+        return self.router.capacity_factor or self.top_k
+
 
 class RouterStats(NamedTuple):
-    """What the routers did in one forward, stacked over the L sparse layers."""
+    """What the routers did in one forward, stacked over the L sparse layers; see ``LayerStats``."""
 
     selections: Tensor
-    """(L, E) how often each expert was chosen."""
+    """(L, E)."""
+    takers: Tensor
+    """(L, E + 1)."""
     mean_scores: Tensor
-    """(L, E) mean softmax score, with gradient."""
+    """(L, E), with gradient."""
     z: Tensor
-    """(L,) z-loss terms, with gradient."""
+    """(L,), with gradient."""
 
 
 class DenseMLP(nn.Module):
-    """Linear-GELU-Linear of width 4D, the feed-forward of the dense DiT."""
+    """Linear-GELU-Linear, the feed-forward of the dense DiT."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, hidden: int, bias: bool):
         super().__init__()
-        self.w1 = nn.Linear(dim, 4 * dim)
-        self.w2 = nn.Linear(4 * dim, dim)
+        self.w1 = nn.Linear(dim, hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
@@ -82,27 +122,58 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
+    """Attention, maybe to text too, and feed-forward; adaLN-Zero modulates and gates all but the text's part."""
 
-    def __init__(self, config: DiTConfig, ep_size: int):
+    def __init__(self, config: DiTConfig, layer: int, ep_size: int):
         super().__init__()
         dim = config.hidden
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(dim, config.heads, config.qk_norm)
+        self.attn = Attention(dim, config.heads, config.kv_heads or config.heads, config.qk_norm)
+        self.cross: CrossAttention | None = None
+        if config.text_width:
+            self.norm_cross = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+            self.cross = CrossAttention(dim, config.heads, config.qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.decoupled = config.router.input == "decoupled"
         self.mlp: nn.Module
-        if config.experts:
-            widths = config.expert_width, config.shared * dim
-            self.mlp = MoE(dim, config.experts, config.top_k, *widths, config.router, ep_size, config.expert_activation)
+        if layer not in config.sparse_layers:
+            self.mlp = DenseMLP(dim, 4 * dim, config.mlp_bias)
+        elif config.routing == "dense":
+            self.mlp = DenseMLP(dim, round(config.capacity(layer) * config.expert_width), config.mlp_bias)
         else:
-            self.mlp = DenseMLP(dim)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+            self.mlp = MoE(
+                dim,
+                config.experts,
+                config.routing,
+                config.capacity(layer),
+                config.expert_width,
+                config.shared * dim,
+                config.router,
+                ep_size,
+                config.expert_activation,
+                config.mlp_bias,
+                router_dim=dim + config.condition_width if self.decoupled else None,
+            )
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.condition_width, 6 * dim))
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """x (B, N, D), c (B, D) -> x and, from a sparse layer, its router's (selections, mean scores, z)."""
+    def forward(
+        self, x: Tensor, c: Tensor, angles: Tensor | None = None, text: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Tokens x (B, N, D) given c (B, condition), positions, and text (B, T, D) with its mask (B, T).
+
+        Returns:
+            x and, from a sparse layer, what ``LayerStats`` has.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        out, *stats = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), angles)
+        if self.cross is not None:
+            x = x + self.cross(self.norm_cross(x), text, mask)
+        plain = self.norm2(x)
+        modulated = modulate(plain, shift2, scale2)
+        if self.decoupled and isinstance(self.mlp, MoE):
+            out, *stats = self.mlp(modulated, torch.cat([plain, c[:, None].expand(-1, x.shape[1], -1)], dim=-1))
+        else:
+            out, *stats = self.mlp(modulated)
         return x + gate2 * out, *stats
 
 
@@ -112,7 +183,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 2 * config.hidden))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.condition_width, 2 * config.hidden))
         self.linear = nn.Linear(config.hidden, config.patch**2 * config.out_channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -121,59 +192,90 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer.
+    """Diffusion transformer, told a class, a text, both or neither.
 
     Args:
         config: the network.
         ep_size: ranks that share a set of experts. This rank's E / ep_size experts are built, no others.
     """
 
-    pos_embed: Tensor
-
     def __init__(self, config: DiTConfig, ep_size: int = 1):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
         self.x_embed = nn.Conv2d(config.in_channels, config.hidden, config.patch, stride=config.patch)
-        self.t_embed = TimestepEmbedder(config.hidden, config.frequency_shift)
-        self.y_embed = LabelEmbedder(config.num_classes, config.hidden)
-        table = position_table(config.input_size // config.patch, config.hidden)
-        self.register_buffer("pos_embed", table, persistent=False)
-        self.blocks = nn.ModuleList([Block(config, ep_size) for _ in range(config.depth)])
+        self.t_embed = TimestepEmbedder(config.condition_width, config.frequency_shift)
+        self.y_embed = LabelEmbedder(config.num_classes, config.condition_width) if config.num_classes else None
+        self.text_embed = TextEmbedder(config.text_width, config.hidden, config.condition_width) if config.text_width else None
+        self.blocks = nn.ModuleList([Block(config, layer, ep_size) for layer in range(config.depth)])
         self.final = FinalLayer(config)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, return_router: bool = False) -> Tensor | tuple[Tensor, RouterStats | None]:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+        return_router: bool = False,
+    ) -> Tensor | tuple[Tensor, RouterStats | None]:
         """Predict noise or velocity.
 
         Args:
-            x: latents (B, C, S, S).
+            x: latents (B, C, H, W), H and W multiples of the patch.
             t: timesteps (B,) on the 0..1000 scale.
             y: class labels (B,); ``num_classes`` means none.
-            return_router: also return the ``RouterStats`` (None for a dense model).
+            text: (B, T, text_width), with ``mask`` (B, T) true for tokens and false for padding.
+            keep: (B, n) numbers of the patches to compute, row by row; the output is 0 at the others.
+            return_router: also return the ``RouterStats`` (None without experts).
 
         Returns:
-            fp32 (B, out_channels, S, S).
+            fp32 (B, out_channels, H, W).
         """
+        config = self.config
+        rows, columns = (side // config.patch for side in x.shape[2:])
         x = self.x_embed(x.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        x = x + self.pos_embed.to(x.dtype)
-        c = self.t_embed(t) + self.y_embed(y)
+        angles = None
+        if config.positions == "rope":
+            angles = rotary_angles(rows, columns, config.hidden // config.heads, x.device)[None]
+        else:
+            x = x + position_table(rows, columns, config.hidden, x.device).to(x.dtype)
+        if keep is not None:
+            x = _take(x, keep)
+            angles = _take(angles.expand(len(x), -1, -1), keep) if angles is not None else None
+        c = self.t_embed(t)
+        if self.y_embed is not None:
+            c = c + self.y_embed(y)
+        if self.text_embed is not None:
+            assert text is not None and mask is not None
+            text, pooled = self.text_embed(text, mask)
+            c = c + pooled
         stats = []
         for block in self.blocks:
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpoint_activations and self.training else block
-            x, *layer = run(x, c)
-            stats.append(layer)
-        out = self.unpatchify(self.final(x, c)).float()
+            x, *layer = run(x, c, angles, text, mask)
+            if layer:
+                stats.append(layer)
+        out = self.final(x, c)
+        if keep is not None:
+            everywhere = out.new_zeros(len(out), rows * columns, out.shape[2])
+            out = everywhere.scatter(1, keep[..., None].expand_as(out), out)
+        out = self.unpatchify(out, rows, columns).float()
         if not return_router:
             return out
-        if not self.config.experts:
-            return out, None
-        return out, RouterStats(*(torch.stack(column) for column in zip(*stats, strict=True)))
+        return out, RouterStats(*(torch.stack(column) for column in zip(*stats, strict=True))) if stats else None
 
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, patch * patch * C) -> (B, C, S, S); the channel is the fastest index."""
-        side, patch = self.config.input_size // self.config.patch, self.config.patch
-        x = x.view(len(x), side, side, patch, patch, -1)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, side * patch, side * patch)
+    def unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """(B, rows * columns, patch * patch * C) -> (B, C, H, W); the channel is the fastest index."""
+        patch = self.config.patch
+        x = x.view(len(x), rows, columns, patch, patch, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * patch, columns * patch)
+
+
+def _take(x: Tensor, keep: Tensor) -> Tensor:
+    """Tokens ``keep`` (B, n) of x (B, N, D)."""
+    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,23 +1,49 @@
 """What a DiT is told beside the latent: where, when and what."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def position_table(side: int, dim: int) -> Tensor:
-    """Fixed 2-D sin-cos table (side * side, dim): first half from the column index, second from the row index.
+@functools.lru_cache(maxsize=64)
+def position_table(rows: int, columns: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Fixed 2-D sin-cos table (rows * columns, dim): first half from the column index, second from the row index.
 
-    Each half is [sin | cos] with omega_i = 10000^(-i / (dim / 4)). Source: DiT (arXiv 2212.09748), as in MAE. Made on
-    the CPU also inside ``torch.device("meta")``, since no initial weights will fill it.
+    Each half is [sin | cos] with omega_i = 10000^(-i / (dim / 4)). Source: DiT (arXiv 2212.09748), as in MAE.
     """
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim / 2)
-    columns = line[None, :, :].expand(side, side, -1)
-    rows = line[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(side * side, dim).float()
+    down, across = _angles(rows, dim // 4), _angles(columns, dim // 4)
+    halves = [torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (across, down)]  # each (places, dim / 2)
+    return _grid(halves[0], halves[1]).float().to(device or "cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def rotary_angles(rows: int, columns: int, dim: int, device: torch.device) -> Tensor:
+    """Angles (rows * columns, dim / 2) for ``rotate``: half of the pairs turn with the column index, half with the row index.
+
+    omega_i = 10000^(-i / (dim / 4)). Source: RoPE (arXiv 2104.09864), along each axis.
+    """
+    return _grid(_angles(columns, dim // 4), _angles(rows, dim // 4)).float().to(device)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_(i + d/2)) of x (B, heads, N, d) by ``angles`` (B or 1, N, d / 2), in fp32."""
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _angles(places: int, count: int) -> Tensor:
+    # on the CPU also inside ``torch.device("meta")``: no initial weights will fill this
+    omega = 10000.0 ** (-torch.arange(count, dtype=torch.float64, device="cpu") / count)
+    return torch.arange(places, dtype=torch.float64, device="cpu")[:, None] * omega
+
+
+def _grid(across: Tensor, down: Tensor) -> Tensor:
+    """(columns, a) and (rows, b) -> (rows * columns, a + b)."""
+    shape = len(down), len(across)
+    return torch.cat([across[None].expand(*shape, -1), down[:, None].expand(*shape, -1)], dim=-1).flatten(0, 1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -49,3 +75,25 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """labels (B,) in 0..num_classes -> (B, D)."""
         return self.table(labels)
+
+
+class TextEmbedder(nn.Module):
+    """An encoder's tokens, for cross-attention and for adaLN.
+
+    Args:
+        text_width: of the encoder's tokens.
+        dim: of the tokens that cross-attention sees.
+        condition: width of adaLN's vector.
+    """
+
+    def __init__(self, text_width: int, dim: int, condition: int):
+        super().__init__()
+        self.tokens: Any = nn.Sequential(nn.Linear(text_width, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.pooled = nn.Linear(text_width, condition)
+
+    def forward(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B, T, text_width), mask (B, T) true for tokens -> (B, T, D), and (B, condition) from the mean token."""
+        text = text.to(self.pooled.weight.dtype)
+        # Padding counts for nothing, whatever it holds.
+        mean = torch.where(mask[..., None], text, 0).sum(1) / mask.sum(1, keepdim=True)
+        return self.tokens(text), self.pooled(mean)

@@ -37,8 +37,8 @@ class InitialWeights:
     """Any range of any weight of a new model, as DiT-MoE starts: the output is exactly 0 and each block the identity.
 
     Xavier-uniform for every matrix (each expert's own), N(0, 0.02) for label table and timestep MLP, uniform +-1/sqrt(D)
-    for routers, ones for the scales of LayerNorm, zeros for biases, adaLN and the final layer. What is read is drawn
-    then, matrix by matrix.
+    for routers, ones for the scales of LayerNorm, zeros for biases, adaLN, the final layer and what cross-attention adds.
+    What is read is drawn then, matrix by matrix.
 
     Args:
         model: tells names and shapes; may be on the meta device, and hold the experts of one rank only.
@@ -51,7 +51,7 @@ class InitialWeights:
             name = f"{path}.weight"
             if isinstance(module, nn.Linear | nn.Conv2d):
                 shape = tuple(module.weight.shape)
-                if "modulation" in path or path.startswith("final"):
+                if "modulation" in path or path.startswith("final") or path.endswith("cross.proj"):
                     continue
                 if path.startswith("t_embed"):
                     self._add(name, shape, (seed, path), std=0.02)

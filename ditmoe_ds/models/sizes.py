@@ -33,15 +33,42 @@ SIZES = {
 _NAME = re.compile(r"DiT(?P<moe>-MoE)?-(?P<size>\w+)/(?P<patch>[248])(?:-(?P<experts>\d+)E(?P<top_k>\d+)A)?")
 
 
+@dataclass(frozen=True)
+class TextSize:
+    depth: int
+    """Of the sparse model;"""
+    dense_depth: int
+    """and of the dense one."""
+    hidden: int
+    heads: int
+    kv_heads: int
+    condition: int
+
+
+# The width of adaLN's vector is not published; with 1280 all five published totals agree (docs/models.md).
+TEXT_SIZES = {
+    "Nano": TextSize(4, 4, 64, 4, 2, 48),  # ours, for tests
+    "Tiny": TextSize(8, 8, 128, 4, 2, 128),  # ours, for the demo on a CPU
+    "XL": TextSize(28, 28, 1152, 18, 6, 1280),
+    "XXL": TextSize(38, 38, 1536, 24, 6, 1280),
+    "3XL": TextSize(42, 42, 2304, 36, 6, 1280),
+    "M": TextSize(38, 46, 3072, 48, 12, 1280),
+}
+_TEXT_NAME = re.compile(r"EC-DIT-(?P<size>\w+?)(?:-(?P<experts>\d+)E)?")
+
+
 def named_config(name: str, **overrides: Any) -> DiTConfig:
     """The configuration behind a model name; ``overrides`` are fields of ``DiTConfig``.
 
     Raises:
         ConfigError: no such model, or more experts chosen than there are.
     """
+    if match := _TEXT_NAME.fullmatch(name):
+        return _text_config(name, match, overrides)
     match = _NAME.fullmatch(name)
     if not match or match["size"] not in SIZES or bool(match["moe"]) != bool(match["experts"]):
-        raise ConfigError("model.name", name, f"write DiT-MoE-SIZE/PATCH-nEkA or DiT-SIZE/PATCH; sizes {', '.join(SIZES)}, patch 2, 4 or 8")
+        fix = f"write DiT-MoE-SIZE/PATCH-nEkA or DiT-SIZE/PATCH; sizes {', '.join(SIZES)}, patch 2, 4 or 8; or EC-DIT-SIZE-nE"
+        raise ConfigError("model.name", name, fix)
     size = SIZES[match["size"]]
     fields: dict[str, Any] = dict(depth=size.depth, hidden=size.hidden, heads=size.heads, patch=int(match["patch"]))
     if match["moe"]:
@@ -51,42 +78,82 @@ def named_config(name: str, **overrides: Any) -> DiTConfig:
     return DiTConfig(**fields | overrides)
 
 
+def _text_config(name: str, match: re.Match[str], overrides: dict[str, Any]) -> DiTConfig:
+    """EC-DIT's: text instead of classes, and experts, which choose two tokens' worth each, in every second layer."""
+    if match["size"] not in TEXT_SIZES:
+        raise ConfigError("model.name", name, f"write EC-DIT-SIZE-nE, or EC-DIT-SIZE for the dense one; sizes {', '.join(TEXT_SIZES)}")
+    size, experts = TEXT_SIZES[match["size"]], int(match["experts"] or 0)
+    fields: dict[str, Any] = dict(
+        depth=size.depth if experts else size.dense_depth,
+        hidden=size.hidden,
+        heads=size.heads,
+        kv_heads=size.kv_heads,
+        num_classes=0,
+        text_width=1280,
+        condition=size.condition,
+        positions="rope",
+        experts=experts,
+        sparse_first=1,
+        sparse_every=2,
+        routing="expert",
+        shared=0,
+        expert_activation="gelu",
+        mlp_bias=False,
+        qk_norm=True,
+        learn_variance=False,
+    )
+    if match["experts"] and experts < 2:
+        raise ConfigError("model.name", name, f"{experts} experts are no choice; leave out -{experts}E for the dense model")
+    return DiTConfig(**fields | overrides)
+
+
 def parameter_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model (EP 1) and its shape, without allocating it."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in DiT(config).named_parameters()}
 
 
-def describe(config: DiTConfig) -> dict[str, Any]:
+def describe(config: DiTConfig, text_tokens: int = 77) -> dict[str, Any]:
     """Count parameters and multiply-accumulates without allocating them.
 
+    Args:
+        text_tokens: of a caption, for models with text.
+
     Returns:
-        ``total`` and ``active`` parameters (active: those that one token meets), ``parts``, and ``linear_gmacs`` /
-        ``gmacs``: 10^9 multiply-accumulates of one image's forward, without and with attention's two matrix products.
-        The fixed position table counts, as in the published figures.
+        ``total`` and ``active`` parameters (active: those that one token meets, on average), ``parts``, and
+        multiply-accumulates of one image's forward: ``macs``, as 10^9 of them ``gmacs``, and ``linear_gmacs`` without
+        attention's two matrix products. A fixed position table counts, as in the published figures.
     """
-    parts: dict[str, int] = {"position_table": config.tokens * config.hidden}
+    parts: dict[str, int] = {"position_table": config.tokens * config.hidden} if config.positions == "sincos" else {}
     for name, shape in parameter_shapes(config).items():
         part = _part(name)
         parts[part] = parts.get(part, 0) + math.prod(shape)
     total = sum(parts.values())
-    idle = config.experts - config.top_k
-    active = total - (parts["routed_experts"] * idle // config.experts if config.experts else 0)
+    idle = parts.get("routed_experts", 0) * (1 - config.top_k / max(config.experts, 1))
 
-    h, N, L = config.hidden, config.tokens, config.depth
-    feed_forward = 8 * h * h
-    if config.experts:
-        matrices = 3 if config.expert_activation == "swiglu" else 2
-        feed_forward = matrices * config.top_k * h * config.expert_width + 3 * h * config.shared * h + config.experts * h
-    per_token = L * (4 * h * h + feed_forward) + config.patch**2 * h * (config.in_channels + config.out_channels)
-    per_image = L * 6 * h * h + 2 * h * h + (TimestepEmbedder.frequencies * h + h * h)
+    h, c, N, T, L = config.hidden, config.condition_width, config.tokens, text_tokens if config.text_width else 0, config.depth
+    kv = h * (config.kv_heads or config.heads) // config.heads
+    matrices = 3 if config.expert_activation == "swiglu" else 2
+    sparse = matrices * config.top_k * h * config.expert_width
+    if config.routing != "dense":
+        sparse += 3 * h * config.shared * h + config.experts * h
+    experts = len(config.sparse_layers)
+    per_token = L * (2 * h * h + 2 * h * kv) + (L - experts) * 8 * h * h + experts * sparse
+    per_token += config.patch**2 * h * (config.in_channels + config.out_channels)
+    per_image = L * 6 * h * c + 2 * h * c + TimestepEmbedder.frequencies * c + c * c
+    attention = L * 2 * N * N * h
+    if T:
+        per_token += L * 2 * h * h
+        per_image += T * (config.text_width * h + h * h + L * 2 * h * h) + config.text_width * c
+        attention += L * 2 * N * T * h
     linear = N * per_token + per_image
     return dict(
         total=total,
-        active=active,
+        active=round(total - idle),
         parts=parts,
         linear_gmacs=round(linear / 1e9, 2),
-        gmacs=round((linear + L * 2 * N * N * h) / 1e9, 2),
+        gmacs=round((linear + attention) / 1e9, 2),
+        macs=linear + attention,
         tokens=N,
     )
 
@@ -98,6 +165,7 @@ def _part(name: str) -> str:
         ("gate.weight", "routers"),
         (".mlp.", "dense_mlp"),
         (".attn.", "attention"),
+        (".cross.", "cross_attention"),
         ("modulation", "adaln"),
         ("final.", "final_layer"),
     ):

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ditmoe_ds.moe.routing import Assignment
+
 
 class Exchange(NamedTuple):
     """Who sends how many rows to whom in one layer's forward."""
@@ -20,9 +22,14 @@ class Exchange(NamedTuple):
     """(E_local,) rows of each local expert."""
 
 
-def plan(counts: Tensor, group: dist.ProcessGroup) -> Exchange:
-    """Exchange the (E,) takings per expert and derive the splits. The layer's only device-to-host sync."""
-    ranks = dist.get_world_size(group)
+def plan(assignment: Assignment, group: dist.ProcessGroup) -> Exchange:
+    """Derive the splits from the takings per expert: exchange them, the layer's only device-to-host sync. Equal ones are known."""
+    counts, ranks = assignment.counts, dist.get_world_size(group)
+    if assignment.equal:
+        rows = torch.arange(len(assignment.tokens), device=counts.device)
+        split = [len(rows) // ranks] * ranks
+        arrived = rows.view(ranks, len(counts) // ranks, -1)  # (source rank, local expert, places)
+        return Exchange(split, split, arrived.transpose(0, 1).reshape(-1), counts[: len(counts) // ranks] * ranks)
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts, group=group)
     send, receive = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()

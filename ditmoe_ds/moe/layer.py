@@ -1,6 +1,7 @@
 """DeepSpeed's MoE layer with our router, packed experts and a shared path beside the routed one."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from deepspeed.moe.experts import Experts
@@ -11,27 +12,48 @@ from torch.nn import functional as F
 
 from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe.experts import PackedExperts, activate
-from ditmoe_ds.moe.routing import Assignment, RouterConfig, count, token_choice
+from ditmoe_ds.moe.routing import Assignment, RouterConfig, count, expert_choice, token_choice
+
+
+class LayerStats(NamedTuple):
+    """What a router did with this rank's tokens."""
+
+    selections: Tensor
+    """(E,) how often each expert was chosen, before any capacity drop."""
+    takers: Tensor
+    """(E + 1,) tokens that were taken by 0, 1, ..., E experts."""
+    mean_scores: Tensor
+    """(E,) mean softmax score, with gradient."""
+    z: Tensor
+    """() z-loss term, with gradient."""
 
 
 class Router(nn.Module):
-    """Linear without bias and softmax in fp32, then a routing function. ``weight`` is (E, D)."""
+    """Linear without bias and softmax in fp32, then a routing function. ``weight`` is (E, D).
 
-    def __init__(self, dim: int, experts: int, top_k: int, config: RouterConfig):
+    Args:
+        choice: "token": each token takes ``experts_per_token`` experts; "expert": so many take it on average.
+    """
+
+    def __init__(self, dim: int, experts: int, choice: str, experts_per_token: float, config: RouterConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, dim))
-        self.top_k, self.config = top_k, config
+        self.choice, self.experts_per_token, self.config = choice, experts_per_token, config
 
-    def forward(self, tokens: Tensor) -> tuple[Assignment, Tensor, Tensor, Tensor]:
-        """Route tokens (T, D).
-
-        Returns:
-            The assignment; (T, K) chosen experts; (E,) mean scores; () z-loss term. The last two carry gradients.
-        """
-        logits = F.linear(tokens.float(), self.weight.float())
+    def forward(self, x: Tensor) -> tuple[Assignment, LayerStats]:
+        """Route tokens x (B, N, D)."""
+        logits = F.linear(x.float(), self.weight.float())
         scores = logits.softmax(-1)
-        assignment, chosen = token_choice(scores, self.top_k, self.config)
-        return assignment, chosen, scores.mean(0), logits.logsumexp(-1).square().mean()
+        tokens, experts = x.shape[0] * x.shape[1], len(self.weight)
+        if self.choice == "expert":
+            pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
+            assignment = expert_choice(pools, self.experts_per_token, self.config)
+            selections = assignment.counts
+        else:
+            assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)
+            selections = count(chosen, experts)
+        takers = count(count(assignment.tokens, tokens), experts + 1)
+        return assignment, LayerStats(selections, takers, scores.mean((0, 1)), logits.logsumexp(-1).square().mean())
 
 
 class RoutedExperts(MOELayer):
@@ -40,29 +62,29 @@ class RoutedExperts(MOELayer):
     def _set_ep_group(self, ep_group) -> None:
         self.ep_group = ep_group
 
-    def forward(self, x: Tensor, meanwhile: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Process x (B, N, D); ``meanwhile`` computes the shared path while tokens are on their way.
+    def forward(self, x: Tensor, route_by: Tensor, meanwhile: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Process x (B, N, D), routed by (B, N, D'); ``meanwhile`` computes the shared path while tokens are on their way.
 
         Returns:
-            Output (B, N, D); (E,) selections; (E,) mean scores; () z-loss term, all of this rank's tokens.
+            Output (B, N, D) and what ``LayerStats`` has, of this rank's tokens.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        assignment, chosen, mean_scores, z = self.gate(tokens)
+        assignment, stats = self.gate(route_by)
         rows = tokens[assignment.tokens]
         experts = self.experts.deepspeed_experts[0]
         if self.ep_size == 1:
             shared = meanwhile(x)
-            rows = experts(rows, assignment.counts)
+            rows = experts(rows, assignment.counts, assignment.equal)
         else:
-            exchange = dispatch.plan(assignment.counts, self.ep_group)
+            exchange = dispatch.plan(assignment, self.ep_group)
             flight = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
             shared = meanwhile(x)
-            done = experts(flight.wait()[exchange.order], exchange.counts)
+            done = experts(flight.wait()[exchange.order], exchange.counts, assignment.equal)
             back = torch.empty_like(done).index_copy(0, exchange.order, done)
             rows = dispatch.InFlight(back, exchange.receive, exchange.send, self.ep_group).wait()
         weighted = rows.float() * assignment.weights[:, None]
         routed = torch.zeros_like(tokens, dtype=torch.float32).index_add_(0, assignment.tokens, weighted)
-        return shared + routed.to(x.dtype).view_as(x), count(chosen, len(mean_scores)), mean_scores, z
+        return shared + routed.to(x.dtype).view_as(x), *stats
 
 
 class SharedMLP(nn.Module):
@@ -84,33 +106,37 @@ class MoE(DeepSpeedMoE):
     Args:
         dim: token width D.
         experts: routed experts E over all ranks; ``ep_size`` must divide it.
-        top_k: experts per token.
+        choice, experts_per_token: see ``Router``.
         expert_width: hidden width of a routed expert.
         shared_width: hidden width of the shared path; 0 leaves it out.
-        activation: of the routed experts, see ``PackedExperts``.
+        activation, bias: of the routed experts, see ``PackedExperts``.
         ep_size: ranks that share one set of experts; this rank holds E / ep_size of them.
+        router_dim: width of what the router sees, if not D.
     """
 
     def __init__(
         self,
         dim: int,
         experts: int,
-        top_k: int,
+        choice: str,
+        experts_per_token: float,
         expert_width: int,
         shared_width: int,
         router: RouterConfig,
         ep_size: int = 1,
         activation: str = "swiglu",
+        bias: bool = True,
+        router_dim: int | None = None,
     ):
         nn.Module.__init__(self)  # DeepSpeed's own __init__ would build its gate and E copies of one expert
         self.num_experts, self.ep_size, self.num_local_experts = experts, ep_size, experts // ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         self.use_residual = self.enable_expert_tensor_parallelism = False
-        packed = PackedExperts(self.num_local_experts, dim, expert_width, activation)
+        packed = PackedExperts(self.num_local_experts, dim, expert_width, activation, bias)
         # One packed module poses as the only local expert: DeepSpeed tags its parameters and finds it under the
         # names that its checkpoint code expects.
         self.deepspeed_moe = RoutedExperts(
-            Router(dim, experts, top_k, router),
+            Router(router_dim or dim, experts, choice, experts_per_token, router),
             Experts(packed, 1, self.expert_group_name),
             self.expert_group_name,
             ep_size,
@@ -118,6 +144,6 @@ class MoE(DeepSpeedMoE):
         )
         self.shared_mlp = SharedMLP(dim, shared_width) if shared_width else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map x (B, N, D); see ``RoutedExperts.forward`` for what is returned."""
-        return self.deepspeed_moe(x, self.shared_mlp or torch.zeros_like)
+    def forward(self, x: Tensor, route_by: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Map x (B, N, D), routed by (B, N, router_dim) or by x itself; see ``RoutedExperts.forward`` for what is returned."""
+        return self.deepspeed_moe(x, x if route_by is None else route_by, self.shared_mlp or torch.zeros_like)

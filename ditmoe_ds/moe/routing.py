@@ -13,16 +13,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts. The defaults are DiT-MoE's (arXiv 2407.11633, section 3)."""
+    """How tokens meet experts. The defaults are the papers': DiT-MoE (arXiv 2407.11633, section 3), EC-DIT (arXiv 2410.02098)."""
 
     renormalise: bool = False
     """Divide each token's kept scores by their sum. The published models do not."""
     route_scale: float = 1.0
     """Factor on every routed weight."""
     capacity_factor: float | None = None
-    """None keeps every token (dropless). Otherwise an expert takes at most ceil(factor * T * K / E) of a rank's tokens."""
+    """Token choice: None keeps every token (dropless); otherwise an expert takes at most ceil(factor * T * K / E) of a rank's tokens.
+    Expert choice: experts per token on average, f_c; None is the model's K."""
+    layer_capacity: tuple[float, ...] = ()
+    """Expert choice: the capacity factor of each sparse layer, where they differ."""
+    pool: Literal["image", "microbatch"] = "image"
+    """Expert choice: the tokens that compete, those of an image or of all images of a rank's micro-batch. With "image", what
+    becomes of an image does not depend on the others."""
+    input: Literal["modulated", "decoupled"] = "modulated"
+    """What the router sees: the experts' own input, or the token before adaLN's modulation beside the timestep's embedding."""
     balance_alpha: float = 0.005
-    """Weight of the expert-level balance loss."""
+    """Weight of the expert-level balance loss; of token choice, since expert choice is balanced by construction."""
     balance_scope: Literal["global", "local"] = "global"
     """Tokens over which the balance loss counts: the whole global micro-batch, or each rank's own."""
     z_alpha: float = 0.0
@@ -38,6 +46,8 @@ class Assignment(NamedTuple):
     """(M,) fp32 factor on the expert's output."""
     counts: Tensor
     """(E,) takings of each expert."""
+    equal: bool = False
+    """Whether all counts are one number, and the same on every rank: then nobody needs to ask for them."""
 
 
 def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignment, Tensor]:
@@ -66,6 +76,31 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
         kept = place < capacity
         assignment = Assignment(assignment.tokens[kept], assignment.weights[kept], counts.clamp(max=capacity))
     return assignment, chosen
+
+
+def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assignment:
+    """Each expert takes the ``places`` tokens of each pool that score best with it. Source: EC-DIT (arXiv 2410.02098), section 3.
+
+    Args:
+        scores: (P, N, E) fp32 softmax over experts, of P pools of N tokens.
+        capacity: f_c, experts per token on average.
+
+    Returns:
+        The assignment; tokens are numbered through the pools. A token may be taken by 0 to E experts.
+    """
+    pools, tokens, experts = scores.shape
+    weights, chosen = scores.transpose(1, 2).topk(places(tokens, experts, capacity), dim=-1)  # (P, E, C)
+    index = chosen + torch.arange(0, pools * tokens, tokens, device=scores.device)[:, None, None]
+    index, weights = (part.transpose(0, 1).reshape(-1) for part in (index, weights))
+    if config.renormalise:
+        weights = weights / torch.zeros_like(scores[..., 0]).view(-1).index_add(0, index, weights)[index]
+    counts = torch.full((experts,), len(index) // experts, device=scores.device)
+    return Assignment(index, weights * config.route_scale, counts, equal=True)
+
+
+def places(tokens: int, experts: int, capacity: float) -> int:
+    """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all."""
+    return min(max(round(tokens * capacity / experts), 1), tokens)
 
 
 def count(chosen: Tensor, experts: int) -> Tensor:

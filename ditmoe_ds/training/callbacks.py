@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import starting_noise
 from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
+from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.rng import keyed_generator
@@ -34,6 +35,7 @@ class TrainerView(Protocol):
     ema: Any
     step: int
     device: torch.device
+    conditioner: Conditioner
 
     def save(self) -> None: ...
 
@@ -61,7 +63,7 @@ class Validation:
     """EMA's loss on held-out samples at 8 equidistant times, with noise fixed per sample and time."""
 
     def __init__(self, plan: Plan):
-        self.dataset = plan.recipe.data.open([plan.manifest], "val")
+        self.dataset = plan.open_heldout()
         self.count = min(plan.recipe.train.validate_samples, len(self.dataset))
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
@@ -83,12 +85,13 @@ class Validation:
 
     def _losses(self, trainer: TrainerView, items: list[int]) -> torch.Tensor:
         """(times, items) losses."""
-        chosen = [self.dataset[i] for i in items]
-        x0 = torch.stack([sample.latent for sample in chosen]).to(trainer.device)
-        y = torch.tensor([sample.label for sample in chosen], device=trainer.device)
+        batch = self.dataset.batch(items)
+        x0 = batch.latents.to(trainer.device)
+        told = trainer.conditioner
+        condition = told.unpack(told.pack(told.told(batch)), trainer.device)
 
         def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return trainer.engine(z, t, y)
+            return trainer.engine(z, t, **condition)
 
         rows = []
         for k, t in enumerate(VALIDATION_TIMES):
@@ -98,9 +101,10 @@ class Validation:
 
 
 class SampleGrid:
-    """A picture of EMA samples, the same noise and classes every time. The ranks share the images."""
+    """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images."""
 
     def __init__(self, plan: Plan):
+        self.asked = plan.asked_for(plan.recipe.train.sample_images)
         self.vae = load_vae(plan.manifest.vae, "cpu") if dist.get_rank() == 0 else None
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
@@ -111,10 +115,12 @@ class SampleGrid:
         model = plan.model
         shape = (model.in_channels, model.input_size, model.input_size)
         noise = torch.cat([starting_noise(train.seed, i, 1, shape) for i in items]).to(trainer.device)
-        labels = torch.tensor([i % model.num_classes for i in items], device=trainer.device)
+        told = trainer.conditioner
+        asked = [self.asked[i] for i in items]
+        condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine), torch.no_grad():
-            predict = guided(trainer.engine, labels, model.num_classes, train.guidance, model.in_channels)
+            predict = guided(trainer.engine, condition, train.guidance, model.in_channels)
             sampler: Sampler = "euler" if plan.recipe.diffusion.objective == "rectified_flow" else "ddim"
             latents = sample(predict, noise, plan.recipe.diffusion, train.sample_steps, sampler)
         trainer.engine.train()
@@ -126,7 +132,7 @@ class SampleGrid:
             save_grid(
                 images,
                 trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png",
-                columns=min(10, model.num_classes, train.sample_images),
+                columns=min(10, model.num_classes or 10, train.sample_images),
             )
 
 

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+import torch
 
 from ditmoe_ds import config
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -14,8 +17,10 @@ from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
 from ditmoe_ds.distributed.weights import Weights, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
+from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
 from ditmoe_ds.latents.format import Manifest
-from ditmoe_ds.latents.loader import DataConfig
+from ditmoe_ds.latents.loader import DataConfig, LatentDataset
+from ditmoe_ds.latents.text import TextEncoder, text_width
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.moe.routing import RouterConfig
@@ -32,6 +37,8 @@ class ModelConfig:
     folder, such as ``ditmoe import`` and ``ditmoe upcycle`` make."""
     qk_norm: bool | None = None
     """LayerNorm on q and k; unset, as published for the size."""
+    routing: Literal["token", "expert", "dense"] | None = None
+    """Tokens choose experts, experts choose tokens, or a dense MLP of the same active width; unset, as in the family's paper."""
     router: RouterConfig = field(default_factory=RouterConfig)
 
 
@@ -49,6 +56,8 @@ class TrainConfig:
     """Of initial weights, order of samples, noise, times and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mask_ratio: float = 0.0
+    """Share of the patches left out of each step, 0 to 0.75: cheaper steps; end a run with some at 0."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
     validate_every: int = 1000
@@ -111,10 +120,50 @@ class Plan:
         steps = self.recipe.train.global_batch if len(self.manifest.shapes) > 1 else None  # all of a step have one shape
         return hashlib.sha256(json.dumps([parts, weights, data.window, steps]).encode()).hexdigest()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The commonest (C, H, W) of the latents: what is validated on and sampled."""
+        found = Counter[tuple[int, ...]]()
+        for shard in self.manifest.splits.train.shards:
+            found[shard.shape] += shard.samples
+        return found.most_common(1)[0][0]
+
+    def open_heldout(self) -> LatentDataset:
+        """Held-out samples of the commonest shape. Raises as ``LatentDataset``."""
+        return self.recipe.data.open([self.manifest], "val", self.shape)
+
+    def conditioner(self, device: torch.device) -> Conditioner:
+        """Of the model's kind: classes, stored texts, or captions encoded on ``device``.
+
+        Raises:
+            ConfigError, DataError: the text encoder or the stored empty caption cannot be used.
+        """
+        data = self.recipe.data
+        if self.model.num_classes:
+            return Classes(self.model.num_classes)
+        if data.text_encoder:
+            return Captions(TextEncoder(data.text_encoder, data.text_max_tokens, device, ("data.text_encoder", "data.text_max_tokens")))
+        return Texts(self.manifest.empty_text())
+
+    def asked_for(self, count: int) -> list[Any]:
+        """What the ``count`` pictures of a sample grid are asked to show: classes in turn, or held-out captions."""
+        if self.model.num_classes:
+            return [i % self.model.num_classes for i in range(count)]
+        heldout = self.open_heldout()
+        batch = heldout.batch([i % len(heldout) for i in range(count)])
+        return batch.captions if self.recipe.data.text_encoder else batch.texts
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
-        manifest = self.manifest
-        latents = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
+        manifest, data = self.manifest, self.recipe.data
+        latents: dict[str, Any] = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
+        latents["shape"] = list(self.shape)
+        if self.model.text_width:
+            stored = manifest.text
+            name, tokens = (
+                (stored.encoder, stored.max_tokens) if stored and not data.text_encoder else (data.text_encoder, data.text_max_tokens)
+            )
+            latents["text"] = dict(encoder=name, max_tokens=tokens)
         return dict(
             recipe=asdict(self.recipe),
             data_sha256=self.data_digest(),
@@ -149,6 +198,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
                 raise ConfigError(f"{section}.{key}", value, "must be at least 1")
     if recipe.data.workers < 0:
         raise ConfigError("data.workers", recipe.data.workers, "must be at least 0, which loads in the training process")
+    if not 0 <= train.mask_ratio <= 0.75:
+        raise ConfigError("train.mask_ratio", train.mask_ratio, "must be from 0 to 0.75")
     decays = recipe.ema.decays
     if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
         raise ConfigError("ema.decays", list(decays), "list different decays in [0, 1), at least one, for example [0.9999, 0.999]")
@@ -158,25 +209,24 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         fix = f"must divide by {world} processes x {train.accumulation} accumulation steps; {near} does"
         raise ConfigError("train.global_batch", train.global_batch, fix)
     weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
-    named = _network_of(weights, recipe) if weights else named_config(recipe.model.name or "")
-    check_expert_parallel(recipe.parallel.expert, named.experts, world)
+    named = _network_of(weights, recipe) if weights else _named_network(recipe.model)
+    check_expert_parallel(recipe.parallel.expert, named.experts if named.routing != "dense" else 0, world)
     ds_config = read_ds_config(recipe.parallel)
-    manifests = _load_manifests(recipe)
+    manifests = _load_manifests(recipe, named)
     manifest = manifests[0]
-    if len(manifest.shapes) > 1:
-        raise ConfigError("data.manifest", recipe.data.manifest, f"has latents of {len(manifest.shapes)} shapes, this model takes one")
-    channels, height, width = manifest.shapes[0]
-    if height != width or height % named.patch:
-        raise ConfigError(
-            "model.name", recipe.model.name, f"the data's latents are {height}x{width}; they must be square and divide by the patch"
-        )
-    model = replace(named, input_size=height, in_channels=channels, num_classes=manifest.num_classes)
-    if not weights:
-        qk_norm = named.qk_norm if recipe.model.qk_norm is None else recipe.model.qk_norm
-        model = replace(model, qk_norm=qk_norm, router=recipe.model.router)
-    elif (named.in_channels, named.num_classes) != (channels, manifest.num_classes):
-        theirs, ours = (named.in_channels, named.num_classes), (channels, manifest.num_classes)
-        fix = f"trained on (channels, classes) {theirs}, data.manifest has {ours}"
+    channels = manifest.shapes[0][0]
+    for _, height, width in manifest.shapes:
+        if height % named.patch or width % named.patch:
+            fix = f"the data has latents of {height}x{width}, the model patches of {named.patch}"
+            raise ConfigError("model.name", recipe.model.name, fix)
+    model = replace(named, input_size=height, in_channels=channels)
+    if named.num_classes:
+        model = replace(model, num_classes=manifest.num_classes)
+    else:
+        model = replace(model, text_width=_text_width(recipe.data, manifest))
+    if weights and model != replace(named, input_size=height):
+        theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
+        fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
     known = weights.description["latents"] if weights else {}
     for key in ("scaling_factor", "shift_factor"):
@@ -188,12 +238,35 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     return Plan(recipe, manifests, model, batch, ds_config, weights)
 
 
-def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
+def _named_network(given: ModelConfig) -> DiTConfig:
+    named = named_config(given.name or "")
+    qk_norm = named.qk_norm if given.qk_norm is None else given.qk_norm
+    config = replace(named, qk_norm=qk_norm, routing=given.routing or named.routing, router=given.router)
+    if config.routing == "dense" and (config.expert_activation != "gelu" or config.shared):
+        raise ConfigError("model.routing", "dense", f"{given.name} has SwiGLU and shared experts; a dense twin has EC-DIT")
+    factors = given.router.layer_capacity
+    if factors and (config.routing == "token" or len(factors) != len(config.sparse_layers)):
+        fix = f"is for expert choice, one factor for each of {len(config.sparse_layers)} sparse layers"
+        raise ConfigError("model.router.layer_capacity", list(factors), fix)
+    if config.routing != "token" and min((*factors, given.router.capacity_factor or 1.0)) <= 0:
+        raise ConfigError("model.router.capacity_factor", given.router.capacity_factor, "must be above 0, as each of layer_capacity")
+    return config
+
+
+def _text_width(data: DataConfig, manifest: Manifest) -> int:
+    if data.text_encoder:
+        return text_width(data.text_encoder, "data.text_encoder")
+    if manifest.text is None:
+        raise ConfigError("data.manifest", data.manifest, "holds captions alone; encode with --text, or name a data.text_encoder")
+    return manifest.text.width
+
+
+def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
     data = recipe.data
     first = Manifest.load(data.manifest)
     if remote.is_url(first.root) and not data.cache:
         raise ConfigError("data.cache", "", f"data.manifest={data.manifest!r} is remote: name a local folder for its shards")
-    if not first.num_classes:
+    if model.num_classes and not first.num_classes:
         raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
     others = []
     for i, other in enumerate(data.mix):
@@ -211,7 +284,9 @@ def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
 def _network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
     given = recipe.model
     if given != ModelConfig(weights=given.weights):
-        raise ConfigError("model.weights", given.weights, "the network is that of the weights: leave out model.name, qk_norm and router")
+        raise ConfigError(
+            "model.weights", given.weights, "the network is that of the weights: leave out model.name, qk_norm, routing and router"
+        )
     theirs = config.build(DiffusionConfig, weights.description["diffusion"])
     for key in ("objective", "time_scale"):
         if getattr(theirs, key) != getattr(recipe.diffusion, key):

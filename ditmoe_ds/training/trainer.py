@@ -5,7 +5,6 @@ import math
 import platform
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.recipe import Plan
-from ditmoe_ds.training.step import Prepared, compute_loss, prepare, router_metrics
+from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 
 
 class Trainer:
@@ -38,6 +37,7 @@ class Trainer:
         self.plan, self.world, self.device = plan, world, world.device
         self.run_dir = Path(recipe.run_dir)
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
+        self.conditioner = agreed(lambda: plan.conditioner(world.device))
         self.objective = make_objective(recipe.diffusion)
 
         group = expert_group(recipe.parallel.expert)
@@ -65,13 +65,14 @@ class Trainer:
             rank=world.rank,
             world=world.size,
             consumed=self.samples_seen,
-            prepare=partial(
-                prepare,
-                seed=train.seed,
-                objective=self.objective,
-                config=recipe.diffusion,
-                null=plan.model.num_classes,
-                mirror=recipe.data.flip,
+            prepare=Preparation(
+                train.seed,
+                self.objective,
+                self.conditioner,
+                recipe.diffusion.condition_dropout,
+                recipe.data.flip,
+                train.mask_ratio,
+                plan.model.patch,
             ),
         )
         self.callbacks = self._callbacks()
@@ -92,16 +93,18 @@ class Trainer:
         lr = train.optimizer.lr_at(self.step)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
-        losses, selections = torch.zeros(3, dtype=torch.float64, device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
+        selections = takers = torch.zeros((), dtype=torch.int64, device=self.device)
         per_batch = []
-        batches: list[Prepared] = [next(self.loader).to(self.device) for _ in range(train.accumulation)]
+        loaded: list[Prepared] = [next(self.loader) for _ in range(train.accumulation)]
         waited = time.monotonic() - start
+        batches = [batch.to(self.device, self.conditioner) for batch in loaded]
         for batch in batches:
-            loss = compute_loss(self.engine, self.objective, batch, self.plan.model.router)
+            loss = compute_loss(self.engine, self.objective, batch, self.plan.model)
             self.engine.backward(loss.total)
             self.engine.step()
             losses += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
-            selections = selections + loss.selections
+            selections, takers = selections + loss.selections, takers + loss.takers
             per_batch.append(loss.diffusion)
         self.step += 1
         self.samples_seen += train.global_batch
@@ -122,7 +125,7 @@ class Trainer:
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
-            record["router"] = router_metrics(selections)
+            record["router"] = router_metrics(selections, takers)
         if applied:
             self.ema.update()
             self.skipped_in_a_row = 0
@@ -146,7 +149,7 @@ class Trainer:
         record["skipped"] = explain(
             model,
             batches,
-            lambda batch: compute_loss(model, self.objective, batch, self.plan.model.router).total,
+            lambda batch: compute_loss(model, self.objective, batch, self.plan.model).total,
             self.dataset.key,
         )
         if self.world.rank == 0:

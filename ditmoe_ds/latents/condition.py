@@ -1,0 +1,90 @@
+"""What a model is told beside the noisy latent: from a batch's classes, stored texts or captions to keyword arguments of ``DiT``.
+
+A way of telling it is one class here: ``told`` looks up what a batch's samples say, of which some may be replaced by
+``null`` (classifier-free guidance); ``pack`` makes one value of a list of those, in the loader's processes; ``unpack``
+makes the arguments, on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ditmoe_ds.latents.loader import Batch
+from ditmoe_ds.latents.text import TextEncoder
+
+Condition = dict[str, Tensor]
+
+
+class Conditioner(Protocol):
+    """See the module."""
+
+    null: Any
+
+    def told(self, batch: Batch) -> Sequence[Any]: ...
+
+    def pack(self, told: Sequence[Any]) -> Any: ...
+
+    def unpack(self, packed: Any, device: torch.device) -> Condition: ...
+
+
+class Classes:
+    """``y`` (B,): class labels; ``num_classes`` is none."""
+
+    def __init__(self, num_classes: int):
+        self.null = num_classes
+
+    def told(self, batch: Batch) -> list[int]:
+        return batch.labels.tolist()
+
+    def pack(self, told: Sequence[int]) -> Condition:
+        return {"y": torch.tensor(told)}
+
+    def unpack(self, packed: Condition, device: torch.device) -> Condition:
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
+
+
+class Texts:
+    """``text`` (B, T, width) bfloat16 as stored, padded to the longest, and ``mask`` (B, T), true for tokens.
+
+    Args:
+        empty: (T, width) tokens of an empty caption.
+    """
+
+    def __init__(self, empty: Tensor):
+        self.null = empty
+
+    def told(self, batch: Batch) -> list[Tensor]:
+        return batch.texts
+
+    def pack(self, told: Sequence[Tensor]) -> Condition:
+        return padded(told)
+
+    def unpack(self, packed: Condition, device: torch.device) -> Condition:
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
+
+
+class Captions:
+    """As ``Texts``, encoded as they are needed."""
+
+    def __init__(self, encoder: TextEncoder):
+        self.encoder, self.null = encoder, ""
+
+    def told(self, batch: Batch) -> list[str]:
+        return batch.captions
+
+    def pack(self, told: Sequence[str]) -> list[str]:
+        return list(told)
+
+    def unpack(self, packed: list[str], device: torch.device) -> Condition:
+        return {name: tensor.to(device) for name, tensor in padded(self.encoder(packed)).items()}
+
+
+def padded(texts: Sequence[Tensor]) -> Condition:
+    """``text`` and ``mask`` of texts (T, width) of different lengths."""
+    text = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    lengths = torch.tensor([len(one) for one in texts])
+    return {"text": text, "mask": torch.arange(text.shape[1]) < lengths[:, None]}
