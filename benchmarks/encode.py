@@ -1,8 +1,9 @@
 """What reading, decoding, hashing and writing cost beside the VAE: images/s of ``ditmoe-data encode`` and of the VAE alone.
 
-    python benchmarks/encode.py --images 2000 --size 256 --batch 32
+    python benchmarks/encode.py [--images 2000 --size 256 --batch 32] [--write]
 
 JPEGs of noise, a VAE with random weights. The bare loop encodes batches that are in memory, decoded, on the CPU, as float32.
+--write puts the table under "Measured" in encode.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -45,6 +48,7 @@ def write_images(folder: Path, count: int, size: int) -> None:
 
 def main() -> None:
     import torch
+    from report import hardware, publish
 
     from data_prep.encode import encode
     from ditmoe_ds.latents.vae import encode as encode_images
@@ -56,7 +60,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--width", type=int, default=128 if torch.cuda.is_available() else 16, help="of the VAE")
     parser.add_argument("--decoders", type=int, default=min(8, len(os.sched_getaffinity(0))))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="of the bare loop and encode in turn")
+    parser.add_argument("--write", action="store_true", help="put the figures into encode.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -82,12 +87,19 @@ def main() -> None:
                     decoders=arguments.decoders,
                 )
             rates["encode"].append(arguments.images / (time.perf_counter() - start))
-    best = {name: max(found) for name, found in rates.items()}
-    for name, found in rates.items():
-        print(f"{name:7} images/s: {', '.join(f'{rate:.1f}' for rate in found)}")
-    print(
-        f"best of {arguments.repeats}: encode {best['encode']:.1f}, the VAE alone {best['bare']:.1f}: {best['encode'] / best['bare']:.1%}"
-    )
+    shares = [ours / bare for bare, ours in zip(rates["bare"], rates["encode"])]
+    shape = f"VAE of width {arguments.width}, {arguments.size} x {arguments.size} pixels, batches of {arguments.batch}"
+    lines = [
+        f"`python {' '.join(sys.argv)}`. {hardware()}; {torch.get_num_threads()} threads. {shape}, {arguments.decoders} decoder(s).",
+        "",
+        "| images/s | " + " | ".join(map(str, range(1, arguments.repeats + 1))) + " | median |",
+        "|---" * (arguments.repeats + 2) + "|",
+    ]
+    for name, found, form in (("the VAE alone", rates["bare"], ".1f"), ("`encode`", rates["encode"], ".1f"), ("share", shares, ".1%")):
+        lines.append(f"| {name} | " + " | ".join(f"{value:{form}}" for value in found) + f" | {statistics.median(found):{form}} |")
+    print("\n".join(lines))
+    if arguments.write:
+        publish(__file__, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from ditmoe_ds.errors import UserError
 
 SOURCE = (
     "folder:PATH (one sub-folder per class), wds:URLS (webdataset tars, each with jpg/png/webp and maybe json, cls, txt), "
-    "hf:PATH (saved with datasets' save_to_disk), sample:digits (5,000 MNIST digits) or sample:emoji (3,778 Twemoji with captions)"
+    "hf:PATH (saved with datasets' save_to_disk), sample:digits (5,000 MNIST digits), sample:emoji (3,778 Twemoji with captions) or "
+    "sample:shapes (12,000 captioned scenes of coloured shapes)"
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import shapes
 from ditmoe_ds.errors import ConfigError, DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,7 +57,7 @@ class Source:
 
 
 def open_source(name: str, unit_size: int = 1000, classes: int | None = None) -> Source:
-    """The source ``folder:PATH``, ``wds:URLS``, ``hf:PATH``, ``sample:digits`` or ``sample:emoji``.
+    """The source ``folder:PATH``, ``wds:URLS``, ``hf:PATH``, ``sample:digits``, ``sample:emoji`` or ``sample:shapes``.
 
     Args:
         unit_size: images in a unit; of tars each is one.
@@ -76,13 +77,15 @@ def open_source(name: str, unit_size: int = 1000, classes: int | None = None) ->
         return _hub_dataset(name, value, names, unit_size)
     if classes:
         raise ConfigError("--classes", classes, f"{name} has names for its classes; leave it out")
+    if name == "sample:shapes":
+        return _shapes(name, unit_size)
     if name == "sample:digits":
         return listed(name, *digits(), unit_size)
     if name == "sample:emoji":
         return listed(name, *emoji(), unit_size)
     if kind == "folder" and value:
         return listed(name, *_folder(name, Path(value)), unit_size)
-    raise DataError(f"--source={name!r}: choose folder:PATH, wds:URLS, hf:PATH, sample:digits or sample:emoji")
+    raise DataError(f"--source={name!r}: choose folder:PATH, wds:URLS, hf:PATH, sample:digits, sample:emoji or sample:shapes")
 
 
 def is_heldout(key: str, fraction: float) -> bool:
@@ -105,6 +108,16 @@ def listed(name: str, class_names: tuple[str, ...], items: list[Item], unit_size
     digest = hashlib.sha256(json.dumps([(item.key, item.label, item.caption) for item in items]).encode()).hexdigest()
     units = -(-len(items) // unit_size)
     return Source(name, class_names, len(items), units, lambda unit: items[unit * unit_size : (unit + 1) * unit_size], digest)
+
+
+def _shapes(name: str, unit_size: int) -> Source:
+    def unit(number: int) -> Iterator[Item]:
+        for i in range(number * unit_size, min((number + 1) * unit_size, shapes.IMAGES)):
+            scene, picture = shapes.sample(i)
+            yield Item(f"shapes-{i:05d}", shapes.CATEGORIES.index(scene.category), scene.caption, scene.category, picture)
+
+    digest = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()
+    return Source(name, shapes.CATEGORIES, shapes.IMAGES, -(-shapes.IMAGES // unit_size), unit, digest)
 
 
 def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:

@@ -39,6 +39,19 @@ def main(argv: list[str] | None = None) -> int:
     analyze.add_argument("run_dir")
     analyze.add_argument("--out", required=True)
     analyze.add_argument("--samples", type=int, default=256)
+    analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
+
+    evaluate = commands.add_parser("eval", help="score a run")
+    evaluate.set_defaults(command=_eval)
+    evaluate.add_argument("benchmark", choices=["shapes"], help="text to image: new compositions of sample:shapes, by an exact detector")
+    evaluate.add_argument("run_dir")
+    evaluate.add_argument("--out", required=True, help="folder for the numbers and a picture")
+    evaluate.add_argument("--images", type=int, default=4, help="of each prompt")
+    evaluate.add_argument("--steps", type=int, default=25)
+    evaluate.add_argument("--guidance", type=float, default=3.0)
+    evaluate.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
+    evaluate.add_argument("--weights", default="ema")
+    evaluate.add_argument("--seed", type=int, default=0)
 
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)
@@ -90,10 +103,43 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.analysis.routing import analyze
+    from pathlib import Path
 
-    for name, path in analyze(arguments.run_dir, arguments.out, arguments.samples).items():
+    from ditmoe_ds.analysis.adaptive import adaptive
+    from ditmoe_ds.analysis.routing import analyze
+    from ditmoe_ds.pipelines.run import open_run
+
+    if arguments.prompt:
+        files = adaptive(open_run(arguments.run_dir), arguments.prompt, Path(arguments.out))
+    else:
+        files = analyze(arguments.run_dir, arguments.out, arguments.samples)
+    for name, path in files.items():
         print(f"{name}: {path}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ditmoe_ds.evaluation.shapes import evaluate
+    from ditmoe_ds.pipelines.run import open_run
+
+    run = open_run(arguments.run_dir, arguments.weights)
+    if run.model.config.num_classes:
+        raise ConfigError("run_dir", arguments.run_dir, "this model is told classes; the benchmark is for captions")
+    report = evaluate(
+        run,
+        Path(arguments.out),
+        images=arguments.images,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        seen=arguments.seen,
+    )
+    for category, numbers in report["categories"].items():
+        low, high = numbers["ci95"]
+        print(f"{category:<18}{numbers['score']:>7.1%}  ({low:.1%} to {high:.1%} of {numbers['images']})")
+    print(f"{'mean':<18}{report['mean']:>7.1%}  step {report['step']}, {report['captions']} captions")
     return 0
 
 

@@ -14,6 +14,7 @@ from processes import ROOT, launch
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.training.recipe import read_plan
 
+OFFLOAD = ["parallel.zero_stage=3", "parallel.deepspeed=ds_configs/zero3_offload.json"]
 MISTAKES = {
     "unknown key": (["train.step=3"], ["train.step", "train.steps"]),
     "wrong type": (["train.global_batch=many"], ["train.global_batch", "'many'", "expected int"]),
@@ -103,13 +104,24 @@ def test_through_the_deepspeed_launcher(recipe):
         (["train.steps=0"], ["train.steps=0", "at least 1"]),
         (["data.prefetch=0"], ["data.prefetch=0", "at least 1"]),
         (["data.workers=-1"], ["data.workers=-1", "at least 0"]),
-        (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shape: (4, 12, 12) -> (4, 8, 8)"]),
+        (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shapes: ((4, 12, 12),) -> ((4, 8, 8),)"]),
         (["data.mix=[{{manifest: {odd}, weight: 0}}]"], ["data.mix[0].weight=0", "at least 1"]),
         (["train.accumulation=3"], ["train.global_batch=8", "3 accumulation"]),
         (["parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
         (["parallel.deepspeed=none.json"], ["parallel.deepspeed", "none.json", "no such file"]),
         (["parallel.deepspeed=ds_configs/zero3.json", "parallel.zero_stage=1"], ["parallel.zero_stage=1", "stage 3"]),
-        (["model.name=DiT-MoE-Nano/8-4E2A", "data.manifest={odd}"], ["model.name", "12x12"]),
+        (["model.name=DiT-MoE-Nano/8-4E2A", "data.manifest={odd}"], ["model.name", "12x12", "patches of 8"]),
+        (["model.name=EC-DIT-Nano-4E"], ["data.manifest", "captions alone", "--text", "data.text_encoder"]),
+        (["model.name=EC-DIT-Nano-4E", "data.text_encoder=nowhere"], ["data.text_encoder='nowhere'", "hub id"]),
+        (["model.name=EC-DIT-4XL-4E"], ["model.name", "EC-DIT-4XL-4E", "XL, XXL, 3XL, M"]),
+        (["model.name=EC-DIT-Nano-1E"], ["model.name", "no choice"]),
+        (["model.routing=dense"], ["model.routing='dense'", "EC-DIT"]),
+        (["model.routing=experts"], ["model.routing='experts'", "'expert'"]),
+        (["model.routing=expert", "model.router.layer_capacity=[1.0]"], ["model.router.layer_capacity=[1.0]", "2 sparse layers"]),
+        (["model.router.layer_capacity=[1.0, 2.0]"], ["model.router.layer_capacity", "expert choice"]),
+        (["model.routing=expert", "model.router.capacity_factor=0"], ["model.router.capacity_factor", "above 0"]),
+        (["train.mask_ratio=0.9"], ["train.mask_ratio=0.9", "0.75"]),
+        ([*OFFLOAD, "train.optimizer.name=rmsprop"], ["train.optimizer.name='rmsprop'", "adamw alone"]),
     ],
 )
 def test_other_mistakes(recipe, overrides, words):

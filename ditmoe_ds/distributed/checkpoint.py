@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import Engine
-from ditmoe_ds.distributed.shards import MOMENTS, Shard, fill, set_optimizer_step
+from ditmoe_ds.distributed.shards import Shard, fill, set_optimizer_step
 from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
 from ditmoe_ds.distributed.topology import agreed
 from ditmoe_ds.errors import CheckpointError, UserError
@@ -247,8 +247,8 @@ def load(reader: Reader, engine: Engine, shards: list[Shard], ema: EMA) -> None:
 
     def read_the_rest() -> None:
         for i, shard in enumerate(shards):
-            for moment in MOMENTS:
-                reader.read(moment, shard.name, shard.start, shard.moments[moment])
+            for moment, out in shard.moments.items():
+                reader.read(moment, shard.name, shard.start, out)
             for kind, average in ema.averages.items():
                 if kind in reader.index["ema"]["kinds"]:
                     reader.read(kind, shard.name, shard.start, average[i])

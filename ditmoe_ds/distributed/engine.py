@@ -30,13 +30,18 @@ SUPPORTED = (Version("0.19.4"), Version("0.20"))
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule: linear warm-up, then constant, as DiT."""
+    """The optimizer and its schedule: linear warm-up, then constant, as DiT."""
 
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    """rmsprop, with momentum, is EC-DIT's."""
     lr: float = 1e-4
     beta1: float = 0.9
+    """Of the mean gradient; rmsprop's momentum."""
     beta2: float = 0.999
+    """Of the mean square of the gradient."""
     eps: float = 1e-8
     weight_decay: float = 0.0
+    """Decoupled with adamw; with rmsprop added to the gradient."""
     warmup_steps: int = 0
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
@@ -128,16 +133,20 @@ def build(
     Args:
         ds_config: what ``read_ds_config`` returned.
     """
-    params = dict(lr=optimizer.lr, betas=[optimizer.beta1, optimizer.beta2], eps=optimizer.eps, weight_decay=optimizer.weight_decay)
-    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if not offload:
-        params |= dict(torch_adam=True, fused=True)  # one kernel per flat tensor, and nothing to compile as for DeepSpeed's own
+    params: dict[str, Any] = dict(lr=optimizer.lr, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+    if optimizer.name == "rmsprop":
+        params |= dict(momentum=optimizer.beta1, alpha=optimizer.beta2)
+    else:
+        params["betas"] = [optimizer.beta1, optimizer.beta2]
+        if not offloads(ds_config):
+            params |= dict(torch_adam=True, fused=True)  # one kernel per flat tensor, and nothing to compile as for DeepSpeed's own
     config = ds_config | dict(
         train_batch_size=batch.global_batch,
         train_micro_batch_size_per_gpu=batch.micro,
         gradient_accumulation_steps=batch.accumulation,
         gradient_clipping=optimizer.grad_clip if parallel.zero_stage else 0.0,
-        optimizer=dict(type="AdamW", params=params),
+        optimizer=dict(type={"adamw": "AdamW", "rmsprop": "RMSprop"}[optimizer.name], params=params),
+        zero_allow_untested_optimizer=True,  # tests/test_shapes.py tests RMSprop
         bf16=dict(enabled=precision == "bf16", check_grad_overflow=True),
     )
     if parallel.zero_stage == 3:
@@ -178,6 +187,11 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, par
             deepspeed.zero.Init(module=module, config_dict_or_path=partition, dtype=dtype)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
+
+
+def offloads(ds_config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory."""
+    return ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 OWNED = {

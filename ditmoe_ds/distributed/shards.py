@@ -16,8 +16,6 @@ from torch import Tensor
 from ditmoe_ds.distributed.engine import Engine
 from ditmoe_ds.distributed.topology import ExpertGroup, agreed
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass
 class Shard:
@@ -89,9 +87,14 @@ def refresh_weights(engine: Engine) -> None:
 
 
 def set_optimizer_step(engine: Engine, step: int) -> None:
-    """Set Adam's step count, which its bias correction uses."""
+    """Set the optimizer's step count, which Adam's bias correction uses."""
     for state in _torch_optimizer(engine).state.values():
         state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+
+def _moments(engine: Engine) -> tuple[str, str]:
+    """What the optimizer keeps of each weight, as torch calls it."""
+    return ("momentum_buffer", "square_avg") if isinstance(_torch_optimizer(engine), torch.optim.RMSprop) else ("exp_avg", "exp_avg_sq")
 
 
 def _torch_optimizer(engine: Engine) -> Any:
@@ -113,10 +116,10 @@ def _prepare_moments(engine: Engine) -> None:
     optimizer = _torch_optimizer(engine)
     for master in _masters(engine):
         state = optimizer.state[master]
-        for key in MOMENTS:
+        for key in _moments(engine):
             if key not in state:
                 state[key] = torch.zeros_like(master, requires_grad=False)
-        state["step"] = torch.zeros((), device=master.device) if isinstance(optimizer, torch.optim.AdamW) else 0
+        state["step"] = torch.zeros((), device=master.device) if isinstance(optimizer, torch.optim.AdamW | torch.optim.RMSprop) else 0
 
 
 def _replicated(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
@@ -130,7 +133,7 @@ def _replicated(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, 
             if low is parameter
         )
     state = _torch_optimizer(engine).state[master]
-    return 0, master.detach().view(-1), {key: state[key].view(-1) for key in MOMENTS}
+    return 0, master.detach().view(-1), {key: state[key].view(-1) for key in _moments(engine)}
 
 
 def _partitioned_optimizer(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]] | None:
@@ -140,7 +143,7 @@ def _partitioned_optimizer(engine: Engine, parameter: Any) -> tuple[int, Tensor,
     flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     state, place = _torch_optimizer(engine).state[flat], mapping.hp_fragment_address
     cut = lambda tensor: tensor.detach().narrow(0, place.start, place.numel)  # noqa: E731
-    return mapping.lp_fragment_address.start, cut(flat), {key: cut(state[key]) for key in MOMENTS}
+    return mapping.lp_fragment_address.start, cut(flat), {key: cut(state[key]) for key in _moments(engine)}
 
 
 def _partitioned_weights(engine: Engine, parameter: Any) -> tuple[int, Tensor, dict[str, Tensor]] | None:
@@ -153,4 +156,4 @@ def _partitioned_weights(engine: Engine, parameter: Any) -> tuple[int, Tensor, d
     flat = optimizer.fp32_partitioned_groups_flat[index]
     state = _torch_optimizer(engine).state[flat]
     cut = lambda tensor: tensor.detach().narrow(0, int(offset), count)  # noqa: E731
-    return start, cut(flat), {key: cut(state[key]) for key in MOMENTS}
+    return start, cut(flat), {key: cut(state[key]) for key in _moments(engine)}

@@ -113,8 +113,7 @@ class SampleGrid:
             return
         items, _ = share_out(train.sample_images)
         model = plan.model
-        shape = (model.in_channels, model.input_size, model.input_size)
-        noise = torch.cat([starting_noise(train.seed, i, 1, shape) for i in items]).to(trainer.device)
+        noise = torch.cat([starting_noise(train.seed, i, 1, plan.shape) for i in items]).to(trainer.device)
         told = trainer.conditioner
         asked = [self.asked[i] for i in items]
         condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)

@@ -12,7 +12,7 @@ from ditmoe_ds import config
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.checkpoint import CheckpointConfig
 from ditmoe_ds.distributed.ema import EMAConfig
-from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, read_ds_config
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
 from ditmoe_ds.distributed.weights import Weights, open_weights
 from ditmoe_ds.errors import ConfigError
@@ -212,6 +212,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     named = _network_of(weights, recipe) if weights else _named_network(recipe.model)
     check_expert_parallel(recipe.parallel.expert, named.experts if named.routing != "dense" else 0, world)
     ds_config = read_ds_config(recipe.parallel)
+    if train.optimizer.name != "adamw" and offloads(ds_config):
+        raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
     manifests = _load_manifests(recipe, named)
     manifest = manifests[0]
     channels = manifest.shapes[0][0]
@@ -248,8 +250,9 @@ def _named_network(given: ModelConfig) -> DiTConfig:
     if factors and (config.routing == "token" or len(factors) != len(config.sparse_layers)):
         fix = f"is for expert choice, one factor for each of {len(config.sparse_layers)} sparse layers"
         raise ConfigError("model.router.layer_capacity", list(factors), fix)
-    if config.routing != "token" and min((*factors, given.router.capacity_factor or 1.0)) <= 0:
-        raise ConfigError("model.router.capacity_factor", given.router.capacity_factor, "must be above 0, as each of layer_capacity")
+    factor = given.router.capacity_factor
+    if min((*factors, 1.0 if factor is None else factor)) <= 0:
+        raise ConfigError("model.router.capacity_factor", factor, "must be above 0, as each of layer_capacity")
     return config
 
 

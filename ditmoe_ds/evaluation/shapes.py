@@ -1,0 +1,83 @@
+"""The benchmark ``shapes``: does a text-to-image model draw what captions say that it never saw in training?"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.shapes import CATEGORIES, SIZE, Scene, scenes
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.evaluation.detector import detect, shows
+from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.pipelines.run import Run
+
+CAPTIONS = 12
+"""Of each category at most."""
+
+
+def prompts(unseen: bool = True) -> list[Scene]:
+    """The same for everyone: of each category up to ``CAPTIONS`` scenes, evenly spread over all."""
+    chosen = []
+    for category in CATEGORIES:
+        found = scenes(category, unseen)
+        places = np.unique(np.linspace(0, len(found) - 1, min(CAPTIONS, len(found))).round().astype(int))
+        chosen += [found[i] for i in places]
+    return chosen
+
+
+def evaluate(
+    run: Run, out: Path, *, images: int, steps: int, guidance: float, seed: int = 0, batch: int = 64, seen: bool = False
+) -> dict[str, Any]:
+    """Sample and score; writes ``shapes.json`` and ``shapes.png`` (a row per prompt) into ``out``.
+
+    Args:
+        images: of each prompt.
+        batch: images sampled at once.
+        seen: captions of training instead of new ones.
+
+    Returns:
+        What is in ``shapes.json``: of each category ``right``, ``images``, ``score`` and ``ci95`` (Wilson), and their ``mean``.
+
+    Raises:
+        ConfigError: images of another size, or a model of classes; and as ``Run.sample``.
+    """
+    asked = [scene for scene in prompts(not seen) for _ in range(images)]
+    pictures = []
+    for first in range(0, len(asked), batch):
+        part = [scene.caption for scene in asked[first : first + batch]]
+        pictures.append(run.sample(part, steps=steps, guidance=guidance, seed=seed, first=first))
+    sampled = torch.cat(pictures)
+    if tuple(sampled.shape[1:3]) != (SIZE, SIZE):
+        raise ConfigError("run", list(sampled.shape[1:3]), f"the benchmark is for pictures of {SIZE} pixels: train on sample:shapes")
+    right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
+    for scene, picture in zip(asked, sampled.numpy(), strict=True):
+        right[scene.category].append(shows(detect(picture), scene))
+    scores = {category: sum(hits) / len(hits) for category, hits in right.items()}
+    report = dict(
+        step=run.step,
+        captions="seen" if seen else "unseen",
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        mean=sum(scores.values()) / len(scores),
+        categories={
+            category: dict(right=sum(hits), images=len(hits), score=scores[category], ci95=wilson(sum(hits), len(hits)))
+            for category, hits in right.items()
+        },
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "shapes.json").write_text(json.dumps(report, indent=1) + "\n")
+    save_grid(sampled, out / "shapes.png", columns=images)
+    return report
+
+
+def wilson(right: int, count: int) -> list[float]:
+    """The 95 % confidence interval of a share, [low, high] (Wilson's)."""
+    z, share = 1.96, right / count
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [(middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)]
