@@ -57,8 +57,9 @@ class Texts:
     def __init__(self, empty: Tensor):
         self.null = empty
 
-    def told(self, batch: Batch) -> list[Tensor]:
-        return batch.texts
+    def told(self, batch: Batch) -> Sequence[Tensor]:
+        assert batch.text is not None
+        return batch.text.split(batch.lengths)
 
     def pack(self, told: Sequence[Tensor]) -> Condition:
         return padded(told)

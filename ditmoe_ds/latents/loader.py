@@ -93,20 +93,24 @@ class Batch(NamedTuple):
     """(B,) int64: with ``samples`` the identity of a visit, from which noise can be drawn."""
     samples: Tensor
     """(B,) int64: index into the data set."""
-    texts: list[Tensor]
-    """B tokens of captions, each (T, width) bfloat16, if they are stored."""
+    text: Tensor | None
+    """(M, width) bfloat16 tokens of all captions, one after the other, if they are stored: one tensor crosses processes cheaply."""
+    lengths: list[int]
+    """B numbers of tokens, which add up to M."""
     captions: list[str]
     """B captions, empty for those that have none."""
 
 
 def collate(chosen: list[Latent], epochs: Tensor, samples: Tensor) -> Batch:
     """A batch of samples, with their own latents or, where a deviation is stored, their mean."""
+    texts = [sample.text for sample in chosen if sample.text is not None]
     return Batch(
         torch.stack([sample.latent for sample in chosen]),
         torch.tensor([sample.label for sample in chosen]),
         epochs,
         samples,
-        [sample.text for sample in chosen if sample.text is not None],
+        torch.cat(texts) if texts else None,
+        [len(text) for text in texts],
         [sample.caption for sample in chosen],
     )
 

@@ -103,8 +103,8 @@ class Validation:
 class SampleGrid:
     """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images."""
 
-    def __init__(self, plan: Plan):
-        self.asked = plan.asked_for(plan.recipe.train.sample_images)
+    def __init__(self, plan: Plan, conditioner: Conditioner):
+        self.asked = plan.asked_for(plan.recipe.train.sample_images, conditioner)
         self.vae = load_vae(plan.manifest.vae, "cpu") if dist.get_rank() == 0 else None
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:

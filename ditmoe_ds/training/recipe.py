@@ -145,13 +145,12 @@ class Plan:
             return Captions(TextEncoder(data.text_encoder, data.text_max_tokens, device, ("data.text_encoder", "data.text_max_tokens")))
         return Texts(self.manifest.empty_text())
 
-    def asked_for(self, count: int) -> list[Any]:
+    def asked_for(self, count: int, conditioner: Conditioner) -> list[Any]:
         """What the ``count`` pictures of a sample grid are asked to show: classes in turn, or held-out captions."""
         if self.model.num_classes:
             return [i % self.model.num_classes for i in range(count)]
         heldout = self.open_heldout()
-        batch = heldout.batch([i % len(heldout) for i in range(count)])
-        return batch.captions if self.recipe.data.text_encoder else batch.texts
+        return list(conditioner.told(heldout.batch([i % len(heldout) for i in range(count)])))
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""

@@ -206,7 +206,7 @@ class Trainer:
         if train.validate_every:
             callbacks.append(agreed(lambda: Validation(self.plan)))
         if train.sample_every:
-            callbacks.append(agreed(lambda: SampleGrid(self.plan)))
+            callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner)))
         callbacks += [Progress(self.step)]
         if self.world.rank == 0:
             self._describe_run()
