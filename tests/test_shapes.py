@@ -19,16 +19,20 @@ from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.models.sizes import describe, named_config
 
 NAME = "DiT-MoE-Nano/2-4E2A"
-STEPS, HALF, LONG = 20, 10, 30
+STEPS, HALF, SHORT, LONG = 20, 10, 5, 30
 WORLDS = (1, 2, 4)
 SHAPES = [(stage, ep, world) for world in WORLDS for ep in (1, 2, 4) if world % ep == 0 for stage in (0, 1, 2, 3)]
 VARIANTS = {
     "plain": [f"checkpoint.every={HALF}", f"train.validate_every={STEPS}"],
     "recomputed": ["train.accumulation=2", "train.activation_checkpointing=true"],
-    "starved": [],
+    "starved": [f"train.validate_every={SHORT}"],
     "bf16": ["train.precision=bf16"],
-    "experts choose": ["model.name=EC-DIT-Nano-4E", "data.manifest={folder}/texts", "train.mask_ratio=0.5", "model.router.input=decoupled"],
+    "experts choose": [
+        *["model.name=EC-DIT-Nano-4E", "data.manifest={folder}/texts", f"train.validate_every={SHORT}"],
+        *["train.mask_ratio=0.5", "model.router.input=decoupled"],
+    ],
 }
+LENGTH = {"plain": STEPS, "recomputed": HALF, "starved": SHORT, "bf16": HALF, "experts choose": SHORT}
 BASES = {"recomputed": "accumulated"}
 """With what a variant is compared, on one process without ZeRO: itself, but recomputed runs with one that keeps its activations."""
 TOLERANCE = {"bf16": 1e-2}
@@ -98,9 +102,8 @@ def runs(folder):
     def straight(world):
         for variant, stage, ep, size in CASES:
             if size == world:
-                name, steps = f"{variant}-{title(stage, ep, world)}", STEPS if variant == "plain" else HALF
-                overrides = [override.format(folder=folder) for override in VARIANTS[variant]]
-                yield case(name, stage, ep, *overrides, steps=steps, starve=variant == "starved")
+                name, overrides = f"{variant}-{title(stage, ep, world)}", [override.format(folder=folder) for override in VARIANTS[variant]]
+                yield case(name, stage, ep, *overrides, steps=LENGTH[variant], starve=variant == "starved")
 
     def moved(world, sources):
         for saved, loaded in MOVES:
@@ -134,7 +137,7 @@ def test_same_curve(runs, variant, stage, ep, world):
     ours = runs[f"{variant}-{title(stage, ep, world)}"]["records"]
     base = runs[f"{BASES.get(variant, variant)}-{title(0, 1, 1)}"]["records"]
     assert [record["step"] for record in ours] == list(range(1, len(base) + 1))
-    assert len(base) == STEPS if variant == "plain" else HALF
+    assert len(base) == LENGTH[variant]
     for key in ("loss", "balance_loss", "z_loss", "grad_norm"):
         for mine, theirs in zip(ours, base, strict=True):
             assert mine[key] == pytest.approx(theirs[key], rel=TOLERANCE.get(variant, 1e-5)), (key, mine["step"])

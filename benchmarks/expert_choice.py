@@ -1,0 +1,93 @@
+"""Time and memory of a layer with expert choice against the number of tokens, beside the same with one-hot dispatch.
+
+python benchmarks/expert_choice.py [--width 256] [--experts 8] [--write]
+
+One image of 256 to 4096 tokens, forward and backward, in turn. Ours gathers rows and adds them back by index. The other is the
+dispatch of GShard's kind: a one-hot (experts, places, tokens) tensor and einsums, on the same experts and scores.
+--write puts the table under "Measured" in expert_choice.md.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from report import forget_peak, hardware, host_bytes, publish
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.routing import RouterConfig, places
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+
+
+def one_hot(moe: MoE, x: Tensor) -> Tensor:
+    """The layer on x (1, N, D) with dense dispatch."""
+    router, experts = moe.deepspeed_moe.gate, moe.deepspeed_moe.experts.deepspeed_experts[0]
+    scores = F.linear(x.float(), router.weight.float()).softmax(-1)[0]
+    weights, chosen = scores.t().topk(places(x.shape[1], len(router.weight), router.experts_per_token))
+    hot = F.one_hot(chosen, x.shape[1]).to(x.dtype)  # (E, C, N)
+    rows = torch.einsum("ecn,nd->ecd", hot, x[0])
+    counts = torch.full((len(chosen),), chosen.shape[1], device=x.device)
+    done = experts(rows.flatten(0, 1), counts, equal=True).view_as(rows)
+    return torch.einsum("ecn,ec,ecd->nd", hot, weights.to(x.dtype), done)[None]
+
+
+def measure(run: Callable[[Tensor], Tensor], x: Tensor, repeats: int) -> tuple[float, float]:
+    """Median seconds of forward and backward, and bytes that they take at most."""
+
+    def once() -> float:
+        x.grad, start = None, time.perf_counter()
+        run(x).sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    seconds = statistics.median(once() for _ in range(repeats))
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once()
+        return seconds, torch.cuda.max_memory_allocated() - before
+    forget_peak()
+    before = host_bytes("VmRSS")
+    once()
+    return seconds, host_bytes("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the figures into expert_choice.md")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    moe = MoE(arguments.width, arguments.experts, "expert", 2.0, 4 * arguments.width, 0, RouterConfig(), activation="gelu", bias=False)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    moe.to(device, dtype)
+    lines = [
+        f"`python {' '.join(sys.argv)}`. {hardware()}, {dtype}; width {arguments.width}, {arguments.experts} experts, 2 per token.",
+        "",
+        "| tokens | ours, microseconds per token | one-hot | ours / one-hot | ours, KB per token | one-hot |",
+        "|---|---|---|---|---|---|",
+    ]
+    for length in LENGTHS:
+        x = torch.randn(1, length, arguments.width, device=device, dtype=dtype, requires_grad=True)
+        torch.testing.assert_close(moe(x)[0], one_hot(moe, x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+        (ours, memory), (theirs, other) = (measure(run, x, arguments.repeats) for run in (lambda x: moe(x)[0], lambda x: one_hot(moe, x)))
+        speed = f"| {length:,} | {1e6 * ours / length:.1f} | {1e6 * theirs / length:.1f} | {ours / theirs:.2f} "
+        lines.append(speed + f"| {memory / length / 1e3:.1f} | {other / length / 1e3:.1f} |")
+    print("\n".join(lines))
+    if arguments.write:
+        publish(__file__, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

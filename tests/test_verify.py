@@ -1,0 +1,91 @@
+"""ditmoe-data verify, inspect and subset, on a tiny random VAE and a folder of noise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoding import assert_one_line, contents, png, run_encode, samples, write_inputs, write_tar
+from PIL import Image
+
+from data_prep.cli import main
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.vae import load_vae
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def encoded(inputs, tmp_path_factory) -> Path:
+    """A finished folder; tests read it and leave it alone."""
+    return run_encode(inputs, tmp_path_factory.mktemp("encoded") / "out")
+
+
+def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
+    run_encode(inputs, tmp_path / "out")
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    shard = tmp_path / "out" / "val-000000.tar"
+    raw = bytearray(shard.read_bytes())
+    raw[1500] ^= 1
+    shard.write_bytes(raw)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    assert_one_line(capsys.readouterr().err, "val-000000.tar", "sha256")
+
+
+def test_verify_finds_a_key_that_is_there_twice(inputs, tmp_path, capsys):
+    for name in "ab":
+        write_tar(tmp_path / f"in-{name}.tar", [{"__key__": key, "png": png(i)} for i, key in enumerate((name, "same"))])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in-{{a,b}}.tar", holdout=0)
+    assert main(["verify", str(out)]) == 2
+    assert_one_line(capsys.readouterr().err, "1 samples have the key of another", "'same' in train-000000.tar, train-000001.tar")
+
+
+def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
+    monkeypatch.setattr("data_prep.encode.encode_images", lambda vae, images: (torch.full((len(images), 2, 8, 8), torch.inf), None))
+    run_encode(inputs, tmp_path / "out")
+    monkeypatch.undo()
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
+    assert main(["verify", str(encoded), "--sheet", str(tmp_path / "a.png")]) == 0
+    manifest = Manifest.load(encoded)
+    count = min(manifest.splits.val.samples, 16)
+    assert f"{tmp_path / 'a.png'}: 16 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "a.png").size == (8 * 18 - 2, -(-count // 8) * 36 - 2)
+    assert main(["verify", str(encoded), "--sheet", str(tmp_path / "b.png"), "--source", "sample:digits"]) == 2
+    assert_one_line(capsys.readouterr().err, "sample:digits", "no image of key")
+    assert main(["inspect", str(encoded)]) == 0
+    assert main(["inspect", str(encoded / "val-000001.tar"), "--sheet", str(tmp_path / "c.png")]) == 0
+    text = capsys.readouterr().out
+    for words in ("train, val", "(2, 8, 8) float32, mean", "2, of", "bytes", samples(encoded, "train")[0].key):
+        assert words in text
+    assert Image.open(tmp_path / "c.png").mode == "RGB"
+    assert main(["inspect", str(encoded / "none.tar")]) == 2
+
+
+def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, capsys):
+    keys = {}
+    for fraction in ("0.3", "0.6"):
+        assert main(["subset", str(encoded), "--fraction", fraction, "--out", str(tmp_path / fraction), "--shard-size", "5"]) == 0
+        assert main(["verify", str(tmp_path / fraction)]) == 0
+        keys[fraction] = {sample.key for split in ("train", "val") for sample in samples(tmp_path / fraction, split)}
+    assert 4 < len(keys["0.3"]) < len(keys["0.6"]) < 36 and keys["0.3"] < keys["0.6"]
+    assert main(["subset", str(encoded), "--fraction", "0.6", "--out", str(tmp_path / "again"), "--shard-size", "5"]) == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "0.6")
+    small = Manifest.load(tmp_path / "0.6")
+    latents = np.stack([sample.tensors["latent"] for sample in samples(tmp_path / "0.6", "train")])
+    np.testing.assert_allclose(small.std, latents.std((0, 2, 3)), rtol=1e-4)
+    assert load_vae(small.vae, "cpu")
+    capsys.readouterr()
+    assert main(["subset", str(encoded), "--fraction", "0.6", "--out", str(tmp_path / "again")]) == 2
+    assert main(["subset", str(encoded), "--fraction", "0.0", "--out", str(tmp_path / "nothing")]) == 2
+    assert "leaves none" in capsys.readouterr().err
