@@ -31,7 +31,14 @@ class Conditioner(Protocol):
     def unpack(self, packed: Any, device: torch.device) -> Condition: ...
 
 
-class Classes:
+class _Packed:
+    """What is told without an encoder is ready when it is packed."""
+
+    def unpack(self, packed: Condition, device: torch.device) -> Condition:
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
+
+
+class Classes(_Packed):
     """``y`` (B,): class labels; ``num_classes`` is none."""
 
     def __init__(self, num_classes: int):
@@ -43,11 +50,8 @@ class Classes:
     def pack(self, told: Sequence[int]) -> Condition:
         return {"y": torch.tensor(told)}
 
-    def unpack(self, packed: Condition, device: torch.device) -> Condition:
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
 
-
-class Texts:
+class Texts(_Packed):
     """``text`` (B, T, width) bfloat16 as stored, padded to the longest, and ``mask`` (B, T), true for tokens.
 
     Args:
@@ -63,9 +67,6 @@ class Texts:
 
     def pack(self, told: Sequence[Tensor]) -> Condition:
         return padded(told)
-
-    def unpack(self, packed: Condition, device: torch.device) -> Condition:
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
 
 
 class Captions:

@@ -1,0 +1,109 @@
+"""What a training step is given: chance by (seed, epoch, sample), conditions, masks; and what its loss counts."""
+
+import pytest
+import torch
+
+from ditmoe_ds.diffusion.noise import kept_patches
+from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, RectifiedFlow
+from ditmoe_ds.diffusion.sampling import sample
+from ditmoe_ds.latents.condition import Classes, Texts, padded
+from ditmoe_ds.latents.loader import Batch
+from ditmoe_ds.training.step import Preparation, pixels_of, router_metrics
+
+COUNT = 2000
+EMPTY = torch.full((1, 3), -1.0).bfloat16()
+
+
+def batch(epoch=0, count=COUNT):
+    lengths = [1 + i % 4 for i in range(count)]
+    samples, epochs = torch.arange(count), torch.full((count,), epoch)
+    text = torch.arange(3 * sum(lengths)).view(-1, 3).bfloat16()
+    return Batch(torch.zeros(count, 1, 4, 6), samples % 10, epochs, samples, text, lengths, [str(i) for i in range(count)])
+
+
+def prepare(conditioner, dropout=0.1, mask_ratio=0.0, mirror=False):
+    return Preparation(5, RectifiedFlow(1000.0), conditioner, dropout, mirror, mask_ratio, patch=2)
+
+
+def test_classes_are_dropped_for_guidance():
+    labels = prepare(Classes(10))(batch()).condition["y"]
+    dropped = labels == 10
+    assert dropped.float().mean() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(labels[~dropped], batch().labels[~dropped])
+    assert torch.equal(prepare(Classes(10), dropout=0.0)(batch()).condition["y"], batch().labels)
+    assert torch.equal(prepare(Classes(10))(batch()).condition["y"], labels)
+    again = prepare(Classes(10))(batch(epoch=1)).condition["y"] == 10
+    assert 0 < (again & dropped).sum() < 0.3 * dropped.sum(), "each epoch drops others"
+
+
+def test_texts_are_dropped_like_classes():
+    dropped = (prepare(Classes(10))(batch()).condition["y"] == 10).tolist()
+    condition = prepare(Texts(EMPTY))(batch()).condition
+    assert condition["text"].shape == (COUNT, 4, 3) and condition["mask"].shape == (COUNT, 4)
+    texts = batch().text.split(batch().lengths)
+    for i in range(0, COUNT, 7):
+        wanted = EMPTY if dropped[i] else texts[i]
+        assert torch.equal(condition["text"][i][condition["mask"][i]], wanted) and not condition["text"][i, len(wanted) :].any()
+
+
+def test_padding():
+    found = padded([torch.ones(2, 3), torch.ones(1, 3)])
+    assert found["mask"].tolist() == [[True, True], [True, False]]
+    assert found["text"].sum(-1).tolist() == [[3, 3], [3, 0]]
+
+
+def test_masks_are_drawn_anew_for_each_visit():
+    whole = prepare(Classes(10))(batch())
+    assert whole.keep is None
+    keep = prepare(Classes(10), mask_ratio=0.5)(batch()).keep
+    assert keep.shape == (COUNT, 3) and (keep.diff(dim=1) > 0).all()
+    assert keep.flatten().bincount(minlength=6).div(COUNT / 2).tolist() == pytest.approx([1] * 6, abs=0.1)
+    assert torch.equal(keep, prepare(Classes(10), mask_ratio=0.5)(batch()).keep)
+    assert not torch.equal(keep, prepare(Classes(10), mask_ratio=0.5)(batch(epoch=1)).keep)
+    assert torch.equal(keep, kept_patches(5, batch().epochs, batch().samples, 6, 3))
+    # nothing else is drawn otherwise
+    assert torch.equal(prepare(Classes(10), mask_ratio=0.5)(batch()).noise, whole.noise)
+
+
+@pytest.mark.parametrize("objective", [RectifiedFlow(1.0), DDPM()])
+def test_a_masked_loss_counts_the_patches_that_are_there(objective):
+    torch.manual_seed(0)
+    x0, noise, t = torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.tensor([0.3, 0.8])
+    keep = torch.tensor([[0, 4], [1, 5]])
+    where = pixels_of(keep, x0, 2)
+    assert where[0, 0].tolist() == [[1, 1, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0, 0]] * 2
+    out = torch.randn(2, 8, 4, 6)
+    masked = objective.loss(lambda z, s: out * where, x0, t, noise, where)
+    other = torch.where(where.bool(), out, torch.randn_like(out))
+    assert torch.equal(objective.loss(lambda z, s: other, x0, t, noise, where), masked)
+    torch.testing.assert_close(
+        objective.loss(lambda z, s: out, x0, t, noise, torch.ones_like(where)), objective.loss(lambda z, s: out, x0, t, noise)
+    )
+    if isinstance(objective, RectifiedFlow):
+        error = (out[:, :4] - (noise - x0)).square()
+        wanted = torch.stack(
+            [error[0, :, :2, :2].mean() + error[0, :, 2:, 2:4].mean(), error[1, :, :2, 2:4].mean() + error[1, :, 2:, 4:].mean()]
+        )
+        torch.testing.assert_close(masked, wanted / 2)
+
+
+def test_a_time_shift_moves_training_and_sampling():
+    flow, t = RectifiedFlow(1000.0, time_shift=3.0), torch.tensor([0.0, 0.25, 0.5, 1.0])
+    assert flow.shifted(t).tolist() == pytest.approx([0, 0.5, 0.75, 1])
+    times = []
+
+    def predict(z, t):
+        times.append(t[0].item())
+        return torch.zeros_like(z)
+
+    sample(predict, torch.zeros(1, 1, 2, 2), DiffusionConfig(time_shift=3.0, time_scale=1.0), 4, "euler")
+    assert times == pytest.approx([1, 0.9, 0.75, 0.5])
+    shifted = prepare(Classes(10))(batch())
+    plain = Preparation(5, flow, Classes(10), 0.1, False, 0.0, 2)(batch())
+    torch.testing.assert_close(plain.times, flow.shifted(shifted.times))
+
+
+def test_router_metrics_of_tokens():
+    found = router_metrics(torch.tensor([[4, 4], [8, 0]]), torch.tensor([[2, 4, 2], [0, 8, 0]]))
+    assert found["untaken"] == [0.25, 0] and found["takers_std"] == [pytest.approx(0.5**0.5, abs=1e-6), 0]
+    assert found["dead"] == [0, 0.5] and found["max_over_mean"] == [1, 2]
