@@ -20,6 +20,9 @@ from typing import Any
 from report import hardware, publish
 
 from data_prep.shapes import CATEGORIES
+from ditmoe_ds.analysis.adaptive import on_objects, sample_with_takers
+from ditmoe_ds.evaluation.shapes import prompts
+from ditmoe_ds.pipelines.run import open_run
 
 ROOT = Path(__file__).parent.parent
 ROUTINGS = ("dense", "token", "expert")
@@ -60,6 +63,19 @@ def train_and_score(folder: Path, data: Path, routing: str, seed: int, steps: in
     )
 
 
+def adaptive(run: Path) -> str:
+    """How much more compute objects get, on one picture of each new caption."""
+    captions = [scene.caption for scene in prompts()]
+    found = on_objects(*sample_with_takers(open_run(run), captions, steps=25, guidance=3.0))
+    low, high = found["ci95"]
+    layers, steps = (", ".join(f"{ratio:.2f}" for ratio in found[f"ratio_by_{axis}"]) for axis in ("layer", "step"))
+    return (
+        f"Experts per token in expert choice, seed 0, over {found['images']} pictures: {found['objects']:.2f} on objects, "
+        f"{found['background']:.2f} on the background; ratio {found['ratio']:.2f} (95 % interval {low:.2f} to {high:.2f}). "
+        f"By sparse layer: {layers}. By sampling step, from noise to image: {steps}."
+    )
+
+
 def spread(values: list[float], digits: int = 4) -> str:
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
@@ -95,7 +111,7 @@ def main() -> None:
         for routing in ROUTINGS:
             results[routing].append(train_and_score(folder, data, routing, seed, arguments.steps, arguments.images))
     head = f"`python {' '.join(sys.argv)}`. {hardware()}. Mean and standard deviation over {arguments.seeds} seeds."
-    report = "\n".join([head, "", *tables(results)])
+    report = "\n".join([head, "", *tables(results), "", adaptive(folder / "expert-0")])
     print(report)
     if arguments.write:
         publish(__file__, report)

@@ -6,9 +6,9 @@ from data_prep.units import write_text
 from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256
 
 
-def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000, text=0):
+def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000, text=0, turned=False):
     """Write a finished folder and return its path as a string. Sample i has class i % classes; with ``text``, the width of its
-    tokens, its class has tokens, of which it has one to five."""
+    tokens, its class has tokens, of which it has one to five. ``turned`` swaps height and width in every second shard."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
     centres = torch.randn(classes, *shape, generator=generator)
@@ -17,10 +17,11 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         shards = []
         for first in range(0, count, per_shard):
             path = folder / f"{split}-{len(shards):06d}.tar"
-            rows = range(first, min(first + per_shard, count))
+            rows, turn = range(first, min(first + per_shard, count)), turned and len(shards) % 2
             with ShardWriter(path) as writer:
                 for i in rows:
                     latent = centres[i % classes] + 0.5 * torch.randn(shape, generator=generator)
+                    latent = latent.transpose(1, 2).contiguous() if turn else latent
                     meta = {
                         "label": i % classes,
                         "class": str(i % classes),
@@ -29,7 +30,7 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
                     }
                     told = {"text": words[i % classes, : 1 + i % 5]} if text else {}
                     writer.write(f"{split}{i:06d}", meta, latent=latent, **told)
-            shards.append(Shard(path.name, len(rows), path.stat().st_size, sha256(path), shape))
+            shards.append(Shard(path.name, len(rows), path.stat().st_size, sha256(path), (shape[0], shape[2], shape[1]) if turn else shape))
         splits[split] = Split(count, tuple(shards))
     if text:
         write_text(folder / EMPTY_TEXT, words[0, :1])

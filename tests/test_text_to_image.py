@@ -198,12 +198,16 @@ def test_another_optimizer_cannot_go_on(online, recipe):
     assert code == 2 and "train.optimizer.name='adamw'" in output and "was trained with rmsprop" in output
 
 
-def test_stored_text_trains_alike(recipe, folder):
-    run = folder / "stored"
-    train(recipe, 1, f"run_dir={run}", "data.text_encoder=''", "parallel.expert=1", "train.sample_every=0")
-    losses = [record["loss"] for record in metrics(run)]
-    assert losses[-1] < losses[0]
-    assert open_run(run).latents["text"] == dict(encoder="none", max_tokens=5)
+def test_a_run_on_stored_text_and_latents_of_two_shapes(recipe, folder):
+    run, data = folder / "stored", write_latents(folder / "turned", 66, 14, (4, 8, 4), per_shard=11, text=6, turned=True)
+    overrides = [f"run_dir={run}", f"data.manifest={data}", "data.text_encoder=''", "data.log_samples=true", "train.sample_every=0"]
+    train(recipe, 2, *overrides)
+    records = metrics(run)
+    turned = [{int(key.removeprefix("train")) // 11 % 2 for key in record["samples"]} for record in records]
+    assert all(len(step) == 1 for step in turned) and len(set.union(*turned)) == 2
+    assert records[-1]["val_loss"] < records[2]["val_loss"]
+    opened = open_run(run)
+    assert opened.latents["text"] == dict(encoder="none", max_tokens=5) and opened.shape == (4, 8, 4)
 
 
 def test_sampling_by_prompt(online, tmp_path, capsys):
