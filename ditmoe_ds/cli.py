@@ -3,9 +3,13 @@
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.interop.cli import add_commands
+
+if TYPE_CHECKING:
+    from ditmoe_ds.pipelines.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
     sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
     sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
-    sample.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    sample.add_argument("--text-encoder", help="likewise")
-    sample.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
+    _add_opening(sample)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", default="grid.png")
 
@@ -50,8 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--steps", type=int, default=25)
     evaluate.add_argument("--guidance", type=float, default=3.0)
     evaluate.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
-    evaluate.add_argument("--weights", default="ema")
+    _add_opening(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
+
+    _add_opening(analyze)
 
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)
@@ -68,6 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _add_opening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
+    parser.add_argument("--text-encoder", help="likewise")
+    parser.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
+
+
+def _open(arguments: argparse.Namespace) -> "Run":
+    from ditmoe_ds.pipelines.run import open_run
+
+    return open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from ditmoe_ds import train
 
@@ -78,13 +94,12 @@ def _sample(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ditmoe_ds.latents.images import save_grid
-    from ditmoe_ds.pipelines.run import open_run
 
     try:
         classes = [int(part) for part in arguments.classes.split(",")]
     except ValueError:
         raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
-    run = open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
+    run = _open(arguments)
     if bool(arguments.prompt) == bool(run.model.config.num_classes):
         wanted = "--classes" if run.model.config.num_classes else "--prompt"
         raise ConfigError("--prompt", arguments.prompt, f"this model is told {wanted}")
@@ -107,12 +122,12 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
     from ditmoe_ds.analysis.adaptive import adaptive
     from ditmoe_ds.analysis.routing import analyze
-    from ditmoe_ds.pipelines.run import open_run
 
+    run = _open(arguments)
     if arguments.prompt:
-        files = adaptive(open_run(arguments.run_dir), arguments.prompt, Path(arguments.out))
+        files = adaptive(run, arguments.prompt, Path(arguments.out))
     else:
-        files = analyze(arguments.run_dir, arguments.out, arguments.samples)
+        files = analyze(run, Path(arguments.run_dir), Path(arguments.out), arguments.samples)
     for name, path in files.items():
         print(f"{name}: {path}")
     return 0
@@ -122,9 +137,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ditmoe_ds.evaluation.shapes import evaluate
-    from ditmoe_ds.pipelines.run import open_run
 
-    run = open_run(arguments.run_dir, arguments.weights)
+    run = _open(arguments)
     if run.model.config.num_classes:
         raise ConfigError("run_dir", arguments.run_dir, "this model is told classes; the benchmark is for captions")
     report = evaluate(

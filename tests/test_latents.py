@@ -111,6 +111,16 @@ def test_a_shard_outside_the_folder_does_not_load(tmp_path):
         Manifest.load(manifest.root)
 
 
+def test_folders_beside_the_data_move_with_it_and_others_stay(tmp_path):
+    (tmp_path / "home" / "data").mkdir(parents=True)
+    near, far = str(tmp_path / "home" / "encoder"), str(tmp_path / "site-packages" / "vae")
+    manifest = write_data(tmp_path / "home" / "data")
+    replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c")).save()
+    (tmp_path / "home").rename(tmp_path / "moved")
+    moved = Manifest.load(tmp_path / "moved" / "data")
+    assert (moved.vae, moved.text.encoder) == (far, str(tmp_path / "moved" / "encoder"))
+
+
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):
     with pytest.raises(RuntimeError), ShardWriter(tmp_path / "x.tar") as shard:
         shard.write("k", {"label": 0}, latent=torch.zeros(SHAPE))

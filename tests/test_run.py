@@ -239,7 +239,7 @@ def test_sample_and_analyze(straight, folder, capsys):
     assert (together[2].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(opened.model.x_embed.weight, open_run(run, "master").model.x_embed.weight)
 
-    files = analyze(run, str(folder / "analysis"), samples=7, bins=4)
+    files = analyze(opened, Path(run), folder / "analysis", samples=7, bins=4)
     numbers = json.loads(files["routing.json"].read_text())
     shares = {axis: torch.tensor(share) for axis, share in numbers["share"].items()}
     assert shares["timestep"].shape == (2, 4, 4) and shares["position"].shape == (2, 16, 4) and shares["class"].shape == (2, 10, 4)
@@ -269,7 +269,7 @@ sys.exit(main(["train", "{recipe}", "model.name=DiT-Nano/2", "run_dir={folder / 
     assert len(records) == 2 and "router" not in records[0] and records[0]["balance_loss"] == 0
     assert main(["sample", str(folder / "dense"), "--steps", "2", "--sampler", "ddpm", "--out", str(folder / "ddpm.png")]) == 0
     with pytest.raises(CheckpointError, match="dense"):
-        analyze(str(folder / "dense"), str(folder / "none"))
+        analyze(open_run(folder / "dense"), folder / "dense", folder / "none")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,9 +224,10 @@ def test_sampling_by_prompt(online, tmp_path, capsys):
     assert main(arguments) == 2 and "told --prompt" in capsys.readouterr().err
     assert main(["eval", "shapes", str(online), "--out", str(tmp_path)]) == 2
     assert "is for pictures of 64 pixels" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="tokens are 12 wide"):
-        run.model.config.__dict__["text_width"] = 13
-        run.conditioner()
+    other = open_run(online, text_encoder=str(online.parent / "encoder"))
+    other.model.config = replace(other.model.config, text_width=13)
+    with pytest.raises(ConfigError, match="tokens are 12 wide, the model was trained with 13"):
+        other.sample(["b"], steps=1, guidance=1.0)
 
 
 def test_maps_of_compute(online, tmp_path):

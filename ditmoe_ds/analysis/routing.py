@@ -18,7 +18,7 @@ from ditmoe_ds.latents.loader import Batch, LatentDataset
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.moe.layer import LayerStats, Router
 from ditmoe_ds.moe.routing import Assignment
-from ditmoe_ds.pipelines.run import Run, open_run
+from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.rng import keyed_generator
 
 
@@ -54,7 +54,7 @@ def count_takings(run: Run, samples: Batch, bins: int, size: int = 64) -> dict[s
     Returns:
         By "timestep", "position" and, of a model that knows classes, "class": int64 (L, bins | N | classes, E).
     """
-    model, objective, told = run.model, make_objective(run.diffusion), run.conditioner()
+    model, objective, told = run.model, make_objective(run.diffusion), run.conditioner
     L, E, classes = len(model.config.sparse_layers), model.config.experts, model.config.num_classes
     patches = samples.latents[0, 0].numel() // model.config.patch**2
     sizes = {"timestep": bins, "position": patches} | ({"class": classes} if classes else {})
@@ -78,8 +78,8 @@ def count_takings(run: Run, samples: Batch, bins: int, size: int = 64) -> dict[s
     return counts
 
 
-def analyze(run_dir: str, out: str, samples: int = 256, bins: int = 10) -> dict[str, Path]:
-    """Write ``routing.json`` and one heat-map per axis into ``out``.
+def analyze(run: Run, run_dir: Path, out: Path, samples: int = 256, bins: int = 10) -> dict[str, Path]:
+    """Write ``routing.json`` and one heat-map per axis into ``out``, and the loss curve if ``run_dir`` has one.
 
     Returns:
         The files, by name.
@@ -89,16 +89,14 @@ def analyze(run_dir: str, out: str, samples: int = 256, bins: int = 10) -> dict[
     """
     from ditmoe_ds.analysis.plots import plot_loss, plot_shares
 
-    run = open_run(run_dir)
     if not any(isinstance(module, Router) for module in run.model.modules()):
         raise CheckpointError(f"{run_dir}: the model is dense, it has no routing to analyze")
     dataset = LatentDataset([Manifest.load(run.latents["manifest"])], "val", shape=run.shape)
     chosen = dataset.batch(range(min(samples, len(dataset))))
     counts = count_takings(run, chosen, bins)
     shares = {axis: count / count.sum(-1, keepdim=True) for axis, count in counts.items()}
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"routing.json": folder / "routing.json"}
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"routing.json": out / "routing.json"}
     numbers = dict(
         step=run.step,
         samples=len(chosen.samples),
@@ -110,10 +108,10 @@ def analyze(run_dir: str, out: str, samples: int = 256, bins: int = 10) -> dict[
     )
     files["routing.json"].write_text(json.dumps(numbers))
     for axis, share in shares.items():
-        files[axis] = folder / f"routing_{axis}.png"
+        files[axis] = out / f"routing_{axis}.png"
         plot_shares(share, axis, files[axis])
-    metrics = Path(run_dir) / "metrics.jsonl"
+    metrics = run_dir / "metrics.jsonl"
     if metrics.is_file():
-        files["loss"] = folder / "loss.png"
+        files["loss"] = out / "loss.png"
         plot_loss(metrics, files["loss"])
     return files

@@ -96,7 +96,7 @@ class Manifest:
     source: str
     """Where the images came from, as given to ``ditmoe-data encode``."""
     vae: str
-    """Absolute folder of the VAE, or its hub id; a folder is stored relative to ``root``, so both can move together."""
+    """Absolute folder of the VAE, or its hub id. A folder beside ``root`` is stored relative to it, so both can move together."""
     vae_sha256: str | None
     """Digest of the VAE's weights; None for a hub id."""
     scaling_factor: float
@@ -162,7 +162,11 @@ class Manifest:
     def save(self) -> None:
         """Write ``manifest.json`` into ``root``, in one rename: a folder with a manifest is finished."""
         root = Path(self.root)
-        tree = dataclasses.asdict(self._with_folders(lambda folder: os.path.relpath(folder, root.resolve())))
+        beside = root.resolve().parent
+        near = self._with_folders(
+            lambda folder: os.path.relpath(folder, beside / root.name) if Path(folder).is_relative_to(beside) else folder
+        )
+        tree = dataclasses.asdict(near)
         del tree["root"]
         partial = root / "manifest.json.partial"
         partial.write_text(json.dumps(tree, indent=2) + "\n")

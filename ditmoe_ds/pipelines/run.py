@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Run:
     latents: dict[str, Any]
     """VAE, scaling, class names, shape and text encoder of the training data; imported weights know none of them."""
 
+    @cached_property
     def conditioner(self) -> Conditioner:
         """Of classes, or of prompts.
 
@@ -61,7 +63,7 @@ class Run:
         wrong = [y for y in asked if not isinstance(y, int) or not 0 <= y < classes] if classes else []
         if wrong:
             raise ConfigError("--classes", wrong[0], f"classes are 0..{classes - 1}")
-        told = self.conditioner()
+        told = self.conditioner
         return told.unpack(told.pack([*asked, *[told.null] * len(asked)]), self.device)
 
     def sample(
