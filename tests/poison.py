@@ -30,5 +30,5 @@ def main(what, arguments):
     if what == "latents":
         LatentDataset.__getitem__ = item
     else:
-        Attention.forward = lambda self, x: real_attention(self, Overflow.apply(x))
+        Attention.forward = lambda self, x, angles: real_attention(self, Overflow.apply(x), angles)
     return train.main(arguments)

@@ -1,6 +1,7 @@
 """Text to image as a whole: the shapes benchmark, a run on stored and on online text, prompts, maps of compute."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -186,10 +187,12 @@ def test_a_run_on_captions(online):
 def test_it_resumes(online, recipe, folder, stage, expert, world):
     """RMSprop's state, masks, captions: exactly in the same shape, within rounding in another."""
     run = folder / f"resumed-{stage}"
-    overrides = [f"run_dir={run}", f"parallel.zero_stage={stage}", f"parallel.expert={expert}"]
-    train(recipe, 2, *overrides[:1], "train.steps=3")
-    train(recipe, world, *overrides)
-    wanted, found = metrics(online), metrics(run)
+    shutil.copytree(online / "checkpoints" / "step_00000003", run / "checkpoints" / "step_00000003")
+    (run / "checkpoints" / "latest").write_text("step_00000003")
+    shape = [f"parallel.zero_stage={stage}", f"parallel.expert={expert}"]
+    train(recipe, world, f"run_dir={run}", "train.sample_every=0", *shape)
+    wanted, found = metrics(online)[3:], metrics(run)
+    assert [record["step"] for record in found] == [4, 5, 6]
     for key in ("loss", "grad_norm"):
         assert [record[key] for record in found] == pytest.approx([record[key] for record in wanted], rel=0 if stage == 3 else 1e-5), key
 
