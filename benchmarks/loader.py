@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import webdataset
 from report import hardware, publish
@@ -56,11 +57,12 @@ def ours(manifest: Manifest, workers: int) -> Iterator[Any]:
 
 
 def plain(manifest: Manifest, workers: int) -> Iterator[Any]:
-    """What one writes with webdataset: decode, take the latent and the label, make batches in the workers."""
+    """What one writes with webdataset: decode, take latent, label and text, make batches in the workers."""
     urls = [str(manifest.path(shard)) for shard in manifest.splits.train.shards]
 
-    def fields(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(sample["latent.npy"]).float(), sample["json"]["label"]
+    def fields(sample: dict[str, Any]) -> tuple[Any, ...]:
+        text = (safetensors.torch.load(sample["text.safetensors"])["text"],) if manifest.text else ()
+        return torch.from_numpy(sample["latent.npy"]).float(), sample["json"]["label"], *text
 
     dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode().map(fields).batched(BATCH)
     return itertools.chain.from_iterable(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers) for _ in itertools.count())

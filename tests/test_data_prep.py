@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
-from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encode, samples, word_tokenizer, write_inputs, write_tar
+from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encode, samples, word_tokenizer, write_tar
 from PIL import Image
 from processes import ROOT
 
@@ -37,17 +37,6 @@ from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.rng import keyed_generator
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def encoded(inputs, tmp_path_factory) -> Path:
-    """A finished folder; tests read it and leave it alone."""
-    return run_encode(inputs, tmp_path_factory.mktemp("encoded") / "out")
 
 
 def test_latents_are_those_of_the_images(inputs, encoded):

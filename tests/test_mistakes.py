@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 from latents import write_latents
+from models import SPARSE, random_weights
 from processes import ROOT, launch
 
+from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.training.recipe import read_plan
 
@@ -129,6 +132,22 @@ def test_other_mistakes(recipe, overrides, words):
     with pytest.raises(UserError) as caught:
         read_plan([str(recipe), *(override.format(odd=odd) for override in overrides)], world=1)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "known, words",
+    [(dict(scaling_factor=0.5), "scaling_factor: 0.9 -> 0.5"), (dict(vae_sha256="abc"), "vae_sha256: unchecked -> abc"), ({}, None)],
+)
+def test_weights_that_were_trained_on_another_vae(recipe, tmp_path, known, words):
+    _, weights = random_weights(replace(SPARSE, num_classes=10), latents=known)
+    write_weights(tmp_path / "weights", weights, "fp32")
+    data = write_latents(tmp_path / "latents", train=8, val=2, vae="/somewhere")
+    arguments = [str(recipe), "model.name=null", f"model.weights={tmp_path / 'weights'}", f"data.manifest={data}"]
+    if words is None:
+        assert read_plan(arguments, world=1).weights
+    else:
+        with pytest.raises(ConfigError, match=words):
+            read_plan(arguments, world=1)
 
 
 @pytest.mark.parametrize("content, word", [("{", "not valid JSON"), (json.dumps({"bf16": {}}), "train.precision")])

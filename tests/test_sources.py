@@ -8,12 +8,11 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from encoding import png, run_encode, samples, write_inputs, write_tar
+from encoding import png, run_encode, samples, write_tar
 from PIL import Image
 from processes import ROOT
 
@@ -26,11 +25,6 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Manifest
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_tars_as_a_source(inputs, tmp_path):

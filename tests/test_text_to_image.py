@@ -211,7 +211,7 @@ def test_a_run_on_stored_text_and_latents_of_two_shapes(recipe, folder):
     assert all(len(step) == 1 for step in turned) and len(set.union(*turned)) == 2
     assert records[-1]["val_loss"] < records[2]["val_loss"]
     opened = open_run(run)
-    assert opened.latents["text"] == dict(encoder="none", max_tokens=5) and opened.shape == (4, 8, 4)
+    assert opened.latents["text"] == dict(encoder="none", max_tokens=5, sha256=None) and opened.shape == (4, 8, 4)
 
 
 def test_sampling_by_prompt(online, tmp_path, capsys):

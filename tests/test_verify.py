@@ -1,11 +1,8 @@
 """ditmoe-data verify, inspect and subset, on a tiny random VAE and a folder of noise."""
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
-from encoding import assert_one_line, contents, png, run_encode, samples, write_inputs, write_tar
+from encoding import assert_one_line, contents, png, run_encode, samples, write_tar
 from PIL import Image
 
 from data_prep.cli import main
@@ -13,17 +10,6 @@ from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.vae import load_vae
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def encoded(inputs, tmp_path_factory) -> Path:
-    """A finished folder; tests read it and leave it alone."""
-    return run_encode(inputs, tmp_path_factory.mktemp("encoded") / "out")
 
 
 def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):

@@ -156,13 +156,13 @@ class Plan:
         """What a checkpoint must say about itself to be sampled from."""
         manifest, data = self.manifest, self.recipe.data
         latents: dict[str, Any] = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
-        latents["shape"] = list(self.shape)
+        latents |= dict(vae_sha256=manifest.vae_sha256, shape=list(self.shape))
         if self.model.text_width:
-            stored = manifest.text
-            name, tokens = (
-                (stored.encoder, stored.max_tokens) if stored and not data.text_encoder else (data.text_encoder, data.text_max_tokens)
-            )
-            latents["text"] = dict(encoder=name, max_tokens=tokens)
+            stored = None if data.text_encoder else manifest.text
+            if stored:
+                latents["text"] = dict(encoder=stored.encoder, max_tokens=stored.max_tokens, sha256=stored.encoder_sha256)
+            else:
+                latents["text"] = dict(encoder=data.text_encoder, max_tokens=data.text_max_tokens, sha256=None)
         return dict(
             recipe=asdict(self.recipe),
             data_sha256=self.data_digest(),
@@ -229,14 +229,22 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
         fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
-    known = weights.description["latents"] if weights else {}
-    for key in ("scaling_factor", "shift_factor"):
-        ours = getattr(manifest, key)
-        if known.get(key) not in (None, ours):
-            fix = f"{key}: {ours} -> {known[key]} of model.weights={recipe.model.weights!r}; encode with the VAE that they were trained on"
-            raise ConfigError("data.manifest", recipe.data.manifest, fix)
     batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
-    return Plan(recipe, manifests, model, batch, ds_config, weights)
+    plan = Plan(recipe, manifests, model, batch, ds_config, weights)
+    if weights:
+        _check_encoders(plan, weights.description["latents"])
+    return plan
+
+
+def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:
+    """Refuse data of another VAE or text encoder than the starting weights', as far as those know theirs."""
+    ours = plan.describe()["latents"]
+    pairs = {key: (ours[key], theirs.get(key)) for key in ("scaling_factor", "shift_factor", "vae_sha256")}
+    pairs["text.sha256"] = ours.get("text", {}).get("sha256"), theirs.get("text", {}).get("sha256")
+    for key, (mine, known) in pairs.items():
+        if None not in (mine, known) and mine != known:
+            fix = f"{key}: {mine} -> {known} of model.weights={plan.recipe.model.weights!r}; encode as the data that they were trained on"
+            raise ConfigError("data.manifest", plan.recipe.data.manifest, fix)
 
 
 def _named_network(given: ModelConfig) -> DiTConfig:
