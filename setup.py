@@ -5,8 +5,8 @@ setup(
     version="0.1.0",
     description="Distributed training of Mixture-of-Experts diffusion transformers (DiT-MoE, EC-DIT) on DeepSpeed-MoE",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["ditmoe_ds*", "data_prep*"]), "ds_configs"],
-    package_data={"ds_configs": ["*.json"], "ditmoe_ds.interop": ["diffusers_files/*.py"]},
+    packages=[*find_packages(include=["ditmoe_ds*", "data_prep*"]), "ds_configs", "launchers.slurm"],
+    package_data={"ds_configs": ["*.json"], "launchers.slurm": ["*.sbatch"], "ditmoe_ds.interop": ["diffusers_files/*.py"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.4,<0.20",

@@ -1,4 +1,4 @@
-"""``ditmoe``: train, sample, analyze, info; export, import and upcycle are in interop/cli.py."""
+"""``ditmoe``: train, sample, analyze, eval, info; more commands are in interop/cli.py and launching/cli.py."""
 
 import argparse
 import json
@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError, UserError
-from ditmoe_ds.interop.cli import add_commands
+from ditmoe_ds.interop import cli as interop
+from ditmoe_ds.launching import cli as launching
 
 if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
     info.add_argument("--json", action="store_true")
 
-    add_commands(commands)
+    interop.add_commands(commands)
+    launching.add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.command(arguments)

@@ -2,32 +2,49 @@
 
 import os
 import sys
+import traceback
 import warnings
+
+from ditmoe_ds.training.interruption import Interruption
+from ditmoe_ds.training.startup import Startup
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line about a user's mistake."""
+    """Returns the exit code: 0 when done or interrupted (then ``interrupted.json`` is in the run directory), 2 after one line about
+    a user's mistake."""
+    startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
+    from ditmoe_ds.distributed.lookout import Lookout
     from ditmoe_ds.distributed.topology import AgreedError, agreed, join, leave
     from ditmoe_ds.errors import UserError
     from ditmoe_ds.training.recipe import read_plan
 
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    startup.lap("import")
     world = join()
+    lookout = Lookout(world)
+    startup.lap("join")
     code = 0
     try:
         plan = agreed(lambda: read_plan(arguments, world.size))
         from ditmoe_ds.training.trainer import Trainer
 
-        Trainer(plan, world).run()
+        trainer = Trainer(plan, world, interruption, callbacks=[startup, lookout])
+        startup.lap("build")
+        trainer.run()
     except AgreedError as error:
         code = 2
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
     except UserError as error:
-        # the others do not know and may be waiting for this rank: leave without them, the launcher ends the job
-        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        lookout.report(str(error), code=2)  # the others do not know and may be waiting for this rank
         os._exit(2)
+    except Exception as error:
+        lookout.report(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    lookout.close()
     leave()
     return code
 

@@ -71,6 +71,11 @@ def join() -> World:
     return world
 
 
+def host_name() -> str:
+    """As the user knows it: under SLURM the node's name, several of which may be one machine."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def leave() -> None:
     """End together. Without it a rank now and then aborts in its destructors, which a launcher takes for a failure."""
     dist.barrier()
@@ -124,6 +129,28 @@ def expert_group(ep_size: int) -> ExpertGroup:
         groups._create_expert_and_data_parallel(ep_size)
     return ExpertGroup(
         ep_size, dist.get_rank(groups._get_expert_parallel_group(name)), dist.get_rank(groups._get_expert_data_parallel_group(name))
+    )
+
+
+def hosts_of_ranks() -> list[str]:
+    """Where each rank runs. Collective."""
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, host_name())
+    return found
+
+
+def describe_placement(hosts: list[str], ep_size: int) -> str:
+    """One line: where the ranks are, and whether the all-to-all of a group of ``ep_size`` consecutive ranks stays inside a host."""
+    text = f"{len(hosts)} processes on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}"
+    if ep_size == 1:
+        return f"{text}; no expert parallelism"
+    spans = max(len(set(hosts[first : first + ep_size])) for first in range(0, len(hosts), ep_size))
+    if spans == 1:
+        return f"{text}; EP groups of {ep_size} consecutive ranks, each inside a host"
+    inside = min(hosts.count(host) for host in hosts)
+    return (
+        f"{text}; EP groups of {ep_size} consecutive ranks over {spans} hosts: their all-to-all crosses the network; "
+        f"parallel.expert up to {inside} can stay inside a host"
     )
 
 

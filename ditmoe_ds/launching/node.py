@@ -1,8 +1,8 @@
 """Runs one command on this host for someone at the other end of ssh: ``python -m ditmoe_ds.launching.node``.
 
 The first line of standard input is JSON: the command as a list, the variables to set and the folder to stand in, so that nothing of
-them passes through a shell. Standard input then stays open as long as the other end lives; when it closes, the command and all that
-it started are ended: SIGTERM first, so that training can save, SIGKILL after ``GRACE`` seconds. Exits with the command's code.
+them passes through a shell. Standard input then stays open as long as the other end lives; when it closes, the command is asked to
+end (SIGTERM), and after ``GRACE`` seconds it and all that it started are killed. Exits with the command's code.
 """
 
 import contextlib
@@ -13,7 +13,10 @@ import subprocess
 import sys
 import threading
 
-GRACE = 60.0
+import psutil
+
+GRACE = 120.0
+"""Seconds: what a rank needs to end its step and save."""
 
 
 def main() -> int:
@@ -28,23 +31,26 @@ def main() -> int:
         return 2
     threading.Thread(target=_end_with_input, args=(process,), daemon=True).start()
     code = process.wait()
-    _signal_all(process, signal.SIGKILL)  # what its end left behind
+    _kill_all(process)  # what its end left behind
     return code if code >= 0 else 128 - code
 
 
 def _end_with_input(process: "subprocess.Popen[bytes]") -> None:
     while sys.stdin.readline():
         pass
-    _signal_all(process, signal.SIGTERM)
+    # The ranks themselves, not DeepSpeed's launcher above them, which would leave them 30 seconds.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for asked in psutil.Process(process.pid).children() or [psutil.Process(process.pid)]:
+            asked.terminate()
     try:
         process.wait(GRACE)
     except subprocess.TimeoutExpired:
-        _signal_all(process, signal.SIGKILL)
+        _kill_all(process)
 
 
-def _signal_all(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def _kill_all(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import starting_noise
 from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
+from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -29,11 +30,13 @@ class TrainerView(Protocol):
     """What callbacks may use of the trainer."""
 
     plan: Plan
+    world: World
     run_dir: Path
     engine: Any
     objective: Any
     ema: Any
     step: int
+    interrupted: bool
     device: torch.device
     conditioner: Conditioner
 
@@ -136,11 +139,11 @@ class SampleGrid:
 
 
 class Checkpoints:
-    """Saves every so often and at the end."""
+    """Saves every so often, at the end, and when the run is asked to stop."""
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         recipe = trainer.plan.recipe
-        if due(trainer.step, recipe.checkpoint.every, recipe.train.steps):
+        if trainer.interrupted or due(trainer.step, recipe.checkpoint.every, recipe.train.steps):
             trainer.save()
 
 

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,23 @@ from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
-from ditmoe_ds.distributed.topology import AgreedError, World, agreed, decided, expert_group, mean_over_ranks
+from ditmoe_ds.distributed.topology import (
+    AgreedError,
+    World,
+    agreed,
+    decided,
+    describe_placement,
+    expert_group,
+    hosts_of_ranks,
+    mean_over_ranks,
+)
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
+from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.recipe import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 
@@ -31,16 +43,20 @@ from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_
 class Trainer:
     """One run on this rank: builds everything, resumes if there is a checkpoint, and runs to the last step."""
 
-    def __init__(self, plan: Plan, world: World):
+    def __init__(self, plan: Plan, world: World, interruption: Interruption | None = None, callbacks: Sequence[Callback] = ()):
         recipe = plan.recipe
         train = recipe.train
         self.plan, self.world, self.device = plan, world, world.device
+        self.interruption, self.interrupted = interruption, False
         self.run_dir = Path(recipe.run_dir)
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
         self.conditioner = agreed(lambda: plan.conditioner(world.device))
         self.objective = make_objective(recipe.diffusion)
 
         group = expert_group(recipe.parallel.expert)
+        self.hosts = hosts_of_ranks()
+        if world.rank == 0:
+            print(describe_placement(self.hosts, group.size), flush=True)
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
         initial = plan.weights or InitialWeights(model, train.seed)
@@ -75,17 +91,20 @@ class Trainer:
                 plan.model.patch,
             ),
         )
-        self.callbacks = self._callbacks()
+        self.callbacks = [*self._callbacks(), *callbacks]
 
     def run(self) -> None:
-        """Train to ``train.steps``."""
+        """Train to ``train.steps``, or until any rank is asked to stop: then save and leave word."""
         self.engine.train()
-        while self.step < self.plan.recipe.train.steps:
+        while self.step < self.plan.recipe.train.steps and not self.interrupted:
             record = self.train_step()
             for callback in self.callbacks:
                 callback(self, record)
         self.loader.close()
         self.saver.finish()
+        if self.interrupted and self.world.rank == 0:
+            mark(self.run_dir, self.step)
+            print(f"interrupted after step {self.step}, saved; started again, the run goes on from there", flush=True)
 
     def train_step(self) -> Record:
         """One optimizer step over the global batch. Returns its entry of ``metrics.jsonl``. Collective."""
@@ -93,7 +112,7 @@ class Trainer:
         lr = train.optimizer.lr_at(self.step)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
-        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # three losses, and whether this rank was asked to stop
         selections = takers = torch.zeros((), dtype=torch.int64, device=self.device)
         per_batch = []
         loaded: list[Prepared] = [next(self.loader) for _ in range(train.accumulation)]
@@ -103,12 +122,14 @@ class Trainer:
             loss = compute_loss(self.engine, self.objective, batch, self.plan.model)
             self.engine.backward(loss.total)
             self.engine.step()
-            losses += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
+            sums[:3] += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
             selections, takers = selections + loss.selections, takers + loss.takers
             per_batch.append(loss.diffusion)
         self.step += 1
         self.samples_seen += train.global_batch
-        diffusion, balance, z = mean_over_ranks(losses).tolist()
+        sums[3] = self.interruption is not None and self.interruption.asked
+        diffusion, balance, z, stop = mean_over_ranks(sums).tolist()
+        self.interrupted = stop > 0 and self.step < train.steps
         applied = self.engine.was_step_applied()
         seconds = time.monotonic() - start
         record: Record = dict(
@@ -215,6 +236,7 @@ class Trainer:
 
     def _describe_run(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        clear(self.run_dir)
         config.dump(self.plan.recipe, self.run_dir / "config.yaml")
         cuda = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         environment = dict(
@@ -224,6 +246,8 @@ class Trainer:
             deepspeed=deepspeed.__version__,
             device=cuda or platform.processor() or platform.machine(),
             processes=self.world.size,
+            hosts=self.hosts,
+            job=os.environ.get("SLURM_JOB_ID"),
             threads=torch.get_num_threads(),
             command=sys.argv,
         )

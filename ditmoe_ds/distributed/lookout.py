@@ -1,0 +1,166 @@
+"""No rank dies unseen: when one ends or falls silent, all others learn which, where and at what step, and end too.
+
+A collective whose partner is gone fails at once on some networks, after half an hour on others, and names nobody. So every rank keeps
+one TCP connection to rank 0 beside the process group: a killed process closes it, a vanished host falls silent on it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from typing import Any
+
+import torch.distributed as dist
+
+from ditmoe_ds.distributed.topology import World, host_name
+
+BEAT = 5.0
+"""Seconds between a rank's signs of life."""
+SILENCE = 40.0
+"""Seconds without one after which a rank counts as gone. A closed connection is noticed at once."""
+GATHER = 2.0
+"""Seconds to wait for further news before a cause is named: ranks that fail because another did are not the cause."""
+
+
+class Lookout:
+    """Start it on every rank (collective), and ``close`` it on every rank when the run has ended well."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.step = 0
+        """The last finished one."""
+        self._closing = False
+        self._answered = threading.Event()
+        self._sending = threading.Lock()
+        meeting: list[Any] = [None]
+        if world.rank == 0:
+            self._office = _Office()
+            meeting = [(self._office.port, self._office.token)]
+        dist.broadcast_object_list(meeting, src=0)
+        port, token = meeting[0]
+        self._socket = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+        self._socket.settimeout(BEAT)
+        os.register_at_fork(after_in_child=self._socket.close)  # a loader's process must not keep a dead rank's connection open
+        self._send(token=token, rank=world.rank, host=host_name())
+        threading.Thread(target=self._stand, daemon=True, name="lookout").start()
+        dist.barrier()
+
+    def __call__(self, trainer: Any, record: dict[str, Any]) -> None:
+        """A callback: tells the step."""
+        self.step = record["step"]
+        self._send()
+
+    def close(self) -> None:
+        """This run ends well. Collective."""
+        self._closing = True
+        self._send(bye=True)
+        if self.world.rank == 0:
+            self._office.empty.wait(SILENCE)
+        self._socket.close()
+
+    def report(self, error: str, code: int = 1) -> None:
+        """This rank cannot go on. Returns only on the rank that is named as the cause; the others end meanwhile.
+
+        Args:
+            error: one line.
+            code: that every rank shall exit with.
+        """
+        self._send(error=error, code=code)
+        self._answered.wait(2 * BEAT)
+
+    def _send(self, **message: Any) -> None:
+        with self._sending, contextlib.suppress(OSError):  # rank 0 is gone, which the reading thread notices
+            self._socket.sendall((json.dumps(dict(step=self.step) | message) + "\n").encode())
+
+    def _stand(self) -> None:
+        received = b""
+        while not received.endswith(b"\n"):
+            try:
+                part = self._socket.recv(4096)
+            except TimeoutError:
+                self._send()
+                continue
+            except OSError:
+                part = b""
+            if not part:
+                if not self._closing:
+                    self._end(f"rank 0 on {os.environ['MASTER_ADDR']} ended without a word, after step {self.step} here", 1)
+                return
+            received += part
+        verdict = json.loads(received)
+        if verdict["rank"] == self.world.rank:
+            self._say(verdict["text"])
+            self._answered.set()
+        else:
+            self._end(verdict["text"], verdict["code"])
+
+    def _say(self, text: str) -> None:
+        if self.world.local_rank == 0:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+
+    def _end(self, text: str, code: int) -> None:
+        self._say(text)
+        sys.stdout.flush()
+        os._exit(code)  # the main thread may be in a collective that never returns
+
+
+class _Office:
+    """On rank 0: listens to every rank, and tells all of the first that is lost."""
+
+    def __init__(self) -> None:
+        self.token = secrets.token_hex()
+        self.empty = threading.Event()
+        """Every rank has said goodbye."""
+        self._present: dict[int, asyncio.StreamWriter] = {}
+        self._lost: list[tuple[int, str, int]] = []
+        self._listener = socket.create_server(("", 0), backlog=1024)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True, name="lookout-office").start()
+
+    async def _run(self) -> None:
+        server = await asyncio.start_server(self._attend, sock=self._listener)
+        await server.serve_forever()
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One rank, from its first line to its last."""
+        try:
+            hello = json.loads(await asyncio.wait_for(reader.readline(), SILENCE))
+            assert secrets.compare_digest(hello["token"], self.token)
+        except Exception:
+            writer.close()  # not one of ours: a port scanner
+            return
+        rank, who, step = hello["rank"], f"rank {hello['rank']} on {hello['host']}", 0
+        self._present[rank] = writer
+        try:
+            while line := await asyncio.wait_for(reader.readline(), SILENCE):
+                message = json.loads(line)
+                step = message["step"]
+                if "bye" in message:
+                    del self._present[rank]
+                    if not self._present:
+                        self.empty.set()
+                    return
+                if "error" in message:
+                    self._lose(rank, f"{who} failed after step {step}: {message['error']}", message["code"])
+                    return
+            self._lose(rank, f"{who} ended without a word after step {step} (killed, or out of memory)", 0)
+        except asyncio.TimeoutError:
+            self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {step}", 0)
+        except ConnectionError:
+            self._lose(rank, f"{who} ended without a word after step {step} (its connection broke)", 0)
+
+    def _lose(self, rank: int, text: str, code: int) -> None:
+        self._lost.append((rank, text, code))
+        if len(self._lost) == 1:
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        await asyncio.sleep(GATHER)
+        silent = [lost for lost in self._lost if not lost[2]]
+        rank, text, code = (silent or self._lost)[0]
+        for writer in self._present.values():
+            writer.write((json.dumps(dict(rank=rank, text=text, code=code or 1)) + "\n").encode())

@@ -1,0 +1,148 @@
+"""``ditmoe launch``: start a recipe on a SLURM cluster or on the hosts of a hostfile."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, prepare, submit
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``launch`` to ``ditmoe``'s subparsers."""
+    kinds = commands.add_parser("launch", help="train on many nodes").add_subparsers(required=True)
+
+    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and comes back by itself")
+    slurm.set_defaults(command=_slurm)
+    _add_recipe(slurm)
+    slurm.add_argument("--nodes", required=True, help="4, or 2-4: as many as there are at each start")
+    slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
+    slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1")
+    slurm.add_argument("--cpus-per-task", type=int)
+    slurm.add_argument("--time", help="limit as sbatch takes it; 180 s before it the run saves and is queued again")
+    slurm.add_argument("--signal-seconds", type=int, default=180, help="that many seconds; more than one step and one save")
+    _add_submission(slurm)
+
+    array = kinds.add_parser("slurm-array", help="submit ditmoe-data encode as a job array")
+    array.set_defaults(command=_slurm_array)
+    array.add_argument("--workers", type=int, required=True)
+    array.add_argument("--gpus-per-node", type=int, default=1, help="of a worker; 0: encode on the CPU")
+    array.add_argument("--cpus-per-task", type=int)
+    array.add_argument("--time")
+    _add_submission(array)
+    array.add_argument("--out", default="launch", help="folder for the script and the workers' logs")
+    array.add_argument("encode", nargs=argparse.REMAINDER, help="after --, what ditmoe-data encode takes")
+
+    hostfile = kinds.add_parser("hostfile", help="run on the hosts of a hostfile, by ssh from here")
+    hostfile.set_defaults(command=_hostfile)
+    _add_recipe(hostfile)
+    hostfile.add_argument("--hostfile", required=True, help="lines of HOST slots=N")
+    hostfile.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="set on every host; nothing else is carried over")
+    hostfile.add_argument("--master-addr", help="default: the first host's first address")
+    hostfile.add_argument("--master-port", type=int, default=29500)
+    hostfile.add_argument("--bind-cores", action="store_true", help="give each process cores of its own (needs numactl)")
+    hostfile.add_argument("--max-restarts", type=int, default=0, help="starts in a row that may bring no new checkpoint")
+    hostfile.add_argument("--min-nodes", type=int, help="go on with so many if others are lost; default: all")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _add_submission(parser: argparse.ArgumentParser) -> None:
+    for option in ("account", "partition", "qos", "reservation", "constraint", "exclude"):
+        parser.add_argument(f"--{option}", help="as sbatch takes it")
+    parser.add_argument("--container", help="an image: FILE.sif (Apptainer), else for pyxis")
+    parser.add_argument("--max-restarts", type=int, default=3, help="starts in a row that may bring no new checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
+
+
+def _submission(arguments: argparse.Namespace) -> dict[str, str | int | None]:
+    named = ("account", "partition", "qos", "reservation", "constraint", "exclude", "time")
+    options: dict[str, str | int | None] = {key: getattr(arguments, key) for key in named}
+    options["cpus-per-task"] = arguments.cpus_per_task
+    options["gpus-per-node"] = arguments.gpus_per_node or None
+    return options
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    image = container(arguments.container)
+    return dict(PYTHON="python3" if image else sys.executable, CONTAINER=image)
+
+
+def _slurm(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.training.recipe import read_plan
+
+    processes = arguments.processes_per_node or arguments.gpus_per_node or 1
+    sizes = arguments.nodes.split("-")
+    if not 1 <= len(sizes) <= 2 or not all(size.isdigit() and int(size) for size in sizes):
+        raise ConfigError("--nodes", arguments.nodes, "write a number, or the least and the most, for example 2-4")
+    for size in sizes:
+        plan = read_plan([arguments.recipe, *arguments.overrides], int(size) * processes)  # now, not after a night in the queue
+    run_dir = Path(plan.recipe.run_dir).absolute()
+    options = _submission(arguments) | {
+        "job-name": run_dir.name,
+        "output": str(run_dir / "launch" / "slurm-%j.log"),
+        "nodes": arguments.nodes,
+        "ntasks-per-node": processes,
+        "signal": f"USR1@{arguments.signal_seconds}",
+    }
+    settings = _settings(arguments) | dict(MAX_RESTARTS=str(arguments.max_restarts))
+    copy = run_dir / "launch" / "recipe.yaml"
+    overrides = [override for override in arguments.overrides if not override.startswith("run_dir=")]
+    text = fill_in((SCRIPTS / "train.sbatch").read_text(), options, settings, [str(copy), str(run_dir), *overrides])
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    prepare(run_dir, arguments.recipe)
+    script = run_dir / "launch" / "train.sbatch"
+    script.write_text(text)
+    job = submit(script)
+    print(f"job {job}: {arguments.nodes} nodes x {processes} processes, script {script}")
+    print(f"tail -F {run_dir / 'launch'}/slurm-{job}.log")
+    return 0
+
+
+def _slurm_array(arguments: argparse.Namespace) -> int:
+    words = arguments.encode[1:] if arguments.encode[:1] == ["--"] else arguments.encode
+    if arguments.workers < 1 or not words:
+        raise ConfigError("--workers", arguments.workers, "at least 1, and after -- what ditmoe-data encode takes")
+    folder = Path(arguments.out).absolute()
+    options = _submission(arguments) | {"array": f"0-{arguments.workers - 1}", "output": str(folder / "encode-%A_%a.log")}
+    text = fill_in((SCRIPTS / "encode_array.sbatch").read_text(), options, _settings(arguments), words)
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "encode_array.sbatch"
+    script.write_text(text)
+    print(f"job {submit(script)}: {arguments.workers} workers, script {script}; when all are done: ditmoe-data finalize OUT")
+    return 0
+
+
+def _hostfile(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.launching.hostfile import Job
+    from ditmoe_ds.launching.hosts import read_hostfile
+
+    slots = read_hostfile(arguments.hostfile)
+    environment = {}
+    for setting in arguments.env:
+        key, sign, value = setting.partition("=")
+        if not sign or not key.isidentifier():
+            raise ConfigError("--env", setting, "write KEY=VALUE, for example NCCL_DEBUG=INFO")
+        environment[key] = value
+    environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    return Job(
+        arguments.recipe,
+        arguments.overrides,
+        slots,
+        environment,
+        arguments.master_addr,
+        arguments.master_port,
+        arguments.bind_cores,
+        arguments.max_restarts,
+        arguments.min_nodes or len(slots),
+    ).run()

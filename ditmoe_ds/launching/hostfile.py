@@ -1,0 +1,165 @@
+"""``ditmoe launch hostfile``: DeepSpeed's per-node launcher on every host of a hostfile, started by ssh, watched, started again.
+
+Not through pdsh, which pastes a recipe's overrides unquoted into a shell line, hides which host failed, and leaves the others running.
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import ditmoe_ds
+from ditmoe_ds.errors import UserError
+from ditmoe_ds.launching.hosts import start
+from ditmoe_ds.launching.restarts import MISTAKE, should_restart
+from ditmoe_ds.launching.slurm import prepare
+from ditmoe_ds.training.interruption import MARKER
+from ditmoe_ds.training.recipe import read_plan
+
+OTHERS = 50.0
+"""Seconds that the other hosts have to end by themselves when one has failed (a lookout needs 42 at most)."""
+UNREACHABLE = 255
+"""Exit code of ssh itself."""
+
+
+@dataclass
+class Job:
+    """A recipe on some hosts, from its first start to its last."""
+
+    recipe: str
+    overrides: list[str]
+    slots: dict[str, int]
+    """Processes by host."""
+    environment: dict[str, str]
+    """Set on every host."""
+    master_addr: str | None
+    master_port: int
+    bind_cores: bool
+    max_restarts: int
+    min_nodes: int
+    received: int | None = field(default=None, init=False)
+    """The first signal that asked this launcher to stop."""
+
+    def run(self) -> int:
+        """Returns the exit code: 0 when the run is done, 2 for a user's mistake, 128 + N after signal N, else that of the failed host.
+
+        Raises:
+            UserError: a host that cannot be used, or a recipe that does not fit; before anything is started.
+        """
+        plan = read_plan([self.recipe, *self.overrides], sum(self.slots.values()))
+        run_dir = Path(plan.recipe.run_dir).absolute()
+        offers, faults = survey(self.slots)
+        if faults:
+            raise UserError("; ".join(faults))
+        recipe = prepare(run_dir, self.recipe)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+        job, used = f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}", self.slots
+        while True:
+            master = self.master_addr or offers[next(iter(used))]["address"]
+            said = ", ".join(f"{key}={value}" for key, value in self.environment.items())
+            print(
+                f"{sum(used.values())} processes on {', '.join(used)}; rendezvous {master}:{self.master_port}; environment {said}",
+                flush=True,
+            )
+            code = self._start(used, master, recipe)
+            if self.received:
+                return 128 + self.received if code or (run_dir / MARKER).is_file() else 0
+            again, why = should_restart(run_dir, job, code, self.max_restarts) if self.max_restarts else (False, "")
+            if why:
+                print(why, flush=True)
+            if not again:
+                return code
+            offers, faults = survey(self.slots)
+            used = {host: count for host, count in self.slots.items() if host in offers}
+            if len(used) < self.min_nodes:
+                raise UserError(f"{len(used)} hosts are left, --min-nodes is {self.min_nodes}: {'; '.join(faults)}")
+            if faults:
+                print(f"without the lost ones: {'; '.join(faults)}", flush=True)
+            read_plan([self.recipe, *self.overrides], sum(used.values()))
+
+    def _start(self, used: dict[str, int], master: str, recipe: Path) -> int:
+        """Run once, to the end of every host's part. Returns the code of the first that failed, or 0."""
+        world = base64.urlsafe_b64encode(json.dumps({host: list(range(count)) for host, count in used.items()}).encode()).decode()
+        processes, pumps = {}, []
+        for rank, host in enumerate(used):
+            command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={rank}"]
+            command += [f"--master_addr={master}", f"--master_port={self.master_port}", "--log_level=warning"]
+            command += ["--bind_cores_to_rank"] * self.bind_cores
+            command += ["--module", "ditmoe_ds.train", str(recipe), *self.overrides]
+            processes[host] = start(host, command, self.environment)
+            pumps.append(threading.Thread(target=_repeat, args=(host, processes[host]), daemon=True))
+            pumps[-1].start()
+        first: tuple[str, int] | None = None
+        limit, asked = float("inf"), False
+        while any(process.poll() is None for process in processes.values()):
+            failed = [(host, process.returncode) for host, process in processes.items() if process.returncode]
+            if failed and first is None:
+                first, limit = failed[0], time.monotonic() + OTHERS
+            if not asked and (self.received or time.monotonic() > limit):
+                asked = True
+                for process in processes.values():
+                    assert process.stdin
+                    process.stdin.close()  # which the other end takes as the wish to end
+            time.sleep(0.1)
+        for pump in pumps:
+            pump.join(5)
+        failed = [(host, process.returncode) for host, process in processes.items() if process.returncode]
+        if not failed:
+            return 0
+        host, code = first or failed[0]
+        meaning = " (ssh: the host or the way to it was lost)" if code == UNREACHABLE else ""
+        print(f"{host} ended first, with {code}{meaning}", flush=True)
+        return MISTAKE if any(code == MISTAKE for _, code in failed) else code
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+
+def survey(slots: dict[str, int]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Ask every host, all at once, what it offers.
+
+    Returns:
+        What each usable host says of itself (``place``), and a line for each that cannot be used.
+    """
+    answers = {host: tempfile.TemporaryFile("w+") for host in slots}  # noqa: SIM115
+    asked = {host: start(host, [sys.executable, "-m", "ditmoe_ds.launching.place"], {}, answers[host]) for host in slots}
+    offers, faults = {}, []
+    for host, process in asked.items():
+        try:
+            process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        answers[host].seek(0)
+        lines = answers[host].read().strip().splitlines() or ["no answer within 120 s"]
+        if process.returncode == UNREACHABLE:
+            faults.append(f"host {host}: {lines[-1]}; try `ssh {host} true`, which must work without a password")
+        elif process.returncode:
+            faults.append(f"host {host}: {sys.executable} -m ditmoe_ds... fails there: {lines[-1]}; every host needs the same installation")
+        else:
+            offer = json.loads(lines[-1])
+            if offer["version"] != ditmoe_ds.__version__:
+                faults.append(f"host {host}: has ditmoe_ds {offer['version']}, here is {ditmoe_ds.__version__}; install the same")
+            elif slots[host] > offer["devices"]:
+                faults.append(
+                    f"host {host}: slots={slots[host]}, but it has {offer['devices']} {offer['kind']}; lower slots in the hostfile"
+                )
+            else:
+                offers[host] = offer
+    return offers, faults
+
+
+def _repeat(host: str, process: "subprocess.Popen[str]") -> None:
+    assert process.stdout
+    for line in process.stdout:
+        print(f"{host}: {line}", end="", flush=True)

@@ -1,0 +1,59 @@
+"""Whether a run that ended should be started again: ``python -m ditmoe_ds.launching.restarts RUN_DIR --exit-code N`` exits with 0 if so."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from ditmoe_ds.training.interruption import MARKER
+
+DONE, MISTAKE = 0, 2
+
+
+def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool, str]:
+    """Decide, and note the end in ``restarts.jsonl``.
+
+    Args:
+        job: what the restarts belong to; those of other jobs do not count.
+        code: that the run ended with. Done and a user's mistake are final, unless it was interrupted.
+        most: starts in a row that may bring no new checkpoint.
+
+    Returns:
+        The decision, and one line that gives the reason.
+    """
+    history, latest = run_dir / "restarts.jsonl", run_dir / "checkpoints" / "latest"
+    saved = latest.read_text().strip() if latest.is_file() else "no checkpoint"
+    interrupted = code == DONE and (run_dir / MARKER).is_file()
+    if code == DONE and not interrupted:
+        return False, "done"
+    if code == MISTAKE:
+        return False, "not started again: the error above would come again"
+    ends = [json.loads(line) for line in history.read_text().splitlines()] if history.is_file() else []
+    fruitless = 0
+    for end in reversed([end for end in ends if end["job"] == job]):
+        if end["saved"] != saved:
+            break
+        fruitless += 1
+    if fruitless >= most:
+        return False, f"not started again: {fruitless + 1} starts in a row ended at {saved} (--max-restarts {most}), this one with {code}"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with history.open("a") as file:
+        file.write(json.dumps(dict(job=job, saved=saved, code=code, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))) + "\n")
+    return True, f"started again from {saved}: {'interrupted' if interrupted else f'ended with {code}'}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--exit-code", type=int, required=True)
+    parser.add_argument("--max-restarts", type=int, required=True)
+    arguments = parser.parse_args()
+    again, why = should_restart(arguments.run_dir, arguments.job, arguments.exit_code, arguments.max_restarts)
+    print(f"ditmoe: {why}", flush=True)
+    return 0 if again else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

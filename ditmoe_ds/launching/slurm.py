@@ -1,0 +1,81 @@
+"""``ditmoe launch slurm`` and ``slurm-array``: fill in a script of launchers/slurm, keep it with the run, submit it."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ditmoe_ds
+from ditmoe_ds.errors import ConfigError, UserError
+
+SCRIPTS = Path(ditmoe_ds.__file__).parents[1] / "launchers" / "slurm"
+
+
+def fill_in(script: str, options: dict[str, str | int | None], settings: dict[str, str], arguments: list[str]) -> str:
+    """A script of ours with its options, variables and arguments written into it.
+
+    Args:
+        options: of sbatch, without the dashes; None leaves the script's own.
+        settings: variables that the script reads.
+        arguments: what it would get on its command line.
+
+    Raises:
+        ConfigError: an option's value that cannot stand on an #SBATCH line.
+    """
+    lines = script.splitlines()
+    body = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if not re.fullmatch(r"[\w.:@/%+=,\[\]-]+", value):
+            raise ConfigError(f"--{key}", value, "an option of sbatch has no spaces, quotes or line ends")
+    head = [line for line in lines[:body] if line.partition("=")[0].removeprefix("#SBATCH --") not in given]
+    head += [f"#SBATCH --{key}={value}" for key, value in given.items()]
+    head += [f"export {key}={shlex.quote(value)}" for key, value in settings.items()]
+    return "\n".join([*head, f"set -- {shlex.join(arguments)}", *lines[body:]]) + "\n"
+
+
+def container(image: str | None) -> str:
+    """How srun starts a command inside ``image``: Apptainer for a .sif file, else pyxis (an .sqsh file or a name for enroot)."""
+    if not image:
+        return ""
+    if re.search(r"\s", image):
+        raise ConfigError("--container", image, "has spaces; link to it by a name without")
+    return f"apptainer exec --nv {image}" if image.endswith(".sif") else f"--container-image={image} --container-mounts={Path.cwd()}"
+
+
+def prepare(run_dir: Path, recipe: str) -> Path:
+    """Make ``RUN_DIR/launch`` with a copy of the recipe, so that the queue may be longer than the user's patience with it.
+
+    Returns:
+        The copy.
+    """
+    folder = run_dir / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "recipe.yaml"
+    if Path(recipe).resolve() != copy.resolve():
+        shutil.copyfile(recipe, copy)
+    commit = subprocess.run(
+        ["git", "-C", str(SCRIPTS), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    about = dict(ditmoe_ds=ditmoe_ds.__version__, commit=commit or None, command=sys.argv, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    (folder / "launch.json").write_text(json.dumps(about, indent=1) + "\n")
+    return copy
+
+
+def submit(script: Path) -> str:
+    """Hand a script to sbatch. Returns the job's number.
+
+    Raises:
+        UserError: there is no SLURM here, or it refuses; in its own words.
+    """
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError("sbatch: not found; run this on a login node of the cluster, or look at the script with --dry-run") from None
+    if done.returncode:
+        raise UserError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]

@@ -1,0 +1,34 @@
+"""Being asked to stop: SIGUSR1 (a time limit comes near) and SIGTERM (pre-emption) let the step end, save, and leave with code 0.
+
+``interrupted.json`` in the run directory then tells whoever started the run that it is not finished and can go on.
+"""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+MARKER = "interrupted.json"
+
+
+class Interruption:
+    """Listens from its construction on. Main thread only, before other processes are forked, so that they ignore the signals too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def mark(run_dir: Path, step: int) -> None:
+    """Leave word that the run can go on from ``step``."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    (run_dir / MARKER).write_text(json.dumps(dict(step=step, time=when)) + "\n")
+
+
+def clear(run_dir: Path) -> None:
+    (run_dir / MARKER).unlink(missing_ok=True)

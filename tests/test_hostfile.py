@@ -1,0 +1,192 @@
+"""``ditmoe launch hostfile`` on real hosts: two network namespaces with an sshd each."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from hosts import hosts, missing
+from latents import write_latents
+from processes import ROOT, launch, until_step
+
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.launching.hosts import read_hostfile
+
+STEPS = 60
+real_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Fresh hosts for a test, since some tests lose them."""
+    with hosts(tmp_path / "hosts") as (found, environment):
+        (tmp_path / "hostfile").write_text("host1 slots=1\nhost2 slots=1  # the second\n")
+        yield found, environment | dict(DS_ACCELERATOR="cpu")
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    settings = dict(manifest=write_latents(folder / "latents", train=512), workers=1)
+    return [f"data.{key}={value}" for key, value in settings.items()] + [
+        "parallel.expert=1",
+        f"train.steps={STEPS}",
+        "train.global_batch=64",
+        "train.validate_every=0",
+        "train.sample_every=0",
+        "train.tensorboard=false",
+        "checkpoint.every=10",
+    ]
+
+
+def start(environment, folder, run_dir, *words):
+    command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", folder / "hostfile", "--env", "DS_ACCELERATOR=cpu"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ditmoe_ds.cli", *map(str, command), *words, f"run_dir={run_dir}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ranks_of(host):
+    """Processes of training in a host's network, by rank; a rank's loaders are not counted."""
+    pids = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True).stdout.split()
+    found = {}
+    for pid in map(int, pids):
+        process = psutil.Process(pid)
+        environment = process.environ() if "ditmoe_ds.train" in process.cmdline() else {}
+        if "RANK" in environment and "ditmoe_ds.train" not in process.parent().cmdline():
+            found[int(environment["RANK"])] = process
+    return found
+
+
+def nobody_left(found):
+    """Whether only the hosts' sshd are left, after the seconds that a loader's process needs to miss its parent."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        pids = [
+            subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True).stdout.split()
+            for host in found.values()
+        ]
+        names = {psutil.Process(int(pid)).name() for part in pids for pid in part if psutil.pid_exists(int(pid))}
+        if names <= {"sshd"}:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@real_hosts
+def test_a_killed_rank_is_named_and_the_job_comes_back(two, overrides, tmp_path):
+    found, environment = two
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    expert = [word.replace("expert=1", "expert=2") for word in overrides]
+    launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *expert, f"run_dir={whole}"])
+    job = start(environment, tmp_path, run_dir, "--max-restarts", "1", *expert)
+    until_step(run_dir, 12)
+    assert (list(ranks_of(found["host1"])), list(ranks_of(found["host2"]))) == ([0], [1])
+    ranks_of(found["host2"])[1].kill()
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert re.search(r"^host1: error: rank 1 on host2 ended without a word after step \d+", output, re.M), output
+    assert "started again from step_00000010" in output
+    assert "EP groups of 2 consecutive ranks over 2 hosts" in output
+    assert losses(run_dir) == losses(whole)
+    assert nobody_left(found)
+
+
+@real_hosts
+def test_without_restarts_a_killed_rank_ends_the_job_everywhere(two, overrides, tmp_path):
+    found, environment = two
+    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.steps=100000")
+    until_step(tmp_path / "run", 5)
+    ranks_of(found["host2"])[1].kill()
+    begin = time.monotonic()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode not in (0, 2), output
+    assert time.monotonic() - begin < 60
+    assert "rank 1 on host2 ended without a word" in output
+    assert nobody_left(found)
+
+
+@real_hosts
+def test_the_launcher_is_asked_to_stop(two, overrides, tmp_path):
+    found, environment = two
+    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.steps=100000")
+    until_step(tmp_path / "run", 5)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM, output
+    assert re.search(r"^host1: interrupted after step \d+, saved", output, re.M), output
+    assert nobody_left(found)
+
+
+@real_hosts
+def test_a_killed_launcher_leaves_nothing_behind(two, overrides, tmp_path):
+    found, environment = two
+    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.steps=100000")
+    until_step(tmp_path / "run", 5)
+    job.kill()
+    job.communicate()
+    deadline = time.monotonic() + 30
+    while any(ranks_of(host) for host in found.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert nobody_left(found)
+
+
+@real_hosts
+def test_a_lost_host_is_done_without(two, overrides, tmp_path):
+    found, environment = two
+    run_dir = tmp_path / "run"
+    job = start(environment, tmp_path, run_dir, "--max-restarts", "1", "--min-nodes", "1", *overrides)
+    until_step(run_dir, 12)
+    pids = subprocess.run(["ip", "netns", "pids", found["host2"].namespace], capture_output=True, text=True, check=True).stdout.split()
+    for pid in pids:
+        os.kill(int(pid), signal.SIGKILL)
+    output, _ = job.communicate(timeout=150)
+    assert job.returncode == 0, output
+    assert "without the lost ones: host host2: ssh: connect to host 10.77.0.2" in output
+    assert "1 processes on host1" in output
+    assert len(losses(run_dir)) == STEPS
+
+
+@real_hosts
+def test_hosts_that_cannot_be_used_are_told(two, overrides, tmp_path):
+    _, environment = two
+    (tmp_path / "hostfile").write_text("host1 slots=9999\nhots2 slots=1\n10.77.0.99 slots=1\n")
+    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.global_batch=10001")
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2, output
+    assert len([line for line in output.splitlines() if line.startswith("error")]) == 1
+    assert f"host host1: slots=9999, but it has {os.cpu_count()} CPU cores; lower slots" in output
+    assert "host hots2: ssh: Could not resolve hostname hots2" in output
+    assert "host 10.77.0.99: ssh: connect to host 10.77.0.99 port 22" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("node1 slots=8\nnode1 slots=8\n", "line 2: host node1 is there twice"),
+        ("node1\n", "line 1, 'node1': write HOST slots=N"),
+        ("node1 slots=0\n", "at least 1 slot"),
+        ("-oProxyCommand=evil slots=1\n", "line 1"),
+        ("# nothing\n", "names no host"),
+    ],
+)
+def test_a_hostfile_of_another_form(tmp_path, text, words):
+    (tmp_path / "hostfile").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_hostfile(str(tmp_path / "hostfile"))

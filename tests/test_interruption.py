@@ -1,0 +1,143 @@
+"""Runs that are asked to stop, and runs that lose a rank."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+from latents import write_latents
+from processes import ROOT, Ranks, launch, until_step
+
+from ditmoe_ds.distributed.topology import describe_placement
+from ditmoe_ds.launching.restarts import should_restart
+from ditmoe_ds.training.interruption import MARKER, mark
+
+STEPS = 60
+WORKER = ROOT / "tests" / "lookout_worker.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interruption")
+    path = folder / "recipe.yaml"
+    content = dict(
+        model=dict(name="DiT-MoE-Nano/2-4E2A"),
+        data=dict(manifest=write_latents(folder / "latents"), workers=1),
+        parallel=dict(expert=2, zero_stage=3),
+        train=dict(steps=STEPS, global_batch=16, precision="fp32", validate_every=0, sample_every=0, tensorboard=False),
+        checkpoint=dict(every=STEPS),
+        run_dir=str(folder / "whole"),
+    )
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe, number, rank):
+    whole, run_dir = recipe.parent / "whole", recipe.parent / f"signal-{number}"
+    if not whole.exists():
+        launch(2, ["-m", "ditmoe_ds.train", recipe])
+    command = ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}"]
+    ranks = Ranks(2, command)
+    until_step(run_dir, 5)
+    ranks.processes[rank].send_signal(number)
+    output = ranks.wait(60)[0][1]
+    stopped = json.loads((run_dir / MARKER).read_text())["step"]
+    assert 5 <= stopped < STEPS
+    assert f"interrupted after step {stopped}, saved" in output
+    assert len(losses(run_dir)) == stopped
+    launch(2, command)
+    assert not (run_dir / MARKER).exists()
+    assert losses(run_dir) == losses(whole)
+
+
+def test_start_up_and_placement_are_told(recipe):
+    [(_, output)] = launch(1, ["-m", "ditmoe_ds.train", recipe, f"run_dir={recipe.parent / 'told'}", "train.steps=2", "parallel.expert=1"])
+    parts = re.search(r"start-up (\S+) s: import (\S+) s, join (\S+) s, build (\S+) s, first step (\S+) s, first batch (\S+) s", output)
+    whole, *each = map(float, parts.groups())
+    assert whole == pytest.approx(sum(each), abs=0.3)
+    assert each[0] > 0.5  # importing torch and deepspeed
+    assert "1 processes on 1 host; no expert parallelism" in output
+
+
+def test_placement():
+    inside = describe_placement(["a"] * 4 + ["b"] * 4, 4)
+    assert inside == "8 processes on 2 hosts; EP groups of 4 consecutive ranks, each inside a host"
+    across = describe_placement(["a"] * 4 + ["b"] * 4, 8)
+    assert "over 2 hosts" in across
+    assert "parallel.expert up to 4" in across
+
+
+def test_a_killed_rank_is_named_and_all_end(recipe):
+    run_dir = recipe.parent / "killed"
+    ranks = Ranks(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}", "train.steps=100000"])
+    until_step(run_dir, 5)
+    ranks.processes[1].kill()
+    start = time.monotonic()
+    (code, output), _ = ranks.wait(60, patience=60, check=False)
+    assert time.monotonic() - start < 20
+    assert code == 1
+    line = re.search(r"^error: rank 1 on (\S+) ended without a word after step (\d+)", output, re.M)
+    assert line[1] == os.uname().nodename
+    assert int(line[2]) >= 4
+    time.sleep(8)  # a loader's process looks for its parent every 5 seconds
+    left = subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True, text=True, check=False).stdout
+    assert not left
+
+
+def test_rank_0_is_missed_too(recipe):
+    run_dir = recipe.parent / "killed-0"
+    ranks = Ranks(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}", "train.steps=100000"])
+    until_step(run_dir, 5)
+    ranks.processes[0].kill()
+    _, (code, output) = ranks.wait(60, patience=60, check=False)
+    assert code == 1, output
+
+
+def test_a_silent_rank_is_named(recipe):
+    run_dir = recipe.parent / "silent"
+    ranks = Ranks(2, [WORKER, "none", "none", recipe, f"run_dir={run_dir}", "train.steps=100000"])
+    until_step(run_dir, 5)
+    ranks.processes[1].send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        assert ranks.processes[0].wait(60) == 1
+    finally:
+        (_, output), _ = ranks.wait(0, check=False)
+    assert time.monotonic() - start < 20
+    assert re.search(r"^error: rank 1 on \S+ was not heard for 4 s, after step \d+", output, re.M), output
+
+
+def test_a_failing_rank_is_named_with_its_error(recipe):
+    command = [WORKER, "1", "3", recipe, f"run_dir={recipe.parent / 'failing'}"]
+    (code, output), (failed, its) = Ranks(2, command).wait(60, patience=60, check=False)
+    assert (code, failed) == (1, 1)
+    assert re.search(r"^error: rank 1 on \S+ failed after step 3: RuntimeError: the card fell off the bus", output, re.M), output
+    assert "Traceback" in its
+    assert "Traceback" not in output
+
+
+def test_restarts_end_when_nothing_comes_of_them(tmp_path):
+    def end(code, job="7"):
+        return should_restart(tmp_path, job, code, most=2)
+
+    assert end(0) == (False, "done")
+    assert end(2)[0] is False
+    assert [end(1)[0], end(137)[0]] == [True, True]
+    again, why = end(1)
+    assert not again
+    assert "3 starts in a row ended at no checkpoint" in why
+    assert end(1, job="8")[0]  # another job begins anew
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000100")
+    assert end(1) == (True, "started again from step_00000100: ended with 1")
+    mark(tmp_path, 100)
+    assert end(0) == (True, "started again from step_00000100: interrupted")

@@ -1,0 +1,204 @@
+"""The demo's recipe on a real SLURM of two nodes: submitted, disturbed, and back by itself."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from latents import write_latents
+from processes import ROOT, launch, until_step
+from slurm import cluster, missing, state
+
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in
+
+STEPS = 60
+real_cluster = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    settings = dict(manifest=write_latents(folder / "latents", train=512), workers=1)
+    return [f"data.{key}={value}" for key, value in settings.items()] + [
+        "parallel.expert=2",
+        "parallel.zero_stage=3",
+        f"train.steps={STEPS}",
+        "train.global_batch=64",
+        "train.validate_every=0",
+        "train.sample_every=0",
+        "train.tensorboard=false",
+        "checkpoint.every=10",
+    ]
+
+
+def ditmoe(environment, *arguments):
+    command = [sys.executable, "-m", "ditmoe_ds.cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment | dict(DS_ACCELERATOR="cpu"), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def submit(environment, run_dir, *overrides):
+    options = ["--nodes", "2", "--gpus-per-node", "0", "--time", "10", "--max-restarts", "2"]
+    done = ditmoe(environment, "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return re.search(r"^job (\d+): 2 nodes", done.stdout)[1]
+
+
+def wait_for(job, environment, *states, timeout=150):
+    deadline = time.monotonic() + timeout
+    while (now := state(job, environment)) not in states:
+        assert time.monotonic() < deadline, f"job {job} is {now}"
+        time.sleep(0.2)
+
+
+def processes_of(run_dir):
+    """The ranks (and their loaders) of a run that are alive."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if f"run_dir={run_dir}" in words and "ditmoe_ds.train" in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@real_cluster
+def test_a_job_that_is_disturbed_twice_ends_as_an_undisturbed_one(slurm, overrides, tmp_path):
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *overrides, f"run_dir={whole}"])
+    job = submit(slurm, run_dir, *overrides)
+    until_step(run_dir, 13)
+    subprocess.run(["scancel", "--signal=USR1", job], env=slurm, check=True)  # as SLURM sends it before the time limit
+    wait_for(job, slurm, "PENDING")
+    stopped = len(losses(run_dir))
+    assert 13 <= stopped < STEPS
+    wait_for(job, slurm, "RUNNING")
+    until_step(run_dir, max(stopped, 21) + 1)
+    killed = next(process for process in processes_of(run_dir) if process.environ().get("SLURM_PROCID") == "1")
+    killed.send_signal(signal.SIGKILL)
+    wait_for(job, slurm, "PENDING")
+    wait_for(job, slurm, "RUNNING")
+    wait_for(job, slurm, "COMPLETED")
+    log = (run_dir / "launch" / f"slurm-{job}.log").read_text()
+    assert f"interrupted after step {stopped}, saved" in log
+    assert f"resumed at step {stopped} " in log
+    assert re.search(r"^error: rank 1 on node[12] ended without a word after step \d+", log, re.M), log
+    assert re.search(r"^ditmoe: started again from step_\d+: ended with ", log, re.M), log
+    assert log.rstrip().endswith("ditmoe: done")
+    assert losses(run_dir) == losses(whole)
+    about = json.loads((run_dir / "launch" / "launch.json").read_text())
+    assert about["ditmoe_ds"]
+    assert (run_dir / "launch" / "recipe.yaml").read_text() == (ROOT / "recipes" / "digits.yaml").read_text()
+
+
+@real_cluster
+def test_scancel_leaves_nothing_behind(slurm, overrides, tmp_path):
+    run_dir = tmp_path / "run"
+    job = submit(slurm, run_dir, *overrides, "train.steps=100000")
+    until_step(run_dir, 3)
+    assert processes_of(run_dir)
+    subprocess.run(["scancel", job], env=slurm, check=True)
+    wait_for(job, slurm, "CANCELLED")
+    deadline = time.monotonic() + 40
+    while processes_of(run_dir):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert state(job, slurm) == "CANCELLED"
+
+
+@real_cluster
+def test_a_mistake_is_not_submitted(slurm, overrides, tmp_path):
+    done = ditmoe(
+        slurm,
+        "launch",
+        "slurm",
+        "recipes/digits.yaml",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        *overrides,
+        f"run_dir={tmp_path}",
+        "train.global_batch=7",
+    )
+    assert done.returncode == 2
+    assert "train.global_batch=7" in done.stderr
+    done = ditmoe(
+        slurm,
+        "launch",
+        "slurm",
+        "recipes/digits.yaml",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--partition",
+        "nowhere",
+        *overrides,
+        f"run_dir={tmp_path}",
+    )
+    assert done.returncode == 2
+    assert "invalid partition specified: nowhere" in done.stderr
+
+
+@real_cluster
+def test_an_array_encodes_and_can_be_finalized(slurm, inputs, tmp_path):
+    out = tmp_path / "latents"
+    words = ["--source", f"folder:{inputs / 'images'}", "--vae", inputs / "vae", "--size", "32", "--shard-size", "4", "--out", out]
+    command = ["launch", "slurm-array", "--workers", "2", "--gpus-per-node", "0", "--out", tmp_path / "scripts", "--", *words]
+    done = ditmoe(slurm, *command)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"^job (\d+): 2 workers", done.stdout)[1]
+    wait_for(job, slurm, "COMPLETED")
+    wait_for(f"{job}_1", slurm, "COMPLETED")
+    finalized = subprocess.run(
+        [sys.executable, "-m", "data_prep.cli", "finalize", str(out)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert finalized.returncode == 0, finalized.stderr
+    assert (out / "manifest.json").is_file()
+
+
+def test_a_filled_in_script_is_the_plain_one_with_its_arguments():
+    plain = (SCRIPTS / "train.sbatch").read_text()
+    text = fill_in(plain, {"nodes": 4, "signal": "USR1@60", "account": None}, {"MAX_RESTARTS": "1"}, ["a recipe.yaml", "run; rm -rf /"])
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert "#SBATCH --nodes=4" in lines
+    assert [line for line in lines if "--signal" in line] == ["#SBATCH --signal=USR1@60"]
+    assert "set -- 'a recipe.yaml' 'run; rm -rf /'" in lines
+    first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
+    assert text.endswith(plain[plain.index("set -uo pipefail") :])
+    with pytest.raises(ConfigError, match="--account"):
+        fill_in(plain, {"account": "x\n#SBATCH --wrap=evil"}, {}, [])
+
+
+def test_containers():
+    assert container("image.sif") == "apptainer exec --nv image.sif"
+    assert container("team/image:1").startswith("--container-image=team/image:1 --container-mounts=" + os.getcwd())
+    with pytest.raises(ConfigError, match="spaces"):
+        container("my image.sif")
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
+    options = ["--nodes", "1-2", "--gpus-per-node", "0", "--processes-per-node", "2", "--account", "me", "--dry-run"]
+    done = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --nodes=1-2" in done.stdout
+    assert "#SBATCH --ntasks-per-node=2" in done.stdout
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+    assert not (tmp_path / "run").exists()
