@@ -66,7 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 
     interop.add_commands(commands)
     launching.add_commands(commands)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest  # key=value after an option, where argparse takes no more of them
     try:
         return arguments.command(arguments)
     except UserError as error:

@@ -17,7 +17,7 @@ from processes import ROOT, launch, until_step
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.hosts import read_hostfile
 
-STEPS = 60
+STEPS = 40
 real_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
@@ -36,11 +36,11 @@ def overrides(tmp_path_factory):
     return [f"data.{key}={value}" for key, value in settings.items()] + [
         "parallel.expert=1",
         f"train.steps={STEPS}",
-        "train.global_batch=64",
+        "train.global_batch=32",
         "train.validate_every=0",
         "train.sample_every=0",
         "train.tensorboard=false",
-        "checkpoint.every=10",
+        "checkpoint.every=5",
     ]
 
 

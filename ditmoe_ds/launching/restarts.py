@@ -1,8 +1,7 @@
-"""Whether a run that ended should be started again: ``python -m ditmoe_ds.launching.restarts RUN_DIR --exit-code N`` exits with 0 if so."""
+"""Whether a run that ended should be started again; launchers/slurm/train.sbatch asks by ``python -m ditmoe_ds.launching.restarts``."""
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -43,17 +42,15 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
     return True, f"started again from {saved}: {'interrupted' if interrupted else f'ended with {code}'}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--job", required=True)
     parser.add_argument("--exit-code", type=int, required=True)
     parser.add_argument("--max-restarts", type=int, required=True)
     arguments = parser.parse_args()
-    again, why = should_restart(arguments.run_dir, arguments.job, arguments.exit_code, arguments.max_restarts)
-    print(f"ditmoe: {why}", flush=True)
-    return 0 if again else 1
+    print("ditmoe:", should_restart(arguments.run_dir, arguments.job, arguments.exit_code, arguments.max_restarts)[1])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
