@@ -1,4 +1,4 @@
-"""``ditmoe``: train, sample, analyze, info; export, import and upcycle are in interop/cli.py."""
+"""``ditmoe``: train, sample, analyze, info; export, import and upcycle are in interop/cli.py, doctor in launching/doctor.py."""
 
 import argparse
 import json
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.interop.cli import add_commands
+from ditmoe_ds.launching.doctor import add_command
 
 if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line about a user's mistake."""
+    """Returns the exit code: 0, 1 of a doctor who found problems, or 2 after one line about a user's mistake."""
     parser = argparse.ArgumentParser(prog="ditmoe", description="Mixture-of-Experts diffusion transformers on DeepSpeed-MoE.")
     commands = parser.add_subparsers(required=True)
 
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true")
 
     add_commands(commands)
+    add_command(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.command(arguments)

@@ -58,10 +58,8 @@ class ExpertGroup:
 def join() -> World:
     """Start the process group from the environment of deepspeed, torchrun or srun; alone without one."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    if under_srun():
+        take_place_from_srun()
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
@@ -69,6 +67,19 @@ def join() -> World:
         torch.cuda.set_device(world.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return world
+
+
+def under_srun() -> bool:
+    """Whether srun started this process as one of several, and no other launcher did within it."""
+    return "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def take_place_from_srun() -> None:
+    """Set the variables that torch reads from those of SLURM."""
+    env = os.environ
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
 
 def leave() -> None:
