@@ -188,29 +188,11 @@ def test_within_srun(tmp_path, tasks):
     patience = 60 if tasks == 2 else 8
     program = f"import sys; from ditmoe_ds.launching import network; network.RENDEZVOUS = {patience}.0; "
     program += "from ditmoe_ds.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "doctor",
-        "--run-dir",
-        str(tmp_path),
-        "--min-free-gb",
-        "0.5",
-        *["--ep", "2"][: 4 - 2 * (tasks - 1)],
-    ]
-    started = [
-        subprocess.Popen(
-            command,
-            env=environment
-            | {key: str(value) for key, value in slurm.items()}
-            | dict(SLURM_PROCID=str(rank), SLURMD_NODENAME=f"n{rank + 1}"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-c", program, "doctor", "--run-dir", str(tmp_path), "--min-free-gb", "0.5", "--ep", str(tasks)]
+    environment |= {key: str(value) for key, value in slurm.items()}
+    places = [dict(SLURM_PROCID=str(rank), SLURMD_NODENAME=f"n{rank + 1}") for rank in range(2)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = [subprocess.Popen(command, env=environment | place, **pipes) for place in places]
     try:
         (first, _), (second, _) = [process.communicate(timeout=90) for process in started]
     finally:
@@ -221,7 +203,7 @@ def test_within_srun(tmp_path, tasks):
     rows = [line.split() for line in first.splitlines() if line.startswith("n")][1:]
     assert [row[0] for row in rows] == ["n1", "n2"]
     if tasks == 2:
-        assert codes == [0, 0] and "healthy" in first and all(float(row[-1]) > 0 and float(row[-2]) > 0 for row in rows)
+        assert codes == [0, 0] and not second and "healthy" in first and all(float(row[-1]) > 0 and float(row[-2]) > 0 for row in rows)
     else:
         assert codes == [1, 0] and "PROBLEM  n3: its processes did not reach the rendezvous at 127.0.0.1" in first
         assert first.count("PROBLEM") == 1

@@ -83,8 +83,8 @@ def measure(host: str, run_dir: str, ep: int) -> dict[str, Any] | None:
         store.wait(["plan"], timedelta(seconds=RENDEZVOUS + _MARGIN))
         result = _take_part(store, rank, json.loads(store.get("plan")))
         store.set(f"result/{rank}", json.dumps(result))
-        with contextlib.suppress(RuntimeError):  # nobody leaves while another still exchanges with it; rank 0 leaves first
-            store.wait(["end"], timedelta(seconds=COLLECTIVES + _MARGIN))
+        store.wait(["end"], timedelta(seconds=COLLECTIVES + 2 * _MARGIN))  # nobody leaves while another still exchanges with it
+        store.set(f"left/{rank}", "0")
         return None
     except RuntimeError as error:
         raise Unreachable(f"the rendezvous ended: {_short(error)}") from error
@@ -118,7 +118,7 @@ def _lead(store: "Store", size: int, run_dir: str, ep: int) -> dict[str, Any]:
     came = _gather(store, "came", range(size), RENDEZVOUS)
     ranks = {rank: arrival["host"] for rank, arrival in came.items()}
     missing = [rank for rank in range(size) if rank not in came]
-    speakers = {host: rank for rank, host in sorted(ranks.items(), reverse=True)}  # the first rank of each node
+    speakers = {host: min(rank for rank, at in ranks.items() if at == host) for host in dict.fromkeys(ranks.values())}
     token = secrets.token_hex(8)
     file = Path(came[0]["facts"]["run_dir"]) / f".ditmoe-doctor-{token}"
     try:
@@ -143,6 +143,7 @@ def _lead(store: "Store", size: int, run_dir: str, ep: int) -> dict[str, Any]:
         with contextlib.suppress(OSError):
             file.unlink()
     store.set("end", "")
+    _gather(store, "left", [rank for rank in results if rank], _MARGIN)  # the store ends with this process
     found = {host: came[rank]["facts"] for host, rank in speakers.items()}
     return dict(ranks=ranks, facts=found, missing=missing, unwritten=unwritten, clock=clock, results=results)
 
