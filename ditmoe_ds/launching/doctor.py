@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +251,12 @@ def _report(nodes: list[Node], problems: list[Problem], as_json: bool) -> int:
         print(json.dumps(dict(healthy=healthy, nodes=[asdict(node) for node in nodes], problems=[asdict(one) for one in problems])))
     else:
         print(_table(nodes))
+        alike: dict[Problem, list[str]] = {}  # what is the same on many nodes takes one line
         for problem in sorted(problems, key=lambda one: one.warning):
-            print(_line(problem))
-        count = sum(not problem.warning for problem in problems)
+            alike.setdefault(replace(problem, host=""), []).append(problem.host)
+        for problem, hosts in alike.items():
+            print(_line(replace(problem, host=", ".join(hosts))))
+        count = sum(not problem.warning for problem in alike)
         print("healthy" if healthy else f"{count} problem{'s' * (count > 1)}")
     return 0 if healthy else 1
 
