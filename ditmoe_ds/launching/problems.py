@@ -79,7 +79,7 @@ def _of_one(node: Node, facts: dict[str, Any], min_free_gb: float) -> list[Probl
     found: list[tuple[str, str]] = []
     devices, kind = (len(facts["gpus"]), "GPUs") if facts["gpus"] else (facts["cores"], "CPU cores")
     if node.slots > devices:
-        found.append((f"{node.slots} slots (processes), but {devices} {kind}", f"give it {devices}; with srun, --ntasks-per-node"))
+        found.append((f"{node.slots} slots (processes), but {devices} {kind}", f"give it {devices}, by slots= or by --ntasks-per-node"))
     if facts["driver"] and not facts["gpus"]:
         found.append(("has a GPU driver, but torch sees no GPU", "install a CUDA build of torch that this driver can run"))
     for place, key, least in ((facts["run_dir"], "run_dir_gb", min_free_gb), ("/tmp", "tmp_gb", min(TMP_GB, min_free_gb))):
