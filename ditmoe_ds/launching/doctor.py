@@ -117,14 +117,12 @@ def _within_srun(run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
         return [Node(host, 1)], [problem]
     if not found:
         leave(0)
-    assert found
     hosts = list(found["ranks"].values())
     nodes = [Node(host, hosts.count(host), facts) for host, facts in found["facts"].items()]
     problems = []
     if found["missing"]:
         names = [name for name in _srun_nodes() if name not in hosts] or [f"of rank {rank}" for rank in found["missing"]]
-        text = f"its processes did not reach the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        problems = [Problem(name, f"{text} within {RENDEZVOUS:.0f} s", _RENDEZVOUS_FIXES[""]) for name in names]
+        problems = [_absent(name) for name in names]
     return nodes, problems + _take_over(nodes, found)
 
 
@@ -151,14 +149,18 @@ def _measure(nodes: list[Node], targets: list[Any], address: str, run_dir: str, 
         jobs.append((target, _python("network", node.host, run_dir, str(ep)), environment))
     ends = _run(jobs, MEASURE_SECONDS, LATER_SECONDS)
     said = [heard(output) for _, output in ends]
-    if "ranks" in said[0]:
-        return _take_over(nodes, said[0])
     problems: dict[str, Problem] = {}
     for (node, _, _), words, (code, output) in zip(places, said, ends, strict=True):
         if "unreachable" in words:
             problems.setdefault(node.host, _unreachable(node.host, words["unreachable"]))
         elif code:
-            problems.setdefault(node.host, _silent(node.host, code, output))
+            text = f"its measuring process ended with code {code}: {_last_line(output)}"
+            problems.setdefault(node.host, Problem(node.host, text, "see whether memory is free there and nvidia-smi shows sound GPUs"))
+    if "ranks" in said[0]:
+        for rank in said[0]["missing"]:
+            host = places[rank][0].host
+            problems.setdefault(host, _absent(host))
+        return list(problems.values()) + _take_over(nodes, said[0])
     late = Problem(nodes[0].host, f"the measurement was not done within {MEASURE_SECONDS:.0f} s", _RENDEZVOUS_FIXES[""])
     return list(problems.values()) or [late]
 
@@ -173,16 +175,15 @@ def _take_over(nodes: list[Node], found: dict[str, Any]) -> list[Problem]:
         problems.append(Problem(ranks[0], text, "make room there, or give this user the right to write"))
     for node in nodes:
         mine = [results.get(rank, {"error": "its process ended without a word"}) for rank, host in ranks.items() if host == node.host]
+        if not mine:
+            continue  # none of its processes came
         node.clock, node.clock_margin = (0.0, 0.0) if node.host == ranks[0] else found["clock"][node.host] or (None, 0.0)
         node.reads_run_dir = mine[0].get("reads")
         node.all_reduce = min((one["all_reduce"] for one in mine if "all_reduce" in one), default=None)
         node.all_to_all = min((one["all_to_all"] for one in mine if "all_to_all" in one), default=None)
         errors = [one["error"] for one in mine if "error" in one]
         if errors:
-            fix = (
-                "let all TCP ports through between the nodes; name the interface between them in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-            )
-            problems.append(Problem(node.host, f"all-reduce and all-to-all fail: {errors[0]}", fix))
+            problems.append(Problem(node.host, f"all-reduce and all-to-all fail: {errors[0]}", _EXCHANGE_FIX))
     return problems
 
 
@@ -228,13 +229,21 @@ def _ended(process: "subprocess.Popen[str]") -> Any:
 
 
 def _silent(host: str, code: int | None, output: str) -> Problem:
-    last = (output.strip().splitlines() or ["no word"])[-1].strip()
+    last = _last_line(output)
     if code == 255:
         return Problem(host, f"ssh cannot reach it: {last}", _fix(_SSH_FIXES, last).format(host))
     if code is None:
         return Problem(host, f"did not answer within {FACTS_SECONDS:.0f} s", _SSH_FIXES[""].format(host))
     fix = f"{Path.cwd()}, {sys.executable} and the packages must be at the same paths on every node"
     return Problem(host, f"its process ended with code {code}: {last}", fix)
+
+
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["no word"])[-1].strip()
+
+
+def _absent(host: str) -> Problem:
+    return Problem(host, f"none or not all of its processes reached the rendezvous within {RENDEZVOUS:.0f} s", _RENDEZVOUS_FIXES[""])
 
 
 def _unreachable(host: str, reason: str) -> Problem:

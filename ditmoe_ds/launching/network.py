@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ditmoe_ds.launching.facts import facts, say
 
@@ -48,7 +48,7 @@ def main() -> None:
     leave(code)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End at once: a collective that hangs in another thread would hold up Python's own end."""
     sys.stdout.flush()
     sys.stderr.flush()
