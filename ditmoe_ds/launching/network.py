@@ -102,7 +102,7 @@ def _open_store(rank: int, address: str, port: int) -> "Store":
 
 
 def _knock(address: str, port: int) -> None:
-    """Wait until something listens; a plain socket's errors say why it fails, and TCPStore's do not."""
+    """Wait until something listens. Where there is no way, a plain socket says so at once; TCPStore tries for the whole time."""
     deadline = time.monotonic() + RENDEZVOUS
     while True:
         try:
