@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
+from ditmoe_ds.launching import doctor
 
 if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line about a user's mistake."""
+    """Returns the exit code: 0, 1 of a doctor who found problems, or 2 after one line about a user's mistake."""
     parser = argparse.ArgumentParser(prog="ditmoe", description="Mixture-of-Experts diffusion transformers on DeepSpeed-MoE.")
     commands = parser.add_subparsers(required=True)
 
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     interop.add_commands(commands)
     launching.add_commands(commands)
+    doctor.add_command(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -157,7 +157,7 @@ def test_a_lost_host_is_done_without(two, overrides, tmp_path):
         os.kill(int(pid), signal.SIGKILL)
     output, _ = job.communicate(timeout=150)
     assert job.returncode == 0, output
-    assert "without the lost ones: host host2: ssh: connect to host 10.77.0.2" in output
+    assert "without the lost ones: host host2: ssh cannot reach it: ssh: connect to host 10.77.0.2" in output
     assert "1 processes on host1" in output
     assert len(losses(run_dir)) == STEPS
 
@@ -170,9 +170,9 @@ def test_hosts_that_cannot_be_used_are_told(two, overrides, tmp_path):
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 2, output
     assert len([line for line in output.splitlines() if line.startswith("error")]) == 1
-    assert f"host host1: slots=9999, but it has {os.cpu_count()} CPU cores; lower slots" in output
-    assert "host hots2: ssh: Could not resolve hostname hots2" in output
-    assert "host 10.77.0.99: ssh: connect to host 10.77.0.99 port 22" in output
+    assert f"host host1: 9999 slots (processes), but {os.cpu_count()} CPU cores. Fix: give it {os.cpu_count()}" in output
+    assert "host hots2: ssh cannot reach it: ssh: Could not resolve hostname hots2" in output
+    assert "host 10.77.0.99: ssh cannot reach it: ssh: connect to host 10.77.0.99 port 22" in output
     assert not (tmp_path / "run").exists()
 
 

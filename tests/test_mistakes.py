@@ -80,7 +80,7 @@ def test_srun_starts_ranks_too(recipe):
     worker = f"""
 import os, sys
 e = os.environ
-e.update(SLURM_PROCID=e.pop("RANK"), SLURM_NTASKS=e.pop("WORLD_SIZE"), SLURM_LOCALID=e.pop("LOCAL_RANK"))
+e.update(SLURM_STEP_ID="0", SLURM_PROCID=e.pop("RANK"), SLURM_NTASKS=e.pop("WORLD_SIZE"), SLURM_LOCALID=e.pop("LOCAL_RANK"))
 e.update(SLURM_LAUNCH_NODE_IPADDR=e.pop("MASTER_ADDR"), SLURM_JOB_ID=str(int(e.pop("MASTER_PORT")) % 20000))
 from ditmoe_ds import train
 sys.exit(train.main(["{recipe}", "parallel.expert=4"]))

@@ -58,10 +58,8 @@ class ExpertGroup:
 def join() -> World:
     """Start the process group from the environment of deepspeed, torchrun or srun; alone without one."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    if under_srun():
+        take_place_from_srun()
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
@@ -74,6 +72,19 @@ def join() -> World:
 def host_name() -> str:
     """As the user knows it: under SLURM the node's name, several of which may be one machine."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def under_srun() -> bool:
+    """Whether srun started this process as one of several (a batch script by itself is no step), and no other launcher within it."""
+    return "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def take_place_from_srun() -> None:
+    """Set the variables that torch reads from those of SLURM."""
+    env = os.environ
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
 
 def leave() -> None:

@@ -10,16 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import ditmoe_ds
 from ditmoe_ds.errors import UserError
+from ditmoe_ds.launching.doctor import ask
 from ditmoe_ds.launching.hosts import start
+from ditmoe_ds.launching.problems import Node, compare
 from ditmoe_ds.launching.restarts import MISTAKE, should_restart
 from ditmoe_ds.launching.slurm import prepare
 from ditmoe_ds.training.interruption import MARKER
@@ -57,15 +57,16 @@ class Job:
         """
         plan = read_plan([self.recipe, *self.overrides], sum(self.slots.values()))
         run_dir = Path(plan.recipe.run_dir).absolute()
-        offers, faults = survey(self.slots)
+        nodes, faults = survey(self.slots, run_dir)
         if faults:
-            raise UserError("; ".join(faults))
+            raise UserError(faults)
         recipe = prepare(run_dir, self.recipe)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
-        job, used = f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}", self.slots
+        job = f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
         while True:
-            master = self.master_addr or offers[next(iter(used))]["address"]
+            assert nodes[0].facts
+            used, master = {node.host: node.slots for node in nodes}, self.master_addr or nodes[0].facts["address"]
             said = ", ".join(f"{key}={value}" for key, value in self.environment.items())
             print(
                 f"{sum(used.values())} processes on {', '.join(used)}; rendezvous {master}:{self.master_port}; environment {said}",
@@ -79,13 +80,12 @@ class Job:
                 print(why, flush=True)
             if not again:
                 return code
-            offers, faults = survey(self.slots)
-            used = {host: count for host, count in self.slots.items() if host in offers}
-            if len(used) < self.min_nodes:
-                raise UserError(f"{len(used)} hosts are left, --min-nodes is {self.min_nodes}: {'; '.join(faults)}")
+            nodes, faults = survey(self.slots, run_dir)
+            if len(nodes) < self.min_nodes:
+                raise UserError(f"{len(nodes)} hosts are left, --min-nodes is {self.min_nodes}; {faults}")
             if faults:
-                print(f"without the lost ones: {'; '.join(faults)}", flush=True)
-            read_plan([self.recipe, *self.overrides], sum(used.values()))
+                print(f"without the lost ones: {faults}", flush=True)
+            read_plan([self.recipe, *self.overrides], sum(node.slots for node in nodes))
 
     def _start(self, used: dict[str, int], master: str, recipe: Path) -> int:
         """Run once, to the end of every host's part. Returns the code of the first that failed, or 0."""
@@ -125,38 +125,12 @@ class Job:
         self.received = self.received or number
 
 
-def survey(slots: dict[str, int]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Ask every host, all at once, what it offers.
-
-    Returns:
-        What each usable host says of itself (``place``), and a line for each that cannot be used.
-    """
-    answers = {host: tempfile.TemporaryFile("w+") for host in slots}  # noqa: SIM115
-    asked = {host: start(host, [sys.executable, "-m", "ditmoe_ds.launching.place"], {}, answers[host]) for host in slots}
-    offers, faults = {}, []
-    for host, process in asked.items():
-        try:
-            process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        answers[host].seek(0)
-        lines = answers[host].read().strip().splitlines() or ["no answer within 120 s"]
-        if process.returncode == UNREACHABLE:
-            faults.append(f"host {host}: {lines[-1]}; try `ssh {host} true`, which must work without a password")
-        elif process.returncode:
-            faults.append(f"host {host}: {sys.executable} -m ditmoe_ds... fails there: {lines[-1]}; every host needs the same installation")
-        else:
-            offer = json.loads(lines[-1])
-            if offer["version"] != ditmoe_ds.__version__:
-                faults.append(f"host {host}: has ditmoe_ds {offer['version']}, here is {ditmoe_ds.__version__}; install the same")
-            elif slots[host] > offer["devices"]:
-                faults.append(
-                    f"host {host}: slots={slots[host]}, but it has {offer['devices']} {offer['kind']}; lower slots in the hostfile"
-                )
-            else:
-                offers[host] = offer
-    return offers, faults
+def survey(slots: dict[str, int], run_dir: Path) -> tuple[list[Node], str]:
+    """The hosts that can be used, and in one line what is wrong with the others."""
+    nodes, problems = ask(slots, str(run_dir))
+    problems += [problem for problem in compare(nodes, min_free_gb=0.0) if not problem.warning]
+    faulty = {problem.host for problem in problems}
+    return [node for node in nodes if node.host not in faulty], "; ".join(f"host {p.host}: {p.text}. Fix: {p.fix}" for p in problems)
 
 
 def _repeat(host: str, process: "subprocess.Popen[str]") -> None:

@@ -41,15 +41,18 @@ def read_hostfile(path: str) -> dict[str, int]:
     return found
 
 
-def start(host: str, command: list[str], environment: dict[str, str], output: int | IO[Any] = subprocess.PIPE) -> "subprocess.Popen[str]":
+def start(
+    host: str | None, command: list[str], environment: dict[str, str], output: int | IO[Any] = subprocess.PIPE
+) -> "subprocess.Popen[str]":
     """Run ``command`` on ``host`` in this folder, with this Python on its path; standard input must stay open while it shall run.
 
-    ssh never asks for a password; an unreachable host ends with code 255 after at most 15 seconds.
+    None is this machine, without ssh. ssh never asks for a password; an unreachable host ends with code 255 after at most 15 seconds.
     """
     options = ["BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3"]
-    there = shlex.join([sys.executable, "-m", "ditmoe_ds.launching.node"])
+    there = [sys.executable, "-m", "ditmoe_ds.launching.node"]
+    ssh = ["ssh", "-T", *[word for option in options for word in ("-o", option)], "--", str(host), shlex.join(there)]
     process = subprocess.Popen(
-        ["ssh", "-T", *[word for option in options for word in ("-o", option)], "--", host, there],
+        ssh if host else there,
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,

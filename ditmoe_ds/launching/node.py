@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 
@@ -21,11 +22,11 @@ GRACE = 120.0
 
 def main() -> int:
     request = json.loads(sys.stdin.readline())
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"  # as activated: ninja, for one, lies beside python
+    environment = os.environ | dict(PATH=path) | request["environment"]
     try:
         os.chdir(request["folder"])
-        process = subprocess.Popen(
-            request["command"], env=os.environ | request["environment"], stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(request["command"], env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
         print(f"cannot start in {request['folder']}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,106 @@
+"""What one node says of itself, without the network: ``python -m ditmoe_ds.launching.facts RUN_DIR``."""
+
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+LOCK_SECONDS = 300.0
+"""No extension of DeepSpeed takes longer to build, so an older lock is one that a killed build left behind."""
+
+_MARK = "ditmoe doctor: "
+
+
+def say(what: dict[str, Any]) -> None:
+    """Hand ``what`` to whoever reads this process's output, where libraries print too."""
+    print(_MARK + json.dumps(what), flush=True)
+
+
+def heard(output: str) -> dict[str, Any]:
+    """All that the process with this output said, as one dictionary."""
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        _, mark, text = line.partition(_MARK)
+        if mark:
+            found |= json.loads(text)
+    return found
+
+
+def facts(run_dir: str) -> dict[str, Any]:
+    """Versions, GPUs, disks, limits and the means of compiling. Sizes are GB; None is "not there" or, of a limit, "unlimited"."""
+    folder = _existing(Path(run_dir).absolute())
+    driver = _driver()
+    extensions = _extensions()
+    nofile, memlock = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "deepspeed", "ditmoe_ds")},
+        "driver": driver,
+        **(_gpus() if driver else dict(nccl=None, gpus=[])),
+        "cores": len(os.sched_getaffinity(0)),
+        "address": (subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split() or ["127.0.0.1"])[0],
+        "run_dir": str(folder),
+        "writable": os.access(folder, os.W_OK),
+        "run_dir_gb": shutil.disk_usage(folder).free / 1e9,
+        "tmp_gb": shutil.disk_usage("/tmp").free / 1e9,
+        "nofile": None if nofile == resource.RLIM_INFINITY else nofile,
+        "memlock": None if memlock == resource.RLIM_INFINITY else memlock,
+        "no_tool": [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)],
+        "extensions": str(extensions),
+        "extensions_writable": os.access(_existing(extensions), os.W_OK),
+        "locks": [str(lock) for lock in sorted(extensions.glob("**/lock")) if _age(lock) > LOCK_SECONDS],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    match = re.search(r"\d{3,}\.\d+(\.\d+)?", text)
+    return match[0] if match else "unknown"
+
+
+def _gpus() -> dict[str, Any]:
+    import torch  # only here: it takes seconds
+
+    count = torch.cuda.device_count()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if count else None
+    return dict(nccl=nccl, gpus=[torch.cuda.get_device_name(i) for i in range(count)])
+
+
+def _extensions() -> Path:
+    """Where torch keeps compiled extensions; DeepSpeed's are among them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # its build has just ended
+
+
+if __name__ == "__main__":
+    say(facts(sys.argv[1]))
