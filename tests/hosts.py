@@ -3,6 +3,7 @@
 The machine itself is the head: it reaches the hosts by ``ssh NAME`` once ``environment`` is used.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 NEEDED = ("ip", "unshare", "sshd", "ssh-keygen")
 HEAD = "10.77.0.254"
+_count = itertools.count()
 
 
 def missing():
@@ -55,9 +57,9 @@ def hosts(folder, names=("host1", "host2"), settings=None):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key)
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
     Path("/run/sshd").mkdir(exist_ok=True)
-    tag = f"dm{os.getpid() % 100000}"
+    tag = f"dm{os.getpid() % 100000}x{next(_count)}"  # an interface's name has 15 letters at most
     bridge = f"{tag}b"
-    found, daemons = {}, []
+    found, daemons, namespaces = {}, [], []
     entries = []
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
@@ -68,6 +70,7 @@ def hosts(folder, names=("host1", "host2"), settings=None):
         for i, name in enumerate(names, 1):
             namespace, address = f"{tag}n{i}", f"10.77.0.{i}"
             _run("ip", "netns", "add", namespace)
+            namespaces.append(namespace)
             _run("ip", "link", "add", f"{tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
             _run("ip", "link", "set", f"{tag}v{i}", "master", bridge, "up")
             _run("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
@@ -84,7 +87,7 @@ def hosts(folder, names=("host1", "host2"), settings=None):
             with open(folder / f"{name}.log", "w") as log:
                 command = ["ip", "netns", "exec", namespace, "unshare", "-m", "-u", "sh", "-c", inside]
                 daemon = subprocess.Popen(command, stdout=log, stderr=log)
-            daemons.append((namespace, daemon))
+            daemons.append(daemon)
             found[name] = Host(name, address, namespace, daemon.pid)
             entries.append(f"Host {name}\n  HostName {address}\n")
         common = f"Host *\n  IdentityFile {folder}/user_key\n  IdentitiesOnly yes\n  StrictHostKeyChecking no\n"
@@ -98,11 +101,13 @@ def hosts(folder, names=("host1", "host2"), settings=None):
             _until_it_answers(name, environment, folder)
         yield found, environment
     finally:
-        for namespace, daemon in daemons:
+        for namespace in namespaces:
             for pid in subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split():
                 subprocess.run(["kill", "-9", pid], check=False)
+        for daemon in daemons:
             daemon.wait()
-            subprocess.run(["ip", "netns", "del", namespace], check=False)
+        for namespace in namespaces:
+            subprocess.run(["ip", "netns", "del", namespace], check=True)
         subprocess.run(["ip", "link", "del", bridge], check=False)
 
 

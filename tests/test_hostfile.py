@@ -12,7 +12,7 @@ import psutil
 import pytest
 from hosts import hosts, missing
 from latents import write_latents
-from processes import ROOT, launch, until_step
+from processes import ROOT, until_step
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.hosts import read_hostfile
@@ -44,16 +44,21 @@ def overrides(tmp_path_factory):
     ]
 
 
-def start(environment, folder, run_dir, *words):
-    command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", folder / "hostfile", "--env", "DS_ACCELERATOR=cpu"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ditmoe_ds.cli", *map(str, command), *words, f"run_dir={run_dir}"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start(two, tmp_path):
+    """Starts a job; none outlives its test."""
+    jobs = []
+
+    def begin(run_dir, *words):
+        command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", tmp_path / "hostfile", "--env", "DS_ACCELERATOR=cpu"]
+        command = [sys.executable, "-m", "ditmoe_ds.cli", *map(str, command), *words, f"run_dir={run_dir}"]
+        jobs.append(subprocess.Popen(command, cwd=ROOT, env=two[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+        job.wait()
 
 
 def ranks_of(host):
@@ -63,7 +68,7 @@ def ranks_of(host):
     for pid in map(int, pids):
         process = psutil.Process(pid)
         environment = process.environ() if "ditmoe_ds.train" in process.cmdline() else {}
-        if "RANK" in environment and "ditmoe_ds.train" not in process.parent().cmdline():
+        if "RANK" in environment and "RANK" not in process.parent().environ():
             found[int(environment["RANK"])] = process
     return found
 
@@ -88,42 +93,25 @@ def losses(run_dir):
 
 
 @real_hosts
-def test_a_killed_rank_is_named_and_the_job_comes_back(two, overrides, tmp_path):
-    found, environment = two
-    whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    expert = [word.replace("expert=1", "expert=2") for word in overrides]
-    launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *expert, f"run_dir={whole}"])
-    job = start(environment, tmp_path, run_dir, "--max-restarts", "1", *expert)
-    until_step(run_dir, 12)
-    assert (list(ranks_of(found["host1"])), list(ranks_of(found["host2"]))) == ([0], [1])
-    ranks_of(found["host2"])[1].kill()
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 0, output
-    assert re.search(r"^host1: error: rank 1 on host2 ended without a word after step \d+", output, re.M), output
-    assert "started again from step_00000010" in output
-    assert "EP groups of 2 consecutive ranks over 2 hosts" in output
-    assert losses(run_dir) == losses(whole)
-    assert nobody_left(found)
-
-
-@real_hosts
-def test_without_restarts_a_killed_rank_ends_the_job_everywhere(two, overrides, tmp_path):
-    found, environment = two
-    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.steps=100000")
+def test_a_killed_rank_is_named_and_ends_the_job_everywhere(two, start, overrides, tmp_path):
+    found, _ = two
+    job = start(tmp_path / "run", *overrides, "parallel.expert=2", "train.steps=100000")
     until_step(tmp_path / "run", 5)
+    assert (list(ranks_of(found["host1"])), list(ranks_of(found["host2"]))) == ([0], [1])
     ranks_of(found["host2"])[1].kill()
     begin = time.monotonic()
     output, _ = job.communicate(timeout=60)
     assert job.returncode not in (0, 2), output
     assert time.monotonic() - begin < 60
-    assert "rank 1 on host2 ended without a word" in output
+    assert "EP groups of 2 consecutive ranks over 2 hosts" in output
+    assert re.search(r"^host1: error: rank 1 on host2 ended without a word after step \d+", output, re.M), output
     assert nobody_left(found)
 
 
 @real_hosts
-def test_the_launcher_is_asked_to_stop(two, overrides, tmp_path):
-    found, environment = two
-    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.steps=100000")
+def test_the_launcher_is_asked_to_stop(two, start, overrides, tmp_path):
+    found, _ = two
+    job = start(tmp_path / "run", *overrides, "train.steps=100000")
     until_step(tmp_path / "run", 5)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
@@ -133,9 +121,10 @@ def test_the_launcher_is_asked_to_stop(two, overrides, tmp_path):
 
 
 @real_hosts
-def test_a_killed_launcher_leaves_nothing_behind(two, overrides, tmp_path):
-    found, environment = two
-    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.steps=100000")
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nothing_behind(two, start, overrides, tmp_path):
+    found, _ = two
+    job = start(tmp_path / "run", *overrides, "train.steps=100000")
     until_step(tmp_path / "run", 5)
     job.kill()
     job.communicate()
@@ -147,10 +136,10 @@ def test_a_killed_launcher_leaves_nothing_behind(two, overrides, tmp_path):
 
 
 @real_hosts
-def test_a_lost_host_is_done_without(two, overrides, tmp_path):
-    found, environment = two
+def test_a_lost_host_is_done_without(two, start, overrides, tmp_path):
+    found, _ = two
     run_dir = tmp_path / "run"
-    job = start(environment, tmp_path, run_dir, "--max-restarts", "1", "--min-nodes", "1", *overrides)
+    job = start(run_dir, "--max-restarts", "1", "--min-nodes", "1", *overrides)
     until_step(run_dir, 12)
     pids = subprocess.run(["ip", "netns", "pids", found["host2"].namespace], capture_output=True, text=True, check=True).stdout.split()
     for pid in pids:
@@ -158,15 +147,15 @@ def test_a_lost_host_is_done_without(two, overrides, tmp_path):
     output, _ = job.communicate(timeout=150)
     assert job.returncode == 0, output
     assert "without the lost ones: host host2: ssh cannot reach it: ssh: connect to host 10.77.0.2" in output
+    assert "started again from step_00000010" in output
     assert "1 processes on host1" in output
     assert len(losses(run_dir)) == STEPS
 
 
 @real_hosts
-def test_hosts_that_cannot_be_used_are_told(two, overrides, tmp_path):
-    _, environment = two
+def test_hosts_that_cannot_be_used_are_told(start, overrides, tmp_path):
     (tmp_path / "hostfile").write_text("host1 slots=9999\nhots2 slots=1\n10.77.0.99 slots=1\n")
-    job = start(environment, tmp_path, tmp_path / "run", *overrides, "train.global_batch=10001")
+    job = start(tmp_path / "run", *overrides, "train.global_batch=10001")
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 2, output
     assert len([line for line in output.splitlines() if line.startswith("error")]) == 1

@@ -32,7 +32,12 @@ VARIANTS = {
 BASES = {"recomputed": "accumulated"}
 """With what a variant is compared, on one process without ZeRO: itself, but recomputed runs with one that keeps its activations."""
 TOLERANCE = {"bf16": 1e-2}
-CASES = [(variant, *shape) for variant in VARIANTS for shape in SHAPES]
+CASES = [
+    (variant, *shape)
+    for variant in VARIANTS
+    for shape in SHAPES
+    if variant in ("plain", "experts choose") or shape[1:] in ((1, 1), (2, 2), (2, 4))  # EP over all ranks and over half of them
+]
 MOVES = [
     ((3, 2, 4), (1, 1, 1)),
     ((1, 1, 1), (3, 2, 4)),
