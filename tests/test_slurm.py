@@ -195,10 +195,23 @@ def test_containers():
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
-    options = ["--nodes", "1-2", "--gpus-per-node", "0", "--processes-per-node", "2", "--account", "me", "--dry-run"]
+    options = [
+        "--nodes",
+        "1-2",
+        "--gpus-per-node",
+        "0",
+        "--processes-per-node",
+        "2",
+        "--account",
+        "me",
+        "--sbatch",
+        "qos=high",
+        "--dry-run",
+    ]
     done = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=1-2" in done.stdout
     assert "#SBATCH --ntasks-per-node=2" in done.stdout
+    assert "#SBATCH --qos=high" in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
     assert not (tmp_path / "run").exists()

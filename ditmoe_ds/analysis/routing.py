@@ -28,11 +28,7 @@ def watched(model: DiT) -> Iterator[list[Tensor]]:
     taken: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, LayerStats]) -> None:
-        x, assignment = args[0], out[0]
-        takers = torch.zeros(x.shape[0] * x.shape[1], len(assignment.counts), dtype=torch.bool)
-        expert = torch.arange(len(assignment.counts)).repeat_interleave(assignment.counts.cpu())
-        takers[assignment.tokens.cpu(), expert] = True
-        taken.append(takers)
+        taken.append(taken_by(out[0], args[0].shape[0] * args[0].shape[1]))
 
     hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
     try:
@@ -40,6 +36,14 @@ def watched(model: DiT) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def taken_by(assignment: Assignment, tokens: int) -> Tensor:
+    """Which expert takes which token: bool (tokens, E) on the CPU."""
+    taken = torch.zeros(tokens, len(assignment.counts), dtype=torch.bool)
+    expert = torch.arange(len(assignment.counts)).repeat_interleave(assignment.counts.cpu())
+    taken[assignment.tokens.cpu(), expert] = True
+    return taken
 
 
 @torch.no_grad()

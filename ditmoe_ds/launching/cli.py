@@ -23,6 +23,7 @@ def add_commands(commands: Any) -> None:
     slurm.add_argument("--cpus-per-task", type=int)
     slurm.add_argument("--time", help="limit as sbatch takes it; 180 s before it the run saves and is queued again")
     slurm.add_argument("--signal-seconds", type=int, default=180, help="that many seconds; more than one step and one save")
+    slurm.add_argument("--max-restarts", type=int, default=3, help="starts in a row that may bring no new checkpoint")
     _add_submission(slurm)
 
     array = kinds.add_parser("slurm-array", help="submit ditmoe-data encode as a job array")
@@ -53,22 +54,32 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:
-    for option in ("account", "partition", "qos", "reservation", "constraint", "exclude"):
-        parser.add_argument(f"--{option}", help="as sbatch takes it")
+    parser.add_argument("--account")
+    parser.add_argument("--partition")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch: qos=high, exclude=node7"
+    )
     parser.add_argument("--container", help="an image: FILE.sif (Apptainer), else for pyxis")
-    parser.add_argument("--max-restarts", type=int, default=3, help="starts in a row that may bring no new checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
 
 
-def _submission(arguments: argparse.Namespace) -> dict[str, str | int | None]:
-    named = ("account", "partition", "qos", "reservation", "constraint", "exclude", "time")
-    options: dict[str, str | int | None] = {key: getattr(arguments, key) for key in named}
-    options["cpus-per-task"] = arguments.cpus_per_task
-    options["gpus-per-node"] = arguments.gpus_per_node or None
-    return options
+def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str | int | None]:
+    """Of sbatch: ours, but those that the user gives come last."""
+    options: dict[str, str | int | None] = {key.replace("_", "-"): value for key, value in own.items()}
+    options |= {key: getattr(arguments, key) for key in ("account", "partition", "time")}
+    options |= {"cpus-per-task": arguments.cpus_per_task, "gpus-per-node": arguments.gpus_per_node or None}
+    return options | _pairs("--sbatch", arguments.sbatch)
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+def _pairs(option: str, given: list[str]) -> dict[str, str]:
+    pairs = [setting.partition("=") for setting in given]
+    for setting, (key, sign, _) in zip(given, pairs, strict=True):
+        if not sign or not key.replace("-", "_").isidentifier():
+            raise ConfigError(option, setting, "write KEY=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
+def _python(arguments: argparse.Namespace) -> dict[str, str]:
     image = container(arguments.container)
     return dict(PYTHON="python3" if image else sys.executable, CONTAINER=image)
 
@@ -78,19 +89,20 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
     sizes = arguments.nodes.split("-")
-    if not 1 <= len(sizes) <= 2 or not all(size.isdigit() and int(size) for size in sizes):
+    if len(sizes) > 2 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[0]) > int(sizes[-1]):
         raise ConfigError("--nodes", arguments.nodes, "write a number, or the least and the most, for example 2-4")
-    for size in sizes:
-        plan = read_plan([arguments.recipe, *arguments.overrides], int(size) * processes)  # now, not after a night in the queue
+    for size in range(int(sizes[0]), int(sizes[-1]) + 1):
+        plan = read_plan([arguments.recipe, *arguments.overrides], size * processes)  # now, not after a night in the queue
     run_dir = Path(plan.recipe.run_dir).absolute()
-    options = _submission(arguments) | {
-        "job-name": run_dir.name,
-        "output": str(run_dir / "launch" / "slurm-%j.log"),
-        "nodes": arguments.nodes,
-        "ntasks-per-node": processes,
-        "signal": f"USR1@{arguments.signal_seconds}",
-    }
-    settings = _settings(arguments) | dict(MAX_RESTARTS=str(arguments.max_restarts))
+    options = _options(
+        arguments,
+        job_name=run_dir.name,
+        output=str(run_dir / "launch" / "slurm-%j.log"),
+        nodes=arguments.nodes,
+        ntasks_per_node=processes,
+        signal=f"USR1@{arguments.signal_seconds}",
+    )
+    settings = _python(arguments) | dict(MAX_RESTARTS=str(arguments.max_restarts))
     copy = run_dir / "launch" / "recipe.yaml"
     overrides = [override for override in arguments.overrides if not override.startswith("run_dir=")]
     text = fill_in((SCRIPTS / "train.sbatch").read_text(), options, settings, [str(copy), str(run_dir), *overrides])
@@ -111,8 +123,8 @@ def _slurm_array(arguments: argparse.Namespace) -> int:
     if arguments.workers < 1 or not words:
         raise ConfigError("--workers", arguments.workers, "at least 1, and after -- what ditmoe-data encode takes")
     folder = Path(arguments.out).absolute()
-    options = _submission(arguments) | {"array": f"0-{arguments.workers - 1}", "output": str(folder / "encode-%A_%a.log")}
-    text = fill_in((SCRIPTS / "encode_array.sbatch").read_text(), options, _settings(arguments), words)
+    options = _options(arguments, array=f"0-{arguments.workers - 1}", output=str(folder / "encode-%A_%a.log"))
+    text = fill_in((SCRIPTS / "encode_array.sbatch").read_text(), options, _python(arguments), words)
     if arguments.dry_run:
         print(text, end="")
         return 0
@@ -128,12 +140,7 @@ def _hostfile(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.launching.hosts import read_hostfile
 
     slots = read_hostfile(arguments.hostfile)
-    environment = {}
-    for setting in arguments.env:
-        key, sign, value = setting.partition("=")
-        if not sign or not key.isidentifier():
-            raise ConfigError("--env", setting, "write KEY=VALUE, for example NCCL_DEBUG=INFO")
-        environment[key] = value
+    environment = _pairs("--env", arguments.env)
     environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     return Job(
         arguments.recipe,
