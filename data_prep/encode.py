@@ -83,6 +83,8 @@ def encode(
             except OSError as error:
                 reason = f"cannot write ({error.strerror or error})"
                 raise DataError(f"--out={out!r}: {reason}; once that is mended, the same command continues") from None
+        if encoder.text and encoder.text.cut:
+            print(f"{encoder.text.cut} captions were longer than {text_max_tokens} tokens and are cut")
     if count == 1:
         finalize(out, max_rejected=max_rejected)
     else:

@@ -305,12 +305,15 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_continues(inputs, encoded, 
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert", "t5"])
-def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind):
+def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind, capsys):
     write_text_encoder(tmp_path / kind, kind)
     captions = ["a red square", "", "a a a a a a a a a a"]
     entries = [{"__key__": f"k{i}", "png": png(i), "txt": captions[i % 3].encode()} for i in range(9)]
     write_tar(tmp_path / "in.tar", entries)
     out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path / 'in.tar'}", text=str(tmp_path / kind), text_max_tokens=8, flip_copies=True)
+    said = capsys.readouterr().out
+    assert said.count("--text-max-tokens=8: a caption of 11 tokens is cut, and so are others: 'a a a a a a a a a a'") == 1
+    assert "3 captions were longer than 8 tokens and are cut" in said
     manifest = Manifest.load(out)
     assert (manifest.text.width, manifest.text.max_tokens, len(manifest.text.encoder_sha256)) == (12, 8, 64)
     # they move together

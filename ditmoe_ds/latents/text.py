@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class TextEncoder:
 
     Args:
         path_or_id: local folder, or hub id; safetensors only, and no code of the model's own.
-        max_tokens: longer captions are cut.
+        max_tokens: longer captions are cut, which is said the first time and counted in ``cut``.
         keys: what the user calls these two, for errors.
 
     Raises:
@@ -49,7 +50,8 @@ class TextEncoder:
             # A whole CLIP has an image half too, which this class leaves out.
             cls = transformers.CLIPTextModel if config.model_type == "clip" else transformers.AutoModelForTextEncoding
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
-            model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=torch.float32)
+            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # bf16 is slow on most CPUs
+            model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype)
         except Exception as error:  # the hub, the configs and the weights each fail in their own way
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
@@ -57,7 +59,7 @@ class TextEncoder:
         positions = getattr(self.model.config, "max_position_embeddings", max_tokens)
         if max_tokens > positions:
             raise ConfigError(keys[1], max_tokens, f"at most {positions} with this encoder")
-        self.name, self.max_tokens = path_or_id, max_tokens
+        self.name, self.max_tokens, self.limit, self.cut = path_or_id, max_tokens, keys[1], 0
         self.width = int(self.model.config.hidden_size)
 
     @torch.no_grad()
@@ -67,8 +69,18 @@ class TextEncoder:
             self.model.device
         )
         mask = tokens["attention_mask"]
+        self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
         states = self.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.to(torch.bfloat16).cpu()
         found = [state[valid] for state, valid in zip(states, mask.bool().cpu())]
         if not all(map(len, found)):
             raise DataError(f"text encoder {self.name!r} has no token for an empty caption; choose another")
         return found
+
+    def _count_cut(self, captions: list[str]) -> None:
+        """Of ``captions`` that take all ``max_tokens``: those that are longer."""
+        lengths = [len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in captions]
+        longer = [(length, caption) for length, caption in zip(lengths, captions) if length > self.max_tokens]
+        if longer and not self.cut and int(os.environ.get("RANK", 0)) == 0:
+            length, caption = longer[0]
+            print(f"{self.limit}={self.max_tokens}: a caption of {length} tokens is cut, and so are others: {caption[:80]!r}", flush=True)
+        self.cut += len(longer)
