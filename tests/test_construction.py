@@ -8,14 +8,16 @@ from processes import launch
 
 from ditmoe_ds.models.sizes import describe, named_config
 
-NAME = "DiT-MoE-B/2-4E2A"  # 456M parameters, 340M of them in experts
+SMALL, LARGE = "DiT-MoE-S/2-8E2A", "DiT-MoE-B/2-4E2A"  # 200M and 456M parameters, most of them in experts
 MiB = 2**20
 
 
-@pytest.mark.parametrize("stage, ep", [(3, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
-def test_peak_host_memory(stage, ep, tmp_path):
-    launch(4, [Path(__file__).parent / "construction_worker.py", stage, ep, NAME, tmp_path / "report"])
-    parts = describe(named_config(NAME))["parts"]
+@pytest.mark.parametrize(
+    "stage, ep, name", [(3, 1, SMALL), *(pytest.param(*case, LARGE, marks=pytest.mark.slow) for case in ((3, 1), (1, 4)))]
+)
+def test_peak_host_memory(stage, ep, name, tmp_path):
+    launch(4, [Path(__file__).parent / "construction_worker.py", stage, ep, name, tmp_path / "report"])
+    parts = describe(named_config(name))["parts"]
     experts = parts["routed_experts"]
     dense = sum(parts.values()) - experts - parts["position_table"]
     own = (dense + experts) / 4
@@ -28,5 +30,5 @@ def test_peak_host_memory(stage, ep, tmp_path):
         weights = 4 * own if stage == 3 else 2 * report["local"]
         formula = weights + 16 * own + 8 * report["largest"]
         print(f"stage {stage} EP {ep} rank {rank}: {cost / MiB:.0f} MiB, formula {formula / MiB:.0f}")
-        assert 16 * own < cost < 1.1 * formula + 50 * MiB
+        assert 16 * own < cost < 1.1 * formula + 80 * MiB
         assert stage == 1 or cost < 16 * own + 4 * report["local"], "no better than building the whole model first"

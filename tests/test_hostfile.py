@@ -17,7 +17,7 @@ from processes import ROOT, until_step
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.hosts import read_hostfile
 
-STEPS = 40
+STEPS = 30
 real_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 

@@ -17,7 +17,7 @@ from slurm import cluster, missing, state
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in
 
-STEPS = 40
+STEPS = 24
 real_cluster = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
@@ -39,7 +39,7 @@ def overrides(tmp_path_factory):
         "train.validate_every=0",
         "train.sample_every=0",
         "train.tensorboard=false",
-        "checkpoint.every=5",
+        "checkpoint.every=4",
     ]
 
 
@@ -81,13 +81,13 @@ def test_a_job_that_is_disturbed_twice_ends_as_an_undisturbed_one(slurm, overrid
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *overrides, f"run_dir={whole}"])
     job = submit(slurm, run_dir, *overrides)
-    until_step(run_dir, 8)
+    until_step(run_dir, 4)
     subprocess.run(["scancel", "--signal=USR1", job], env=slurm, check=True)  # as SLURM sends it before the time limit
     wait_for(job, slurm, "PENDING")
     stopped = len(losses(run_dir))
-    assert 8 <= stopped < STEPS
+    assert 4 <= stopped < STEPS
     wait_for(job, slurm, "RUNNING")
-    until_step(run_dir, stopped + 6)
+    until_step(run_dir, stopped + 5)
     killed = next(process for process in processes_of(run_dir) if process.environ().get("SLURM_PROCID") == "1")
     killed.send_signal(signal.SIGKILL)
     wait_for(job, slurm, "PENDING")
