@@ -41,5 +41,5 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,eval,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[demo,eval,dev]'
 	touch $@

@@ -38,8 +38,8 @@ def cluster(folder):
     )
     (folder / "slurm.conf").write_text(
         f"ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={ports[0]}\nSlurmUser=root\n"
-        # cred_expire is also how long a job that was queued again has to wait
-        f"AuthType=auth/munge\nAuthInfo=socket={folder}/munge/socket,cred_expire=3\nCredType=cred/munge\nMpiDefault=none\n"
+        # cred_expire is also how long a job that was queued again has to wait; below 5 s SLURM takes 120
+        f"AuthType=auth/munge\nAuthInfo=socket={folder}/munge/socket,cred_expire=6\nCredType=cred/munge\nMpiDefault=none\n"
         f"ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nSelectType=select/cons_tres\nSelectTypeParameters=CR_Core\n"
         f"ReturnToService=2\nSlurmdParameters=config_overrides\nSchedulerParameters=sched_interval=2,sched_min_interval=100000\n"
         f"KillWait=30\nInactiveLimit=0\nStateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/%n\n"

@@ -136,6 +136,7 @@ def test_a_killed_launcher_leaves_nothing_behind(two, start, overrides, tmp_path
 
 
 @real_hosts
+@pytest.mark.slow
 def test_a_lost_host_is_done_without(two, start, overrides, tmp_path):
     found, _ = two
     run_dir = tmp_path / "run"

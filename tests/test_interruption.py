@@ -97,6 +97,7 @@ def test_rank_0_is_missed_too(recipe):
     assert code == 1, output
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_named(recipe):
     run_dir = recipe.parent / "silent"
     ranks = Ranks(2, [WORKER, "none", "none", recipe, f"run_dir={run_dir}", "train.steps=100000"])

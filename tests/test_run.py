@@ -145,6 +145,7 @@ def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overri
             assert (value - theirs[key]).norm() <= 1e-3 * theirs[key].norm(), key
 
 
+@pytest.mark.slow
 def test_bf16_resumes_exactly(folder, recipe):
     overrides = ["train.precision=bf16", "train.sample_every=0", f"run_dir={folder / 'bf16'}"]
     train(recipe, 2, *overrides)

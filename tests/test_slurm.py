@@ -106,7 +106,7 @@ def test_a_job_that_is_disturbed_twice_ends_as_an_undisturbed_one(slurm, overrid
 
 
 @real_cluster
-def test_scancel_leaves_nothing_behind(slurm, overrides, tmp_path):
+def test_scancel_saves_and_leaves_nothing_behind(slurm, overrides, tmp_path):
     run_dir = tmp_path / "run"
     job = submit(slurm, run_dir, *overrides, "train.steps=100000")
     until_step(run_dir, 3)
@@ -118,6 +118,7 @@ def test_scancel_leaves_nothing_behind(slurm, overrides, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert state(job, slurm) == "CANCELLED"
+    assert "interrupted after step" in (run_dir / "launch" / f"slurm-{job}.log").read_text()  # SIGTERM, to the loaders too
 
 
 @real_cluster
@@ -156,6 +157,7 @@ def test_a_mistake_is_not_submitted(slurm, overrides, tmp_path):
 
 
 @real_cluster
+@pytest.mark.slow
 def test_an_array_encodes_and_can_be_finalized(slurm, inputs, tmp_path):
     out = tmp_path / "latents"
     words = ["--source", f"folder:{inputs / 'images'}", "--vae", inputs / "vae", "--size", "32", "--shard-size", "4", "--out", out]

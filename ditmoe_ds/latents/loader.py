@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +271,7 @@ class LatentLoader:
             multiprocessing_context="fork" if config.workers else None,  # nothing is pickled, and the index of shards is shared
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # not the global one: nothing here is random
+            worker_init_fn=_leave_signals_to_the_rank,
         )
         self._iterator: Iterator[Any] = iter(loader)
 
@@ -313,3 +315,9 @@ class _Batches(Dataset):
 
 class _Failure(NamedTuple):
     error: UserError
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """SLURM sends them to all processes of a job; a rank that saves on SIGTERM needs its loaders until then, and ends them itself."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
