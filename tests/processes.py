@@ -1,5 +1,6 @@
 """Start a group of real processes on this machine and wait for it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -70,3 +71,14 @@ def until_step(run_dir, step, timeout=120):
     while not file.is_file() or file.read_text().count("\n") < step:
         assert time.monotonic() < deadline, f"no step {step} in {file}"
         time.sleep(0.02)
+
+
+def losses(run_dir):
+    """Of each step that a run has written."""
+    return [json.loads(line)["loss"] for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def demo_on(latents, steps):
+    """Overrides of recipes/digits.yaml for a short run on these latents."""
+    train = dict(steps=steps, global_batch=32, validate_every=0, sample_every=0, tensorboard="false")
+    return [f"data.manifest={latents}", "data.workers=1", *(f"train.{key}={value}" for key, value in train.items())]

@@ -1,6 +1,5 @@
 """``ditmoe launch hostfile`` on real hosts: two network namespaces with an sshd each."""
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import psutil
 import pytest
 from hosts import hosts, missing
 from latents import write_latents
-from processes import ROOT, until_step
+from processes import ROOT, demo_on, losses, until_step
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.hosts import read_hostfile
@@ -31,17 +30,8 @@ def two(tmp_path):
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    settings = dict(manifest=write_latents(folder / "latents", train=512), workers=1)
-    return [f"data.{key}={value}" for key, value in settings.items()] + [
-        "parallel.expert=1",
-        f"train.steps={STEPS}",
-        "train.global_batch=32",
-        "train.validate_every=0",
-        "train.sample_every=0",
-        "train.tensorboard=false",
-        "checkpoint.every=5",
-    ]
+    latents = write_latents(tmp_path_factory.mktemp("data") / "latents", train=512)
+    return [*demo_on(latents, STEPS), "parallel.expert=1", "checkpoint.every=5"]
 
 
 @pytest.fixture
@@ -86,10 +76,6 @@ def nobody_left(found):
             return True
         time.sleep(0.2)
     return False
-
-
-def losses(run_dir):
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @real_hosts

@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 from latents import write_latents
-from processes import ROOT, Ranks, launch, until_step
+from processes import ROOT, Ranks, launch, losses, until_step
 
 from ditmoe_ds.distributed.topology import describe_placement
 from ditmoe_ds.launching.restarts import should_restart
@@ -34,10 +34,6 @@ def recipe(tmp_path_factory):
     )
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def losses(run_dir):
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe):

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 from latents import write_latents
-from processes import ROOT, launch, until_step
+from processes import ROOT, demo_on, launch, losses, until_step
 from slurm import cluster, missing, state
 
 from ditmoe_ds.errors import ConfigError
@@ -29,18 +29,8 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    settings = dict(manifest=write_latents(folder / "latents", train=512), workers=1)
-    return [f"data.{key}={value}" for key, value in settings.items()] + [
-        "parallel.expert=2",
-        "parallel.zero_stage=3",
-        f"train.steps={STEPS}",
-        "train.global_batch=32",
-        "train.validate_every=0",
-        "train.sample_every=0",
-        "train.tensorboard=false",
-        "checkpoint.every=4",
-    ]
+    latents = write_latents(tmp_path_factory.mktemp("data") / "latents", train=512)
+    return [*demo_on(latents, STEPS), "parallel.expert=2", "parallel.zero_stage=3", "checkpoint.every=4"]
 
 
 def ditmoe(environment, *arguments):
@@ -70,10 +60,6 @@ def processes_of(run_dir):
         if f"run_dir={run_dir}" in words and "ditmoe_ds.train" in words and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
-
-
-def losses(run_dir):
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @real_cluster
@@ -123,37 +109,12 @@ def test_scancel_saves_and_leaves_nothing_behind(slurm, overrides, tmp_path):
 
 @real_cluster
 def test_a_mistake_is_not_submitted(slurm, overrides, tmp_path):
-    done = ditmoe(
-        slurm,
-        "launch",
-        "slurm",
-        "recipes/digits.yaml",
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "0",
-        *overrides,
-        f"run_dir={tmp_path}",
-        "train.global_batch=7",
-    )
-    assert done.returncode == 2
-    assert "train.global_batch=7" in done.stderr
-    done = ditmoe(
-        slurm,
-        "launch",
-        "slurm",
-        "recipes/digits.yaml",
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "0",
-        "--partition",
-        "nowhere",
-        *overrides,
-        f"run_dir={tmp_path}",
-    )
-    assert done.returncode == 2
-    assert "invalid partition specified: nowhere" in done.stderr
+    command = ["launch", "slurm", "recipes/digits.yaml", "--nodes", "2", "--gpus-per-node", "0", *overrides, f"run_dir={tmp_path}"]
+    mistakes = {"train.global_batch=7": "train.global_batch=7", "--partition=nowhere": "invalid partition specified: nowhere"}
+    for mistake, says in mistakes.items():
+        done = ditmoe(slurm, *command, mistake)
+        assert done.returncode == 2
+        assert says in done.stderr
 
 
 @real_cluster

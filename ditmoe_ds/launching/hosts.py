@@ -1,5 +1,6 @@
 """Hostfiles, and commands on their hosts over ssh."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -57,12 +58,11 @@ def start(
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
     )
     assert process.stdin
     request = dict(command=command, environment=environment, folder=str(Path.cwd()))
-    try:
+    with contextlib.suppress(BrokenPipeError):  # ssh has ended already; its output and code say why
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-    except BrokenPipeError:
-        pass  # ssh has ended already; its output and code say why
     return process
