@@ -240,7 +240,7 @@ def test_hosts_that_cannot_meet(cluster):
         assert any(re.search(text, line) for line in problems), (text, problems)
 
 
-@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("tasks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_within_srun(tmp_path, tasks):
     """Two tasks of two, and of three: the third node's never comes, and the first names it."""
     scontrol = tmp_path / "scontrol"

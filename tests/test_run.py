@@ -122,7 +122,7 @@ def test_the_run_directory_describes_itself(straight, recipe):
     "world, overrides, exact",
     [
         (2, [], True),
-        (1, ["parallel.zero_stage=1", "parallel.expert=1"], False),
+        pytest.param(1, ["parallel.zero_stage=1", "parallel.expert=1"], False, marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overrides, exact):
@@ -155,6 +155,7 @@ def test_bf16_resumes_exactly(folder, recipe):
     assert all(torch.equal(value, wanted[key]) for key, value in tensors(run, STEPS).items())
 
 
+@pytest.mark.slow
 def test_steps_may_be_raised(straight, folder, recipe):
     run = copy_to(straight[0], folder, "longer", STEPS)
     train(recipe, 2, f"run_dir={run}", "train.steps=10", "checkpoint.keep=2", "checkpoint.keep_every=4", "ema.decays=[0.9, 0.99]")

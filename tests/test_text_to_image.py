@@ -183,7 +183,7 @@ def test_a_run_on_captions(online):
     assert Image.open(online / "samples" / "step_00000006.png").size == (3 * 16 + 2 * 2, 32)
 
 
-@pytest.mark.parametrize("stage,expert,world", [(3, 2, 2), (1, 1, 1)])
+@pytest.mark.parametrize("stage,expert,world", [(3, 2, 2), pytest.param(1, 1, 1, marks=pytest.mark.slow)])
 def test_it_resumes(online, recipe, folder, stage, expert, world):
     """RMSprop's state, masks, captions: exactly in the same shape, within rounding in another."""
     run = folder / f"resumed-{stage}"
