@@ -1,8 +1,6 @@
 """Train from a recipe: ``deepspeed --module ditmoe_ds.train RECIPE.yaml [key=value ...]``; also under torchrun and srun."""
 
-import os
 import sys
-import traceback
 import warnings
 
 from ditmoe_ds.training.interruption import Interruption
@@ -16,35 +14,25 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
     from ditmoe_ds.distributed.topology import AgreedError, agreed, join, leave
-    from ditmoe_ds.errors import UserError
     from ditmoe_ds.training.recipe import read_plan
 
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     startup.lap("import")
     world = join()
-    lookout = Lookout(world)
-    startup.lap("join")
     code = 0
     try:
-        plan = agreed(lambda: read_plan(arguments, world.size))
-        from ditmoe_ds.training.trainer import Trainer
+        with Lookout(world) as lookout:
+            startup.lap("join")
+            plan = agreed(lambda: read_plan(arguments, world.size))
+            from ditmoe_ds.training.trainer import Trainer
 
-        trainer = Trainer(plan, world, interruption, callbacks=[startup, lookout])
-        startup.lap("build")
-        trainer.run()
+            trainer = Trainer(plan, world, interruption, callbacks=[startup, lookout])
+            startup.lap("build")
+            trainer.run()
     except AgreedError as error:
         code = 2
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-    except UserError as error:
-        lookout.report(str(error), code=2)  # the others do not know and may be waiting for this rank
-        os._exit(2)
-    except Exception as error:
-        lookout.report(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    lookout.close()
     leave()
     return code
 

@@ -51,7 +51,7 @@ def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe):
     output = ranks.wait(60)[0][1]
     stopped = json.loads((run_dir / MARKER).read_text())["step"]
     assert 3 <= stopped < STEPS
-    assert f"interrupted after step {stopped}, saved" in output
+    assert f"interrupted after step {stopped}; started again, the run goes on from step_{stopped:08d}" in output
     assert len(losses(run_dir)) == stopped
     launch(2, command)
     assert not (run_dir / MARKER).exists()

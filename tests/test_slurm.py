@@ -80,7 +80,7 @@ def test_a_job_that_is_disturbed_twice_ends_as_an_undisturbed_one(slurm, overrid
     wait_for(job, slurm, "RUNNING")
     wait_for(job, slurm, "COMPLETED")
     log = (run_dir / "launch" / f"slurm-{job}.log").read_text()
-    assert f"interrupted after step {stopped}, saved" in log
+    assert f"interrupted after step {stopped}; started again, the run goes on from step_{stopped:08d}" in log
     assert f"resumed at step {stopped} " in log
     assert re.search(r"^error: rank 1 on node[12] ended without a word after step \d+", log, re.M), log
     assert re.search(r"^ditmoe: started again from step_\d+: ended with ", log, re.M), log

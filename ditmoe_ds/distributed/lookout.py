@@ -12,11 +12,14 @@ import secrets
 import socket
 import sys
 import threading
+import traceback
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from ditmoe_ds.distributed.topology import World, host_name
+from ditmoe_ds.distributed.topology import AgreedError, World, agreed, host_name
+from ditmoe_ds.errors import UserError
 
 BEAT = 5.0
 """Seconds between a rank's signs of life."""
@@ -27,7 +30,11 @@ GATHER = 2.0
 
 
 class Lookout:
-    """Start it on every rank (collective), and ``close`` it on every rank when the run has ended well."""
+    """A context in which a rank is watched, entered and left by all together; an error that is not agreed ends all processes.
+
+    Raises:
+        AgreedError: a rank cannot connect to rank 0.
+    """
 
     def __init__(self, world: World):
         self.world = world
@@ -42,7 +49,7 @@ class Lookout:
             meeting = [(self._office.port, self._office.token)]
         dist.broadcast_object_list(meeting, src=0)
         port, token = meeting[0]
-        self._socket = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+        self._socket = agreed(lambda: _connect(world.rank, port))
         self._socket.settimeout(BEAT)
         os.register_at_fork(after_in_child=self._socket.close)  # a loader's process must not keep a dead rank's connection open
         self._send(token=token, rank=world.rank, host=host_name())
@@ -54,23 +61,29 @@ class Lookout:
         self.step = record["step"]
         self._send()
 
-    def close(self) -> None:
-        """This run ends well. Collective."""
+    def __enter__(self) -> "Lookout":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, AgreedError):
+            self._close()
+        elif isinstance(error, Exception):
+            # The others do not know of it and may be in a collective that never returns; they are told, and end meanwhile.
+            mistake = isinstance(error, UserError)
+            text = str(error) if mistake else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self._send(error=text, code=2 if mistake else 1)
+            self._answered.wait(2 * BEAT)  # comes back only where this error is the cause
+            if not mistake:
+                traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(2 if mistake else 1)
+
+    def _close(self) -> None:
         self._closing = True
         self._send(bye=True)
         if self.world.rank == 0:
             self._office.empty.wait(SILENCE)
         self._socket.close()
-
-    def report(self, error: str, code: int = 1) -> None:
-        """This rank cannot go on. Returns only on the rank that is named as the cause; the others end meanwhile.
-
-        Args:
-            error: one line.
-            code: that every rank shall exit with.
-        """
-        self._send(error=error, code=code)
-        self._answered.wait(2 * BEAT)
 
     def _send(self, **message: Any) -> None:
         with self._sending, contextlib.suppress(OSError):  # rank 0 is gone, which the reading thread notices
@@ -108,6 +121,17 @@ class Lookout:
         os._exit(code)  # the main thread may be in a collective that never returns
 
 
+def _connect(rank: int, port: int) -> socket.socket:
+    address = os.environ["MASTER_ADDR"]
+    try:
+        return socket.create_connection((address, port), timeout=60)
+    except OSError as error:
+        fix = "let TCP through between all nodes (ditmoe doctor)"
+        raise UserError(
+            f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port} ({error.strerror or error}); {fix}"
+        ) from None
+
+
 class _Office:
     """On rank 0: listens to every rank, and tells all of the first that is lost."""
 
@@ -129,9 +153,11 @@ class _Office:
         """One rank, from its first line to its last."""
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), SILENCE))
-            assert secrets.compare_digest(hello["token"], self.token)
+            known = secrets.compare_digest(hello["token"], self.token)
         except Exception:
-            writer.close()  # not one of ours: a port scanner
+            known = False
+        if not known:  # not one of ours: a port scanner
+            writer.close()
             return
         rank, who, step = hello["rank"], f"rank {hello['rank']} on {hello['host']}", 0
         self._present[rank] = writer

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, prepare, submit
+from ditmoe_ds.launching.record import prepare
+from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, submit
 
 
 def add_commands(commands: Any) -> None:

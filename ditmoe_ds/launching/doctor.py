@@ -112,7 +112,9 @@ def _here(run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
 
 def _within_srun(run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
     """Returns on rank 0 only. The others leave with 0: rank 0 shall not be ended by srun before it has reported."""
-    host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    from ditmoe_ds.distributed.topology import host_name
+
+    host = host_name()
     rank = int(os.environ["RANK"])
     try:
         found = measure(host, run_dir, ep)
@@ -278,7 +280,7 @@ def _report(nodes: list[Node], problems: list[Problem], as_json: bool) -> int:
 
 
 def _line(problem: Problem) -> str:
-    return f"{'warning' if problem.warning else 'PROBLEM'}  {problem.host}: {problem.text}. Fix: {problem.fix}"
+    return f"{'warning' if problem.warning else 'PROBLEM'}  {problem}"
 
 
 def _table(nodes: list[Node]) -> str:

@@ -6,12 +6,14 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
+import socket
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 LOCK_SECONDS = 300.0
 """No extension of DeepSpeed takes longer to build, so an older lock is one that a killed build left behind."""
@@ -46,7 +48,7 @@ def facts(run_dir: str) -> dict[str, Any]:
         "driver": driver,
         **(_gpus() if driver else dict(nccl=None, gpus=[])),
         "cores": len(os.sched_getaffinity(0)),
-        "address": (subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split() or ["127.0.0.1"])[0],
+        "address": _address(),
         "run_dir": str(folder),
         "writable": os.access(folder, os.W_OK),
         "run_dir_gb": shutil.disk_usage(folder).free / 1e9,
@@ -58,6 +60,12 @@ def facts(run_dir: str) -> dict[str, Any]:
         "extensions_writable": os.access(_existing(extensions), os.W_OK),
         "locks": [str(lock) for lock in sorted(extensions.glob("**/lock")) if _age(lock) > LOCK_SECONDS],
     }
+
+
+def _address() -> str:
+    """The first that is not the loopback's."""
+    found = (entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET)
+    return next((address for address in found if not address.startswith("127.")), "127.0.0.1")
 
 
 def _version(package: str) -> str | None:

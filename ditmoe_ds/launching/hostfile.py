@@ -20,8 +20,8 @@ from ditmoe_ds.errors import UserError
 from ditmoe_ds.launching.doctor import ask
 from ditmoe_ds.launching.hosts import start
 from ditmoe_ds.launching.problems import Node, compare
+from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.restarts import MISTAKE, should_restart
-from ditmoe_ds.launching.slurm import prepare
 from ditmoe_ds.training.interruption import MARKER
 from ditmoe_ds.training.recipe import read_plan
 
@@ -130,7 +130,7 @@ def survey(slots: dict[str, int], run_dir: Path) -> tuple[list[Node], str]:
     nodes, problems = ask(slots, str(run_dir))
     problems += [problem for problem in compare(nodes, min_free_gb=0.0) if not problem.warning]
     faulty = {problem.host for problem in problems}
-    return [node for node in nodes if node.host not in faulty], "; ".join(f"host {p.host}: {p.text}. Fix: {p.fix}" for p in problems)
+    return [node for node in nodes if node.host not in faulty], "; ".join(f"host {problem}" for problem in problems)
 
 
 def _repeat(host: str, process: "subprocess.Popen[str]") -> None:

@@ -40,6 +40,9 @@ class Problem:
     warning: bool = False
     """It may be right as it is."""
 
+    def __str__(self) -> str:
+        return f"{self.host}: {self.text}. Fix: {self.fix}"
+
 
 _EQUAL = {
     "python": ("Python", "use the same environment on all nodes"),

@@ -1,12 +1,8 @@
 """``ditmoe launch slurm`` and ``slurm-array``: fill in a script of launchers/slurm, keep it with the run, submit it."""
 
-import json
 import re
 import shlex
-import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import ditmoe_ds
@@ -45,25 +41,6 @@ def container(image: str | None) -> str:
     if re.search(r"\s", image):
         raise ConfigError("--container", image, "has spaces; link to it by a name without")
     return f"apptainer exec --nv {image}" if image.endswith(".sif") else f"--container-image={image} --container-mounts={Path.cwd()}"
-
-
-def prepare(run_dir: Path, recipe: str) -> Path:
-    """Make ``RUN_DIR/launch`` with a copy of the recipe, so that the queue may be longer than the user's patience with it.
-
-    Returns:
-        The copy.
-    """
-    folder = run_dir / "launch"
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / "recipe.yaml"
-    if Path(recipe).resolve() != copy.resolve():
-        shutil.copyfile(recipe, copy)
-    commit = subprocess.run(
-        ["git", "-C", str(SCRIPTS), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    about = dict(ditmoe_ds=ditmoe_ds.__version__, commit=commit or None, command=sys.argv, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    (folder / "launch.json").write_text(json.dumps(about, indent=1) + "\n")
-    return copy
 
 
 def submit(script: Path) -> str:

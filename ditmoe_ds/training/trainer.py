@@ -104,7 +104,9 @@ class Trainer:
         self.saver.finish()
         if self.interrupted and self.world.rank == 0:
             mark(self.run_dir, self.step)
-            print(f"interrupted after step {self.step}, saved; started again, the run goes on from there", flush=True)
+            latest = self.saver.folder / "latest"
+            saved = latest.read_text() if latest.is_file() else "its beginning: nothing could be saved"
+            print(f"interrupted after step {self.step}; started again, the run goes on from {saved}", flush=True)
 
     def train_step(self) -> Record:
         """One optimizer step over the global batch. Returns its entry of ``metrics.jsonl``. Collective."""

@@ -1,0 +1,32 @@
+"""``RUN_DIR/launch``: what was started, by which command, from which code."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ditmoe_ds
+
+
+def prepare(run_dir: Path, recipe: str) -> Path:
+    """Make ``RUN_DIR/launch`` with a copy of the recipe, so that the queue may be longer than the user's patience with it.
+
+    Returns:
+        The copy.
+    """
+    folder = run_dir / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "recipe.yaml"
+    if Path(recipe).resolve() != copy.resolve():
+        shutil.copyfile(recipe, copy)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    about = dict(ditmoe_ds=ditmoe_ds.__version__, commit=commit or None, command=sys.argv, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    (folder / "launch.json").write_text(json.dumps(about, indent=1) + "\n")
+    return copy
