@@ -1,19 +1,21 @@
-"""Train with a lookout of little patience: main(["RANK", "STEP", recipe, ...]) lets that rank raise an error after that step."""
+"""Train with a lookout of little patience. RANK STEP ERROR RECIPE ...: that rank raises that error (a key of ERRORS) after that step."""
 
 import sys
 
 from ditmoe_ds import train
 from ditmoe_ds.distributed import lookout
+from ditmoe_ds.errors import DataError
 from ditmoe_ds.training import trainer
 
+ERRORS = {"failure": RuntimeError("the card fell off the bus"), "mistake": DataError("shard.tar: ends early")}
 lookout.BEAT, lookout.SILENCE = 0.5, 4.0
-rank, step, *rest = sys.argv[1:]
+rank, step, error, *rest = sys.argv[1:]
 real_step = trainer.Trainer.train_step
 
 
 def train_step(self):
     if str(self.world.rank) == rank and str(self.step) == step:
-        raise RuntimeError("the card fell off the bus")
+        raise ERRORS[error]
     return real_step(self)
 
 

@@ -96,7 +96,7 @@ def test_rank_0_is_missed_too(recipe):
 @pytest.mark.slow
 def test_a_silent_rank_is_named(recipe):
     run_dir = recipe.parent / "silent"
-    ranks = Ranks(2, [WORKER, "none", "none", recipe, f"run_dir={run_dir}", "train.steps=100000"])
+    ranks = Ranks(2, [WORKER, "none", "none", "none", recipe, f"run_dir={run_dir}", "train.steps=100000"])
     until_step(run_dir, 5)
     ranks.processes[1].send_signal(signal.SIGSTOP)
     start = time.monotonic()
@@ -108,12 +108,16 @@ def test_a_silent_rank_is_named(recipe):
     assert re.search(r"^error: rank 1 on \S+ was not heard for 4 s, after step \d+", output, re.M), output
 
 
-def test_a_failing_rank_is_named_with_its_error(recipe):
-    command = [WORKER, "1", "3", recipe, f"run_dir={recipe.parent / 'failing'}"]
+@pytest.mark.parametrize(
+    ("error", "exits", "line"),
+    [("failure", 1, "RuntimeError: the card fell off the bus"), ("mistake", 2, "shard.tar: ends early")],
+)
+def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe):
+    command = [WORKER, "1", "3", error, recipe, f"run_dir={recipe.parent / error}"]
     (code, output), (failed, its) = Ranks(2, command).wait(60, patience=60, check=False)
-    assert (code, failed) == (1, 1)
-    assert re.search(r"^error: rank 1 on \S+ failed after step 3: RuntimeError: the card fell off the bus", output, re.M), output
-    assert "Traceback" in its
+    assert (code, failed) == (exits, exits), output + its
+    assert re.findall(r"^error: (.*)", output, re.M) == [f"rank 1 on {os.uname().nodename} failed after step 3: {line}"]
+    assert ("Traceback" in its) == (error == "failure")
     assert "Traceback" not in output
 
 
