@@ -28,7 +28,7 @@ setup(
         "hf": ["datasets"],
         "eval": ["scikit-learn"],
         "track": ["wandb"],
-        "dev": ["pytest", "hypothesis", "datasets", "ruff", "mypy", "types-PyYAML", "import-linter"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "datasets", "ruff", "mypy", "types-PyYAML", "import-linter"],
     },
     entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:main", "ditmoe-data=data_prep.cli:main"]},
 )

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NEEDED = ("ip", "unshare", "sshd", "ssh-keygen")
-HEAD = "10.77.0.254"
+NETWORK = f"10.77.{os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:]}"
+"""Tests that run at the same time have hosts of their own."""
 _count = itertools.count()
 
 
@@ -63,12 +64,12 @@ def hosts(folder, names=("host1", "host2"), settings=None):
     entries = []
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
-        _run("ip", "addr", "add", f"{HEAD}/24", "dev", bridge)
+        _run("ip", "addr", "add", f"{NETWORK}.254/24", "dev", bridge)
         _run("ip", "link", "set", bridge, "up")
-        table = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(names, 1))
+        table = "127.0.0.1 localhost\n" + "".join(f"{NETWORK}.{i} {name}\n" for i, name in enumerate(names, 1))
         (folder / "hosts").write_text(table)
         for i, name in enumerate(names, 1):
-            namespace, address = f"{tag}n{i}", f"10.77.0.{i}"
+            namespace, address = f"{tag}n{i}", f"{NETWORK}.{i}"
             _run("ip", "netns", "add", namespace)
             namespaces.append(namespace)
             _run("ip", "link", "add", f"{tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", namespace)

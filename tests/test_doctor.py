@@ -232,7 +232,7 @@ def test_hosts_that_cannot_meet(cluster):
     problems = [line for line in output.splitlines() if line.startswith("PROBLEM")]
     wanted = [
         r"host9: ssh cannot reach it: .*resolve hostname host9.*Fix: correct its name in the hostfile",
-        r"host2: cannot reach the rendezvous: 10.77.0.1:29500: \[Errno 13\] Permission denied",
+        rf"host2: cannot reach the rendezvous: {hosts.NETWORK}.1:29500: \[Errno 13\] Permission denied",
         rf"host2: 999 slots \(processes\), but {len(os.sched_getaffinity(0))} CPU cores",
     ]
     assert len(problems) == len(wanted)

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from hosts import hosts, missing
+from hosts import NETWORK, hosts, missing
 from latents import write_latents
 from processes import ROOT, demo_on, losses, until_step
 
@@ -133,7 +133,7 @@ def test_a_lost_host_is_done_without(two, start, overrides, tmp_path):
         os.kill(int(pid), signal.SIGKILL)
     output, _ = job.communicate(timeout=150)
     assert job.returncode == 0, output
-    assert "without the lost ones: host host2: ssh cannot reach it: ssh: connect to host 10.77.0.2" in output
+    assert f"without the lost ones: host host2: ssh cannot reach it: ssh: connect to host {NETWORK}.2" in output
     assert "started again from step_00000010" in output
     assert "1 processes on host1" in output
     assert len(losses(run_dir)) == STEPS
@@ -141,14 +141,14 @@ def test_a_lost_host_is_done_without(two, start, overrides, tmp_path):
 
 @real_hosts
 def test_hosts_that_cannot_be_used_are_told(start, overrides, tmp_path):
-    (tmp_path / "hostfile").write_text("host1 slots=9999\nhots2 slots=1\n10.77.0.99 slots=1\n")
+    (tmp_path / "hostfile").write_text(f"host1 slots=9999\nhots2 slots=1\n{NETWORK}.99 slots=1\n")
     job = start(tmp_path / "run", *overrides, "train.global_batch=10001")
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 2, output
     assert len([line for line in output.splitlines() if line.startswith("error")]) == 1
     assert f"host host1: 9999 slots (processes), but {os.cpu_count()} CPU cores. Fix: give it {os.cpu_count()}" in output
     assert "host hots2: ssh cannot reach it: ssh: Could not resolve hostname hots2" in output
-    assert "host 10.77.0.99: ssh cannot reach it: ssh: connect to host 10.77.0.99 port 22" in output
+    assert f"host {NETWORK}.99: ssh cannot reach it: ssh: connect to host {NETWORK}.99 port 22" in output
     assert not (tmp_path / "run").exists()
 
 
