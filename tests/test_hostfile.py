@@ -1,5 +1,6 @@
 """``ditmoe launch hostfile`` on real hosts: two network namespaces with an sshd each."""
 
+import json
 import os
 import re
 import signal
@@ -150,6 +151,21 @@ def test_hosts_that_cannot_be_used_are_told(start, overrides, tmp_path):
     assert "host hots2: ssh cannot reach it: ssh: Could not resolve hostname hots2" in output
     assert f"host {NETWORK}.99: ssh cannot reach it: ssh: connect to host {NETWORK}.99 port 22" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_command_that_does_not_end_when_asked_is_killed(tmp_path):
+    """When the launcher is gone, after the seconds that a rank has for saving."""
+    worker = "from ditmoe_ds.launching import node; node.GRACE = 1.0; raise SystemExit(node.main())"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); print('here', flush=True)"
+    stubborn += "\nwhile True: time.sleep(60)"
+    request = dict(command=[sys.executable, "-c", stubborn], environment={}, folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "here\n"
+    process.stdin.close()
+    assert process.stdout.readline() == "asked\n"
+    assert process.wait(30) == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(

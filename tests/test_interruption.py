@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -12,6 +13,7 @@ import yaml
 from latents import write_latents
 from processes import ROOT, Ranks, launch, losses, until_step
 
+from ditmoe_ds.distributed import lookout
 from ditmoe_ds.distributed.topology import describe_placement
 from ditmoe_ds.launching.restarts import should_restart
 from ditmoe_ds.training.interruption import MARKER, mark
@@ -119,6 +121,22 @@ def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe):
     assert re.findall(r"^error: (.*)", output, re.M) == [f"rank 1 on {os.uname().nodename} failed after step 3: {line}"]
     assert ("Traceback" in its) == (error == "failure")
     assert "Traceback" not in output
+
+
+def test_a_rank_that_fails_because_another_is_gone_is_not_blamed(monkeypatch):
+    """The connection of a killed process may close after others have noticed and reported errors of their own."""
+    monkeypatch.setattr(lookout, "GATHER", 0.5)
+    office = lookout._Office()
+    ranks = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(3)]
+    for rank, connection in enumerate(ranks):
+        connection.sendall(json.dumps(dict(token=office.token, rank=rank, host=f"host{rank}")).encode() + b"\n")
+        connection.sendall(b'{"step": 7}\n')
+    ranks[2].sendall(json.dumps(dict(step=8, error="connection closed by peer", code=1)).encode() + b"\n")
+    time.sleep(0.1)
+    ranks[1].close()
+    verdict = json.loads(ranks[0].makefile().readline())
+    assert (verdict["rank"], verdict["code"]) == (1, 1)
+    assert verdict["text"].startswith("rank 1 on host1 ended without a word after step 7")
 
 
 def test_restarts_end_when_nothing_comes_of_them(tmp_path):
