@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import ditmoe_ds
+from ditmoe_ds.distributed.topology import decided
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.evaluation.extractors import CLIP, Extractor, load_extractor
 from ditmoe_ds.evaluation.features import summarise
@@ -100,9 +101,9 @@ def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
     scores: dict[str, float] = {}
     for measure in plan.asked:
         if measure in ("fid", "fd"):
-            scores[measure] = frechet_distance(made.gaussians["pool"], gaussians["pool"])
+            scores[measure] = decided(lambda: frechet_distance(made.gaussians["pool"], gaussians["pool"]))
         elif measure == "sfid":
-            scores["sfid"] = frechet_distance(made.gaussians["spatial"], gaussians["spatial"])
+            scores["sfid"] = decided(lambda: frechet_distance(made.gaussians["spatial"], gaussians["spatial"]))
         elif measure == "is":
             assert made.inception_score
             scores["is"], scores["is_std"] = made.inception_score
