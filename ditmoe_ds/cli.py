@@ -1,17 +1,15 @@
-"""``ditmoe``: train, sample, analyze, eval, info; more commands are in interop/cli.py and launching/cli.py."""
+"""``ditmoe``: train, sample, analyze, info; more commands are in evaluation/cli.py, interop/cli.py and launching/cli.py."""
 
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.evaluation import cli as evaluation
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
-
-if TYPE_CHECKING:
-    from ditmoe_ds.pipelines.run import Run
+from ditmoe_ds.pipelines.arguments import add_opening, open_named
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
     sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
     sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
-    _add_opening(sample)
+    add_opening(sample)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", default="grid.png")
 
@@ -44,20 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     analyze.add_argument("--out", required=True)
     analyze.add_argument("--samples", type=int, default=256)
     analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
-
-    evaluate = commands.add_parser("eval", help="score a run")
-    evaluate.set_defaults(command=_eval)
-    evaluate.add_argument("benchmark", choices=["shapes"], help="text to image: new compositions of sample:shapes, by an exact detector")
-    evaluate.add_argument("run_dir")
-    evaluate.add_argument("--out", required=True, help="folder for the numbers and a picture")
-    evaluate.add_argument("--images", type=int, default=4, help="of each prompt")
-    evaluate.add_argument("--steps", type=int, default=25)
-    evaluate.add_argument("--guidance", type=float, default=3.0)
-    evaluate.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
-    _add_opening(evaluate)
-    evaluate.add_argument("--seed", type=int, default=0)
-
-    _add_opening(analyze)
+    add_opening(analyze)
 
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)
@@ -65,10 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
     info.add_argument("--json", action="store_true")
 
+    evaluation.add_commands(commands)
     interop.add_commands(commands)
     launching.add_commands(commands)
     doctor.add_command(commands)
-    arguments, rest = parser.parse_known_args(argv)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]  # of deepspeed's launcher
+    arguments, rest = parser.parse_known_args(words)
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -78,18 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _add_opening(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    parser.add_argument("--text-encoder", help="likewise")
-    parser.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
-
-
-def _open(arguments: argparse.Namespace) -> "Run":
-    from ditmoe_ds.pipelines.run import open_run
-
-    return open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -107,7 +82,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         classes = [int(part) for part in arguments.classes.split(",")]
     except ValueError:
         raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
-    run = _open(arguments)
+    run = open_named(arguments)
     if bool(arguments.prompt) == bool(run.model.config.num_classes):
         wanted = "--classes" if run.model.config.num_classes else "--prompt"
         raise ConfigError("--prompt", arguments.prompt, f"this model is told {wanted}")
@@ -131,37 +106,13 @@ def _analyze(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.analysis.adaptive import adaptive
     from ditmoe_ds.analysis.routing import analyze
 
-    run = _open(arguments)
+    run = open_named(arguments)
     if arguments.prompt:
         files = adaptive(run, arguments.prompt, Path(arguments.out))
     else:
         files = analyze(run, Path(arguments.run_dir), Path(arguments.out), arguments.samples)
     for name, path in files.items():
         print(f"{name}: {path}")
-    return 0
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from ditmoe_ds.evaluation.shapes import evaluate
-
-    run = _open(arguments)
-    if run.model.config.num_classes:
-        raise ConfigError("run_dir", arguments.run_dir, "this model is told classes; the benchmark is for captions")
-    report = evaluate(
-        run,
-        Path(arguments.out),
-        images=arguments.images,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        seen=arguments.seen,
-    )
-    for category, numbers in report["categories"].items():
-        low, high = numbers["ci95"]
-        print(f"{category:<18}{numbers['score']:>7.1%}  ({low:.1%} to {high:.1%} of {numbers['images']})")
-    print(f"{'mean':<18}{report['mean']:>7.1%}  step {report['step']}, {report['captions']} captions")
     return 0
 
 

