@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.evaluation import geneval_cli
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
@@ -45,9 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     analyze.add_argument("--samples", type=int, default=256)
     analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
 
-    evaluate = commands.add_parser("eval", help="score a run")
+    benchmarks = commands.add_parser("eval", help="score a run").add_subparsers(required=True)
+    evaluate = benchmarks.add_parser("shapes", help="text to image: new compositions of sample:shapes, by an exact detector")
     evaluate.set_defaults(command=_eval)
-    evaluate.add_argument("benchmark", choices=["shapes"], help="text to image: new compositions of sample:shapes, by an exact detector")
     evaluate.add_argument("run_dir")
     evaluate.add_argument("--out", required=True, help="folder for the numbers and a picture")
     evaluate.add_argument("--images", type=int, default=4, help="of each prompt")
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
     _add_opening(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
+    geneval_cli.add_command(benchmarks, _add_opening)
 
     _add_opening(analyze)
 

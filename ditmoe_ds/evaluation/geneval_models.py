@@ -1,0 +1,206 @@
+"""What GenEval looks at pictures with: a detector and CLIP, through transformers."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.evaluation.geneval import COLORS, Detected
+
+SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+"""Pixels of what the protocol's detector sees. The converted checkpoints' own setting, 384 x 384, loses small objects."""
+SYNONYMS = {
+    **{"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard", "motorbike": "motorcycle"},
+    **{"aeroplane": "airplane", "sofa": "couch", "tvmonitor": "tv", "hair dryer": "hair drier"},
+}
+"""Names of COCO's classes: the prompts' and some checkpoints' -> COCO's."""
+BACKGROUND = "#999"
+"""Around an object whose colour is asked."""
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+class Detector(Protocol):
+    """Finds objects; one picture at a time, so that no result depends on another picture."""
+
+    kind: str
+    """How it differs from the protocol's, in words; empty if it does not."""
+
+    def check(self, names: list[str]) -> None:
+        """Raises ConfigError if it does not know one of these classes."""
+
+    def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
+        """Of each class, the objects that score more than ``threshold``, in any order."""
+
+
+def open_detector(path_or_id: str, device: torch.device) -> Detector:
+    """Load a detector that transformers knows: of instances (Mask2Former, MaskFormer), of boxes, or open-vocabulary.
+
+    Args:
+        path_or_id: local folder, or hub id; safetensors only, and no code of the model's own.
+
+    Raises:
+        DataError: there is no such model.
+        ConfigError: it is no detector.
+    """
+    import transformers  # takes seconds
+    from transformers.models.auto import modeling_auto as auto
+
+    config = _load("--detector", path_or_id, transformers.AutoConfig)
+    box, text = auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+    kinds: tuple[tuple[Any, ...], ...] = (
+        (("mask2former", "maskformer"), Instances, transformers.AutoModelForUniversalSegmentation, transformers.AutoImageProcessor),
+        (box, Boxes, transformers.AutoModelForObjectDetection, transformers.AutoImageProcessor),
+        (text, OpenVocabulary, transformers.AutoModelForZeroShotObjectDetection, transformers.AutoProcessor),
+    )
+    for types, kind, model, processor in kinds:
+        if config.model_type in types:
+            loaded = _load("--detector", path_or_id, model, use_safetensors=True)
+            return kind(loaded.to(device).eval().requires_grad_(False), _load("--detector", path_or_id, processor))
+    fix = f"a {config.model_type} detects no objects; use facebook/mask2former-swin-small-coco-instance, a DETR or an OWL, for example"
+    raise ConfigError("--detector", path_or_id, fix)
+
+
+def _load(key: str, path_or_id: str, cls: Any, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(path_or_id, **options)
+    except Exception as error:  # the hub, the configs and the weights each fail in their own way
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{key}={path_or_id!r}: neither a folder nor a hub id of a readable transformers model ({reason})") from error
+
+
+class _OfKnownClasses:
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
+        self.numbers = {_plain(label): number for number, label in model.config.id2label.items()}
+
+    def check(self, names: list[str]) -> None:
+        unknown = [name for name in names if _plain(name) not in self.numbers]
+        if unknown:
+            fix = f"does not know {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}; use one that was trained on COCO"
+            raise ConfigError("--detector", self.model.config.name_or_path, fix)
+
+
+def _plain(label: str) -> str:
+    label = label.lower()
+    return SYNONYMS.get(label, label).replace(" ", "").replace("_", "")
+
+
+class Instances(_OfKnownClasses):
+    """Masks of objects. The protocol's detector is a Mask2Former (Swin-S, COCO instances)."""
+
+    kind = ""
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
+        inputs = self.processor(image, size=SIZE, return_tensors="pt").to(self.model.device)
+        outputs = self.model(**inputs)
+        shares = outputs.class_queries_logits[0].softmax(-1)  # (queries, classes + 1)
+        found = {}
+        for name in names:
+            share = shares[:, self.numbers[_plain(name)]]
+            likely = share > threshold  # how sure the mask is can only lower the score
+            # transformers' own post-processing makes masks of 384 x 384, which it stretches: here they are made at the picture's size
+            logits = outputs.masks_queries_logits[:, likely].float()
+            for size in (inputs.pixel_values.shape[-2:], image.size[::-1]):
+                logits = interpolate(logits, size, mode="bilinear", align_corners=False) if likely.any() else logits
+            found[name] = [one for one in map(_instance, share[likely], logits[0]) if one and one.score > threshold]
+        return found
+
+
+def _instance(share: Tensor, logits: Tensor) -> Detected | None:
+    """Its score is the share of its class times the mean probability of its mask's pixels (H, W)."""
+    mask = logits > 0
+    if not mask.any():
+        return None
+    score = share * logits[mask].sigmoid().mean()
+    columns, rows = (mask.any(axis).nonzero()[:, 0].tolist() for axis in (0, 1))
+    return Detected((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), float(score), mask.cpu().numpy())
+
+
+class Boxes(_OfKnownClasses):
+    """Boxes of objects: DETR and its descendants, YOLOS."""
+
+    kind = "boxes in place of masks"
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
+        inputs = self.processor(image, return_tensors="pt").to(self.model.device)
+        [boxes] = self.processor.post_process_object_detection(self.model(**inputs), threshold, [image.size[::-1]])
+        return {name: _detected(boxes, boxes["labels"] == self.numbers[_plain(name)], image) for name in names}
+
+
+class OpenVocabulary:
+    """Boxes of what a text names: OWL-ViT, OWLv2, Grounding DINO. Each class is asked by itself, so none depends on another."""
+
+    kind = "an open-vocabulary detector, boxes in place of masks"
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
+
+    def check(self, names: list[str]) -> None:
+        """Every class is known."""
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
+        found = {}
+        for name in names:
+            inputs = self.processor(images=image, text=[[f"a {name}"]], return_tensors="pt").to(self.model.device)
+            outputs, sizes = self.model(**inputs), [image.size[::-1]]
+            [boxes] = self.processor.post_process_grounded_object_detection(outputs, threshold=threshold, target_sizes=sizes)
+            found[name] = _detected(boxes, boxes["scores"] > threshold, image)
+        return found
+
+
+def _detected(boxes: dict[str, Any], chosen: Tensor, image: Image.Image) -> list[Detected]:
+    corners = boxes["boxes"][chosen].clamp(min=0).minimum(boxes["boxes"].new_tensor([*image.size, *image.size]))
+    return [Detected(tuple(box), score) for box, score in zip(corners.tolist(), boxes["scores"][chosen].tolist())]
+
+
+class ColorClassifier:
+    """Colours of objects by CLIP, zero-shot: the object on grey, cropped to its box, against texts of each of ``COLORS``.
+
+    Args:
+        path_or_id: a CLIP; the protocol's is ``openai/clip-vit-large-patch14``.
+
+    Raises:
+        DataError: there is no such model, or it is no CLIP.
+    """
+
+    def __init__(self, path_or_id: str, device: torch.device):
+        import transformers
+
+        model = _load("--clip", path_or_id, transformers.CLIPModel, use_safetensors=True)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.processor = _load("--clip", path_or_id, transformers.CLIPProcessor)
+        self.texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, name: str, objects: list[Detected]) -> list[str]:
+        """The colour of each of these objects of the class ``name``."""
+        crops = [crop(image, one) for one in objects]
+        inputs = self.processor(images=crops, return_tensors="pt").to(self.model.device)
+        seen = self.model.get_image_features(**inputs).pooler_output
+        return [COLORS[number] for number in (seen @ self._colors_of(name).T).argmax(1).tolist()]
+
+    def _colors_of(self, name: str) -> Tensor:
+        """(colours, width): the direction of each colour's templates."""
+        if name not in self.texts:
+            texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+            inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.model.device)
+            told = normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
+            self.texts[name] = normalize(told.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1), dim=-1)
+        return self.texts[name]
+
+
+def crop(image: Image.Image, found: Detected) -> Image.Image:
+    """The object, on grey where its mask is known, cut to its box (at least a pixel of it)."""
+    if found.mask is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(found.mask))
+    left, top, right, bottom = (int(np.rint(side)) for side in found.box)
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
