@@ -1,0 +1,595 @@
+"""GenEval: the scorer on detections whose verdicts are known, the models on random weights, the command as a whole."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoding import contents, word_tokenizer
+from latents import write_vae
+from models import random_weights
+from PIL import Image
+from processes import launch
+from scipy import ndimage
+
+from data_prep.shapes import CATEGORIES, draw, scenes
+from ditmoe_ds.cli import main
+from ditmoe_ds.distributed.weights import write_weights
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.evaluation.detector import detect
+from ditmoe_ds.evaluation.geneval import COLORS, PROMPTS, Detected, Limits, judge, kept, read_prompts, relation, summary
+from ditmoe_ds.evaluation.geneval_folder import differences, read_folder, report, score
+from ditmoe_ds.evaluation.geneval_models import ColorClassifier, Instances, _instance, crop, open_detector
+from ditmoe_ds.models.dit import DiTConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that tests start: another number of threads rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_prompts(path, *prompts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    return path
+
+
+def wants(tag, *include, exclude=(), prompt="a photo"):
+    """A line of the prompt file; clauses are (class, count, color or position or nothing)."""
+    clauses = []
+    for name, count, *more in include:
+        clauses.append({"class": name, "count": count} | {("color" if isinstance(m, str) else "position"): m for m in more})
+    tree = dict(tag=tag, include=clauses, prompt=prompt)
+    return tree | ({"exclude": [{"class": name, "count": count} for name, count in exclude]} if exclude else {})
+
+
+def at(x, y, score=0.95, size=10):
+    return Detected((x, y, x + size, y + size), score)
+
+
+# the scorer
+
+SINGLE = wants("single_object", ("dog", 1))
+TWO = wants("two_object", ("dog", 1), ("cat", 1))
+COUNT = wants("counting", ("dog", 2), exclude=[("dog", 3)])
+COLOR = wants("colors", ("dog", 1, "red"))
+LEFT = wants("position", ("cat", 1), ("dog", 1, ["left of", 0]))
+BOTH = wants("color_attr", ("dog", 1, "red"), ("cat", 1, "blue"))
+RED, BLUE = (1, 1), (2, 2)
+"""Places of objects with these colours."""
+VERDICTS = [
+    (SINGLE, dict(dog=[at(0, 0)]), ""),
+    (SINGLE, dict(dog=[at(0, 0)] * 5, cat=[at(0, 0)]), ""),  # more of it, and others, are no mistake
+    (SINGLE, dict(cat=[at(0, 0)]), "dog>=1, found 0"),
+    (SINGLE, {}, "dog>=1, found 0"),
+    (TWO, dict(dog=[at(0, 0)], cat=[at(0, 0)]), ""),
+    (TWO, dict(dog=[at(0, 0)] * 2), "cat>=1, found 0"),
+    (TWO, {}, "dog>=1, found 0\nexpected cat>=1, found 0"),
+    (COUNT, dict(dog=[at(0, 0), at(50, 0)]), ""),
+    (COUNT, dict(dog=[at(0, 0)]), "dog>=2, found 1"),
+    (COUNT, dict(dog=[at(0, 0), at(50, 0), at(90, 0)]), "dog<3, found 3"),
+    (COUNT, dict(dog=[at(0, 0), at(50, 0)], cat=[at(90, 0)] * 9), ""),
+    (wants("counting", ("dog", 1), exclude=[("cat", 1), ("bird", 2)]), dict(dog=[at(0, 0)], bird=[at(0, 0)]), ""),
+    (wants("counting", ("dog", 1), exclude=[("cat", 1), ("bird", 2)]), dict(dog=[at(0, 0)], cat=[at(0, 0)]), "cat<1, found 1"),
+    (COLOR, dict(dog=[at(*RED)]), ""),
+    (COLOR, dict(dog=[at(*BLUE)]), "red dog>=1, found blue"),
+    (COLOR, dict(dog=[at(*RED), at(*BLUE)]), ""),  # the strongest is asked,
+    (COLOR, dict(dog=[at(*BLUE), at(*RED)]), "red dog>=1, found blue"),  # and no other
+    (wants("colors", ("dog", 2, "red")), dict(dog=[at(*RED), at(*RED)]), ""),
+    (wants("colors", ("dog", 2, "red")), dict(dog=[at(*RED), at(*BLUE)]), "red dog>=2, found red, blue"),
+    (LEFT, dict(cat=[at(50, 0)], dog=[at(0, 0)]), ""),
+    (LEFT, dict(cat=[at(0, 0)], dog=[at(50, 0)]), "dog left of the other, found right of"),
+    (LEFT, dict(cat=[at(0, 50)], dog=[at(0, 0)]), "dog left of the other, found above"),
+    (LEFT, dict(cat=[at(50, 50)], dog=[at(0, 0)]), ""),  # left and above
+    (LEFT, dict(cat=[at(5, 5)], dog=[at(5, 5)]), "neither side"),
+    (LEFT, dict(cat=[at(50, 0), at(0, 0)], dog=[at(25, 0), at(90, 0)]), ""),  # the strongest of each are asked
+    (LEFT, dict(dog=[at(0, 0)]), "cat>=1, found 0\nexpected dog left of another object, which is not as expected"),
+    (LEFT, dict(cat=[at(50, 0)]), "dog>=1, found 0"),
+    (wants("position", ("cat", 2), ("dog", 1, ["left of", 0])), dict(cat=[at(50, 0), at(99, 0)], dog=[at(0, 0)]), ""),
+    (wants("position", ("cat", 2), ("dog", 1, ["left of", 0])), dict(cat=[at(50, 0), at(0, 0)], dog=[at(25, 0)]), "found right of"),
+    (wants("position", ("cat", 1), ("dog", 1), ("bird", 1, ["above", 1])), dict(cat=[at(0, 0)], dog=[at(0, 50)], bird=[at(0, 0)]), ""),
+    (BOTH, dict(dog=[at(*RED)], cat=[at(*BLUE)]), ""),
+    (BOTH, dict(dog=[at(*BLUE)], cat=[at(*RED)]), "red dog>=1, found blue\nexpected blue cat>=1, found red"),
+    (BOTH, dict(dog=[at(*RED)], cat=[at(*RED)]), "blue cat>=1, found red"),
+    (BOTH, dict(dog=[at(*RED)]), "cat>=1, found 0"),
+    # a wrong colour is not also asked for its side, and what it stands beside is not found either
+    (wants("position", ("cat", 1, "red"), ("dog", 1, ["left of", 0])), dict(cat=[at(*BLUE)], dog=[at(90, 0)]), "which is not as expected"),
+]
+
+
+@pytest.mark.parametrize("prompt,found,reason", VERDICTS)
+def test_verdicts(tmp_path, prompt, found, reason):
+    [read] = read_prompts(write_prompts(tmp_path / "metadata.jsonl", prompt))
+
+    def colors_of(name, objects):
+        assert name in read.names
+        return [{RED: "red", BLUE: "blue"}.get(one.box[:2], "white") for one in objects]
+
+    wrong = judge(read, found, colors_of)
+    assert bool(wrong) == bool(reason)
+    assert "\n".join(wrong).removeprefix("expected ").endswith(reason)
+
+
+def test_sides_at_the_threshold():
+    """Boxes of 10 x 10: 2 pixels of the offset are the margin, and more than half of the rest must be left: (d - 2) / d > 0.5."""
+    still, size = (100, 100, 110, 110), 10
+    directions = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+    for name, (x, y) in directions.items():
+        for distance, sides in ((0, set()), (1.9, set()), (2, set()), (4, set()), (4.01, {name}), (5, {name}), (80, {name})):
+            left, top = 100 + x * distance, 100 + y * distance
+            assert relation((left, top, left + size, top + size), still) == sides, (name, distance)
+    diagonal = 2 / (1 - math.sqrt(0.5))  # (d - 2) / (d sqrt 2) > 0.5
+    for distance, sides in ((diagonal - 0.01, set()), (diagonal + 0.01, {"right of", "below"})):
+        assert relation((100 + distance, 100 + distance, 110 + distance, 110 + distance), still) == sides
+    # both sizes count, each along its axis
+    assert relation((104.5, 100, 114.5, 110), still) == {"right of"} and relation((94.5, 100, 124.5, 110), (90, 100, 120, 110)) == set()
+    assert relation((94.5, 60, 124.5, 150), (90, 100, 120, 110)) == set() and relation((104.5, 60, 114.5, 150), still) == {"right of"}
+
+
+def test_sides_are_those_of_a_plain_computation():
+    random = np.random.default_rng(0)
+    seen = set()
+    for _ in range(500):
+        a, b = ([x, y, x + w, y + h] for x, y, w, h in random.uniform((0, 0, 5, 5), (60, 60, 60, 60), (2, 4)))
+        sides = set()
+        dx, dy = ((a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1))
+        for name, along, axis, sign in (("left of", dx, 0, -1), ("right of", dx, 0, 1), ("above", dy, 1, -1), ("below", dy, 1, 1)):
+            rest = along * sign - 0.1 * (a[axis + 2] - a[axis] + b[axis + 2] - b[axis])
+            if rest > 0.5 * math.hypot(dx, dy):
+                sides.add(name)
+        assert relation(a, b) == sides
+        seen.add(frozenset(sides))
+    assert len(seen) == 9
+
+
+def test_what_counts():
+    found = [at(i, 0, score=s) for i, s in enumerate((0.3, 0.31, 0.9, 0.91, 0.1))]
+    assert [one.score for one in kept(found, "position", Limits())] == [0.91, 0.9, 0.31]
+    assert [one.score for one in kept(found, "counting", Limits())] == [0.91]
+    many = [at(i, 0, score=0.5 + i / 100) for i in range(20)]
+    assert [one.box[0] for one in kept(many, "colors", Limits())] == [*range(19, 3, -1)]
+    # 10 x 10, shifted by 2, with the last pixel: 9 * 11 of 13 * 11 are shared
+    pair = [at(0, 0, 0.8), at(2, 0, 0.9)]
+    assert len(kept(pair, "colors", Limits(overlap=9 / 13 + 0.01))) == 2
+    assert [one.score for one in kept(pair, "colors", Limits(overlap=9 / 13 - 0.01))] == [0.9]
+    assert len(kept(pair, "colors", Limits())) == 2 and len(kept([at(0, 0)] * 3, "colors", Limits())) == 3
+    assert len(kept([at(0, 0), at(30, 0)], "colors", Limits(overlap=0.01))) == 2
+
+
+WRONG = [
+    ("not json", "line 2"),
+    ("[]", "a prompt is an object with include, prompt, tag"),
+    (json.dumps(SINGLE | {"tag": "style"}), "tag 'style' is none of single_object"),
+    (json.dumps(SINGLE | {"exlude": []}), "a prompt is an object"),
+    (json.dumps(SINGLE | {"prompt": ""}), "is no text"),
+    (json.dumps(SINGLE | {"include": []}), "include is not empty"),
+    (json.dumps(SINGLE | {"include": {"class": "dog", "count": 1}}), "are lists"),
+    (json.dumps(wants("counting", ("dog", 0))), "at least 1"),
+    (json.dumps(wants("counting", ("dog", "two"))), "at least 1"),
+    (json.dumps(wants("counting", ("", 2))), "a name"),
+    (json.dumps(wants("counting", ("dog", 2), exclude=[("dog", 0)])), "at least 1"),
+    (json.dumps(wants("colors", ("dog", 1, "teal"))), "color 'teal' is none of red"),
+    (json.dumps(wants("position", ("dog", 1, ["left of", 0]))), "number of an earlier clause"),
+    (json.dumps(wants("position", ("cat", 1), ("dog", 1, ["beside", 0]))), "relations: left of"),
+    (
+        json.dumps(wants("position", ("cat", 1), ("dog", 1, ["left of", 0]))).replace('"count": 1', '"count": 1, "size": 3'),
+        "include is an obj",
+    ),
+]
+
+
+@pytest.mark.parametrize("line,reason", WRONG)
+def test_wrong_prompts(tmp_path, line, reason):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(SINGLE) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=f"prompts.jsonl, line 2: .*{re.escape(reason)}" if reason != "line 2" else "line 2: Expecting"):
+        read_prompts(path)
+
+
+def test_prompts_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match=re.escape("evaluation_metadata.jsonl of github.com/djghosh13/geneval")):
+        read_prompts(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text("")
+    with pytest.raises(DataError, match="no prompts"):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_the_summary():
+    hits = {("colors", "a"): [1, 0, 0, 0], ("colors", "b"): [0, 0, 0, 0], ("position", "a"): [1, 1]}
+    verdicts = [dict(tag=tag, metadata=line, correct=bool(hit)) for (tag, line), row in hits.items() for hit in row]
+    found = summary(verdicts)
+    assert found["overall"] == (1 / 8 + 1) / 2 and found["images_right"] == 3 / 10 and found["prompts_right"] == 2 / 3
+    assert list(found["tasks"]) == ["colors", "position"]
+    assert found["tasks"]["colors"] | {"ci95": None} == dict(right=1, images=8, prompts=2, score=1 / 8, ci95=None)
+    assert found["tasks"]["colors"]["ci95"] == pytest.approx([0.0224, 0.4709], abs=1e-4)
+    assert sum(PROMPTS.values()) == 553
+
+
+# pictures whose objects are known
+
+
+class Exact:
+    """Finds the shapes in renderings."""
+
+    kind = "an exact detector"
+
+    def __call__(self, image, names, threshold):
+        picture = np.array(image)
+        labels, _ = ndimage.label(picture.min(-1) < 150)
+        things = detect(picture)
+        assert len(things) == labels.max()
+        found = {name: [] for name in names}
+        for number, (thing, (rows, columns)) in enumerate(zip(things, ndimage.find_objects(labels)), 1):
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            found.get(thing.shape, []).append(Detected(box, 0.99, labels == number))
+        return found
+
+
+def exact_colors(image, name, objects):
+    """As the detector sees them, cut out."""
+    things = [detect(np.array(crop(image, one))) for one in objects]
+    assert all([thing.shape for thing in found] == [name] for found in things)
+    return [found[0].color for found in things]
+
+
+def as_prompt(scene):
+    tag = dict(zip(CATEGORIES, PROMPTS))[scene.category]
+    if tag == "counting":
+        name, count = scene.things[0].shape, len(scene.things)
+        return wants(tag, (name, count), exclude=[(name, count + 1)], prompt=scene.caption)
+    clauses = [(thing.shape, 1, *([thing.color] if thing.color else [])) for thing in scene.things]
+    if tag == "position":
+        clauses = [clauses[1], (*clauses[0], [scene.relation, 0])]
+    return wants(tag, *clauses, prompt=scene.caption)
+
+
+def write_renderings(folder, prompts_of):
+    """Twelve prompts of each task, two pictures each; the prompt beside pictures i is ``prompts_of(i)``."""
+    chosen = []
+    for category in CATEGORIES:
+        known = [scene for scene in scenes(category, False) if all(thing.color != "cyan" for thing in scene.things)]
+        chosen += [known[i * len(known) // 12] for i in range(12)]
+    for number, scene in enumerate(chosen):
+        place = folder / f"{number:05d}"
+        write_prompts(place / "metadata.jsonl", as_prompt(chosen[prompts_of(number)]))
+        (place / "samples").mkdir()
+        for i in range(2):
+            Image.fromarray(draw(scene, np.random.default_rng([number, i]))).save(place / "samples" / f"{i:04d}.png")
+    return folder
+
+
+def test_renderings_are_right(tmp_path):
+    folder = write_renderings(tmp_path / "right", lambda i: i)
+    (folder / "grid.png").write_bytes(b"")  # the published layout has more files, which do not matter
+    pictures = read_folder(folder)
+    verdicts = score(folder, pictures, Exact(), exact_colors, Limits())
+    assert [verdict["reason"] for verdict in verdicts if not verdict["correct"]] == []
+    found = report(folder, verdicts, dict(differences=differences(pictures, Exact(), Limits(threshold=0.1))))
+    assert found["overall"] == 1 and all(row["images"] == 24 and row["score"] == 1 for row in found["tasks"].values())
+    assert found["tasks"].keys() == PROMPTS.keys() and found["made"] is None
+    assert found["differences"] == [
+        "72 prompts that are not the published 553",
+        "not 4 pictures of each prompt",
+        "an exact detector",
+        "threshold 0.1",
+    ]
+    assert json.loads((folder / "geneval.json").read_text()) == found
+    lines = [json.loads(line) for line in (folder / "geneval.jsonl").read_text().splitlines()]
+    assert lines == verdicts and lines[0]["filename"] == "00000/samples/0000.png" and len(lines) == 144
+    assert lines[0].keys() == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
+    [[box]] = json.loads(lines[0]["details"]).values()
+    assert len(box) == 5 and box[4] == 0.99
+
+
+def test_the_prompts_of_others_are_wrong(tmp_path):
+    """Each picture beside the next prompt of its task: a single object or two may be there by chance, the rest hardly."""
+    folder = write_renderings(tmp_path, lambda i: i // 12 * 12 + (i + 5) % 12)
+    verdicts = score(folder, read_folder(folder), Exact(), exact_colors, Limits())
+    tasks = summary(verdicts)["tasks"]
+    assert all(row["score"] < 0.3 for row in tasks.values()), tasks
+    assert all(verdict["reason"] for verdict in verdicts if not verdict["correct"])
+
+
+def test_folders_that_are_not_in_the_layout(tmp_path):
+    with pytest.raises(DataError, match="no folders 00000"):
+        read_folder(tmp_path / "none")
+    place = tmp_path / "00000"
+    write_prompts(place / "metadata.jsonl", SINGLE)
+    with pytest.raises(DataError, match="1 prompts in metadata.jsonl, 0 pictures"):
+        read_folder(tmp_path)
+    (place / "samples").mkdir()
+    (place / "samples" / "0000.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"0000\.png: no readable picture"):
+        score(tmp_path, read_folder(tmp_path), Exact(), exact_colors, Limits())
+
+
+# the models
+
+LABELS = dict(enumerate(("N/A", "person", "tvmonitor", "mouse", "dog", "dining table")))
+WORDS = ["a", "photo", "of", "object", "colored", "-", *COLORS, "person", "tv", "computer", "mouse", "dog", "dining", "table"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Tiny models with random weights, in folders: m2f, yolos, owl, clip."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    labels = dict(id2label=LABELS, label2id={label: number for number, label in LABELS.items()})
+    swin = transformers.SwinConfig(
+        image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_features=[f"stage{i}" for i in (1, 2, 3, 4)]
+    )
+    sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, dim_feedforward=16)
+    layers = dict(encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=10)
+    m2f = transformers.Mask2FormerForUniversalSegmentation(
+        transformers.Mask2FormerConfig(backbone_config=swin, **sizes, **layers, **labels)
+    )
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    yolos = transformers.YolosForObjectDetection(
+        transformers.YolosConfig(**small, image_size=[64, 64], patch_size=16, num_detection_tokens=8, **labels)
+    )
+    text = dict(small, vocab_size=len(WORDS) + 3, max_position_embeddings=24, pad_token_id=0, eos_token_id=1)
+    both = dict(text_config=text, vision_config=dict(small, image_size=32, patch_size=8), projection_dim=16)
+    owl = transformers.Owlv2ForObjectDetection(transformers.Owlv2Config(**both))
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**both))
+    words, square = word_tokenizer(*WORDS), dict(height=32, width=32)
+    processors = dict(
+        m2f=transformers.Mask2FormerImageProcessor(size=dict(height=384, width=384)),  # as the hub's
+        yolos=transformers.YolosImageProcessor(size=dict(height=64, width=64)),
+        owl=transformers.Owlv2Processor(transformers.Owlv2ImageProcessor(size=square), words),
+        clip=transformers.CLIPProcessor(transformers.CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=square), words),
+    )
+    for name, model in dict(m2f=m2f, yolos=yolos, owl=owl, clip=clip).items():
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)  # as initialised, all detections are alike
+        model.save_pretrained(root / name)
+        processors[name].save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def image():
+    """Of 90 x 60."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((90, 60), Image.Resampling.BICUBIC)
+
+
+NAMES = ["person", "tv", "computer mouse", "dog", "dining table"]
+
+
+@pytest.mark.parametrize("name", ["m2f", "yolos", "owl"])
+def test_detectors(models, image, name):
+    detector = open_detector(str(models / name), CPU)
+    detector.check(NAMES)
+    everything = detector(image, NAMES, 0.0)
+    assert list(everything) == NAMES and any(everything.values())
+    scores = sorted(one.score for objects in everything.values() for one in objects)
+    threshold = scores[len(scores) // 2]
+    fewer = detector(image, NAMES, threshold)
+    for label, objects in everything.items():
+        strong = [one for one in objects if one.score > threshold]
+        assert [one[:2] for one in fewer[label]] == [one[:2] for one in strong]
+        for one in objects:
+            left, top, right, bottom = one.box
+            assert 0 <= left <= right <= 90 and 0 <= top <= bottom <= 60 and 0 < one.score < 1
+            assert (one.mask is None) == (name != "m2f")
+    alone = detector(image, NAMES[3:4], 0.0)  # whatever else is asked
+    assert [one[:2] for one in alone[NAMES[3]]] == [one[:2] for one in everything[NAMES[3]]]
+
+
+def test_masks_are_those_of_transformers(models):
+    """Its post-processing makes them of 384 x 384, so only nearly."""
+    detector = open_detector(str(models / "m2f"), CPU)
+    assert isinstance(detector, Instances) and detector.kind == ""
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (25, 25, 3), dtype=np.uint8)).resize(
+        (800, 800), Image.Resampling.BICUBIC
+    )
+    found = detector(image, ["tv", "dog"], 0.0)
+    inputs = detector.processor(image, size=dict(height=800, width=800), return_tensors="pt")
+    with torch.no_grad():
+        outputs = detector.model(**inputs)
+    [wanted] = detector.processor.post_process_instance_segmentation(outputs, 0.0, target_sizes=[(800, 800)], return_binary_maps=True)
+    compared = 0
+    for info, mask in zip(wanted["segments_info"], wanted["segmentation"]):
+        if LABELS[info["label_id"]] not in ("tvmonitor", "dog"):
+            continue
+        objects = found["tv" if info["label_id"] == 2 else "dog"]
+        one = min(objects, key=lambda one: abs(one.score - info["score"]))
+        assert one.score == pytest.approx(info["score"], rel=0.02)
+        assert (one.mask & mask.bool().numpy()).sum() > 0.9 * (one.mask | mask.bool().numpy()).sum()
+        columns, rows = (np.flatnonzero(one.mask.any(axis)) for axis in (0, 1))
+        assert one.box == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        compared += 1
+    assert compared >= 3
+
+
+def test_an_instance():
+    logits = torch.full((6, 8), -1.0)
+    logits[2:4, 3:7] = 2.0
+    logits[2, 3] = 0.5
+    found = _instance(torch.tensor(0.8), logits)
+    assert found.box == (3, 2, 7, 4) and found.mask.sum() == 8
+    assert found.score == pytest.approx(0.8 * (7 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-0.5))) / 8)
+    assert _instance(torch.tensor(0.8), torch.full((6, 8), -1.0)) is None
+
+
+def test_boxes_are_the_models(models, image):
+    detector = open_detector(str(models / "yolos"), CPU)
+    with torch.no_grad():
+        outputs = detector.model(**detector.processor(image, return_tensors="pt"))
+    shares = outputs.logits[0].softmax(-1)[:, :-1]
+    wanted = {number: [] for number in LABELS}
+    for share, (x, y, w, h) in zip(shares, outputs.pred_boxes[0].tolist()):
+        corners = ((x - w / 2) * 90, (y - h / 2) * 60, (x + w / 2) * 90, (y + h / 2) * 60)
+        wanted[int(share.argmax())].append((*(min(max(0, c), m) for c, m in zip(corners, (90, 60) * 2)), float(share.max())))
+    found = detector(image, NAMES, 0.0)
+    for label, number in zip(found, range(1, 6)):
+        assert [(*one.box, one.score) for one in found[label]] == [pytest.approx(box, abs=1e-3) for box in wanted[number]]
+
+
+def test_an_open_vocabulary_is_asked_one_class_at_a_time(models, image):
+    detector = open_detector(str(models / "owl"), CPU)
+    detector.check(["whatever"])
+    inputs = detector.processor(images=image, text=[["a tv"]], return_tensors="pt")
+    with torch.no_grad():
+        logits = detector.model(**inputs).logits
+    assert [one.score for one in detector(image, ["tv"], 0.0)["tv"]] == pytest.approx(logits.sigmoid().flatten().tolist(), abs=1e-6)
+
+
+def test_detectors_that_cannot_serve(models, tmp_path):
+    with pytest.raises(ConfigError, match="does not know cat, zebra; use one that was trained on COCO"):
+        open_detector(str(models / "m2f"), CPU).check(["dog", "cat", "zebra"])
+    with pytest.raises(ConfigError, match="a clip detects no objects"):
+        open_detector(str(models / "clip"), CPU)
+    with pytest.raises(DataError, match="--detector=.*neither a folder nor a hub id"):
+        open_detector(str(tmp_path), CPU)
+    with pytest.raises(DataError, match="--clip=.*neither a folder nor a hub id"):
+        ColorClassifier(str(tmp_path), CPU)
+
+
+def test_crops(image):
+    mask = np.zeros((60, 90), bool)
+    mask[10:20, 30:50] = True
+    mask[12, 33] = False
+    pixels, cut = np.array(image), np.array(crop(image, Detected((29.6, 9.5, 50.4, 21), 0.9, mask)))
+    assert cut.shape == (11, 20, 3)
+    inside = mask[10:21, 30:50]
+    assert (cut[inside] == pixels[10:21, 30:50][inside]).all() and (cut[~inside] == 0x99).all() and (~inside).sum() == 21
+    assert (np.array(crop(image, Detected((30, 10, 50, 21), 0.9))) == pixels[10:21, 30:50]).all()
+    assert crop(image, Detected((5, 5, 5.2, 5.2), 0.9)).size == (1, 1)
+
+
+def test_colors_are_those_of_clip(models, image):
+    classifier = ColorClassifier(str(models / "clip"), CPU)
+    objects = [Detected((x, y, x + 20, y + 25), 0.9) for x in range(0, 70, 10) for y in range(0, 35, 10)]
+    found = classifier(image, "computer mouse", objects)
+    model, processor = classifier.model, classifier.processor
+    pieces = processor(images=[image.crop(one.box) for one in objects], return_tensors="pt")
+    scores = []
+    with torch.no_grad():
+        for color in COLORS:
+            texts = [f"a photo of a {color} computer mouse", f"a photo of a {color}-colored computer mouse", f"a photo of a {color} object"]
+            outputs = model(**processor(text=texts, padding=True, return_tensors="pt"), **pieces)
+            mean = outputs.text_embeds.mean(0)  # of directions
+            scores.append(outputs.image_embeds @ mean / mean.norm())
+    wanted = [COLORS[int(number)] for number in torch.stack(scores).argmax(0)]
+    assert found == wanted and len(set(found)) > 1
+    assert classifier(image, "computer mouse", objects[3:4]) == found[3:4]
+
+
+# the command
+
+ASKED = [
+    wants("single_object", ("dog", 1), prompt="a photo of a dog"),
+    wants("counting", ("tv", 2), exclude=[("tv", 3)], prompt="a photo of a tv"),
+    wants("color_attr", ("dog", 1, "red"), ("person", 1, "blue"), prompt="a photo of a red dog"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, models):
+    """A weights folder of a text-to-image model with random weights."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    words = word_tokenizer(*WORDS)
+    words.save_pretrained(root / "encoder")
+    size = dict(hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS) + 3, **size)).save_pretrained(root / "encoder")
+    config = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=0, text_width=12, experts=4, routing="expert")
+    text = dict(encoder=str(root / "encoder"), max_tokens=12)
+    latents = dict(vae=write_vae(root / "vae"), scaling_factor=0.9, shape=[4, 8, 8], text=text)
+    write_weights(root / "weights", random_weights(config, latents=latents)[1])
+    write_prompts(root / "prompts.jsonl", *ASKED)
+    return root
+
+
+def command(run, out, *more):
+    prompts = ["--run", str(run / "weights"), "--prompts", str(run / "prompts.jsonl")]
+    return ["eval", "geneval", str(out), *prompts, "--images", "2", "--steps", "2", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    assert main(command(run, run / "out")) == 0
+    return run / "out"
+
+
+def test_pictures_are_made_in_the_layout(run, made):
+    assert sorted(path.relative_to(made).as_posix() for path in made.rglob("*.*")) == [
+        *(f"0000{i}/{name}" for i in range(3) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")),
+        "settings.json",
+    ]
+    assert [json.loads((made / f"0000{i}" / "metadata.jsonl").read_text()) for i in range(3)] == ASKED
+    pictures = {path.read_bytes() for path in made.rglob("*.png")}
+    assert len(pictures) == 6  # each has noise of its own
+    assert Image.open(made / "00002" / "samples" / "0001.png").size == (32, 32)
+
+
+def test_a_restart_makes_what_is_missing(run, made):
+    before = contents(made)
+    times = {path: path.stat().st_mtime_ns for path in made.rglob("*.png")}
+    (made / "00001" / "samples" / "0001.png").unlink()
+    assert main(command(run, made)) == 0
+    assert contents(made) == before
+    again = {path.parents[1].name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert again == {"00001"}
+
+
+def test_the_pictures_of_two_processes_are_those_of_one(run, made, models, capsys):
+    tools = ["--detector", str(models / "yolos"), "--clip", str(models / "clip"), "--threshold", "0.1"]
+    launch(2, ["-m", "ditmoe_ds.cli", *command(run, run / "two", *tools)], timeout=200)
+    found = contents(run / "two")
+    assert contents(made).items() <= found.items() and found.keys() - contents(made).keys() == {"geneval.json", "geneval.jsonl"}
+    capsys.readouterr()
+    scored = (run / "two" / "geneval.jsonl").read_bytes()
+    assert main(["eval", "geneval", str(run / "two"), *tools]) == 0
+    assert (run / "two" / "geneval.jsonl").read_bytes() == scored
+    table = capsys.readouterr().out
+    assert "single_object" in table and "not the published protocol: not 4 pictures of each prompt" in table
+
+
+def test_scores_of_a_folder(run, made, models, capsys):
+    limits = ["--threshold", "0", "--counting-threshold", "0.99", "--max-overlap", "0.5"]
+    assert main(["eval", "geneval", str(made), "--detector", str(models / "m2f"), "--clip", str(models / "clip"), *limits]) == 0
+    found = json.loads((made / "geneval.json").read_text())
+    assert found["limits"] == dict(threshold=0, counting=0.99, overlap=0.5) and found["made"]["steps"] == 2
+    assert found["tasks"]["single_object"]["score"] == 1 and found["tasks"]["counting"]["score"] == 0
+    lines = [json.loads(line) for line in (made / "geneval.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines[2:4]] == ["expected tv>=2, found 0"] * 2
+    assert "not the published protocol: threshold 0.0, counting 0.99, overlap 0.5" in capsys.readouterr().out
+    for name in ("geneval.json", "geneval.jsonl"):
+        (made / name).unlink()
+
+
+def test_mistakes(run, made, models, tmp_path, capsys):
+    def refused(*arguments):
+        assert main([*map(str, arguments)]) == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    assert "--run=None: name a run" in refused("eval", "geneval", made)
+    assert "--prompts=None" in refused("eval", "geneval", made, "--run", run / "weights")
+    assert "were made with steps 2, not 3; choose another folder" in refused(*command(run, made, "--steps", 3))
+    assert "were made with seed 0, not 1" in refused(*command(run, made, "--seed", 1))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.tex").write_text("")
+    assert "holds something, but no settings.json of ours" in refused(*command(run, tmp_path / "else"))
+    write_prompts(tmp_path / "cats.jsonl", wants("single_object", ("cat", 1)))
+    cats = ["--prompts", tmp_path / "cats.jsonl", "--detector", models / "yolos", "--clip", models / "clip"]
+    assert "does not know cat" in refused(*command(run, tmp_path / "new", *cats)) and not (tmp_path / "new").exists()
+    assert "--clip=" in refused(*command(run, tmp_path / "new", "--detector", models / "yolos", "--clip", tmp_path))
+    assert not (tmp_path / "new").exists()
+    write_weights(tmp_path / "classes", random_weights()[1])
+    assert "told classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
+    assert Path(made / "settings.json").is_file()
