@@ -42,7 +42,7 @@ def open_detector(path_or_id: str, device: torch.device) -> Detector:
     """Load a detector that transformers knows: of instances (Mask2Former, MaskFormer), of boxes, or open-vocabulary.
 
     Args:
-        path_or_id: local folder, or hub id; safetensors only, and no code of the model's own.
+        path_or_id: local folder, or hub id; no code of the model's own is run, and no pickled objects are made.
 
     Raises:
         DataError: there is no such model.
@@ -60,7 +60,7 @@ def open_detector(path_or_id: str, device: torch.device) -> Detector:
     )
     for types, kind, model, processor in kinds:
         if config.model_type in types:
-            loaded = _load("--detector", path_or_id, model, use_safetensors=True)
+            loaded = _load("--detector", path_or_id, model, weights_only=True)
             return kind(loaded.to(device).eval().requires_grad_(False), _load("--detector", path_or_id, processor))
     fix = f"a {config.model_type} detects no objects; use facebook/mask2former-swin-small-coco-instance, a DETR or an OWL, for example"
     raise ConfigError("--detector", path_or_id, fix)
@@ -175,7 +175,7 @@ class ColorClassifier:
     def __init__(self, path_or_id: str, device: torch.device):
         import transformers
 
-        model = _load("--clip", path_or_id, transformers.CLIPModel, use_safetensors=True)
+        model = _load("--clip", path_or_id, transformers.CLIPModel, weights_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = _load("--clip", path_or_id, transformers.CLIPProcessor)
         self.texts: dict[str, Tensor] = {}
