@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError, UserError
-from ditmoe_ds.evaluation import geneval_cli
+from ditmoe_ds.evaluation.geneval import cli as geneval
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
     _add_opening(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
-    geneval_cli.add_command(benchmarks, _add_opening)
+    geneval.add_command(benchmarks, _add_opening)
 
     _add_opening(analyze)
 

@@ -18,8 +18,9 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.evaluation.geneval import IMAGES, PROMPTS, Detected, Limits, Prompt, judge, kept, read_prompts, summary
-from ditmoe_ds.evaluation.geneval_models import Detector
+from ditmoe_ds.evaluation.geneval.detectors import Detector
+from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
+from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
 from ditmoe_ds.pipelines.run import Run
 
 SETTINGS = "settings.json"

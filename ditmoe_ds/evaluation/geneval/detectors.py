@@ -1,17 +1,16 @@
-"""What GenEval looks at pictures with: a detector and CLIP, through transformers."""
+"""Detectors of objects, through transformers."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate
 
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.evaluation.geneval import COLORS, Detected
+from ditmoe_ds.evaluation.geneval.scorer import Detected
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 """Pixels of what the protocol's detector sees. The converted checkpoints' own setting, 384 x 384, loses small objects."""
@@ -20,9 +19,6 @@ SYNONYMS = {
     **{"aeroplane": "airplane", "sofa": "couch", "tvmonitor": "tv", "hair dryer": "hair drier"},
 }
 """Names of COCO's classes: the prompts' and some checkpoints' -> COCO's."""
-BACKGROUND = "#999"
-"""Around an object whose colour is asked."""
-TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
 class Detector(Protocol):
@@ -39,7 +35,7 @@ class Detector(Protocol):
 
 
 def open_detector(path_or_id: str, device: torch.device) -> Detector:
-    """Load a detector that transformers knows: of instances (Mask2Former, MaskFormer), of boxes, or open-vocabulary.
+    """Load a detector that transformers knows: of instances (Mask2Former), of boxes, or open-vocabulary.
 
     Args:
         path_or_id: local folder, or hub id; no code of the model's own is run, and no pickled objects are made.
@@ -51,22 +47,27 @@ def open_detector(path_or_id: str, device: torch.device) -> Detector:
     import transformers  # takes seconds
     from transformers.models.auto import modeling_auto as auto
 
-    config = _load("--detector", path_or_id, transformers.AutoConfig)
+    config = load("--detector", path_or_id, transformers.AutoConfig)
     box, text = auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
     kinds: tuple[tuple[Any, ...], ...] = (
-        (("mask2former", "maskformer"), Instances, transformers.AutoModelForUniversalSegmentation, transformers.AutoImageProcessor),
+        (("mask2former",), Instances, transformers.AutoModelForUniversalSegmentation, transformers.AutoImageProcessor),
         (box, Boxes, transformers.AutoModelForObjectDetection, transformers.AutoImageProcessor),
         (text, OpenVocabulary, transformers.AutoModelForZeroShotObjectDetection, transformers.AutoProcessor),
     )
     for types, kind, model, processor in kinds:
         if config.model_type in types:
-            loaded = _load("--detector", path_or_id, model, weights_only=True)
-            return kind(loaded.to(device).eval().requires_grad_(False), _load("--detector", path_or_id, processor))
+            loaded = load("--detector", path_or_id, model, weights_only=True)
+            return kind(loaded.to(device).eval().requires_grad_(False), load("--detector", path_or_id, processor))
     fix = f"a {config.model_type} detects no objects; use facebook/mask2former-swin-small-coco-instance, a DETR or an OWL, for example"
     raise ConfigError("--detector", path_or_id, fix)
 
 
-def _load(key: str, path_or_id: str, cls: Any, **options: Any) -> Any:
+def load(key: str, path_or_id: str, cls: Any, **options: Any) -> Any:
+    """``cls.from_pretrained``.
+
+    Raises:
+        DataError: there is no such model; names the option ``key``.
+    """
     try:
         return cls.from_pretrained(path_or_id, **options)
     except Exception as error:  # the hub, the configs and the weights each fail in their own way
@@ -160,47 +161,3 @@ class OpenVocabulary:
 def _detected(boxes: dict[str, Any], chosen: Tensor, image: Image.Image) -> list[Detected]:
     corners = boxes["boxes"][chosen].clamp(min=0).minimum(boxes["boxes"].new_tensor([*image.size, *image.size]))
     return [Detected(tuple(box), score) for box, score in zip(corners.tolist(), boxes["scores"][chosen].tolist())]
-
-
-class ColorClassifier:
-    """Colours of objects by CLIP, zero-shot: the object on grey, cropped to its box, against texts of each of ``COLORS``.
-
-    Args:
-        path_or_id: a CLIP; the protocol's is ``openai/clip-vit-large-patch14``.
-
-    Raises:
-        DataError: there is no such model, or it is no CLIP.
-    """
-
-    def __init__(self, path_or_id: str, device: torch.device):
-        import transformers
-
-        model = _load("--clip", path_or_id, transformers.CLIPModel, weights_only=True)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.processor = _load("--clip", path_or_id, transformers.CLIPProcessor)
-        self.texts: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, image: Image.Image, name: str, objects: list[Detected]) -> list[str]:
-        """The colour of each of these objects of the class ``name``."""
-        crops = [crop(image, one) for one in objects]
-        inputs = self.processor(images=crops, return_tensors="pt").to(self.model.device)
-        seen = self.model.get_image_features(**inputs).pooler_output
-        return [COLORS[number] for number in (seen @ self._colors_of(name).T).argmax(1).tolist()]
-
-    def _colors_of(self, name: str) -> Tensor:
-        """(colours, width): the direction of each colour's templates."""
-        if name not in self.texts:
-            texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-            inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.model.device)
-            told = normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
-            self.texts[name] = normalize(told.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1), dim=-1)
-        return self.texts[name]
-
-
-def crop(image: Image.Image, found: Detected) -> Image.Image:
-    """The object, on grey where its mask is known, cut to its box (at least a pixel of it)."""
-    if found.mask is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(found.mask))
-    left, top, right, bottom = (int(np.rint(side)) for side in found.box)
-    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))

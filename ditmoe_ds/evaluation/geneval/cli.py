@@ -59,9 +59,11 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     from tqdm import tqdm
 
     from ditmoe_ds.distributed.topology import agreed, decided
-    from ditmoe_ds.evaluation.geneval import Limits, read_prompts
-    from ditmoe_ds.evaluation.geneval_folder import differences, generate, read_folder, report, score, settle
-    from ditmoe_ds.evaluation.geneval_models import ColorClassifier, open_detector
+    from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
+    from ditmoe_ds.evaluation.geneval.detectors import open_detector
+    from ditmoe_ds.evaluation.geneval.folder import differences, generate, read_folder, report, score, settle
+    from ditmoe_ds.evaluation.geneval.prompts import read_prompts
+    from ditmoe_ds.evaluation.geneval.scorer import Limits
 
     folder, limits = Path(arguments.samples), Limits(arguments.threshold, arguments.counting_threshold, arguments.max_overlap)
     if arguments.run:
