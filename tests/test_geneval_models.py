@@ -20,7 +20,7 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.evaluation.geneval.colors import ColorClassifier, crop
-from ditmoe_ds.evaluation.geneval.detectors import Instances, _instance, open_detector
+from ditmoe_ds.evaluation.geneval.detectors import Instances, _instance, _plain, open_detector
 from ditmoe_ds.evaluation.geneval.prompts import COLORS
 from ditmoe_ds.evaluation.geneval.scorer import Detected
 from ditmoe_ds.models.dit import DiTConfig
@@ -170,6 +170,14 @@ def test_an_open_vocabulary_is_asked_one_class_at_a_time(models, image):
     assert [one.score for one in detector(image, ["tv"], 0.0)["tv"]] == pytest.approx(logits.sigmoid().flatten().tolist(), abs=1e-6)
 
 
+def test_names_of_classes():
+    """Of the prompts, of COCO, and of checkpoints that were converted from Darknet's names."""
+    same = ["computer mouse/mouse", "tv remote/remote", "computer keyboard/keyboard", "motorcycle/motorbike", "airplane/aeroplane"]
+    same += ["couch/sofa", "tv/tvmonitor", "potted plant/pottedplant", "dining table/diningtable", "hair drier/hair dryer", "Cup/cup"]
+    names = [{_plain(name) for name in pair.split("/")} for pair in same]
+    assert all(len(pair) == 1 for pair in names) and len(set.union(*names)) == len(same)
+
+
 def test_detectors_that_cannot_serve(models, tmp_path):
     with pytest.raises(ConfigError, match="does not know cat, zebra; use one that was trained on COCO"):
         open_detector(str(models / "m2f"), CPU).check(["dog", "cat", "zebra"])
@@ -218,14 +226,15 @@ def test_colors_are_those_of_clip(models, image):
     found = classifier(image, "computer mouse", objects)
     model, processor = classifier.model, classifier.processor
     pieces = processor(images=[image.crop(one.box) for one in objects], return_tensors="pt")
-    scores = []
+    directions = []
     with torch.no_grad():
         for color in COLORS:
             texts = [f"a photo of a {color} computer mouse", f"a photo of a {color}-colored computer mouse", f"a photo of a {color} object"]
             outputs = model(**processor(text=texts, padding=True, return_tensors="pt"), **pieces)
             mean = outputs.text_embeds.mean(0)  # of directions
-            scores.append(outputs.image_embeds @ mean / mean.norm())
-    wanted = [COLORS[int(number)] for number in torch.stack(scores).argmax(0)]
+            directions.append(mean / mean.norm())
+    torch.testing.assert_close(classifier._colors_of("computer mouse"), torch.stack(directions))
+    wanted = [COLORS[int(number)] for number in (outputs.image_embeds @ torch.stack(directions).T).argmax(1)]
     assert found == wanted and len(set(found)) > 1
     assert classifier(image, "computer mouse", objects[3:4]) == found[3:4]
 
