@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.evaluation.geneval import cli as geneval
 from ditmoe_ds.pipelines.arguments import add_opening, open_named
 
 MEASURES = {
@@ -36,6 +37,8 @@ def add_commands(commands: Any) -> None:
     shapes.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
     add_opening(shapes)
     shapes.add_argument("--seed", type=int, default=0)
+
+    geneval.add_command(kinds)
 
     for measure, what in MEASURES.items():
         parser = kinds.add_parser(measure, help=what, description=f"{what}. Under deepspeed, torchrun or srun the ranks share the images.")

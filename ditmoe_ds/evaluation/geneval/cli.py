@@ -1,0 +1,114 @@
+"""``ditmoe eval geneval``, in one process or several (torchrun -m ditmoe_ds.cli eval geneval ...)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.arguments import add_opening
+
+if TYPE_CHECKING:
+    from ditmoe_ds.distributed.topology import World
+    from ditmoe_ds.pipelines.run import Run
+
+
+def add_command(kinds: Any) -> None:
+    """Add ``geneval`` to the subparsers of ``ditmoe eval``."""
+    command = kinds.add_parser("geneval", help="text to image: GenEval's six tasks, by a detector and CLIP")
+    command.set_defaults(command=geneval)
+    command.add_argument("samples", metavar="SAMPLES", help="folder of pictures in GenEval's layout; with --run they are made first")
+    command.add_argument("--run", help="a run, a checkpoint or a weights folder")
+    command.add_argument("--prompts", help="evaluation_metadata.jsonl of github.com/djghosh13/geneval, for --run")
+    command.add_argument("--images", type=int, default=4, help="of each prompt")
+    command.add_argument("--steps", type=int, default=50)
+    command.add_argument("--guidance", type=float, default=5.0)
+    command.add_argument("--seed", type=int, default=0)
+    add_opening(command)
+    command.add_argument("--detector", help="folder or hub id (facebook/mask2former-swin-small-coco-instance); none: pictures only")
+    command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id; tells colours")
+    command.add_argument("--threshold", type=float, default=0.3, help="an object scores more")
+    command.add_argument("--counting-threshold", type=float, default=0.9, help="in the task counting")
+    command.add_argument("--max-overlap", type=float, default=1.0, help="of boxes that overlap as much (IoU) the strongest counts; 1: all")
+
+
+def geneval(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 0, or 2 after one line about a user's mistake."""
+    from ditmoe_ds.distributed.topology import AgreedError, join, leave
+
+    if not arguments.run and not arguments.detector:
+        raise ConfigError("--run", None, "name a run whose pictures are to be made, a --detector that scores what is there, or both")
+    if arguments.run and not arguments.prompts:
+        raise ConfigError("--prompts", None, "name prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval")
+    world, code = join(), 0
+    try:
+        _evaluate(arguments, world)
+    except AgreedError as error:
+        code = 2
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    leave()
+    return code
+
+
+def _evaluate(arguments: argparse.Namespace, world: World) -> None:
+    """Everything that can be refused is opened before pictures are made."""
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from ditmoe_ds.distributed.topology import agreed, decided
+    from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
+    from ditmoe_ds.evaluation.geneval.detectors import open_detector
+    from ditmoe_ds.evaluation.geneval.folder import differences, generate, read_folder, report, score, settle
+    from ditmoe_ds.evaluation.geneval.prompts import read_prompts
+    from ditmoe_ds.evaluation.geneval.scorer import Limits
+
+    folder, limits = Path(arguments.samples), Limits(arguments.threshold, arguments.counting_threshold, arguments.max_overlap)
+    if arguments.run:
+        prompts = agreed(lambda: read_prompts(Path(arguments.prompts)))
+    else:
+        prompts = [part.prompt for part in agreed(lambda: read_folder(folder))]
+    if arguments.detector:
+        detector = agreed(lambda: open_detector(arguments.detector, world.device))
+        agreed(lambda: detector.check(sorted({name for prompt in prompts for name in prompt.names})))
+        colors = agreed(lambda: ColorClassifier(arguments.clip, world.device))
+
+    if arguments.run:
+        run = agreed(lambda: _open(arguments))
+        sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
+        known = dict(run=str(Path(arguments.run).resolve()), weights=arguments.weights, step=run.step, vae=run.latents.get("vae"))
+        missing = decided(lambda: settle(folder, known | sampling, prompts, arguments.images))
+        numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
+        agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
+    if not arguments.detector:
+        return
+
+    pictures = agreed(lambda: read_folder(folder))
+    parts = tqdm(pictures[world.rank :: world.size], "prompts", disable=world.rank > 0)
+    verdicts = agreed(lambda: score(folder, parts, detector, colors, limits))
+    shares: list[Any] = [None] * world.size
+    dist.all_gather_object(shares, verdicts)
+    if world.rank == 0:
+        together = sorted((verdict for share in shares for verdict in share), key=lambda verdict: verdict["filename"])
+        models = dict(detector=arguments.detector, clip=arguments.clip, limits=limits._asdict())
+        _print(report(folder, together, dict(**models, differences=differences(pictures, detector, limits))))
+
+
+def _open(arguments: argparse.Namespace) -> Run:
+    from ditmoe_ds.pipelines.run import open_run
+
+    run = open_run(arguments.run, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
+    if run.model.config.num_classes:
+        raise ConfigError("--run", arguments.run, "this model is told classes; the benchmark is for captions")
+    return run
+
+
+def _print(report: dict[str, Any]) -> None:
+    for task, row in report["tasks"].items():
+        low, high = row["ci95"]
+        print(f"{task:<16}{row['score']:>7.1%}  ({low:.1%} to {high:.1%} of {row['images']})")
+    print(f"{'overall':<16}{report['overall']:>7.1%}  {report['prompts_right']:.1%} of the prompts have a right picture")
+    for difference in report["differences"]:
+        print(f"not the published protocol: {difference}")

@@ -1,0 +1,177 @@
+"""Pictures for GenEval in the published layout: making them, and scoring a folder of them, whoever made it.
+
+``00000/metadata.jsonl`` is the first line of the prompt file, ``00000/samples/0000.png`` the first of its pictures, and so on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.evaluation.geneval.detectors import Detector
+from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
+from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
+from ditmoe_ds.pipelines.run import Run
+
+SETTINGS = "settings.json"
+"""Beside the pictures: how they were made."""
+Colors = Callable[[Image.Image, str, list[Detected]], list[str]]
+"""As ``ColorClassifier``."""
+
+
+@dataclass
+class Pictures:
+    """Of one prompt."""
+
+    prompt: Prompt
+    files: list[Path]
+
+
+def settle(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images: int) -> list[int]:
+    """Note in a folder how its pictures are made.
+
+    Returns:
+        Numbers of the prompts whose pictures are not all there.
+
+    Raises:
+        ConfigError: it holds pictures that were made otherwise.
+    """
+    asked = hashlib.sha256("\n".join(prompt.line for prompt in prompts).encode()).hexdigest()
+    settings = dict(**settings, images=images, prompts=asked)
+    note = folder / SETTINGS
+    if note.is_file():
+        found = json.loads(note.read_text())
+        other = [key for key in settings if found.get(key) != settings[key]]
+        if other:
+            fix = f"its pictures were made with {other[0]} {found.get(other[0])!r}, not {settings[other[0]]!r}; choose another folder"
+            raise ConfigError("SAMPLES", str(folder), fix)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError("SAMPLES", str(folder), f"holds something, but no {SETTINGS} of ours; choose a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(note, json.dumps(settings, indent=1) + "\n")
+    return [number for number in range(len(prompts)) if not all(_picture(folder, number, i).is_file() for i in range(images))]
+
+
+def generate(
+    run: Run, prompts: list[Prompt], numbers: Iterable[int], folder: Path, *, images: int, steps: int, guidance: float, seed: int
+) -> None:
+    """Make the pictures of the prompts with these numbers.
+
+    The pictures of a prompt are one batch, and picture i of prompt p has the noise of index p * images + i: neither a restart
+    nor the number of processes changes them.
+    """
+    for number in numbers:
+        sampled = run.sample([prompts[number].text] * images, steps=steps, guidance=guidance, seed=seed, first=number * images)
+        _picture(folder, number, 0).parent.mkdir(parents=True, exist_ok=True)
+        _write(_place(folder, number) / "metadata.jsonl", prompts[number].line + "\n")
+        for i, picture in enumerate(sampled.numpy()):
+            path = _picture(folder, number, i)
+            Image.fromarray(picture).save(path.with_suffix(".partial"), format="png")
+            os.replace(path.with_suffix(".partial"), path)
+
+
+def _place(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}"
+
+
+def _picture(folder: Path, number: int, i: int) -> Path:
+    return _place(folder, number) / "samples" / f"{i:04d}.png"
+
+
+def _write(path: Path, text: str) -> None:
+    path.with_suffix(".partial").write_text(text)
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def read_folder(folder: Path) -> list[Pictures]:
+    """The prompts and the pictures of a folder, in order.
+
+    Raises:
+        DataError: there are none, or a prompt has none or cannot be read.
+    """
+    places = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()) if folder.is_dir() else []
+    if not places:
+        raise DataError(f"{folder}: no folders 00000, 00001, ... of pictures; GenEval's layout is in docs/geneval.md")
+    found = []
+    for place in places:
+        prompts = read_prompts(place / "metadata.jsonl")
+        files = sorted(path for path in (place / "samples").glob("*.png") if path.stem.isdigit())
+        if len(prompts) != 1 or not files:
+            raise DataError(f"{place}: {len(prompts)} prompts in metadata.jsonl, {len(files)} pictures in samples; one and some are needed")
+        found.append(Pictures(prompts[0], files))
+    return found
+
+
+def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: Colors, limits: Limits) -> list[dict[str, Any]]:
+    """Judge pictures.
+
+    Returns:
+        Of each what the published evaluator writes: ``filename`` (in the folder), ``tag``, ``prompt``, ``correct``, ``reason``,
+        ``metadata`` (the prompt's line) and ``details`` (JSON: by class, boxes and scores of the objects that count).
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    verdicts = []
+    for part in parts:
+        for file in part.files:
+            image = _open(file)
+            found = detector(image, part.prompt.names, min(limits.threshold, limits.counting))
+            counted = {name: kept(objects, part.prompt.task, limits) for name, objects in found.items()}
+            wrong = judge(part.prompt, counted, partial(colors, image))
+            verdicts.append(
+                dict(
+                    filename=file.relative_to(folder).as_posix(),
+                    tag=part.prompt.task,
+                    prompt=part.prompt.text,
+                    correct=not wrong,
+                    reason="\n".join(wrong),
+                    metadata=part.prompt.line,
+                    details=json.dumps({name: [[*one.box, one.score] for one in objects] for name, objects in counted.items() if objects}),
+                )
+            )
+    return verdicts
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{file}: no readable picture ({error})") from None
+
+
+def differences(pictures: Sequence[Pictures], detector: Detector, limits: Limits) -> list[str]:
+    """In what, apart from its implementation, an evaluation is not the published one."""
+    found = []
+    counts = Counter(part.prompt.task for part in pictures)
+    if counts != PROMPTS:
+        found.append(f"{len(pictures)} prompts that are not the published {sum(PROMPTS.values())}")
+    if any(len(part.files) != IMAGES for part in pictures):
+        found.append(f"not {IMAGES} pictures of each prompt")
+    if detector.kind:
+        found.append(detector.kind)
+    if limits != Limits():
+        found.append(", ".join(f"{key} {value}" for key, value in limits._asdict().items() if value != Limits._field_defaults[key]))
+    return found
+
+
+def report(folder: Path, verdicts: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Write ``geneval.jsonl``, a line per picture, and ``geneval.json``, which it returns: ``summary``, ``settings``, and how the
+    pictures were made, if the folder says."""
+    note = folder / SETTINGS
+    made = json.loads(note.read_text()) if note.is_file() else None
+    numbers = dict(**summary(verdicts), **settings, made=made)
+    _write(folder / "geneval.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    _write(folder / "geneval.json", json.dumps(numbers, indent=1) + "\n")
+    return numbers
