@@ -1,10 +1,11 @@
-"""``ditmoe``: train, sample, analyze, eval, info; more commands are in interop/cli.py and launching/cli.py."""
+"""``ditmoe``: train, sample, eval, info; more commands are in analysis/cli.py, interop/cli.py and launching/cli.py."""
 
 import argparse
 import json
 import sys
 from typing import TYPE_CHECKING
 
+from ditmoe_ds.analysis import cli as analysis
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
@@ -38,13 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", default="grid.png")
 
-    analyze = commands.add_parser("analyze", help="which expert takes which token, as pictures and JSON")
-    analyze.set_defaults(command=_analyze)
-    analyze.add_argument("run_dir")
-    analyze.add_argument("--out", required=True)
-    analyze.add_argument("--samples", type=int, default=256)
-    analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
-
     evaluate = commands.add_parser("eval", help="score a run")
     evaluate.set_defaults(command=_eval)
     evaluate.add_argument("benchmark", choices=["shapes"], help="text to image: new compositions of sample:shapes, by an exact detector")
@@ -57,14 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     _add_opening(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
 
-    _add_opening(analyze)
-
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)
     info.add_argument("name", help="for example DiT-MoE-XL/2-8E2A or DiT-XL/2")
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
     info.add_argument("--json", action="store_true")
 
+    analysis.add_commands(commands)
     interop.add_commands(commands)
     launching.add_commands(commands)
     doctor.add_command(commands)
@@ -122,22 +115,6 @@ def _sample(arguments: argparse.Namespace) -> int:
     )
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
     print(f"{len(asked)} images of step {run.step} in {arguments.out}")
-    return 0
-
-
-def _analyze(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from ditmoe_ds.analysis.adaptive import adaptive
-    from ditmoe_ds.analysis.routing import analyze
-
-    run = _open(arguments)
-    if arguments.prompt:
-        files = adaptive(run, arguments.prompt, Path(arguments.out))
-    else:
-        files = analyze(run, Path(arguments.run_dir), Path(arguments.out), arguments.samples)
-    for name, path in files.items():
-        print(f"{name}: {path}")
     return 0
 
 

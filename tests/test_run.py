@@ -13,7 +13,7 @@ from PIL import Image
 from processes import ROOT, launch
 
 from ditmoe_ds import config
-from ditmoe_ds.analysis.routing import analyze
+from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.tensorfile import TensorFile
@@ -241,7 +241,7 @@ def test_sample_and_analyze(straight, folder, capsys):
     assert (together[2].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(opened.model.x_embed.weight, open_run(run, "master").model.x_embed.weight)
 
-    files = analyze(opened, Path(run), folder / "analysis", samples=7, bins=4)
+    files = analyze(opened, Path(run), folder / "analysis", samples=7, times=4)
     numbers = json.loads(files["routing.json"].read_text())
     shares = {axis: torch.tensor(share) for axis, share in numbers["share"].items()}
     assert shares["timestep"].shape == (2, 4, 4) and shares["position"].shape == (2, 16, 4) and shares["class"].shape == (2, 10, 4)
