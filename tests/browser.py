@@ -92,7 +92,7 @@ def browser():
     out_read, out_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # the protocol's pipe is file descriptors 3 and 4 of the browser
-        wiring = f"exec {CHROMIUM} \"$@\" 3<&{in_read} 4>&{out_write}"
+        wiring = f'exec {CHROMIUM} "$@" 3<&{in_read} 4>&{out_write}'
         process = subprocess.Popen(
             ["bash", "-c", wiring, "chromium", *OPTIONS, f"--user-data-dir={profile}"],
             pass_fds=(in_read, out_write),

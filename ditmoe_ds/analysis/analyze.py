@@ -96,7 +96,7 @@ def analyze(
         samples=f"{number} held out, each noised to {times} times; {math.prod(sides)} tokens",
         command=command,
     )
-    write_report(files["report.html"], f"Experts of {run_dir.resolve().name}, step {run.step}", numbers, facts, pictures)
+    write_report(files["report.html"], "/".join(run_dir.resolve().parts[-2:]), numbers, facts, pictures)
     return files
 
 

@@ -26,7 +26,7 @@ def photo(path: Path, label: str) -> str:
 
 
 def heat(values: Tensor, low: float, high: float, label: str, colors: str = DIVERGING, ratio: float | None = None) -> str:
-    """(rows, columns) as colours from ``low`` to ``high``; NaN is transparent. ``ratio`` is width over height, by default of square cells."""
+    """(rows, columns) as colours from ``low`` to ``high``, NaN as grey; ``ratio``: width over height, by default of square cells."""
     share = np.ma.masked_invalid((values.double().numpy() - low) / (high - low))
     map_ = matplotlib.colormaps[colors].with_extremes(bad=(0.5, 0.5, 0.5, 0.15))
     file = io.BytesIO()
@@ -64,7 +64,7 @@ def _frame(svg: str, low: str, high: str, left: str, right: str, label: str) -> 
 def number(value: float) -> str:
     """Three significant digits, short."""
     if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "–"
+        return "0" if value == 0 else "none"
     return f"{value:.1e}" if abs(value) < 1e-4 else f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 

@@ -43,9 +43,9 @@ class Information:
         """By layer, and at the end of each list for the mean over layers.
 
         Returns:
-            ``bits``; ``experts``, the entropy of the expert, the most that any label could tell; ``baseline``, the permutations' mean, and ``baseline_high``, their 95 % quantile; ``share``, what is above the
-            baseline as a share of the expert's entropy; ``z``, None if the permutations all agree; ``p``, one-sided, at least
-            1 / (R + 1).
+            ``bits``; ``experts``, the entropy of the expert, the most that any label could tell; ``baseline``, the permutations'
+            mean, and ``baseline_high``, their 95 % quantile; ``share``, what is above the baseline as a share of that entropy; ``z``,
+            None if the permutations all agree; ``p``, one-sided, at least 1 / (R + 1).
         """
         observed = torch.cat([self.bits, self.bits.mean()[None]])
         null = torch.cat([self.shuffled, self.shuffled.mean(1, keepdim=True)], dim=1)

@@ -34,7 +34,6 @@ def write_report(path: Path, title: str, numbers: Numbers, facts: dict[str, str]
     numbered = list(enumerate(parts.items(), 1))
     page = Template((files("ditmoe_ds.analysis") / "report.html").read_text()).substitute(
         title=html.escape(title),
-        lead="Which expert takes which token, and what that depends on.",
         facts="".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items()),
         contents="".join(f'<li><a href="#s{i}">{html.escape(name)}</a></li>' for i, (name, _) in numbered),
         sections="\n".join(f'<section id="s{i}"><h2>{html.escape(name)}</h2>{content}</section>' for i, (name, content) in numbered),
@@ -54,49 +53,45 @@ def by_layer(numbers: Numbers, values: Tensor, draw: Callable[[Tensor, str], str
 
 
 def dependence(numbers: Numbers) -> str:
-    most = numbers["information"]["position"]["experts"][-1]
+    layers = [f"layer {layer}" for layer in numbers["layers"]]
     rows, charts, words = [], [], []
-    ends = (f"layer {numbers['layers'][0]}", f"layer {numbers['layers'][-1]}")
     for axis, found in numbers["information"].items():
         last = {key: values[-1] for key, values in found.items()}
-        z = "–" if last["z"] is None else f"{last['z']:.1f}"
-        above = f"{100 * last['share']:.2f} %"
-        rows.append([axis, number(last["bits"]), number(last["baseline"]), above, z, number(last["p"])])
+        z, p, above = ("none" if last["z"] is None else f"{last['z']:.1f}"), f"{last['p']:.3f}", f"{100 * last['share']:.2f} %"
+        rows.append([axis, number(last["bits"]), number(last["baseline"]), above, z, p])
         if axis in numbers["fixed"]:
-            words.append(f"{axis}: nothing, by construction (every expert takes equally many tokens of every image)")
-        elif last["p"] < SIGNIFICANT:
-            words.append(f"{axis}: {above} of the uncertainty about the expert (p = {number(last['p'])})")
+            words.append(f"the {axis} none (every expert takes equally many tokens of every image)")
         else:
-            words.append(f"{axis}: nothing beyond chance (p = {number(last['p'])})")
-        names = [f"layer {layer}" for layer in numbers["layers"]]
-        chart = bars(found["bits"][:-1], found["baseline_high"][:-1], names, ends, f"information of {axis} by layer", "bit")
+            words.append(f"the {axis} {above} (p = {p})" if last["p"] < SIGNIFICANT else f"the {axis} none beyond chance (p = {p})")
+        chart = bars(found["bits"][:-1], found["baseline_high"][:-1], layers, (layers[0], layers[-1]), f"information of the {axis}", "bit")
         charts.append(f"<div><h3>{axis}</h3>{chart}</div>")
+    most, permutations = numbers["information"]["position"]["experts"][-1], numbers["permutations"]
     return (
-        read(f"What knowing it tells about the expert, over all layers. {'; '.join(words).capitalize()}.")
+        read(f"How much of the uncertainty about the expert is gone for who knows {', '.join(words)}.")
         + table(["mean over layers", "bits", "shuffled", "above, of entropy", "z", "p"], rows)
         + read(
-            f"Mutual information of the expert of a taking with the label, of at most {number(most)} bits. Shuffled: the mean of "
-            f"{numbers['permutations']} permutations of the labels (classes between images, times within an image, positions by shifting "
-            "an image's grid): what chance alone gives. p is the share of permutations that reach the value."
+            f"Mutual information of a selection's expert with its label, of at most {number(most)} bits. Shuffled: its mean over "
+            f"{permutations} permutations of the labels (classes between images, times within an image, positions by shifting an image's "
+            "grid), which is what chance alone gives. p: the share of permutations that reach the value; less than "
+            f"{1 / (permutations + 1):.3f} cannot be seen with so many."
         )
         + columns(charts)
-        + read("By layer. A bar that ends above its mark is more than 95 % of the permutations give.")
+        + read("By layer. The line across a bar is what 95 % of the permutations stay below.")
     )
 
 
-def _shares(numbers: Numbers, axis: str, ends: str) -> str:
-    share, uniform = numbers["share"][axis], 1 / numbers["experts"]
-    spread = (share - uniform).abs().nan_to_num(-1)
-    layer, row, expert = (int(i) for i in torch.unravel_index(spread.argmax(), spread.shape))
-    told = f"{100 * share[layer, row, expert]:.0f} % of the selections (even: {100 * uniform:.0f} %)"
-    where = dict(
-        timestep=f"at t = {numbers['timesteps'][row]:.2f}",
-        position=f"at row {row // numbers['sides'][1]}, column {row % numbers['sides'][1]}",
-    )
-    place = where[axis] if axis in where else f"of class {(numbers['class_names'] or range(share.shape[1]))[row]}"
-    return read(f"{ends} The strongest preference: in layer {numbers['layers'][layer]}, expert {expert} gets {told} {place}.") + scale(
-        "0", f"{uniform:.2f} (even)", f"{2 * uniform:.2f} and more"
-    )
+def _shares(numbers: Numbers, axis: str, how: str) -> str:
+    share, even = numbers["share"][axis], 1 / numbers["experts"]
+    layer, row, expert = (int(i) for i in torch.unravel_index(share.nan_to_num(0).argmax(), share.shape))
+    names = numbers["class_names"] or range(share.shape[1])
+    place = dict(
+        timestep=lambda: f"at t = {numbers['timesteps'][row]:.2f}",
+        position=lambda: f"at row {row // numbers['sides'][1]}, column {row % numbers['sides'][1]}",
+        **{"class": lambda: f"of class {names[row]}"},
+    )[axis]()
+    most = f"{100 * share[layer, row, expert]:.0f} % of the selections {place}"
+    told = f"The strongest preference: in layer {numbers['layers'][layer]}, expert {expert} gets {most}; even would be {100 * even:.0f} %."
+    return read(f"{how} {told}") + scale("0", f"{even:.2f} (even)", f"{2 * even:.2f} and more")
 
 
 def over_time(numbers: Numbers) -> str:
@@ -111,15 +106,17 @@ def over_positions(numbers: Numbers) -> str:
         return f'<div class="maps">{"".join(drawn)}</div>'
 
     high = 2 / numbers["experts"]
-    head = _shares(numbers, "position", "A map of the image's patches per expert: its share of the selections there, over all times.")
-    return head + by_layer(numbers, numbers["share"]["position"], maps, 270)
+    head = _shares(numbers, "position", "A map of the image per expert: its share of the selections at each patch, over all times.")
+    return head + by_layer(numbers, numbers["share"]["position"], maps, 220)
 
 
 def over_classes(numbers: Numbers) -> str:
     if "class" not in numbers["share"]:
         return ""
-    high = 2 / numbers["experts"]
-    head = _shares(numbers, "class", "A row per expert, a column per class: its share of the selections. Grey: no sample of that class.")
+    high, names = 2 / numbers["experts"], numbers["class_names"] or []
+    order = f" ({', '.join(names)})" if 0 < len(names) <= 12 else ""
+    how = f"A row per expert, a column per class{order}: its share of the selections. Grey: no sample of that class."
+    head = _shares(numbers, "class", how)
     return head + by_layer(numbers, numbers["share"]["class"], lambda one, name: heat(one.T, 0, high, f"{name}, class", ratio=1.4))
 
 
@@ -129,8 +126,8 @@ def balance(numbers: Numbers) -> str:
     fullest = load.amax(1)
     worst = int(fullest.argmax())
     least = entropies.min().item()
-    loads = heat(load.T, 0, 2 * even, "load of each expert by layer", ratio=1.6)
-    calm = heat(entropies, min(0.8 * most, least), most, "entropy by layer and time", "viridis", ratio=1.6)
+    loads = heat(load.T, 0, 2 * even, "load of each expert by layer", ratio=2.4)
+    calm = heat(entropies, min(0.8 * most, least), most, "entropy by layer and time", "Blues", ratio=2.4)
     left = read(
         f"A column per layer, a row per expert: its share of all selections. The fullest, in layer {numbers['layers'][worst]}, has "
         f"{fullest[worst] / even:.2f} times the even share."
@@ -140,7 +137,7 @@ def balance(numbers: Numbers) -> str:
         f"{number(entropies.max().item())} of {number(most)} bits: less means fewer experts do the work then."
     )
     loads += scale("0", "even", "twice and more")
-    calm += scale(f"{number(min(0.8 * most, least))} bits", "", f"{number(most)} (all alike)", "viridis")
+    calm += scale(f"{number(min(0.8 * most, least))} bits", "", f"{number(most)} (all alike)", "Blues")
     return columns([f"<div>{left}{loads}</div>", f"<div>{right}{calm}</div>"])
 
 
@@ -163,7 +160,8 @@ def training(numbers: Numbers) -> str:
         max_over_mean="The fullest expert's load over the mean load (1 is even)",
         takers_std="How unevenly compute is spread over tokens (standard deviation of the experts per token)",
     )[key]
-    text = f"{what}: a row per layer, left to right the steps. Mean over layers {number(means[0].item())} at first, {number(means[-1].item())} last."
+    first, last = number(means[0].item()), number(means[-1].item())
+    text = f"{what}: a row per layer, left to right the steps. Mean over layers {first} at first, {last} last."
     low = values.min().item() if key == "takers_std" else 1.0
     right = read(text) + heat(values, low, high, "load over training", RISING, ratio=2.4) + scale(number(low), "", number(high), RISING)
     return columns([f"<div>{left}</div>", f"<div>{right}</div>"])
@@ -190,11 +188,11 @@ def similarity(numbers: Numbers) -> str:
     diagonal = torch.eye(numbers["experts"], dtype=torch.bool)
     titles = dict(outputs="answers to the same tokens", w1="weights into the hidden units (w1)", w2="weights out of them (w2)")
     means = {name: numbers["similarity"][name][:, ~diagonal].mean().item() for name in titles}
-    parts = [
-        f"<h3>{title}</h3>"
-        + by_layer(numbers, numbers["similarity"][name], lambda one, layer: heat(one, -1, 1, f"{layer}, {title}"), 110)  # noqa: B023
-        for name, title in titles.items()
-    ]
+
+    def matrices(name: str) -> str:
+        drawn = by_layer(numbers, numbers["similarity"][name], lambda one, layer: heat(one, -1, 1, f"{layer}, {titles[name]}"), 110)
+        return f"<h3>{titles[name]}</h3>{drawn}"
+
     return (
         read(
             "Cosines between the experts of a layer: 1 (red) alike, 0 (white) unrelated, -1 (blue) opposite. Between different experts "
@@ -202,7 +200,8 @@ def similarity(numbers: Numbers) -> str:
             "where answers do not: hidden units have no order."
         )
         + scale("-1", "0", "1")
-        + "".join(parts)
+        + matrices("outputs")
+        + f"<details><summary>weights, layer by layer</summary>{matrices('w1')}{matrices('w2')}</details>"
     )
 
 
