@@ -16,6 +16,11 @@ DIVERGING, RISING = "RdBu_r", "YlOrBr"
 INKS = ("var(--ink1)", "var(--ink2)", "var(--ink3)")
 
 
+def read(text: str) -> str:
+    """The sentence that says how to read a figure."""
+    return f'<p class="read">{html.escape(text)}</p>'
+
+
 def picture(png: bytes, label: str, kind: str = "photo", ratio: float | None = None) -> str:
     style = f' style="aspect-ratio:{ratio:.4f}"' if ratio else ""
     return f'<img class="{kind}" alt="{html.escape(label)}"{style} src="data:image/png;base64,{base64.b64encode(png).decode()}">'

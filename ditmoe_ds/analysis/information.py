@@ -60,7 +60,7 @@ class Information:
             baseline_high=null.quantile(0.95, dim=0).tolist(),
             share=((observed - mean) / most.clamp(min=1e-12)).tolist(),
             z=z,
-            p=((1 + reached) / (1 + len(null))).tolist(),
+            p=((1.0 + reached.double()) / (1 + len(null))).tolist(),
         )
 
 
