@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ditmoe_ds.analysis.adaptive import adaptive
 from ditmoe_ds.analysis.experts import answers_alike, weights_alike
 from ditmoe_ds.analysis.plots import plot_loss, plot_shares
@@ -16,6 +18,7 @@ from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.pipelines.run import Run
+from ditmoe_ds.rng import keyed_generator
 
 COMPARED = 32
 """Samples on which experts' answers are compared."""
@@ -38,7 +41,7 @@ def analyze(
     Args:
         run_dir: has ``metrics.jsonl``, if it is a run's.
         dataset: folder of latents, if not the run's own; its held-out split is taken.
-        samples: at most, evenly spaced in the split.
+        samples: at most so many, chosen by chance, the same ones each time.
         prompts: for which images are sampled, to show how much compute their tokens get.
 
     Returns:
@@ -57,12 +60,13 @@ def analyze(
     data = heldout(run, dataset)
     pictures = adaptive(run, list(prompts), out) if prompts else {}
     number = min(samples, len(data))
-    chosen = data.batch([i * len(data) // number for i in range(number)])
+    order = torch.randperm(len(data), generator=keyed_generator("analysis")).tolist()  # data may be sorted by class
+    chosen = data.batch(sorted(order[:number]))
     counted = count_takings(run, chosen, times)
     sides = (run.shape[1] // config.patch, run.shape[2] // config.patch)
     numbers = summary(run, counted, sides, chosen.labels, permutations)
-    compared = data.batch([i * len(data) // min(COMPARED, number) for i in range(min(COMPARED, number))])
-    numbers["similarity"] = dict(w1=weights_alike(run, "w1"), w2=weights_alike(run, "w2"), outputs=answers_alike(run, compared, times))
+    answers = answers_alike(run, data.batch(order[: min(number, COMPARED)]), times)
+    numbers["similarity"] = dict(w1=weights_alike(run, "w1"), w2=weights_alike(run, "w2"), outputs=answers)
     metrics = run_dir / "metrics.jsonl"
     numbers["training"] = training(metrics) if metrics.is_file() else None
 

@@ -26,11 +26,9 @@ def dependence(numbers: Numbers) -> str:
         z, p, above = ("none" if last["z"] is None else f"{last['z']:.1f}"), f"{last['p']:.3f}", f"{100 * last['share']:.2f} %"
         rows.append([axis, number(last["bits"]), number(last["baseline"]), above, z, p])
         if axis in numbers["fixed"]:
-            words.append(f"the {axis} explains none (every expert takes equally many tokens of every image)")
-        else:
-            words.append(
-                f"the {axis} explains {above} (p = {p})" if last["p"] < SIGNIFICANT else f"the {axis} explains none beyond chance (p = {p})"
-            )
+            words.append(f"the {axis} explains none, by construction: every expert takes equally many tokens of every image")
+            continue
+        words.append(f"the {axis} explains {above if last['p'] < SIGNIFICANT else 'none beyond chance'} (p = {p})")
         chart = bars(found["bits"][:-1], found["baseline_high"][:-1], layers, (layers[0], layers[-1]), f"information of the {axis}", "bit")
         charts.append(f"<div><h3>{axis}</h3>{chart}</div>")
     most, permutations = numbers["information"]["position"]["experts"][-1], numbers["permutations"]
@@ -44,7 +42,7 @@ def dependence(numbers: Numbers) -> str:
             f"value; below {1 / (permutations + 1):.3f} it cannot be with so many."
         )
         + columns(charts)
-        + read("By layer. The line across a bar is what 95 % of the permutations stay below.")
+        + read("The same by layer. The line across a bar is what 95 % of the permutations stay below.")
     )
 
 
@@ -63,6 +61,8 @@ def _shares(numbers: Numbers, axis: str, how: str) -> str:
 
 
 def over_time(numbers: Numbers) -> str:
+    if "timestep" in numbers["fixed"]:
+        return ""
     high = 2 / numbers["experts"]
     head = _shares(numbers, "timestep", "A row per expert, from image (left) to noise (right): its share of the selections then.")
     return head + by_layer(numbers, numbers["share"]["timestep"], lambda one, name: heat(one.T, 0, high, f"{name}, time", ratio=1.4))
@@ -79,7 +79,7 @@ def over_positions(numbers: Numbers) -> str:
 
 
 def over_classes(numbers: Numbers) -> str:
-    if "class" not in numbers["share"]:
+    if "class" not in numbers["share"] or "class" in numbers["fixed"]:
         return ""
     high, names = 2 / numbers["experts"], numbers["class_names"] or []
     order = f" ({', '.join(names)})" if 0 < len(names) <= 12 else ""
@@ -89,6 +89,8 @@ def over_classes(numbers: Numbers) -> str:
 
 
 def balance(numbers: Numbers) -> str:
+    if "timestep" in numbers["fixed"]:
+        return ""
     load, entropies = numbers["load"], numbers["entropy"]
     even, most = 1 / numbers["experts"], torch.tensor(float(numbers["experts"])).log2().item()
     fullest = load.amax(1)
