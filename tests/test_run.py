@@ -249,6 +249,7 @@ def test_sample_and_analyze(straight, folder, capsys):
     for axis in ("timestep", "position"):
         torch.testing.assert_close(shares[axis].sum(-1), torch.ones(shares[axis].shape[:2], dtype=torch.float64))
     assert 3 <= shares["class"].isnan()[0, :, 0].sum() < 10  # 7 samples of 10 classes
+    assert numbers["information"]["position"]["p"][-1] < 0.05
     assert len(numbers["training"]["router"]["max_over_mean"]) == 2
     assert all(Image.open(files[axis]).width > 100 for axis in ("timestep", "position", "class", "loss"))
 

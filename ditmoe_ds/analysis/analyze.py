@@ -82,9 +82,9 @@ def analyze(
     facts = dict(
         model=f"{config.depth} layers, {len(config.sparse_layers)} of them with {config.experts} experts; width {config.hidden}; "
         f"{config.routing} choice, {config.top_k if config.routing == 'token' else numbers['experts_per_token']:.3g} experts per token",
-        run=str(run_dir.resolve()),
+        run=str(run_dir),
         step=f"{run.step:,}",
-        data=f"{data.manifests[0].root}, {data.manifests[0].source}",
+        data=f"{dataset or run.latents['manifest']}, {data.manifests[0].source}",
         samples=f"{number} held out, each noised to {times} times; {math.prod(sides)} tokens",
         command=command,
     )
