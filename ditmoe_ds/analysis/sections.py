@@ -28,7 +28,7 @@ def dependence(numbers: Numbers) -> str:
         if axis in numbers["fixed"]:
             words.append(f"the {axis} explains none, by construction: every expert takes equally many tokens of every image")
             continue
-        words.append(f"the {axis} explains {above if last['p'] < SIGNIFICANT else 'none beyond chance'} (p = {p})")
+        words.append(f"the {axis} explains {above if last['p'] < SIGNIFICANT else 'none beyond chance'} (p\u00a0=\u00a0{p})")
         chart = bars(found["bits"][:-1], found["baseline_high"][:-1], layers, (layers[0], layers[-1]), f"information of the {axis}", "bit")
         charts.append(f"<div><h3>{axis}</h3>{chart}</div>")
     most, permutations = numbers["information"]["position"]["experts"][-1], numbers["permutations"]
