@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/ditmoe analyze demo/run --out demo/analysis
 	@$(BIN)/python -c "import json; r = [json.loads(l) for l in open('demo/run/metrics.jsonl')]; \
 	print(f'\nloss {r[0][\"loss\"]:.3f} at step 1, {r[-1][\"loss\"]:.3f} at step {r[-1][\"step\"]}'); \
-	print('samples      demo/samples.png\nloss curve   demo/analysis/loss.png\nrouting      demo/analysis/routing_timestep.png')"
+	print('samples      demo/samples.png\nloss curve   demo/analysis/loss.png\nrouting      demo/analysis/report.html')"
 
 demo-text: install
 	$(BIN)/ditmoe-data fit-vae --source sample:emoji --size 64 --steps 1500 --out emoji/vae

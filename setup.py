@@ -6,7 +6,12 @@ setup(
     description="Distributed training of Mixture-of-Experts diffusion transformers (DiT-MoE, EC-DIT) on DeepSpeed-MoE",
     python_requires=">=3.10",
     packages=[*find_packages(include=["ditmoe_ds*", "data_prep*"]), "ds_configs", "launchers.slurm"],
-    package_data={"ds_configs": ["*.json"], "launchers.slurm": ["*.sbatch"], "ditmoe_ds.interop": ["diffusers_files/*.py"]},
+    package_data={
+        "ds_configs": ["*.json"],
+        "launchers.slurm": ["*.sbatch"],
+        "ditmoe_ds.interop": ["diffusers_files/*.py"],
+        "ditmoe_ds.analysis": ["*.html"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.4,<0.20",

@@ -1,15 +1,16 @@
-"""``ditmoe``: train, sample, analyze, info; more commands are in evaluation/cli.py, interop/cli.py and launching/cli.py."""
+"""``ditmoe``: train, info, and the commands of the rooms, each of which has a cli.py."""
 
 import argparse
 import json
 import sys
 
-from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.analysis import cli as analysis
+from ditmoe_ds.errors import UserError
 from ditmoe_ds.evaluation import cli as evaluation
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
-from ditmoe_ds.pipelines.arguments import add_opening, open_named
+from ditmoe_ds.pipelines import cli as pipelines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,39 +23,19 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value")
 
-    sample = commands.add_parser("sample", help="images from a run's EMA weights, or from a weights folder")
-    sample.set_defaults(command=_sample)
-    sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
-    sample.add_argument("--classes", default="0", help="comma-separated, for example 0,1,2")
-    sample.add_argument("--prompt", action="append", help="of a text-to-image model; several are given by --prompt each")
-    sample.add_argument("--per-class", type=int, default=8, help="images (a row) per class or prompt")
-    sample.add_argument("--steps", type=int, default=50)
-    sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
-    sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
-    sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
-    add_opening(sample)
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", default="grid.png")
-
-    analyze = commands.add_parser("analyze", help="which expert takes which token, as pictures and JSON")
-    analyze.set_defaults(command=_analyze)
-    analyze.add_argument("run_dir")
-    analyze.add_argument("--out", required=True)
-    analyze.add_argument("--samples", type=int, default=256)
-    analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
-    add_opening(analyze)
-
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)
     info.add_argument("name", help="for example DiT-MoE-XL/2-8E2A or DiT-XL/2")
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
     info.add_argument("--json", action="store_true")
 
+    pipelines.add_commands(commands)
     evaluation.add_commands(commands)
+    analysis.add_commands(commands)
     interop.add_commands(commands)
     launching.add_commands(commands)
     doctor.add_command(commands)
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]  # of deepspeed's launcher
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]  # deepspeed's launcher
     arguments, rest = parser.parse_known_args(words)
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -71,49 +52,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from ditmoe_ds import train
 
     return train.main([arguments.recipe, *arguments.overrides])
-
-
-def _sample(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from ditmoe_ds.latents.images import save_grid
-
-    try:
-        classes = [int(part) for part in arguments.classes.split(",")]
-    except ValueError:
-        raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
-    run = open_named(arguments)
-    if bool(arguments.prompt) == bool(run.model.config.num_classes):
-        wanted = "--classes" if run.model.config.num_classes else "--prompt"
-        raise ConfigError("--prompt", arguments.prompt, f"this model is told {wanted}")
-    asked = [one for one in arguments.prompt or classes for _ in range(arguments.per_class)]
-    images = run.sample(
-        asked,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        sampler=arguments.sampler,
-        guided_channels=arguments.guided_channels,
-    )
-    save_grid(images, Path(arguments.out), columns=arguments.per_class)
-    print(f"{len(asked)} images of step {run.step} in {arguments.out}")
-    return 0
-
-
-def _analyze(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from ditmoe_ds.analysis.adaptive import adaptive
-    from ditmoe_ds.analysis.routing import analyze
-
-    run = open_named(arguments)
-    if arguments.prompt:
-        files = adaptive(run, arguments.prompt, Path(arguments.out))
-    else:
-        files = analyze(run, Path(arguments.run_dir), Path(arguments.out), arguments.samples)
-    for name, path in files.items():
-        print(f"{name}: {path}")
-    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

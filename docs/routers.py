@@ -56,7 +56,7 @@ def draw_runs(runs: list[str], prompt: str, path: str, **options: str | None) ->
             image = run.sample([prompt], steps=STEPS, guidance=3.0, seed=0)[0]
         side = [length // config.patch for length in run.shape[1:]]
         layers = len(config.sparse_layers)
-        maps = taken[SHOWN * layers + layers // 2][: side[0] * side[1]].view(*side, -1)  # the conditional half comes first
+        maps = taken[SHOWN * layers + layers // 2][: side[0] * side[1]].cpu().view(*side, -1)  # the conditional half comes first
         rows.append((config.routing, image, maps))
     experts = rows[0][2].shape[-1]
     figure, panels = plt.subplots(len(rows), experts + 2, figsize=(1.35 * (experts + 2), 3.4), layout="constrained", facecolor="white")

@@ -5,6 +5,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,7 @@ from PIL import Image
 from processes import ROOT, launch
 
 from ditmoe_ds import config
-from ditmoe_ds.analysis.routing import analyze
+from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.tensorfile import TensorFile
@@ -241,12 +242,15 @@ def test_sample_and_analyze(straight, folder, capsys):
     assert (together[2].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(opened.model.x_embed.weight, open_run(run, "master").model.x_embed.weight)
 
-    files = analyze(opened, Path(run), folder / "analysis", samples=7, bins=4)
+    files = analyze(opened, Path(run), folder / "analysis", samples=7, times=4)
     numbers = json.loads(files["routing.json"].read_text())
-    shares = {axis: torch.tensor(share) for axis, share in numbers["share"].items()}
+    shares = {axis: torch.from_numpy(np.array(share, dtype=float)) for axis, share in numbers["share"].items()}  # None: unseen
     assert shares["timestep"].shape == (2, 4, 4) and shares["position"].shape == (2, 16, 4) and shares["class"].shape == (2, 10, 4)
     for axis in ("timestep", "position"):
-        torch.testing.assert_close(shares[axis].sum(-1), torch.ones(shares[axis].shape[:2]))
+        torch.testing.assert_close(shares[axis].sum(-1), torch.ones(shares[axis].shape[:2], dtype=torch.float64))
+    assert 3 <= shares["class"].isnan()[0, :, 0].sum() < 10  # 7 samples of 10 classes
+    assert numbers["information"]["position"]["p"][-1] < 0.05
+    assert len(numbers["training"]["router"]["max_over_mean"]) == 2
     assert all(Image.open(files[axis]).width > 100 for axis in ("timestep", "position", "class", "loss"))
 
     capsys.readouterr()

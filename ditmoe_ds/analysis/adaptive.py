@@ -36,7 +36,7 @@ def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: fl
     side = [length // run.model.config.patch for length in run.shape[1:]]
     # with guidance the first half of each forward is the conditional one
     counts = [layer.sum(1).view(-1, *side)[: len(prompts)] for layer in taken]
-    return images, torch.stack(counts).view(steps, -1, len(prompts), *side).transpose(0, 1)
+    return images, torch.stack(counts).cpu().view(steps, -1, len(prompts), *side).transpose(0, 1)
 
 
 def on_objects(images: Tensor, takers: Tensor) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""All of ``ditmoe analyze``: numbers as ``routing.json``, pictures, and ``report.html``."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ditmoe_ds.analysis.adaptive import adaptive
+from ditmoe_ds.analysis.experts import answers_alike, weights_alike
+from ditmoe_ds.analysis.plots import plot_loss, plot_shares
+from ditmoe_ds.analysis.report import write_report
+from ditmoe_ds.analysis.routing import count_takings
+from ditmoe_ds.analysis.summary import plain, summary, training
+from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.moe.layer import Router
+from ditmoe_ds.pipelines.run import Run
+from ditmoe_ds.rng import keyed_generator
+
+COMPARED = 32
+"""Samples on which experts' answers are compared."""
+
+
+def analyze(
+    run: Run,
+    run_dir: Path,
+    out: Path,
+    *,
+    dataset: str | None = None,
+    samples: int = 256,
+    times: int = 10,
+    permutations: int = 200,
+    prompts: Sequence[str] = (),
+    command: str = "",
+) -> dict[str, Path]:
+    """Analyse the routing of held-out samples and write the files into ``out``.
+
+    Args:
+        run_dir: has ``metrics.jsonl``, if it is a run's.
+        dataset: folder of latents, if not the run's own; its held-out split is taken.
+        samples: at most so many, chosen by chance, the same ones each time.
+        prompts: for which images are sampled, to show how much compute their tokens get.
+
+    Returns:
+        The files, by name.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: a dense model, latents that are gone or of another kind, no VAE or text encoder.
+    """
+    config = run.model.config
+    if not any(isinstance(module, Router) for module in run.model.modules()):
+        raise CheckpointError(f"{run_dir}: the model is dense, it has no routing to analyze")
+    if prompts and config.num_classes:
+        raise ConfigError("--prompt", list(prompts), "this model is told classes; maps of compute are for text to image")
+    if samples < 2:
+        raise ConfigError("--samples", samples, "at least 2: their labels are permuted")
+    data = heldout(run, dataset)
+    pictures = adaptive(run, list(prompts), out) if prompts else {}
+    number = min(samples, len(data))
+    order = torch.randperm(len(data), generator=keyed_generator("analysis")).tolist()  # data may be sorted by class
+    chosen = data.batch(sorted(order[:number]))
+    counted = count_takings(run, chosen, times)
+    sides = (run.shape[1] // config.patch, run.shape[2] // config.patch)
+    numbers = summary(run, counted, sides, chosen.labels, permutations)
+    answers = answers_alike(run, data.batch(order[: min(number, COMPARED)]), times)
+    numbers["similarity"] = dict(w1=weights_alike(run, "w1"), w2=weights_alike(run, "w2"), outputs=answers)
+    metrics = run_dir / "metrics.jsonl"
+    numbers["training"] = training(metrics) if metrics.is_file() else None
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"report.html": out / "report.html", "routing.json": out / "routing.json"} | pictures
+    files["routing.json"].write_text(json.dumps(plain(numbers), allow_nan=False))
+    for axis, share in numbers["share"].items():
+        files[axis] = out / f"routing_{axis}.png"
+        plot_shares(share, axis, files[axis])
+    if metrics.is_file():
+        files["loss"] = out / "loss.png"
+        plot_loss(metrics, files["loss"])
+    facts = dict(
+        model=f"{config.depth} layers, {len(config.sparse_layers)} of them with {config.experts} experts; width {config.hidden}; "
+        f"{config.routing} choice, {config.top_k if config.routing == 'token' else numbers['experts_per_token']:.3g} experts per token",
+        run=str(run_dir),
+        step=f"{run.step:,}",
+        data=f"{dataset or run.latents['manifest']}, {data.manifests[0].source}",
+        samples=f"{number} held out, each noised to {times} times; {math.prod(sides)} tokens",
+        command=command,
+    )
+    write_report(files["report.html"], "/".join(run_dir.resolve().parts[-2:]), numbers, facts, pictures)
+    return files
+
+
+def heldout(run: Run, folder: str | None) -> LatentDataset:
+    """The held-out samples of a folder of latents, or of the run's own.
+
+    Raises:
+        ConfigError, DataError: not of the kind that the model was trained on; missing or damaged.
+    """
+    if folder is None and "manifest" not in run.latents:
+        raise ConfigError("--dataset", None, "these weights do not say what they were trained on; name a folder of latents")
+    manifest = Manifest.load(folder or run.latents["manifest"])
+    if run.shape not in manifest.shapes:
+        raise ConfigError(
+            "--dataset", folder, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"
+        )
+    pairs = {"scaling_factor": (manifest.scaling_factor, run.latents.get("scaling_factor"))}
+    if run.model.config.num_classes:
+        pairs["num_classes"] = manifest.num_classes, run.model.config.num_classes
+        pairs["class_names"] = list(manifest.class_names), run.latents.get("class_names")
+    for key, (theirs, ours) in pairs.items():
+        if ours is not None and theirs != ours:
+            raise ConfigError("--dataset", folder, f"{key}: {theirs}, the model was trained with {ours}; encode it alike")
+    return LatentDataset([manifest], "val", shape=run.shape)

@@ -1,0 +1,39 @@
+"""``ditmoe analyze``: what the choice of experts depends on."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``analyze`` to ``ditmoe``'s subparsers."""
+    analyze = commands.add_parser("analyze", help="which expert takes which token: a report, pictures and JSON")
+    analyze.set_defaults(command=_analyze)
+    analyze.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
+    analyze.add_argument("--out", required=True, help="folder for report.html, routing.json and pictures")
+    analyze.add_argument("--dataset", help="folder of latents whose held-out split is routed; default: the run's own")
+    analyze.add_argument("--samples", type=int, default=256)
+    analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
+    analyze.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
+    analyze.add_argument("--text-encoder", help="likewise")
+    analyze.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.analysis.analyze import analyze
+    from ditmoe_ds.pipelines.run import open_run
+
+    files = analyze(
+        open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder),
+        Path(arguments.run_dir),
+        Path(arguments.out),
+        dataset=arguments.dataset,
+        samples=arguments.samples,
+        prompts=arguments.prompt or (),
+        command=shlex.join(["ditmoe", *sys.argv[1:]]),
+    )
+    for name, path in files.items():
+        print(f"{name}: {path}")
+    return 0

@@ -1,0 +1,370 @@
+"""Expert specialisation: counts, information, relations of experts, and the report in a browser."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from browser import CHROMIUM, browser
+from latents import write_latents
+from models import DENSE, SPARSE, random_weights
+from torch import nn
+
+from ditmoe_ds.analysis.analyze import analyze
+from ditmoe_ds.analysis.experts import answers_alike, experts_of, lift, weights_alike
+from ditmoe_ds.analysis.information import Information, entropy, information, informations, mutual_information
+from ditmoe_ds.analysis.routing import Takings, count_takings, noised, watched
+from ditmoe_ds.analysis.summary import spread, training
+from ditmoe_ds.cli import main
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed.weights import write_weights
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.moe.layer import Router
+from ditmoe_ds.moe.routing import RouterConfig
+from ditmoe_ds.pipelines.run import Run, load_model
+from ditmoe_ds.training.step import router_metrics
+
+torch.set_num_threads(1)
+CLASSES, TIMES, PERMUTATIONS = 3, 4, 99
+TOKEN = replace(SPARSE, learn_variance=False)
+EXPERT = replace(TOKEN, routing="expert", sparse_first=1, shared=0)
+LOSSY = replace(TOKEN, router=RouterConfig(capacity_factor=0.7))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("analysis")
+
+
+@pytest.fixture(scope="module")
+def latents(folder):
+    path = write_latents(folder / "latents", train=8, val=30, shape=(4, 8, 8), classes=CLASSES)
+    replace(Manifest.load(path), class_names=("a", "<b>", "c")).save()
+    return path
+
+
+def opened(network, **latents):
+    weights = random_weights(network)[1]
+    return Run(load_model(weights).eval(), DiffusionConfig(), 5, latents)
+
+
+def batch(latents, count=30):
+    data = LatentDataset([Manifest.load(latents)], "val")
+    return data.batch(range(count))
+
+
+@pytest.mark.parametrize("network", [TOKEN, EXPERT, LOSSY], ids=["token", "expert", "capacity"])
+def test_counts_are_those_of_a_loop(network, latents):
+    run, samples = opened(network), batch(latents, 5)
+    layers, positions, experts = len(network.sparse_layers), 16, 4
+    by_time = torch.zeros(5, TIMES, layers, experts)
+    by_position = torch.zeros(5, positions, layers, experts)
+    takers, together = torch.zeros(TIMES, layers, experts + 1), torch.zeros(layers, experts, experts)
+    seen = []
+    for module in run.model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    counted = count_takings(run, samples, TIMES)
+    takings = iter(seen)
+    for time in range(TIMES):  # all samples fit into one forward
+        for layer in range(layers):
+            assignment, who = next(takings), {}
+            expert_of = [e for e, count in enumerate(assignment.counts.tolist()) for _ in range(count)]
+            for token, expert in zip(assignment.tokens.tolist(), expert_of, strict=True):
+                image, position = divmod(token, positions)
+                by_time[image, time, layer, expert] += 1
+                by_position[image, position, layer, expert] += 1
+                who.setdefault(token, set()).add(expert)
+            for token in range(5 * positions):
+                group = who.get(token, set())
+                takers[time, layer, len(group)] += 1
+                for one in group:
+                    for other in group:
+                        together[layer, one, other] += 1
+    for ours, theirs in ((counted.by_time, by_time), (counted.by_position, by_position), (counted.takers, takers)):
+        assert torch.equal(ours.float(), theirs)
+    assert torch.equal(counted.together.float(), together) and by_time.sum() > 0
+
+
+def test_a_sample_is_noised_alike_in_any_company(latents):
+    run = opened(TOKEN)
+    every, some = count_takings(run, batch(latents), TIMES), count_takings(run, batch(latents, 7), TIMES)
+    assert torch.equal(every.by_time[:7], some.by_time)
+    with watched(run.model) as taken:
+        assert list(noised(run, batch(latents, 7), TIMES, size=3))[-1] == (6, TIMES - 1)
+    assert torch.equal(taken[2].view(3, 16, -1).sum(1), every.by_time[:3, 1, 0])
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_counting_needs_no_value_on_the_host(choice):
+    """Tensors without values: whatever reads one, or makes a shape of one, fails."""
+    with torch.device("meta"):
+        routers = nn.ModuleList([Router(8, 4, choice, 2, RouterConfig()) for _ in range(3)])
+        counted = Takings.none(6, TIMES, 3, 16, 4, "meta")
+        with watched(routers) as taken:
+            for router in routers:
+                router(torch.empty(5, 16, 8))
+        counted.add(taken, 1, 2)
+    assert counted.by_position.is_meta and taken[0].shape == (80, 4)
+    with pytest.raises(NotImplementedError):
+        counted.on_cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_counting_does_not_wait_for_the_gpu(choice):
+    router = Router(8, 4, choice, 2, RouterConfig()).cuda()
+    nn.init.normal_(router.weight)
+    x, counted = torch.randn(5, 16, 8, device="cuda"), Takings.none(5, TIMES, 1, 16, 4, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with watched(router) as taken:
+            router(x)
+        counted.add(taken, 0, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counted.on_cpu().by_time.sum() == 5 * 16 * 2
+
+
+def test_information_in_closed_form():
+    def binary(p):
+        return -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+
+    known = [  # a table of (rows, experts), and its information
+        (torch.eye(4) * 9, 2.0),
+        (torch.outer(torch.tensor([1, 5, 2]), torch.tensor([3, 0, 4])), 0.0),
+        (torch.tensor([[90, 10], [10, 90]]), 1 - binary(0.1)),
+        (torch.tensor([[8, 0], [4, 4]]), binary(0.75) - 0.5),
+        (torch.zeros(2, 2), 0.0),
+    ]
+    for table, bits in known:
+        assert mutual_information(table[:, None].expand(-1, 3, -1)).tolist() == pytest.approx([bits] * 3, abs=1e-12)
+    assert entropy(torch.tensor([[1, 1, 2], [0, 5, 0]])).tolist() == [1.5, 0.0]
+
+
+def planted(samples=24, side=4, experts=4, axis=None, strength=3.0, alike=0.0, seed=0):
+    """Takings of one layer in which a token's expert depends on one axis, or on its image alone, or on nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    labels = torch.arange(samples) % CLASSES
+    effect = dict(
+        timestep=draw(1, TIMES, 1, experts).expand(samples, TIMES, side**2, experts),
+        position=draw(1, 1, side**2, experts).expand(samples, TIMES, side**2, experts),
+        **{"class": draw(CLASSES, experts)[labels][:, None, None].expand(samples, TIMES, side**2, experts)},
+    )
+    logits = alike * draw(samples, 1, 1, experts) + (strength * effect[axis] if axis else 0)
+    logits = logits.expand(samples, TIMES, side**2, experts)
+    chosen = logits.softmax(-1).flatten(0, 2).multinomial(1, generator=generator).view(samples, TIMES, side**2)
+    hits = nn.functional.one_hot(chosen, experts).int()
+    counted = Takings.none(samples, TIMES, 1, side**2, experts, "cpu")
+    counted.by_time += hits.sum(2)[:, :, None]
+    counted.by_position += hits.sum(1)[:, :, None]
+    return counted, labels
+
+
+def found(counted, labels, permutations=PERMUTATIONS, side=4):
+    return {axis: one.report() for axis, one in informations(counted, (side, side), labels, CLASSES, permutations).items()}
+
+
+@pytest.mark.parametrize("axis", ["timestep", "position", "class"])
+def test_permutations_find_what_was_planted_and_nothing_else(axis):
+    told = found(*planted(axis=axis))
+    for other, report in told.items():
+        if other == axis:
+            assert report["p"] == [1 / (PERMUTATIONS + 1)] * 2 and report["z"][0] > 10
+            assert report["bits"][0] > 2 * report["baseline_high"][0] and 0.1 < report["share"][0] <= 1
+        else:
+            assert report["p"][0] > 0.05, (axis, other, report)
+
+
+def test_permutations_are_calibrated_though_images_differ():
+    """Tokens of an image prefer its experts. Who permutes tokens finds classes that are none; p of ours is uniform."""
+    many = [planted(alike=1.5, seed=seed) for seed in range(40)]
+    reports = [found(*one, permutations=39) for one in many]
+    for axis in ("timestep", "position", "class"):
+        p = torch.tensor([report[axis]["p"][0] for report in reports])
+        assert (p <= 0.1).float().mean() <= 0.2 and 0.35 < p.mean() < 0.65, (axis, p)
+
+    def naive(counted, labels):
+        units = counted.by_time.sum(1)[:, 0]  # (S, E)
+        tokens, of = units.flatten().tolist(), torch.arange(4).repeat(len(units))
+        expert, label = of.repeat_interleave(torch.tensor(tokens)), labels.repeat_interleave(units.sum(1))
+        shuffle = lambda generator: label[torch.randperm(len(label), generator=generator)]  # noqa: E731
+        return information(nn.functional.one_hot(expert, 4)[:, None], label, CLASSES, shuffle, 39).report()["p"][0]
+
+    assert sum(naive(*one) < 0.05 for one in many[:10]) == 10
+
+
+def test_a_statistic_that_cannot_vary():
+    report = Information(torch.zeros(2), torch.zeros(9, 2), torch.ones(2)).report()
+    assert report["z"] == [None] * 3 and report["p"] == [1.0] * 3 and report["share"] == [0.0] * 3
+
+
+def test_a_network_depends_on_what_it_is_told(latents):
+    """Random weights: positions and times reach the router; the class does not once its embedding is empty."""
+    run, samples = opened(TOKEN), batch(latents)
+    samples = samples._replace(latents=torch.randn(samples.latents.shape, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        run.model.y_embed.table.weight.mul_(10)
+    told = found(count_takings(run, samples, TIMES), samples.labels)
+    assert told["timestep"]["p"][-1] == told["position"]["p"][-1] == told["class"]["p"][-1] == 1 / (PERMUTATIONS + 1)
+    nn.init.zeros_(run.model.y_embed.table.weight)
+    assert found(count_takings(run, samples, TIMES), samples.labels)["class"]["p"][-1] > 0.05
+    expert = found(count_takings(opened(EXPERT), samples, TIMES), samples.labels)
+    assert expert["timestep"]["bits"][-1] == expert["class"]["bits"][-1] == pytest.approx(0, abs=1e-12)
+    assert expert["class"]["p"][-1] == 1 and expert["position"]["p"][-1] == 1 / (PERMUTATIONS + 1)
+
+
+def test_lift():
+    load = torch.tensor([5.0, 3.0, 2.0, 1.0])
+    independent = 100 * load[:, None] * load
+    off = ~torch.eye(4, dtype=torch.bool)
+    for distinct, tokens in ((True, 0), (False, 10000)):
+        together = independent.clone()
+        together.fill_diagonal_(0)
+        together += torch.diag(together.sum(1) if distinct else 1000 * load)
+        plain = lift(together[None], tokens, distinct)[0]
+        torch.testing.assert_close(plain[off], torch.ones(12))
+        assert plain.diagonal().isnan().all()
+    pairs = torch.tensor([[0, 9, 1, 1], [9, 0, 1, 1], [1, 1, 0, 9], [1, 1, 9, 0]]).double()
+    found = lift((pairs + torch.diag(pairs.sum(1)))[None], 0, distinct=True)[0]
+    assert found[0, 1].item() == pytest.approx(27 / 11) and found[0, 2].item() == pytest.approx(3 / 11)
+    alone = lift(torch.diag(load)[None], 0, distinct=True)
+    assert alone.isnan().all()  # top 1 has no pairs
+
+
+def test_spread_of_compute():
+    numbers = torch.tensor([0, 0, 1, 2, 2, 2, 4])
+    told = spread(numbers.bincount(minlength=5)[None])
+    apart = (numbers[:, None] - numbers).abs().double().mean() / (2 * numbers.double().mean())
+    assert told["gini"].item() == pytest.approx(apart.item()) and told["untaken"].item() == pytest.approx(2 / 7)
+    assert told["std"].item() == pytest.approx(numbers.double().std(correction=0).item())
+    assert spread(torch.tensor([[0, 0, 7]]))["gini"].item() == 0
+
+
+def test_likeness_of_experts(latents):
+    run, samples = opened(TOKEN), batch(latents, 8)
+    first = experts_of(run)[0].experts.deepspeed_experts[0]
+    with torch.no_grad():
+        first.w1[1], first.w2[1] = first.w1[0], -first.w2[0]
+        order = torch.randperm(first.w2.shape[2], generator=torch.Generator().manual_seed(0))  # of hidden units
+        gate, up = first.w1[0].chunk(2)
+        first.w1[2], first.w2[2] = torch.cat([gate[order], up[order]]), first.w2[0][:, order]
+    w1, w2, answers = weights_alike(run, "w1")[0], weights_alike(run, "w2")[0], answers_alike(run, samples, 2)[0]
+    assert w1[0, 1].item() == pytest.approx(1) and w2[0, 1].item() == pytest.approx(-1) and answers[0, 1].item() == pytest.approx(-1)
+    assert abs(w2[0, 2]) < 0.1 and answers[0, 2].item() == pytest.approx(1)
+    torch.testing.assert_close(answers.diagonal(), torch.ones(4))
+    assert abs(answers[0, 3]) < 0.9
+
+
+def records(layers, steps=250):
+    """As a trainer writes them."""
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        selections = torch.randint(50, 90, (layers, 4), generator=generator)
+        yield dict(step=step, loss=2 / step, router=router_metrics(selections, torch.tensor([[0, 0, 9, 0, 0]] * layers)))
+
+
+@pytest.fixture(scope="module")
+def runs(folder, latents):
+    """A weights folder of each router, with records of a training."""
+    made = {}
+    for name, network in (("token", TOKEN), ("expert", EXPERT), ("dense", replace(DENSE, learn_variance=False))):
+        told = dict(manifest=latents, class_names=["a", "<b>", "c"], scaling_factor=0.9, shape=[4, 8, 8])
+        write_weights(folder / name, random_weights(network, latents=told)[1])
+        lines = [json.dumps(record) for record in records(len(network.sparse_layers) or 1)]
+        (folder / name / "metrics.jsonl").write_text("\n".join(lines))
+        made[name] = folder / name
+    return made
+
+
+@pytest.fixture(scope="module")
+def reports(runs, folder):
+    for name in ("token", "expert"):
+        out = folder / f"report-{name}"
+        assert main(["analyze", str(runs[name]), "--samples", "20", "--out", str(out)]) == 0
+    return {name: folder / f"report-{name}" for name in ("token", "expert")}
+
+
+def test_numbers(reports):
+    token, expert = (json.loads((reports[name] / "routing.json").read_text()) for name in ("token", "expert"))
+    shares = {axis: torch.tensor(share) for axis, share in token["share"].items()}
+    assert {axis: tuple(share.shape) for axis, share in shares.items()} == dict(
+        timestep=(2, 10, 4), position=(2, 16, 4), **{"class": (2, 3, 4)}
+    )
+    torch.testing.assert_close(shares["timestep"].mean(1), torch.tensor(token["load"]))
+    assert token["layers"] == [0, 1] and expert["layers"] == [1] and token["samples"] == 20
+    assert torch.tensor(token["entropy"]).shape == (2, 10) and token["fixed"] == [] and expert["fixed"] == ["timestep", "class"]
+    assert all(len(values) == 3 for values in token["information"]["class"].values())  # two layers and their mean
+    assert token["takers"]["std"] == [[0.0] * 10] * 2 and max(expert["takers"]["std"][0]) > 0
+    assert token["experts_per_token"] == expert["experts_per_token"] == 2.0
+    maps = torch.tensor(expert["takers_by_position"])
+    assert maps.shape == (1, 16) and maps.mean().item() == pytest.approx(2)
+
+
+def test_records_of_training_become_curves(runs):
+    told = training(runs["token"] / "metrics.jsonl")
+    every = list(records(2))
+    assert told["every"] == 3 and len(told["steps"]) == 84 and told["steps"][-1] == 250
+    assert told["loss"][0].item() == pytest.approx(sum(r["loss"] for r in every[:3]) / 3)
+    mean = sum(r["router"]["max_over_mean"][1] for r in every[3:6]) / 3
+    assert told["router"]["max_over_mean"][1, 1].item() == pytest.approx(mean) and told["router"]["cv"].shape == (2, 84)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium (apt install chromium)")
+def test_the_report_in_a_browser(reports):
+    with browser() as page:
+        for name, out in reports.items():
+            file = out / "report.html"
+            for width in (1280, 390):
+                page.open(file, width, dark=width == 390)
+                assert page.value("innerWidth") == width
+                assert page.value("document.documentElement.scrollWidth") <= width, (name, width)
+                assert page.value("document.images.length") >= 10
+                broken = (
+                    "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 8)).length"
+                )
+                assert page.value(f"document.querySelectorAll('details').forEach(d => d.open = true), {broken}") == 0
+                assert page.value("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
+                assert [url for url in page.requests() if not url.startswith("data:")] == [file.resolve().as_uri()]
+                assert page.complaints() == []
+            text = page.value("document.body.innerText")
+            assert ("Compute over tokens" in text) == (name == "expert") and "nan" not in text
+            assert ("By noise level" in text and "<b>" in text) == (name == "token")
+        page.value("document.body.append(Object.assign(new Image(), {src: 'https://example.org/a.png'}))")
+        page.value("new Promise(done => setTimeout(done, 200))")
+        assert page.complaints(), "the page's own policy let a request out"
+
+
+@pytest.mark.parametrize(
+    "which, options, message",
+    [
+        ("dense", [], "dense"),
+        ("token", ["--dataset", "nowhere"], "nowhere"),
+        ("token", ["--dataset", "SHAPE"], "shape ((4, 4, 4),), the model was trained with (4, 8, 8)"),
+        ("token", ["--dataset", "CLASSES"], "num_classes: 5, the model was trained with 3"),
+        ("token", ["--dataset", "NAMES"], "class_names: ['0', '1', '2'], the model was trained with ['a', '<b>', 'c']"),
+        ("token", ["--samples", "1"], "--samples=1"),
+        ("token", ["--prompt", "a"], "told classes"),
+    ],
+)
+def test_mistakes(runs, folder, which, options, message, capsys):
+    other = dict(SHAPE=dict(shape=(4, 4, 4), classes=3), CLASSES=dict(classes=5), NAMES=dict(classes=3))
+    options = [write_latents(folder / word, train=4, val=4, **other[word]) if word in other else word for word in options]
+    assert main(["analyze", str(runs[which]), "--out", str(folder / "none"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (folder / "none").exists()
+
+
+def test_other_data(folder, latents, capsys):
+    moved = random_weights(TOKEN, latents=dict(class_names=["a", "<b>", "c"]))[1]
+    write_weights(folder / "moved", moved)
+    assert main(["analyze", str(folder / "moved"), "--out", str(folder / "given")]) == 2
+    assert "--dataset=None" in capsys.readouterr().err
+    assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--samples", "4", "--out", str(folder / "given")]) == 0
+    assert "routing.json" in capsys.readouterr().out
+    with pytest.raises(DataError):
+        analyze(opened(TOKEN, manifest=str(folder / "gone")), folder, folder / "none")
