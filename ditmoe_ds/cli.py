@@ -9,6 +9,8 @@ from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
+from ditmoe_ds.pipelines import cli as sampling
+from ditmoe_ds.pipelines.cli import add_opening as _add_opening
 
 if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
@@ -24,19 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value")
 
-    sample = commands.add_parser("sample", help="images from a run's EMA weights, or from a weights folder")
-    sample.set_defaults(command=_sample)
-    sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
-    sample.add_argument("--classes", default="0", help="comma-separated, for example 0,1,2")
-    sample.add_argument("--prompt", action="append", help="of a text-to-image model; several are given by --prompt each")
-    sample.add_argument("--per-class", type=int, default=8, help="images (a row) per class or prompt")
-    sample.add_argument("--steps", type=int, default=50)
-    sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
-    sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
-    sample.add_argument("--sampler", choices=["euler", "ddpm", "ddim"])
-    _add_opening(sample)
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", default="grid.png")
+    sampling.add_command(commands)
 
     analyze = commands.add_parser("analyze", help="which expert takes which token, as pictures and JSON")
     analyze.set_defaults(command=_analyze)
@@ -80,12 +70,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _add_opening(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    parser.add_argument("--text-encoder", help="likewise")
-    parser.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
-
-
 def _open(arguments: argparse.Namespace) -> "Run":
     from ditmoe_ds.pipelines.run import open_run
 
@@ -96,33 +80,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from ditmoe_ds import train
 
     return train.main([arguments.recipe, *arguments.overrides])
-
-
-def _sample(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from ditmoe_ds.latents.images import save_grid
-
-    try:
-        classes = [int(part) for part in arguments.classes.split(",")]
-    except ValueError:
-        raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
-    run = _open(arguments)
-    if bool(arguments.prompt) == bool(run.model.config.num_classes):
-        wanted = "--classes" if run.model.config.num_classes else "--prompt"
-        raise ConfigError("--prompt", arguments.prompt, f"this model is told {wanted}")
-    asked = [one for one in arguments.prompt or classes for _ in range(arguments.per_class)]
-    images = run.sample(
-        asked,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        sampler=arguments.sampler,
-        guided_channels=arguments.guided_channels,
-    )
-    save_grid(images, Path(arguments.out), columns=arguments.per_class)
-    print(f"{len(asked)} images of step {run.step} in {arguments.out}")
-    return 0
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
