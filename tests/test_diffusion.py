@@ -16,7 +16,7 @@ from ditmoe_ds.diffusion.objectives import (
     gaussian_kl,
     make_objective,
 )
-from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
+from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, guided, make_scheduler, sample
 
 SHAPE = (2, 4, 4)
 
@@ -133,6 +133,44 @@ def test_ddpm_samplers_find_the_image_that_the_model_knows(x0, sampler):
     config = DiffusionConfig(objective="ddpm")
     out = sample(predict, torch.randn_like(x0), make_scheduler(config, sampler), config, 50, torch.Generator().manual_seed(0))
     assert (out - x0).abs().max() < 0.05
+
+
+MEAN, STD = 0.7, 0.4
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS["rectified_flow"])
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_flow_samplers_solve_the_equation(sampler, shift):
+    """Of data N(MEAN, STD^2), whose velocity is known, and that the flow from noise n ends at MEAN + STD n."""
+    config = DiffusionConfig(time_shift=shift, time_scale=10.0)
+
+    def predict(z, t):
+        t = t.view(-1, 1, 1, 1) / 10
+        slope = (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
+        return torch.cat([slope * (z - (1 - t) * MEAN) - MEAN, torch.zeros_like(z)], 1)
+
+    noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (10, 40):
+        out = sample(predict, noise, make_scheduler(config, sampler), config, steps)
+        errors.append((out - MEAN - STD * noise).abs().max().item())
+    assert errors[1] < (0.12 if sampler == "euler" else 0.02) and errors[1] < errors[0] / 2, errors
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS["ddpm"])
+def test_noise_samplers_solve_the_equation(sampler):
+    """As above; the ancestral sampler ends at the distribution alone."""
+    config, objective = DiffusionConfig("ddpm"), DDPM()
+
+    def predict(z, t):
+        a, b = objective.signal[t.long()[0]], objective.sigma[t.long()[0]]
+        return b / (a**2 * STD**2 + b**2) * (z - a * MEAN)
+
+    noise = torch.randn(300, *SHAPE, generator=torch.Generator().manual_seed(0))
+    out = sample(predict, noise, make_scheduler(config, sampler), config, 100, torch.Generator().manual_seed(1))
+    assert (out.mean().item(), out.std().item()) == pytest.approx((MEAN, STD), abs=0.04)
+    far = (out - MEAN - STD * noise).abs().max()
+    assert far > 0.5 if sampler == "ddpm" else far < 0.08, far
 
 
 def test_guidance_is_one_batched_call():
