@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     interop.add_commands(commands)
     launching.add_commands(commands)
     doctor.add_command(commands)
-    arguments, rest = parser.parse_known_args(argv)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]  # deepspeed's launcher
+    arguments, rest = parser.parse_known_args(words)
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

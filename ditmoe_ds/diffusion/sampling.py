@@ -131,12 +131,12 @@ def make_scheduler(config: DiffusionConfig, sampler: Sampler | None = None) -> A
     import diffusers  # takes seconds
 
     known = SCHEDULERS[config.objective]
-    if sampler and sampler not in known:
+    sampler = sampler or next(iter(known))
+    if sampler not in known:
         raise ConfigError("--sampler", sampler, f"the model was trained with {config.objective}: use {', '.join(known)}")
-    cls = getattr(diffusers, known[sampler or next(iter(known))])
+    cls = getattr(diffusers, known[sampler])
     takes = inspect.signature(cls.__init__).parameters
-    # from the noisiest step on, and to alpha = 1
-    ours = dict(timestep_spacing="trailing", set_alpha_to_one=True)
+    ours = dict(timestep_spacing="trailing", set_alpha_to_one=True)  # from the noisiest step to no noise
     return fitted(cls(**{key: value for key, value in ours.items() if key in takes}), config)
 
 

@@ -60,7 +60,7 @@ class Weights(Tensors):
             for start in range(0, count, CHUNK):
                 piece = torch.empty(min(CHUNK, count - start))
                 self.read(name, start, piece)
-                digest.update(piece.numpy())
+                digest.update(piece.numpy().data)
         return digest.hexdigest()
 
 

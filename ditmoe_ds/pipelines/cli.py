@@ -41,7 +41,6 @@ def add_command(commands: Any) -> None:
     sample.add_argument("--compile", action="store_true", help="by torch.compile")
     sample.add_argument("--expert-parallel", type=int, default=1, help="with --num: processes that share one set of experts")
     sample.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
-    sample.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher says so; the environment does too
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
@@ -56,21 +55,22 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.distributed.topology import under_srun
     from ditmoe_ds.latents.images import save_grid
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or arguments.expert_parallel > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or under_srun() or arguments.expert_parallel > 1:
         raise ConfigError("--num", None, "several processes make many images: say how many")
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
-    options = dict(guided_channels=arguments.guided_channels, guidance_interval=_interval(arguments))
     images = run.sample(
         asked,
         steps=arguments.steps,
         guidance=arguments.guidance,
         seed=arguments.seed,
         sampler=arguments.sampler,
+        guidance_interval=_interval(arguments),
+        guided_channels=arguments.guided_channels,
         weak_transformer=weak and weak.model,
-        **options,
     )
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
     print(f"{len(asked)} images of step {run.step} in {arguments.out}")
@@ -78,6 +78,7 @@ def _grid(arguments: argparse.Namespace) -> int:
 
 
 def _many(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.diffusion.sampling import make_scheduler
     from ditmoe_ds.distributed.topology import AgreedError, agreed, check_expert_parallel, decided, expert_group, join, leave
     from ditmoe_ds.distributed.weights import open_weights
     from ditmoe_ds.pipelines.many import Target, sample_many
@@ -102,8 +103,6 @@ def _many(arguments: argparse.Namespace) -> int:
     world, code = join(), 0
     try:
         agreed(check)
-        from ditmoe_ds.diffusion.sampling import make_scheduler
-
         group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
         run, weak, asked = agreed(prepare)
         settings = decided(lambda: _describe(arguments, run, weak, asked))

@@ -33,7 +33,9 @@ class _Pipeline(DiffusionPipeline):
     _optional_components = ["vae"]  # noqa: RUF012 (as diffusers declares it)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
-    conditioner: Conditioner
+    @property
+    def conditioner(self) -> Conditioner:
+        raise NotImplementedError
 
     def _set_up(self, components: dict[str, Any], settings: dict[str, Any]) -> None:
         self.register_modules(**components)
@@ -60,8 +62,8 @@ class _Pipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Sample one image for each of B things asked for.
+    ) -> Any:
+        """Sample one image for each of B things asked for: an ``ImagePipelineOutput``, or a tuple of the images alone.
 
         Args:
             guidance_scale, guidance_interval, guided_channels: see ``Guidance``.
@@ -134,7 +136,7 @@ class DiTMoEPipeline(_Pipeline):
     def conditioner(self) -> Conditioner:
         return Classes(self.transformer.dit.config.num_classes)
 
-    def __call__(self, class_labels: int | Sequence[int], **options: Any) -> ImagePipelineOutput | tuple:
+    def __call__(self, class_labels: int | Sequence[int], **options: Any) -> Any:
         """Sample one image per label, of 0..num_classes - 1; options and errors as ``_sample``."""
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         classes = self.transformer.dit.config.num_classes
@@ -174,6 +176,6 @@ class ECDiTPipeline(_Pipeline):
     def conditioner(self) -> Conditioner:
         return Captions(TextEncoder(self.text_encoder, self.tokenizer, self.config.max_tokens))
 
-    def __call__(self, prompt: str | Sequence[str], **options: Any) -> ImagePipelineOutput | tuple:
+    def __call__(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Sample one image per prompt; options and errors as ``_sample``."""
         return self._sample([prompt] if isinstance(prompt, str) else list(prompt), **options)

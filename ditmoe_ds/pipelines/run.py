@@ -77,17 +77,21 @@ class Run:
 
         if "vae" not in self.latents:
             raise ConfigError("--vae", None, "these weights do not say which VAE makes images of their latents; name a folder or hub id")
-        settings = dict(latent_shape=self.shape, **{key: self.latents.get(key) for key in ("scaling_factor", "shift_factor")})
-        parts = dict(transformer=DiTMoETransformer.of(self.model, self.diffusion), scheduler=make_scheduler(self.diffusion))
         told = self.conditioner
-        parts["vae"] = load_vae(self.latents["vae"], self.device)
+        parts: dict[str, Any] = dict(
+            transformer=DiTMoETransformer.of(self.model, self.diffusion),
+            scheduler=make_scheduler(self.diffusion),
+            vae=load_vae(self.latents["vae"], self.device),
+            scaling_factor=self.latents.get("scaling_factor"),
+            shift_factor=self.latents.get("shift_factor"),
+            latent_shape=self.shape,
+        )
         if isinstance(told, Captions):
-            text = dict(text_encoder=told.encoder.model, tokenizer=told.encoder.tokenizer, max_tokens=told.encoder.max_tokens)
-            made: Any = ECDiTPipeline(**parts, **text, **settings)
-        else:
-            made = DiTMoEPipeline(**parts, **settings)
-        made.set_progress_bar_config(disable=True)
-        return made
+            encoder = told.encoder
+            parts |= dict(text_encoder=encoder.model, tokenizer=encoder.tokenizer, max_tokens=encoder.max_tokens)
+        pipe = ECDiTPipeline(**parts) if isinstance(told, Captions) else DiTMoEPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def sample(
         self,
@@ -120,12 +124,10 @@ class Run:
         self, numbers: Iterable[int], asked: Sequence[Any], seed: int, sampler: Sampler | None, steps: int, **options: Any
     ) -> Tensor:
         """As ``sample``, for images of any ``numbers``."""
-        scheduler = make_scheduler(self.diffusion, sampler)
-        self.pipeline.scheduler = scheduler
-        made = self.pipeline(
-            asked, num_inference_steps=steps, generator=image_generators(seed, numbers), output_type="np", **options
-        ).images
-        return torch.from_numpy((made * 255).round().astype("uint8"))
+        pipe, generators = self.pipeline, image_generators(seed, numbers)
+        pipe.scheduler = make_scheduler(self.diffusion, sampler)
+        images = pipe(asked, num_inference_steps=steps, generator=generators, output_type="np", **options).images
+        return torch.from_numpy((images * 255).round().astype("uint8"))
 
     @property
     def shape(self) -> tuple[int, ...]:
