@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
     sample.add_argument("--seed", type=int, default=0)
     add_opening(sample)
     sample.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
-    sample.add_argument("--compile", action="store_true", help="by torch.compile")
+    sample.add_argument("--compile", action="store_true", help="the blocks, by torch.compile")
     sample.add_argument("--expert-parallel", type=int, default=1, help="with --num: processes that share one set of experts")
     sample.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
 
@@ -148,9 +148,9 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         same = ("num_classes", "text_width", "in_channels")
         if weak.diffusion != run.diffusion or any(getattr(weak.model.config, key) != getattr(run.model.config, key) for key in same):
             raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
-    for one in runs:
-        if arguments.compile:
-            one.model.compile(dynamic=False)
+    if arguments.compile:
+        for block in (block for one in runs for block in one.model.blocks):
+            block.compile()  # each by itself: blocks are alike, and so are compiled once
     return run, weak
 
 

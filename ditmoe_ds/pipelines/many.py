@@ -66,7 +66,7 @@ class Target:
                 if found.get(key) != settings[key]:
                     fix = f"{self.out} was begun with {found.get(key)!r}; repeat its settings or choose another --out"
                     raise ConfigError(key, settings[key], fix)
-        elif self.out.exists() and (self.npz or any(self.out.iterdir())):
+        elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
             raise ConfigError("--out", str(self.out), f"something is there, but no {self.description.name} that says what; choose another")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
