@@ -23,7 +23,7 @@ from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
 from data_prep.units import Rejection, Request, UnitWriter, claim, load_record, worker_from_environment, write_text
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, sha256
-from ditmoe_ds.latents.text import TextEncoder
+from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
 from ditmoe_ds.rng import keyed_generator
@@ -208,7 +208,7 @@ class _Encoder:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
         self.vae = load_vae(request.vae, self.device)
-        self.text = TextEncoder(request.text, request.text_max_tokens, self.device) if request.text else None
+        self.text = load_text_encoder(request.text, request.text_max_tokens, self.device) if request.text else None
         self.text_width = self.text.width if self.text else 0
         self.waiting: dict[tuple[int, ...], list[tuple[Item, np.ndarray]]] = {}
 

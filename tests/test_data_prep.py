@@ -31,7 +31,7 @@ from data_prep.sources import is_heldout, open_source
 from data_prep.units import Request, UnitWriter, claim, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Manifest
-from ditmoe_ds.latents.text import TextEncoder
+from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.rng import keyed_generator
@@ -318,7 +318,7 @@ def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind, capsys):
     assert (manifest.text.width, manifest.text.max_tokens, len(manifest.text.encoder_sha256)) == (12, 8, 64)
     # they move together
     assert manifest.text.encoder == str(tmp_path / kind) and f'"encoder": "../{kind}"' in (out / "manifest.json").read_text()
-    encoder = TextEncoder(str(tmp_path / kind), 8, "cpu")
+    encoder = load_text_encoder(str(tmp_path / kind), 8, "cpu")
     for _, meta, tensors in samples(out, "train"):
         alone = encoder([meta["caption"]])[0]  # without padding: the mask hides it
         assert len(alone) == min(len(meta["caption"].split()) + 1, 8)
@@ -345,9 +345,9 @@ def write_text_encoder(folder: Path, kind: str) -> None:
 def test_too_many_tokens_for_a_text_encoder(inputs, tmp_path):
     write_text_encoder(tmp_path / "bert", "bert")
     with pytest.raises(ConfigError, match="at most 16"):
-        TextEncoder(str(tmp_path / "bert"), 17, "cpu")
+        load_text_encoder(str(tmp_path / "bert"), 17, "cpu")
     with pytest.raises(DataError, match="readable text encoder"):
-        TextEncoder(str(inputs / "vae"), 8, "cpu")
+        load_text_encoder(str(inputs / "vae"), 8, "cpu")
 
 
 def test_stock_webdataset_reads_the_shards_without_this_package(encoded, tmp_path):

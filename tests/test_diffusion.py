@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ditmoe_ds.diffusion.noise import draw, starting_noise
+from ditmoe_ds.diffusion.noise import draw, image_generators, starting_noise
 from ditmoe_ds.diffusion.objectives import (
     DDPM,
     DiffusionConfig,
@@ -16,7 +16,7 @@ from ditmoe_ds.diffusion.objectives import (
     gaussian_kl,
     make_objective,
 )
-from ditmoe_ds.diffusion.sampling import guided, sample
+from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, guided, make_scheduler, sample
 
 SHAPE = (2, 4, 4)
 
@@ -36,7 +36,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone():
         assert torch.equal(a[5], b[0]) and torch.equal(a[2], b[1])
     for changed in (draws(seed=1), draws(epoch=1)):
         assert not torch.equal(one.noise, changed.noise) and not torch.equal(one.uniform, changed.uniform)
-    assert torch.equal(starting_noise(3, 4, 2, SHAPE)[1], starting_noise(3, 5, 1, SHAPE)[0])
+    assert torch.equal(starting_noise(image_generators(3, [4, 5]), SHAPE)[1], starting_noise(image_generators(3, [5]), SHAPE)[0])
 
 
 def test_draws_are_distributed_as_they_say():
@@ -116,7 +116,7 @@ def test_euler_follows_a_straight_flow_exactly(x0):
         steps_seen.append(float(t[0]))
         return torch.cat([noise - x0, torch.zeros_like(x0)], 1)
 
-    out = sample(predict, noise, DiffusionConfig(), 7, "euler")
+    out = sample(predict, noise, make_scheduler(DiffusionConfig()), DiffusionConfig(), 7)
     torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-5)
     assert steps_seen == pytest.approx([1000 * (1 - i / 7) for i in range(7)], rel=1e-5)
 
@@ -130,8 +130,47 @@ def test_ddpm_samplers_find_the_image_that_the_model_knows(x0, sampler):
         eps = (z - objective.signal[step] * x0) / objective.sigma[step]
         return torch.cat([eps, torch.zeros_like(eps)], 1)
 
-    out = sample(predict, torch.randn_like(x0), DiffusionConfig(objective="ddpm"), 50, sampler, torch.Generator().manual_seed(0))
+    config = DiffusionConfig(objective="ddpm")
+    out = sample(predict, torch.randn_like(x0), make_scheduler(config, sampler), config, 50, torch.Generator().manual_seed(0))
     assert (out - x0).abs().max() < 0.05
+
+
+MEAN, STD = 0.7, 0.4
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS["rectified_flow"])
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_flow_samplers_solve_the_equation(sampler, shift):
+    """Of data N(MEAN, STD^2), whose velocity is known, and that the flow from noise n ends at MEAN + STD n."""
+    config = DiffusionConfig(time_shift=shift, time_scale=10.0)
+
+    def predict(z, t):
+        t = t.view(-1, 1, 1, 1) / 10
+        slope = (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
+        return torch.cat([slope * (z - (1 - t) * MEAN) - MEAN, torch.zeros_like(z)], 1)
+
+    noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (10, 40):
+        out = sample(predict, noise, make_scheduler(config, sampler), config, steps)
+        errors.append((out - MEAN - STD * noise).abs().max().item())
+    assert errors[1] < (0.12 if sampler == "euler" else 0.02) and errors[1] < errors[0] / 2, errors
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS["ddpm"])
+def test_noise_samplers_solve_the_equation(sampler):
+    """As above; the ancestral sampler ends at the distribution alone."""
+    config, objective = DiffusionConfig("ddpm"), DDPM()
+
+    def predict(z, t):
+        a, b = objective.signal[t.long()[0]], objective.sigma[t.long()[0]]
+        return b / (a**2 * STD**2 + b**2) * (z - a * MEAN)
+
+    noise = torch.randn(300, *SHAPE, generator=torch.Generator().manual_seed(0))
+    out = sample(predict, noise, make_scheduler(config, sampler), config, 100, torch.Generator().manual_seed(1))
+    assert (out.mean().item(), out.std().item()) == pytest.approx((MEAN, STD), abs=0.04)
+    far = (out - MEAN - STD * noise).abs().max()
+    assert far > 0.5 if sampler == "ddpm" else far < 0.08, far
 
 
 def test_guidance_is_one_batched_call():
@@ -142,9 +181,9 @@ def test_guidance_is_one_batched_call():
         return y.view(-1, 1, 1, 1).float().expand(-1, 8, 4, 4).clone()
 
     z, condition = torch.zeros(2, 4, 4, 4), dict(y=torch.tensor([1, 2, 10, 10]))
-    out = guided(model, condition, 3.0, 4)(z, torch.zeros(2))
+    out = guided(model, condition, Guidance(3.0), DiffusionConfig())(z, torch.zeros(2))
     assert calls == [(4, [1, 2, 10, 10])]
     assert out[:, :4, 0, 0].tolist() == [[10 + 3 * (1 - 10)] * 4, [10 + 3 * (2 - 10)] * 4]
     assert out[:, 4:, 0, 0].tolist() == [[1.0] * 4, [2.0] * 4]
-    guided(model, condition, 1.0, 4)(z, torch.zeros(2))
+    guided(model, condition, Guidance(), DiffusionConfig())(z, torch.zeros(2))
     assert calls[1] == (2, [1, 2])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
-from ditmoe_ds.diffusion.sampling import guided, sample
+from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.diffusers_folder import diffusers_weights
@@ -173,21 +173,20 @@ def test_diffusers_samples_what_we_sample(name, pipelines):
     run = open_run(root / "weights" / name)
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for scale in (1.0, 2.5):
-        predict = guided(run.model, dict(y=torch.tensor([0, 1, 2, 3, 3, 3])), scale, 4)
-        ours = sample(predict, noise, run.diffusion, 4, "ddim" if run.diffusion.objective == "ddpm" else "euler")
+        predict = guided(run.model, dict(y=torch.tensor([0, 1, 2, 3, 3, 3])), Guidance(scale), run.diffusion)
+        ours = sample(predict, noise, make_scheduler(run.diffusion), run.diffusion, 4)
         theirs = results[f"{name}/{scale}"]
         assert (ours - theirs).norm() <= 1e-5 * ours.norm()
         assert (ours - noise).norm() > 0.1 * noise.norm()
     assert len(list((root / "pipelines" / name / "transformer").glob("*.safetensors"))) > 1
 
 
-def test_diffusers_decodes_what_we_decode(pipelines, monkeypatch):
+def test_diffusers_decodes_what_we_decode(pipelines):
     root, results = pipelines
     run = open_run(root / "weights" / "flow")
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("ditmoe_ds.pipelines.run.starting_noise", lambda *arguments: noise)
-    ours = run.sample([0, 1, 2], steps=4, guidance=2.5)
-    assert (ours / 255 - results["image"]).abs().max() <= 0.6 / 255
+    ours = run.pipeline([0, 1, 2], num_inference_steps=4, guidance_scale=2.5, latents=noise, output_type="np").images
+    assert (torch.from_numpy(ours) - results["image"]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditmoe_ds.diffusion.sampling import guide, guided
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.diffusion.sampling import Guidance, guide, guided
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.reference import load_reference
 from ditmoe_ds.moe.routing import balance_loss
@@ -40,13 +41,13 @@ def test_guided_forward(name):
     theirs = fixture["out_cfg_scale_4_first3"]
     with torch.no_grad():
         both = torch.cat([fixture["y"], torch.full_like(fixture["y"], null)])
-        ours = guided(model, dict(y=both), 4.0, channels=3)(fixture["x"], fixture["t"])
+        ours = guided(model, dict(y=both), Guidance(4.0, channels=3), DiffusionConfig())(fixture["x"], fixture["t"])
         unguided = model(fixture["x"], fixture["t"], torch.full_like(fixture["y"], null))
     first, second = theirs.chunk(2)
     close(ours, first, tolerance)
     close(ours[:, :3], second[:, :3], tolerance)
     close(unguided[:, 3:], second[:, 3:], tolerance)
-    assert torch.equal(guide(torch.cat([first, first]), 4.0, 3), first)
+    assert torch.equal(guide(first, first, 4.0, 3), first)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ import torch
 
 from ditmoe_ds.diffusion.noise import kept_patches
 from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, RectifiedFlow
-from ditmoe_ds.diffusion.sampling import sample
+from ditmoe_ds.diffusion.sampling import make_scheduler, sample
 from ditmoe_ds.latents.condition import Classes, Texts, padded
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.training.step import Preparation, pixels_of, router_metrics
@@ -96,7 +96,8 @@ def test_a_time_shift_moves_training_and_sampling():
         times.append(t[0].item())
         return torch.zeros_like(z)
 
-    sample(predict, torch.zeros(1, 1, 2, 2), DiffusionConfig(time_shift=3.0, time_scale=1.0), 4, "euler")
+    config = DiffusionConfig(time_shift=3.0, time_scale=1.0)
+    sample(predict, torch.zeros(1, 1, 2, 2), make_scheduler(config), config, 4)
     assert times == pytest.approx([1, 0.9, 0.75, 0.5])
     shifted = prepare(Classes(10))(batch())
     plain = Preparation(5, flow, Classes(10), 0.1, False, 0.0, 2)(batch())

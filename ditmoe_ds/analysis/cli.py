@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ditmoe_ds.pipelines.arguments import add_opening, open_named
+
 
 def add_commands(commands: Any) -> None:
     """Add ``analyze`` to ``ditmoe``'s subparsers."""
@@ -16,17 +18,14 @@ def add_commands(commands: Any) -> None:
     analyze.add_argument("--dataset", help="folder of latents whose held-out split is routed; default: the run's own")
     analyze.add_argument("--samples", type=int, default=256)
     analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
-    analyze.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    analyze.add_argument("--text-encoder", help="likewise")
-    analyze.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
+    add_opening(analyze)
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.analysis.analyze import analyze
-    from ditmoe_ds.pipelines.run import open_run
 
     files = analyze(
-        open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder),
+        open_named(arguments),
         Path(arguments.run_dir),
         Path(arguments.out),
         dataset=arguments.dataset,

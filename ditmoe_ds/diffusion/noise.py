@@ -1,5 +1,6 @@
 """Every random number of a training step, drawn per sample from (seed, epoch, sample) and so from nothing else."""
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ def kept_patches(seed: int, epochs: Tensor, samples: Tensor, patches: int, kept:
     return torch.stack(chosen)
 
 
-def starting_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """(count, *shape) noise to sample images first..first+count from: image i's depends on (seed, i) alone."""
-    return torch.stack([torch.randn(shape, generator=keyed_generator(seed, "sample", first + i)) for i in range(count)])
+def image_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """For each image to sample a generator of its own, which depends on (seed, its number) alone."""
+    return [keyed_generator(seed, "sample", number) for number in numbers]
+
+
+def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) noise to sample from, an image from each generator."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

@@ -31,6 +31,11 @@ class DiffusionConfig:
     """Rectified flow, for large latents: s > 1 moves t towards noise, t -> s t / (1 + (s - 1) t), in training and sampling; s is the
     square root of the ratio of token counts (arXiv 2403.03206, section 5.3.2)."""
 
+    @property
+    def noise_time(self) -> float:
+        """What the model's timestep embedding receives at t = 1."""
+        return self.time_scale if self.objective == "rectified_flow" else float(DDPM.steps)
+
 
 class Objective(Protocol):
     def time(self, draws: Draws) -> Tensor: ...

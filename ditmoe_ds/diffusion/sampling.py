@@ -1,83 +1,164 @@
-"""From noise to latents: Euler for rectified flow, diffusers' DDPM and DDIM schedulers for noise prediction."""
+"""From noise to latents: one loop, which any of diffusers' schedulers steps; and guidance."""
 
-from collections.abc import Callable
-from itertools import pairwise
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, Predict, RectifiedFlow
+from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, Predict
+from ditmoe_ds.errors import ConfigError
 
-Sampler = Literal["euler", "ddpm", "ddim"]
+Sampler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "ddpm"]
+_BOTH: dict[Sampler, str] = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+SCHEDULERS: dict[str, dict[Sampler, str]] = {
+    "rectified_flow": {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler", **_BOTH},
+    "ddpm": {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", **_BOTH},
+}
+"""Of diffusers, by objective; the first is the default."""
+After = Callable[[int, Tensor, Tensor], tuple[Tensor, bool]]
 
 
-def guided(model: Callable[..., Tensor], condition: dict[str, Tensor], scale: float, channels: int) -> Predict:
-    """Bind a condition to ``model(x, t, **condition)`` with classifier-free guidance, both halves in one batched call.
+@dataclass(frozen=True)
+class Guidance:
+    """How far to go beyond the conditional prediction: weak + scale * (conditional - weak)."""
+
+    scale: float = 1.0
+    """1 is no guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Only at times from the first to the second, 1 being noise; conditional elsewhere. Source: arXiv 2404.07724, section 3."""
+    channels: int | None = None
+    """The latent channels it acts on, the first so many; None is all."""
+
+
+def guided(
+    model: Callable[..., Tensor],
+    condition: dict[str, Tensor],
+    guidance: Guidance,
+    diffusion: DiffusionConfig,
+    weak: Callable[..., Tensor] | None = None,
+    apart: bool = False,
+) -> Predict:
+    """Bind a condition to ``model(x, t, **condition)``, with guidance.
 
     Args:
         condition: arguments of 2 B rows: what is asked for, and for as many the absence of it.
-        scale: 1 is no guidance (and one half-size call).
-        channels: guidance acts on the first ``channels`` outputs; the rest (variance) is the conditional half's.
+        weak: a worse model, told the same, to be guided away from (autoguidance, arXiv 2406.02507, section 3). Without one that is the
+            model itself told nothing (classifier-free guidance), both halves in one batched call.
+        apart: two calls, for models in which the halves would compete for experts.
+
+    Returns:
+        ``predict(z, t)``; t lies on the CPU, so that nobody waits for the device to learn the time.
     """
+    low, high = guidance.interval
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
-        if scale == 1:
-            return model(z, t, **{name: rows[: len(z)] for name, rows in condition.items()})
-        return guide(model(torch.cat([z, z]), torch.cat([t, t]), **condition), scale, channels)
+        rows, channels = len(z), guidance.channels or z.shape[1]
+        inside = low - 1e-6 <= t[0].item() / diffusion.noise_time <= high + 1e-6  # whatever rounding says of the ends
+        t = t.to(z.device, non_blocking=True)
+        asked, nothing = ({name: tensor[half] for name, tensor in condition.items()} for half in (slice(rows), slice(rows, None)))
+        if guidance.scale == 1 or not inside:
+            return model(z, t, **asked)
+        if weak is not None:
+            return guide(model(z, t, **asked), weak(z, t, **asked), guidance.scale, channels)
+        if apart:
+            return guide(model(z, t, **asked), model(z, t, **nothing), guidance.scale, channels)
+        cond, uncond = model(torch.cat([z, z]), torch.cat([t, t]), **condition).chunk(2)
+        return guide(cond, uncond, guidance.scale, channels)
 
     return predict
 
 
-def guide(out: Tensor, scale: float, channels: int) -> Tensor:
-    """Mix the outputs (2B, ...) of the conditional and the unconditional half: uncond + scale * (cond - uncond)."""
-    cond, uncond = out.chunk(2)
-    mixed = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
+def guide(cond: Tensor, weak: Tensor, scale: float, channels: int) -> Tensor:
+    """weak + scale * (cond - weak) in the first ``channels``; the rest (of the latent, and the variance) is ``cond``'s."""
+    mixed = weak[:, :channels] + scale * (cond[:, :channels] - weak[:, :channels])
     return torch.cat([mixed, cond[:, channels:]], dim=1)
 
 
 @torch.no_grad()
 def sample(
-    predict: Predict, noise: Tensor, config: DiffusionConfig, steps: int, sampler: Sampler, generator: torch.Generator | None = None
+    predict: Predict,
+    z: Tensor,
+    scheduler: Any,
+    config: DiffusionConfig,
+    steps: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    after: After = lambda i, t, z: (z, True),
 ) -> Tensor:
-    """Integrate from ``noise`` (B, C, H, W) to scaled latents of the same shape.
+    """Go from noise z (B, C, H, W) to scaled latents of the same shape.
 
     Args:
-        sampler: euler goes with rectified flow, ddpm and ddim with the ddpm objective.
-        generator: for the noise that ddpm adds on the way.
+        scheduler: of diffusers; see ``fitted``.
+        generator: for noise that is added on the way; one for each image makes it independent of the others.
+        after: ``after(i, t, z)``, called after step i from the scheduler's time t, returns what to go on with, and whether to.
+
+    Raises:
+        ConfigError: the scheduler does not go with the objective.
     """
-    if sampler == "euler":
-        return _euler(predict, noise, config, steps)
-    return _diffusers(predict, noise, steps, sampler, generator)
-
-
-def _euler(predict: Predict, z: Tensor, config: DiffusionConfig, steps: int) -> Tensor:
-    objective = RectifiedFlow(config.time_scale, config.time_shift)
-    times = objective.shifted(torch.linspace(1, 0, steps + 1, device=z.device))
-    for now, then in pairwise(times):
-        velocity = predict(z, objective.embed(now.expand(len(z))))[:, : z.shape[1]]
-        z = z + (then - now) * velocity
+    flow, channels = config.objective == "rectified_flow", z.shape[1]
+    scheduler = fitted(scheduler, config)
+    # The scheduler stays on the CPU: its numbers are read there, and a scalar may meet tensors of any device.
+    if type(scheduler).__name__ == SCHEDULERS["rectified_flow"]["euler"]:
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])  # its own would stop short of 0 and take a tiny step there
+    else:
+        scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks for the step by its time, which some round, so that two may be equal
+    random = dict(generator=generator) if "generator" in inspect.signature(scheduler.step).parameters else {}
+    variance = scheduler.config.get("variance_type") == "learned_range"
+    for i, t in enumerate(scheduler.timesteps):
+        time = scheduler.sigmas[i] * config.time_scale if flow else t
+        out = predict(z, torch.full((len(z),), float(time)))
+        if not variance:
+            out = out[:, :channels]
+        elif out.shape[1] == channels:
+            out = torch.cat([out, torch.full_like(out, -1)], 1)  # the lower end of the range, the posterior's
+        z, go_on = after(i, t, scheduler.step(out, t, z, **random).prev_sample)
+        if not go_on:
+            break
     return z
 
 
-def noise_scheduler(sampler: Literal["ddpm", "ddim"]) -> Any:
-    """diffusers' scheduler for the ddpm objective."""
-    from diffusers import DDIMScheduler, DDPMScheduler
+def make_scheduler(config: DiffusionConfig, sampler: Sampler | None = None) -> Any:
+    """A scheduler by our name for it, by default euler or ddim.
 
-    common = dict(num_train_timesteps=DDPM.steps, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)
-    if sampler == "ddim":
-        return DDIMScheduler(**common, set_alpha_to_one=True, timestep_spacing="trailing")
-    return DDPMScheduler(**common, variance_type="learned_range", timestep_spacing="trailing")
+    Raises:
+        ConfigError: it does not go with the objective.
+    """
+    import diffusers  # takes seconds
+
+    known = SCHEDULERS[config.objective]
+    sampler = sampler or next(iter(known))
+    if sampler not in known:
+        raise ConfigError("--sampler", sampler, f"the model was trained with {config.objective}: use {', '.join(known)}")
+    cls = getattr(diffusers, known[sampler])
+    takes = inspect.signature(cls.__init__).parameters
+    ours = dict(timestep_spacing="trailing", set_alpha_to_one=True)  # from the noisiest step to no noise
+    return fitted(cls(**{key: value for key, value in ours.items() if key in takes}), config)
 
 
-def _diffusers(predict: Predict, z: Tensor, steps: int, sampler: Literal["ddpm", "ddim"], generator: torch.Generator | None) -> Tensor:
-    scheduler = noise_scheduler(sampler)
-    channels = z.shape[1]
-    scheduler.set_timesteps(steps, device=z.device)
-    for t in scheduler.timesteps:
-        out = predict(z, t.float().expand(len(z)))
-        if sampler == "ddim":
-            z = scheduler.step(out[:, :channels], t, z).prev_sample
-        else:
-            z = scheduler.step(out, t, z, generator=generator).prev_sample
-    return z
+def fitted(scheduler: Any, config: DiffusionConfig) -> Any:
+    """A new scheduler of the same class and options, but with what the training fixed: what is predicted, betas or time shift.
+
+    So ``pipe.scheduler = X.from_config(pipe.scheduler.config)`` needs to know nothing of the model.
+
+    Raises:
+        ConfigError: its class does not go with the objective.
+    """
+    known, name = SCHEDULERS[config.objective], type(scheduler).__name__
+    if name not in known.values():
+        raise ConfigError("scheduler", name, f"the model was trained with {config.objective}: use {', '.join(known.values())}")
+    if config.objective == "rectified_flow":
+        fixed: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+        fixed |= dict(shift=config.time_shift, flow_shift=config.time_shift)
+    else:
+        fixed = dict(prediction_type="epsilon", use_flow_sigmas=False, clip_sample=False)
+        fixed |= dict(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", trained_betas=None)
+        # for DDPM alone: told of a learned variance, DPM-Solver would keep three channels of the noise
+        fixed["variance_type"] = "learned_range" if name == known["ddpm"] else None
+    takes = inspect.signature(type(scheduler).__init__).parameters
+    options = dict(scheduler.config) | dict(num_train_timesteps=DDPM.steps) | fixed
+    return type(scheduler)(**{key: value for key, value in options.items() if key in takes})

@@ -118,15 +118,15 @@ def decided(action: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
-def check_expert_parallel(expert: int, experts: int, world: int) -> None:
+def check_expert_parallel(expert: int, experts: int, world: int, key: str = "parallel.expert") -> None:
     """Refuse an expert-parallel size that does not divide experts and world.
 
     Raises:
-        ConfigError: naming ``parallel.expert`` and sizes that fit.
+        ConfigError: naming ``key`` and sizes that fit.
     """
     fits = [n for n in range(1, world + 1) if world % n == 0 and max(experts, 1) % n == 0]
     if expert not in fits:
-        raise ConfigError("parallel.expert", expert, f"must divide the {experts} experts and the {world} processes; here one of {fits}")
+        raise ConfigError(key, expert, f"must divide the {experts} experts and the {world} processes; here one of {fits}")
 
 
 def expert_group(ep_size: int) -> ExpertGroup:

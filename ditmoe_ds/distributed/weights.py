@@ -5,6 +5,7 @@ with ``model.safetensors.index.json`` (the Hugging Face hub's layout) hold one t
 experts of a layer as one (E, ...) tensor. Nothing here needs a process group, a GPU or memory for more than one tensor.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_ds.distributed import checkpoint
-from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
+from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
 from ditmoe_ds.errors import CheckpointError
 
 FORMAT = "ditmoe-weights/1"
@@ -49,6 +50,18 @@ class Weights(Tensors):
     description: dict[str, Any]
     """``name`` (or None), ``model`` and ``diffusion`` (fields of DiTConfig, DiffusionConfig), ``latents`` (VAE, scaling_factor,
     shift_factor, class names; {} if unknown), ``step``, ``weights`` (which set: ema, master, ...)."""
+
+    def sha256(self) -> str:
+        """Of names, shapes and fp32 values: the same however the weights are cut into files. Reads them all."""
+        digest = hashlib.sha256()
+        for name in sorted(self.shapes):
+            digest.update(f"{name}{list(self.shapes[name])}".encode())
+            count = math.prod(self.shapes[name])
+            for start in range(0, count, CHUNK):
+                piece = torch.empty(min(CHUNK, count - start))
+                self.read(name, start, piece)
+                digest.update(piece.numpy().data)
+        return digest.hexdigest()
 
 
 def open_weights(path: str | Path, kind: str = "ema") -> Weights:

@@ -11,7 +11,7 @@ import torch
 
 from ditmoe_ds import config as configuration
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
-from ditmoe_ds.diffusion.sampling import noise_scheduler
+from ditmoe_ds.diffusion.sampling import make_scheduler
 from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_json, write_shards
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, refuse_settings_without_place
@@ -50,14 +50,12 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
     Raises:
         CheckpointError: the model has something that the shipped code has not, or ``out`` is not empty.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     config = configuration.build(DiTConfig, weights.description["model"])
     refuse_settings_without_place(config, _SETTINGS, "the diffusers model")
     diffusion = configuration.build(DiffusionConfig, weights.description["diffusion"])
     latents = weights.description["latents"]
     vae = Path(latents["vae"]) if "vae" in latents and Path(latents["vae"]).is_dir() else None
-    scheduler = FlowMatchEulerDiscreteScheduler() if diffusion.objective == "rectified_flow" else noise_scheduler("ddim")
+    scheduler = make_scheduler(diffusion)
     with new_folder(out) as folder:
         (folder / "transformer").mkdir()
         write_shards(folder / "transformer", STEM, disassemble(weights, layout(config), DTYPES[dtype]), shard_bytes)

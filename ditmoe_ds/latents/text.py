@@ -27,40 +27,49 @@ def text_width(path_or_id: str, key: str) -> int:
     return int((config.text_config if config.model_type == "clip" else config).hidden_size)
 
 
-class TextEncoder:
-    """The last hidden states of a T5, CLIP, BERT or other text encoder.
+def load_text_encoder(
+    path_or_id: str, max_tokens: int, device: str | torch.device, keys: tuple[str, str] = ("--text", "--text-max-tokens")
+) -> TextEncoder:
+    """Load a T5, CLIP, BERT or other text encoder.
 
     Args:
         path_or_id: local folder, or hub id; safetensors only, and no code of the model's own.
-        max_tokens: longer captions are cut, which is said the first time and counted in ``cut``.
         keys: what the user calls these two, for errors.
 
     Raises:
         DataError: there is no such model, or it is no text encoder.
         ConfigError: it cannot take so many tokens.
     """
+    import transformers  # takes seconds
 
-    def __init__(
-        self, path_or_id: str, max_tokens: int, device: str | torch.device, keys: tuple[str, str] = ("--text", "--text-max-tokens")
-    ):
-        import transformers  # takes seconds
+    try:
+        config = transformers.AutoConfig.from_pretrained(path_or_id)
+        # A whole CLIP has an image half too, which this class leaves out.
+        cls = transformers.CLIPTextModel if config.model_type == "clip" else transformers.AutoModelForTextEncoding
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # bf16 is slow on most CPUs
+        model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype)
+    except Exception as error:  # the hub, the configs and the weights each fail in their own way
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
+    positions = getattr(model.config, "max_position_embeddings", max_tokens)
+    if max_tokens > positions:
+        raise ConfigError(keys[1], max_tokens, f"at most {positions} with this encoder")
+    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, max_tokens, path_or_id, keys[1])
 
-        try:
-            config = transformers.AutoConfig.from_pretrained(path_or_id)
-            # A whole CLIP has an image half too, which this class leaves out.
-            cls = transformers.CLIPTextModel if config.model_type == "clip" else transformers.AutoModelForTextEncoding
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
-            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # bf16 is slow on most CPUs
-            model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype)
-        except Exception as error:  # the hub, the configs and the weights each fail in their own way
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
-        self.model = model.to(device).eval().requires_grad_(False)
-        positions = getattr(self.model.config, "max_position_embeddings", max_tokens)
-        if max_tokens > positions:
-            raise ConfigError(keys[1], max_tokens, f"at most {positions} with this encoder")
-        self.name, self.max_tokens, self.limit, self.cut = path_or_id, max_tokens, keys[1], 0
-        self.width = int(self.model.config.hidden_size)
+
+class TextEncoder:
+    """The last hidden states of a text encoder of transformers.
+
+    Args:
+        max_tokens: longer captions are cut, which is said the first time and counted in ``cut``.
+        name, limit: what the user calls the encoder and ``max_tokens``, for messages.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int, name: str = "of the pipeline", limit: str = "max_tokens"):
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.name, self.limit, self.cut = name, limit, 0
+        self.width = int(model.config.hidden_size)
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> list[Tensor]:

@@ -86,6 +86,13 @@ class DiTConfig:
         """The layers with experts, or with their dense twin."""
         return tuple(range(self.sparse_first, self.depth, self.sparse_every)) if self.experts else ()
 
+    @property
+    def images_compete(self) -> bool:
+        """Whether the images of a batch compete for experts, so that what becomes of one depends on the others."""
+        if not self.experts or self.routing == "dense":
+            return False
+        return self.router.pool == "microbatch" if self.routing == "expert" else self.router.capacity_factor is not None
+
     def capacity(self, layer: int) -> float:
         """Experts per token, with expert choice on average, in a layer with experts."""
         if self.routing == "token":

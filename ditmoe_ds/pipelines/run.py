@@ -1,24 +1,34 @@
-"""A finished (or running) run, or a weights folder, opened for sampling in one process."""
+"""A finished (or running) run, or a weights folder, opened for sampling."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from deepspeed.moe.utils import is_moe_param
+from torch import Tensor, nn
 
 from ditmoe_ds import config
-from ditmoe_ds.diffusion.noise import starting_noise
+from ditmoe_ds.diffusion.noise import image_generators
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
-from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
-from ditmoe_ds.distributed.weights import Weights, open_weights
+from ditmoe_ds.diffusion.sampling import Sampler, make_scheduler
+from ditmoe_ds.distributed.topology import ExpertGroup
+from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError
-from ditmoe_ds.latents.condition import Captions, Classes, Condition, Conditioner
-from ditmoe_ds.latents.text import TextEncoder
-from ditmoe_ds.latents.vae import decode, load_vae
+from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
+from ditmoe_ds.latents.text import load_text_encoder
+from ditmoe_ds.latents.vae import load_vae
 from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.sizes import parameter_shapes
+from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.pipelines.offload import keep_experts_on_the_host
+
+if TYPE_CHECKING:
+    from ditmoe_ds.pipelines.pipeline import DiTMoEPipeline, ECDiTPipeline
 
 
 @dataclass
@@ -30,6 +40,8 @@ class Run:
     step: int
     latents: dict[str, Any]
     """VAE, scaling, class names, shape and text encoder of the training data; imported weights know none of them."""
+    weights: Weights
+    """Where the model's came from."""
 
     @cached_property
     def conditioner(self) -> Conditioner:
@@ -43,7 +55,7 @@ class Run:
         text = self.latents.get("text")
         if not text:
             raise ConfigError("--text-encoder", None, "these weights do not say what encoded their text; name a folder or hub id")
-        encoder = TextEncoder(text["encoder"], text["max_tokens"], self.device, ("--text-encoder", "text_max_tokens"))
+        encoder = load_text_encoder(text["encoder"], text["max_tokens"], self.device, ("--text-encoder", "text_max_tokens"))
         if encoder.width != self.model.config.text_width:
             fix = f"its tokens are {encoder.width} wide, the model was trained with {self.model.config.text_width}"
             raise ConfigError("--text-encoder", text["encoder"], fix)
@@ -53,18 +65,33 @@ class Run:
     def device(self) -> torch.device:
         return self.model.x_embed.weight.device
 
-    def condition(self, asked: Sequence[int] | Sequence[str]) -> Condition:
-        """Arguments of the model for B classes or prompts, and for B times nothing, as ``guided`` takes them.
+    @cached_property
+    def pipeline(self) -> DiTMoEPipeline | ECDiTPipeline:
+        """The diffusers pipeline of this model and its VAE; it shares the model.
 
         Raises:
-            ConfigError: a class that does not exist; and as ``conditioner``.
+            ConfigError, DataError: no VAE known, or it cannot be read; and as ``conditioner``.
         """
-        classes = self.model.config.num_classes
-        wrong = [y for y in asked if not isinstance(y, int) or not 0 <= y < classes] if classes else []
-        if wrong:
-            raise ConfigError("--classes", wrong[0], f"classes are 0..{classes - 1}")
+        from ditmoe_ds.pipelines.pipeline import DiTMoEPipeline, ECDiTPipeline  # takes seconds
+        from ditmoe_ds.pipelines.transformer import DiTMoETransformer
+
+        if "vae" not in self.latents:
+            raise ConfigError("--vae", None, "these weights do not say which VAE makes images of their latents; name a folder or hub id")
         told = self.conditioner
-        return told.unpack(told.pack([*asked, *[told.null] * len(asked)]), self.device)
+        parts: dict[str, Any] = dict(
+            transformer=DiTMoETransformer.of(self.model, self.diffusion),
+            scheduler=make_scheduler(self.diffusion),
+            vae=load_vae(self.latents["vae"], self.device),
+            scaling_factor=self.latents.get("scaling_factor"),
+            shift_factor=self.latents.get("shift_factor"),
+            latent_shape=self.shape,
+        )
+        if isinstance(told, Captions):
+            encoder = told.encoder
+            parts |= dict(text_encoder=encoder.model, tokenizer=encoder.tokenizer, max_tokens=encoder.max_tokens)
+        pipe = ECDiTPipeline(**parts) if isinstance(told, Captions) else DiTMoEPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def sample(
         self,
@@ -75,15 +102,15 @@ class Run:
         seed: int = 0,
         first: int = 0,
         sampler: Sampler | None = None,
-        guided_channels: int | None = None,
+        **options: Any,
     ) -> Tensor:
         """Sample one image for each class, or prompt.
 
         Args:
             asked: B classes or prompts, as the model was trained.
-            first: number of the first image; image i's starting noise depends on (seed, first + i) alone.
+            first: number of the first image; all randomness of image i depends on (seed, first + i) alone.
             sampler: by default euler for rectified flow, ddim for ddpm.
-            guided_channels: guidance acts on the first so many latent channels; all by default, 3 for parity with the DiT family's scripts.
+            options: further ones of the pipeline.
 
         Returns:
             uint8 images (B, H, W, 3).
@@ -91,23 +118,16 @@ class Run:
         Raises:
             ConfigError: a class that does not exist, a sampler that does not go with the model's objective, no VAE or text encoder known.
         """
-        if "vae" not in self.latents:
-            raise ConfigError("--vae", None, "these weights do not say which VAE makes images of their latents; name a folder or hub id")
-        config = self.model.config
-        flow = self.diffusion.objective == "rectified_flow"
-        sampler = sampler or ("euler" if flow else "ddim")
-        if (sampler == "euler") != flow:
-            fix = f"the model was trained with {self.diffusion.objective}: use {'euler' if flow else 'ddpm or ddim'}"
-            raise ConfigError("--sampler", sampler, fix)
-        condition = self.condition(asked)
-        noise = starting_noise(seed, first, len(asked), self.shape).to(self.device)
-        predict = guided(self.model, condition, guidance, guided_channels or config.in_channels)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        z = sample(predict, noise, self.diffusion, steps, sampler, generator)
-        vae = load_vae(self.latents["vae"], self.device)
-        scaling = self.latents.get("scaling_factor", vae.config.scaling_factor)
-        shift = self.latents.get("shift_factor", vae.config.shift_factor or 0.0)
-        return decode(vae, z, scaling, shift).cpu()
+        return self.numbered(range(first, first + len(asked)), asked, seed, sampler, steps, guidance_scale=guidance, **options)
+
+    def numbered(
+        self, numbers: Iterable[int], asked: Sequence[Any], seed: int, sampler: Sampler | None, steps: int, **options: Any
+    ) -> Tensor:
+        """As ``sample``, for images of any ``numbers``."""
+        pipe, generators = self.pipeline, image_generators(seed, numbers)
+        pipe.scheduler = make_scheduler(self.diffusion, sampler)
+        images = pipe(asked, num_inference_steps=steps, generator=generators, output_type="np", **options).images
+        return torch.from_numpy((images * 255).round().astype("uint8"))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,20 +137,43 @@ class Run:
 
 
 @torch.no_grad()
-def load_model(weights: Weights) -> DiT:
-    """The whole model (EP 1, fp32, on the CPU) with these weights.
+def load_model(
+    weights: Weights,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    group: ExpertGroup | None = None,
+    offload_experts: bool = False,
+) -> DiT:
+    """The model with these weights, of which no more is read than stays here.
+
+    Args:
+        group: hold this rank's share of the experts only; every forward is then collective in the group.
+        offload_experts: see ``keep_experts_on_the_host``.
 
     Raises:
         CheckpointError: a parameter is missing, unknown or of another shape.
     """
-    model = DiT(config.build(DiTConfig, weights.description["model"]))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    settings = config.build(DiTConfig, weights.description["model"])
+    shapes = parameter_shapes(settings)
     for name in shapes | weights.shapes:
         if shapes.get(name) != weights.shapes.get(name):
             raise CheckpointError(f"{name}: the model has shape {shapes.get(name)}, the weights {weights.shapes.get(name)}")
+    with torch.device("meta"):
+        model = DiT(settings, group.size if group else 1)
+    for module in model.modules():
+        if group and isinstance(module, MoE):
+            module.set_deepspeed_parallelism()
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            place = "cpu" if offload_experts and is_moe_param(parameter) else device
+            made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=place))
+            made.__dict__.update(parameter.__dict__)  # DeepSpeed's mark of an expert
+            setattr(module, key, made)
     for name, parameter in model.named_parameters():
-        weights.read(name, 0, parameter.view(-1))
-    return model
+        start = group.rank * parameter.numel() if group and is_moe_param(parameter) else 0
+        weights.read(name, start, parameter.view(-1))
+    if offload_experts:
+        keep_experts_on_the_host(model, torch.device(device))
+    return model.eval()
 
 
 def open_run(
@@ -139,12 +182,17 @@ def open_run(
     device: torch.device | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
+    dtype: str = "fp32",
+    group: ExpertGroup | None = None,
+    offload_experts: bool = False,
 ) -> Run:
-    """Load what ``open_weights`` opens, whatever shape of run saved it, into one process.
+    """Load what ``open_weights`` opens, whatever shape of run saved it.
 
     Args:
         weights: ``ema`` or ``master`` (the raw weights).
         vae, text_encoder: folders or hub ids, instead of those that the weights name, if they name any.
+        dtype: of the model, a key of ``DTYPES``.
+        group, offload_experts: see ``load_model``.
 
     Raises:
         CheckpointError: no finished checkpoint and no weights folder there.
@@ -155,4 +203,5 @@ def open_run(
     latents = opened.description["latents"] | (dict(vae=vae) if vae else {})
     if text_encoder:
         latents["text"] = {"max_tokens": 77, **latents.get("text", {}), "encoder": text_encoder}
-    return Run(load_model(opened).to(device).eval(), diffusion, opened.description["step"], latents)
+    model = load_model(opened, device, DTYPES[dtype], group, offload_experts)
+    return Run(model, diffusion, opened.description["step"], latents, opened)

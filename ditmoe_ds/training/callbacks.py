@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ditmoe_ds.diffusion.noise import starting_noise
-from ditmoe_ds.diffusion.sampling import Sampler, guided, sample
+from ditmoe_ds.diffusion.noise import image_generators, starting_noise
+from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
@@ -115,16 +115,15 @@ class SampleGrid:
         if not due(trainer.step, train.sample_every, train.steps):
             return
         items, _ = share_out(train.sample_images)
-        model = plan.model
-        noise = torch.cat([starting_noise(train.seed, i, 1, plan.shape) for i in items]).to(trainer.device)
+        model, diffusion = plan.model, plan.recipe.diffusion
+        noise = starting_noise(image_generators(train.seed, items), plan.shape).to(trainer.device)
         told = trainer.conditioner
         asked = [self.asked[i] for i in items]
         condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine), torch.no_grad():
-            predict = guided(trainer.engine, condition, train.guidance, model.in_channels)
-            sampler: Sampler = "euler" if plan.recipe.diffusion.objective == "rectified_flow" else "ddim"
-            latents = sample(predict, noise, plan.recipe.diffusion, train.sample_steps, sampler)
+            predict = guided(trainer.engine, condition, Guidance(train.guidance), diffusion, apart=model.images_compete)
+            latents = sample(predict, noise, make_scheduler(diffusion), diffusion, train.sample_steps)
         trainer.engine.train()
         everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, latents)

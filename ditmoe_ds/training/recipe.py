@@ -20,7 +20,7 @@ from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
-from ditmoe_ds.latents.text import TextEncoder, text_width
+from ditmoe_ds.latents.text import load_text_encoder, text_width
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.moe.routing import RouterConfig
@@ -142,7 +142,9 @@ class Plan:
         if self.model.num_classes:
             return Classes(self.model.num_classes)
         if data.text_encoder:
-            return Captions(TextEncoder(data.text_encoder, data.text_max_tokens, device, ("data.text_encoder", "data.text_max_tokens")))
+            return Captions(
+                load_text_encoder(data.text_encoder, data.text_max_tokens, device, ("data.text_encoder", "data.text_max_tokens"))
+            )
         return Texts(self.manifest.empty_text())
 
     def asked_for(self, count: int, conditioner: Conditioner) -> list[Any]:

@@ -1,0 +1,229 @@
+"""``ditmoe sample``: a grid of a few images, or many into a folder or npz."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ditmoe_ds
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.arguments import add_opening
+
+if TYPE_CHECKING:
+    from ditmoe_ds.distributed.topology import ExpertGroup
+    from ditmoe_ds.pipelines.run import Run
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``sample`` to ``ditmoe``'s subparsers."""
+    sample = commands.add_parser("sample", help="images from a run's EMA weights, or from a weights folder")
+    sample.set_defaults(command=_sample)
+    sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
+    sample.add_argument("--out", default="grid.png", help="a picture; with --num a folder of PNGs, or FILE.npz in ADM's layout")
+    sample.add_argument("--num", type=int, help="many images, by any number of processes; goes on with what is there")
+    sample.add_argument("--classes", help="comma-separated, for example 0,1,2; default: 0, with --num all in turn")
+    sample.add_argument("--prompt", action="append", help="of a text-to-image model; several are given by --prompt each")
+    sample.add_argument("--prompts", help="file with a prompt a line")
+    sample.add_argument("--per-class", type=int, default=8, help="without --num: images (a row) per class or prompt")
+    sample.add_argument("--batch", type=int, default=32, help="with --num: images computed together by a GPU; a CPU computes each alone")
+    sample.add_argument("--steps", type=int, default=50)
+    sample.add_argument("--sampler", choices=["euler", "heun", "dpm++", "unipc", "ddim", "ddpm"])
+    sample.add_argument("--guidance", type=float, default=2.0, help="1 is none")
+    sample.add_argument("--guidance-interval", default="0,1", help="guide only at times from LOW,HIGH; 1 is noise")
+    sample.add_argument("--autoguidance", metavar="RUN", help="guide away from this worse model, not from the one that is told nothing")
+    sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
+    sample.add_argument("--seed", type=int, default=0)
+    add_opening(sample)
+    sample.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
+    sample.add_argument("--compile", action="store_true", help="the blocks, by torch.compile")
+    sample.add_argument("--expert-parallel", type=int, default=1, help="with --num: processes that share one set of experts")
+    sample.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    return _grid(arguments) if arguments.num is None else _many(arguments)
+
+
+def _grid(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.distributed.topology import under_srun
+    from ditmoe_ds.latents.images import save_grid
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or under_srun() or arguments.expert_parallel > 1:
+        raise ConfigError("--num", None, "several processes make many images: say how many")
+    run, weak = _open(arguments)
+    asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
+    images = run.sample(
+        asked,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        guidance_interval=_interval(arguments),
+        guided_channels=arguments.guided_channels,
+        weak_transformer=weak and weak.model,
+    )
+    save_grid(images, Path(arguments.out), columns=arguments.per_class)
+    print(f"{len(asked)} images of step {run.step} in {arguments.out}")
+    return 0
+
+
+def _many(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.diffusion.sampling import make_scheduler
+    from ditmoe_ds.distributed.topology import AgreedError, agreed, check_expert_parallel, decided, expert_group, join, leave
+    from ditmoe_ds.distributed.weights import open_weights
+    from ditmoe_ds.pipelines.many import Target, sample_many
+
+    def check() -> None:
+        target = Target(Path(arguments.out))
+        if target.out.suffix == ".png":
+            raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
+        if arguments.num < 1 or arguments.batch < 1:
+            raise ConfigError("--num, --batch", [arguments.num, arguments.batch], "at least 1")
+        for path in filter(None, (arguments.run_dir, arguments.autoguidance)):
+            experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)
+            check_expert_parallel(arguments.expert_parallel, experts, world.size, "--expert-parallel")
+
+    def prepare() -> tuple[Run, Run | None, list[Any]]:
+        run, weak = _open(arguments, group)
+        asked = _asked(arguments, run, list(range(run.model.config.num_classes)))
+        make_scheduler(run.diffusion, arguments.sampler)
+        assert run.pipeline  # or it says what is missing
+        return run, weak, asked
+
+    world, code = join(), 0
+    try:
+        agreed(check)
+        group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
+        run, weak, asked = agreed(prepare)
+        settings = decided(lambda: _describe(arguments, run, weak, asked))
+        sample_many(
+            run,
+            world,
+            Target(Path(arguments.out)),
+            asked,
+            arguments.num,
+            arguments.batch,
+            settings,
+            seed=arguments.seed,
+            sampler=arguments.sampler,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            guidance_interval=_interval(arguments),
+            guided_channels=arguments.guided_channels,
+            weak_transformer=weak and weak.model,
+        )
+        if world.rank == 0:
+            print(f"{arguments.num} images of step {run.step} in {arguments.out}")
+    except AgreedError as error:
+        code = 2
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    leave()
+    return code
+
+
+def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tuple[Run, Run | None]:
+    """The run to sample from, and the one to guide away from.
+
+    Raises:
+        ConfigError: the two do not go together; and as ``open_run``.
+    """
+    from ditmoe_ds.pipelines.run import open_run
+
+    how = dict(text_encoder=arguments.text_encoder, vae=arguments.vae, dtype=arguments.dtype, offload_experts=arguments.offload_experts)
+    paths = [arguments.run_dir, *filter(None, [arguments.autoguidance])]
+    runs = [open_run(path, arguments.weights, group=group, **how) for path in paths]
+    run, weak = runs[0], runs[1] if len(runs) > 1 else None
+    if weak:
+        same = ("num_classes", "text_width", "in_channels")
+        if weak.diffusion != run.diffusion or any(getattr(weak.model.config, key) != getattr(run.model.config, key) for key in same):
+            raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
+    if arguments.compile:
+        for block in (block for one in runs for block in one.model.blocks):
+            block.compile()  # each by itself: blocks are alike, and so are compiled once
+    return run, weak
+
+
+def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[Any]:
+    """Classes or prompts, as the model is told."""
+    classes = run.model.config.num_classes
+    if not classes and arguments.classes is None:
+        return _prompts(arguments)
+    if arguments.prompt or arguments.prompts or not classes:
+        given = "--classes" if not classes else "--prompt"
+        raise ConfigError(given, getattr(arguments, given[2:]), f"this model is told {'--classes' if classes else '--prompt'}")
+    try:
+        asked = default if arguments.classes is None else [int(part) for part in arguments.classes.split(",")]
+    except ValueError:
+        raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
+    if wrong := [label for label in asked if not 0 <= label < classes]:
+        raise ConfigError("--classes", wrong[0], f"classes are 0..{classes - 1}")
+    return asked
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    lines: list[str] = []
+    if arguments.prompts:
+        try:
+            lines = [line.strip() for line in Path(arguments.prompts).read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("--prompts", arguments.prompts, f"not a readable text file ({error})") from None
+    found = [*(arguments.prompt or []), *filter(None, lines)]
+    if not found:
+        raise ConfigError("--prompt", None, "this model is told --prompt, or --prompts FILE")
+    return found
+
+
+def _interval(arguments: argparse.Namespace) -> tuple[float, float]:
+    try:
+        low, high = map(float, arguments.guidance_interval.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ConfigError("--guidance-interval", arguments.guidance_interval, "write LOW,HIGH within 0 and 1, for example 0.1,0.8")
+    return low, high
+
+
+def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: list[Any]) -> dict[str, Any]:
+    """For ``samples.json``: everything that the images depend on."""
+    import torch
+
+    from ditmoe_ds.diffusion.sampling import SCHEDULERS
+
+    def identity(one: Run, path: str) -> dict[str, Any]:
+        return dict(
+            checkpoint=str(Path(path).absolute()),
+            step=one.step,
+            weights=one.weights.description["weights"],
+            weights_sha256=one.weights.sha256(),
+        )
+
+    told = dict(classes=asked) if run.model.config.num_classes else dict(prompts=len(asked), prompts_sha256=_sha256("\n".join(asked)))
+    return dict(
+        format="ditmoe-samples/1",
+        num=arguments.num,
+        **identity(run, arguments.run_dir),
+        sampler=arguments.sampler or next(iter(SCHEDULERS[run.diffusion.objective])),
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        guidance_interval=_interval(arguments),
+        guided_channels=arguments.guided_channels,
+        autoguidance=weak and identity(weak, arguments.autoguidance),
+        seed=arguments.seed,
+        **told,
+        vae=run.latents["vae"],
+        text_encoder=run.latents.get("text", {}).get("encoder"),
+        dtype=arguments.dtype,
+        expert_parallel=arguments.expert_parallel,
+        device=run.device.type,
+        version=ditmoe_ds.__version__,
+        torch=torch.__version__,
+    )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""Many images, by any number of ranks, into a folder of PNGs or one npz in ADM's layout. A killed run is gone on with.
+
+Image i is a function of (seed, i) and the settings: on a CPU bit for bit, for which each image is computed alone by one thread (a
+matrix product rounds differently with other rows or threads); on a GPU within rounding, batch by batch. ``samples.json`` says what the
+images are.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ditmoe_ds.diffusion.sampling import Sampler
+from ditmoe_ds.distributed.topology import World, decided
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.run import Run
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the images go: a folder, or FILE.npz, which is made of such a folder at the end."""
+
+    out: Path
+
+    @property
+    def npz(self) -> bool:
+        return self.out.suffix == ".npz"
+
+    @property
+    def folder(self) -> Path:
+        """Of the PNGs."""
+        return self.out.with_name(self.out.name + ".parts") if self.npz else self.out
+
+    @property
+    def description(self) -> Path:
+        """What the images are, as JSON: ``samples.json`` in the folder, FILE.json beside FILE.npz."""
+        return self.out.with_suffix(".json") if self.npz else self.out / "samples.json"
+
+    def image(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.png"
+
+    def begin(self, settings: dict[str, Any], count: int) -> list[int]:
+        """Write the description, or compare with the one that is there.
+
+        Returns:
+            The numbers of the images that are missing.
+
+        Raises:
+            ConfigError: something else is there, or images of other settings.
+        """
+        settings = json.loads(json.dumps(settings))
+        if self.description.is_file():
+            found = json.loads(self.description.read_text())
+            for key in settings:
+                if found.get(key) != settings[key]:
+                    fix = f"{self.out} was begun with {found.get(key)!r}; repeat its settings or choose another --out"
+                    raise ConfigError(key, settings[key], fix)
+        elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
+            raise ConfigError("--out", str(self.out), f"something is there, but no {self.description.name} that says what; choose another")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.description, json.dumps(settings, indent=1).encode() + b"\n")
+        if self.npz and self.out.is_file():
+            return []
+        return [number for number in range(count) if not self.image(number).is_file()]
+
+    def save(self, number: int, image: Tensor) -> None:
+        """One uint8 image (H, W, 3); a name is only given to a whole file."""
+        unfinished = self.image(number).with_suffix(".partial")
+        Image.fromarray(image.numpy()).save(unfinished, format="png")
+        os.replace(unfinished, self.image(number))
+
+    def pack(self, count: int, labels: Sequence[int] | None) -> None:
+        """Write the npz: ``arr_0`` uint8 (N, H, W, 3) and, of class models, ``arr_1`` int64 (N,). Holds one image at a time."""
+        unfinished = self.out.with_name(self.out.name + ".partial")
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                for number in range(count):
+                    image = np.asarray(Image.open(self.image(number)))
+                    if not number:
+                        header = dict(descr="|u1", fortran_order=False, shape=(count, *image.shape))
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(image.tobytes())
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
+        os.replace(unfinished, self.out)
+        shutil.rmtree(self.folder)
+
+
+def sample_many(
+    run: Run,
+    world: World,
+    target: Target,
+    asked: Sequence[int] | Sequence[str],
+    count: int,
+    batch: int,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    sampler: Sampler | None,
+    steps: int,
+    **options: Any,
+) -> None:
+    """Make the images 0..count that are missing. Collective.
+
+    Args:
+        asked: classes or prompts; image i shows the one numbered i modulo their number.
+        batch: images computed together on a GPU.
+        settings: for the description.
+        options: of the pipeline.
+
+    Raises:
+        ConfigError: as ``Target.begin``; and as ``Run.sample``.
+    """
+    missing = decided(lambda: target.begin(settings, count))
+    if run.device.type == "cpu":
+        batch = 1
+        torch.set_num_threads(1)
+    batches = [missing[first : first + batch] for first in range(0, len(missing), batch)]
+    turns = -(-len(batches) // world.size)  # every rank takes as many, since with expert parallelism every forward is collective
+    with tqdm(total=len(missing), unit="img", disable=world.rank != 0) as bar:
+        for turn in range(turns):
+            place = turn * world.size + world.rank
+            numbers = batches[place if place < len(batches) else 0]
+            padded = numbers + numbers[-1:] * (batch - len(numbers))  # one shape, for compiled models
+            images = run.numbered(padded, [asked[i % len(asked)] for i in padded], seed, sampler, steps, **options)
+            if place < len(batches):
+                for number, image in zip(numbers, images, strict=False):
+                    target.save(number, image)
+            bar.update(sum(map(len, batches[turn * world.size : (turn + 1) * world.size])))
+    dist.barrier()
+    if target.npz and not target.out.is_file():
+        labels = [int(asked[i % len(asked)]) for i in range(count)] if run.model.config.num_classes else None
+        decided(lambda: target.pack(count, labels))
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)

@@ -1,0 +1,193 @@
+"""``ditmoe sample --num``: many images, whatever the processes, batches and kills."""
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latents import write_vae
+from models import SPARSE, random_weights
+from PIL import Image
+from processes import Ranks, launch
+
+from ditmoe_ds.cli import main
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.distributed.weights import open_weights, write_weights
+from ditmoe_ds.pipelines.run import open_run
+
+SAMPLER = dict(rectified_flow=[], ddpm=["--sampler", "ddpm"])
+COMMON = ["--steps", "3", "--seed", "5", "--guidance", "3", "--guidance-interval", "0.1,0.9"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("many")
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    """One folder of weights for each objective, in several files."""
+    latents = dict(vae=write_vae(folder / "vae"), scaling_factor=0.9, shift_factor=0.1)
+    for name in ("rectified_flow", "ddpm"):
+        write_weights(folder / name, random_weights(SPARSE, DiffusionConfig(name), latents=latents)[1], shard_bytes=50_000)
+    return {name: str(folder / name) for name in ("rectified_flow", "ddpm")}
+
+
+def many(world, weights, out, *more, **options):
+    return launch(world, ["-m", "ditmoe_ds.cli", "sample", weights, "--out", out, *COMMON, *more], **options)
+
+
+def pictures(out):
+    return {path.name: path.read_bytes() for path in sorted(Path(out).glob("*.png"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untouched():
+    """What ``main`` sets in its own process."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one(weights, folder):
+    """Nine images of each objective, by this process."""
+    for name, path in weights.items():
+        assert main(["sample", path, "--out", str(folder / f"one-{name}"), *COMMON, "--num", "9", *SAMPLER[name]]) == 0
+    return {name: pictures(folder / f"one-{name}") for name in weights}
+
+
+def test_the_folder_describes_itself(one, weights, folder):
+    assert list(one["rectified_flow"]) == [f"{i:06d}.png" for i in range(9)]
+    assert len(set(one["rectified_flow"].values())) == 9
+    said = json.loads((folder / "one-rectified_flow" / "samples.json").read_text())
+    assert said["weights_sha256"] == open_weights(weights["rectified_flow"]).sha256()
+    wanted = dict(num=9, step=5, weights="ema", sampler="euler", steps=3, guidance=3.0, guidance_interval=[0.1, 0.9], seed=5)
+    wanted |= dict(classes=[0, 1, 2], autoguidance=None, vae=str(folder / "vae"), dtype="fp32", device="cpu")
+    assert wanted.items() <= said.items()
+
+
+def test_the_hash_is_of_the_content(weights, folder):
+    parameters, known = random_weights(SPARSE)
+    write_weights(folder / "whole", known)
+    assert open_weights(folder / "whole").sha256() == known.sha256() == open_weights(weights["rectified_flow"]).sha256()
+    parameters["blocks.1.attn.proj.bias"][-1] += 1e-3
+    assert known.sha256() != open_weights(folder / "whole").sha256()
+
+
+def test_the_images_are_what_a_run_samples(one, weights):
+    run = open_run(weights["rectified_flow"])
+    images = run.sample([i % 3 for i in range(9)], steps=3, seed=5, guidance=3.0, guidance_interval=(0.1, 0.9))
+    for image, name in zip(images, one["rectified_flow"]):
+        found = torch.from_numpy(np.asarray(Image.open(Path(weights["rectified_flow"]).parent / "one-rectified_flow" / name)).copy())
+        assert (found.int() - image.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name,world,batch", [("rectified_flow", 2, 7), pytest.param("ddpm", 4, 1, marks=pytest.mark.slow)])
+def test_any_world_and_batch_makes_the_same_bits(one, weights, folder, name, world, batch):
+    out = folder / f"world-{world}"
+    many(world, weights[name], out, "--num", 9, "--batch", batch, *SAMPLER[name])
+    assert pictures(out) == one[name]
+
+
+def test_threads_and_batches_do_not_matter_either(one, weights, folder, capsys):
+    """In this process, which has as many threads as it likes; and as an npz."""
+    torch.set_num_threads(2)
+    out = folder / "set.npz"
+    arguments = ["sample", weights["rectified_flow"], "--out", str(out), *COMMON, "--num", "9", "--batch", "32"]
+    assert main(arguments) == 0
+    with np.load(out, allow_pickle=False) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (9, 32, 32, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
+    assert labels.tolist() == [0, 1, 2] * 3
+    for i, content in enumerate(one["rectified_flow"].values()):
+        assert (np.asarray(Image.open(io.BytesIO(content))) == images[i]).all()
+    assert json.loads((folder / "set.json").read_text())["num"] == 9 and not list(folder.glob("set.npz.*"))
+    before = out.stat().st_mtime_ns
+    assert main(arguments) == 0 and out.stat().st_mtime_ns == before  # done already
+    capsys.readouterr()
+    for change, word in ((["--seed", "6"], "seed=6"), (["--classes", "1"], "classes=[1]"), (["--steps", "4"], "steps=4")):
+        assert main([*arguments, *change]) == 2
+        error = capsys.readouterr().err
+        assert word in error and "was begun with" in error and error.count("error:") == 1
+
+
+def test_a_killed_run_goes_on(one, weights, folder):
+    """With noise on the way, and as an npz; what was finished is not made again."""
+    out = folder / "killed.npz"
+    arguments = ["sample", weights["ddpm"], "--out", str(out), *COMMON, *SAMPLER["ddpm"], "--num", "9"]
+    [process] = Ranks(1, ["-m", "ditmoe_ds.cli", *arguments]).processes
+    parts, deadline = folder / "killed.npz.parts", time.monotonic() + 200
+    while len(pictures(parts)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    killed = pictures(parts)
+    assert 3 <= len(killed) < 9 and not out.exists(), "it was to be killed on the way"
+    (parts / "000008.partial").write_bytes(b"half a picture")
+    Image.new("RGB", (32, 32)).save(parts / "000000.png")
+    assert main(arguments) == 0
+    images = np.load(out, allow_pickle=False)["arr_0"]
+    assert (images[0] == 0).all()
+    for image, content in list(zip(images, one["ddpm"].values(), strict=True))[1:]:
+        assert (np.asarray(Image.open(io.BytesIO(content))) == image).all()
+    assert not parts.exists()
+
+
+def test_expert_parallel_makes_the_same_images(one, weights, folder):
+    out = folder / "ep"
+    many(2, weights["rectified_flow"], out, "--num", 9, "--expert-parallel", 2)
+    assert pictures(out).keys() == one["rectified_flow"].keys()
+    for name, content in one["rectified_flow"].items():
+        ours, theirs = (np.asarray(Image.open(file)).astype(int) for file in (io.BytesIO(content), out / name))
+        assert np.abs(ours - theirs).max() <= 1
+
+
+def test_offloaded_experts_and_bf16(weights, folder):
+    run = open_run(weights["rectified_flow"])
+    how = dict(steps=2, guidance=2.0)
+    images = run.sample([0, 1], **how)
+    offloaded = open_run(weights["rectified_flow"], offload_experts=True)
+    assert torch.equal(offloaded.sample([0, 1], **how), images)
+    half = open_run(weights["rectified_flow"], dtype="bf16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and half.pipeline.vae.dtype == torch.float32
+    assert 0 < (half.sample([0, 1], **how).int() - images.int()).abs().float().mean() < 10
+
+
+def test_autoguidance(weights, folder, one):
+    """From itself: without guidance; the weak run is described."""
+    path, common = weights["rectified_flow"], ["--steps", "2", "--num", "3"]
+    assert main(["sample", path, "--out", str(folder / "weak"), *common, "--guidance", "3", "--autoguidance", path]) == 0
+    assert main(["sample", path, "--out", str(folder / "none"), *common, "--guidance", "1"]) == 0
+    assert pictures(folder / "weak") == pictures(folder / "none")
+    said = json.loads((folder / "weak" / "samples.json").read_text())
+    assert said["autoguidance"]["checkpoint"] == path and said["autoguidance"]["weights_sha256"] == said["weights_sha256"]
+
+
+def test_mistakes(weights, folder, capsys):
+    path = weights["rectified_flow"]
+    (folder / "other").mkdir()
+    (folder / "other" / "file").write_text("precious")
+    for arguments, word in (
+        (["--num", "2", "--out", "a.png"], "FILE.npz"),
+        (["--num", "0", "--out", str(folder / "zero")], "at least 1"),
+        (["--num", "2", "--out", str(folder / "other")], "something is there"),
+        (["--num", "2", "--out", str(folder / "ep"), "--expert-parallel", "2"], "one of [1]"),
+        (["--num", "2", "--out", str(folder / "no"), "--sampler", "ddim"], "euler"),
+        (["--num", "2", "--out", str(folder / "no"), "--guidance-interval", "0.8,0.1"], "LOW,HIGH"),
+        (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "another objective"),
+        (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "told --classes"),
+        (["--num", "2", "--out", str(folder / "no"), "--classes", "3"], "0..2"),
+        (["--expert-parallel", "2"], "say how many"),
+    ):
+        assert main(["sample", path, *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert word in error and error.count("error:") == 1, error
+    assert not (folder / "no").exists() and [entry.name for entry in (folder / "other").iterdir()] == ["file"]
