@@ -131,7 +131,27 @@ def describe(config: DiTConfig, text_tokens: int = 77) -> dict[str, Any]:
     total = sum(parts.values())
     idle = parts.get("routed_experts", 0) * (1 - config.top_k / max(config.experts, 1))
 
-    h, c, N, T, L = config.hidden, config.condition_width, config.tokens, text_tokens if config.text_width else 0, config.depth
+    linear, attention = macs(config, config.tokens, text_tokens if config.text_width else 0)
+    return dict(
+        total=total,
+        active=round(total - idle),
+        parts=parts,
+        linear_gmacs=round(linear / 1e9, 2),
+        gmacs=round((linear + attention) / 1e9, 2),
+        macs=linear + attention,
+        tokens=config.tokens,
+    )
+
+
+def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
+    """Multiply-accumulates of one image's forward: of linear layers (of experts, those that a token meets), and of attention's two
+    matrix products.
+
+    Args:
+        tokens: patches of the image that the network sees.
+        text_tokens: of its caption; 0 for models without text.
+    """
+    h, c, N, T, L = config.hidden, config.condition_width, tokens, text_tokens, config.depth
     kv = h * (config.kv_heads or config.heads) // config.heads
     matrices = 3 if config.expert_activation == "swiglu" else 2
     sparse = matrices * config.top_k * h * config.expert_width
@@ -146,16 +166,7 @@ def describe(config: DiTConfig, text_tokens: int = 77) -> dict[str, Any]:
         per_token += L * 2 * h * h
         per_image += T * (config.text_width * h + h * h + L * 2 * h * h) + config.text_width * c
         attention += L * 2 * N * T * h
-    linear = N * per_token + per_image
-    return dict(
-        total=total,
-        active=round(total - idle),
-        parts=parts,
-        linear_gmacs=round(linear / 1e9, 2),
-        gmacs=round((linear + attention) / 1e9, 2),
-        macs=linear + attention,
-        tokens=N,
-    )
+    return N * per_token + per_image, attention
 
 
 def _part(name: str) -> str:

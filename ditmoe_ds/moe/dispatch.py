@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ditmoe_ds.clock import clock
 from ditmoe_ds.moe.routing import Assignment
 
 
@@ -47,7 +48,8 @@ class InFlight:
         self.received = _AllToAll.apply(self.sent, send, receive, group, self.work)
 
     def wait(self) -> Tensor:
-        self.work.pop().wait()
+        with clock("all_to_all"):  # what of it the shared path did not hide
+            self.work.pop().wait()
         del self.sent
         return self.received
 
@@ -65,5 +67,6 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         out = grad.new_empty(sum(ctx.send), grad.shape[1])
-        dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        with clock("all_to_all"):
+            dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
         return out, None, None, None, None

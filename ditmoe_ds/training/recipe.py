@@ -75,6 +75,8 @@ class TrainConfig:
     """A loss so many standard deviations over the mean of the last 100 steps is logged with its samples; 0 for never."""
     log_every: int = 10
     """Steps between printed lines; ``metrics.jsonl`` has every step."""
+    profile: bool = False
+    """Write a trace of three early steps of every rank into ``run_dir/trace``."""
     tensorboard: bool = True
     wandb: bool = False
 

@@ -35,6 +35,10 @@ class Prepared(NamedTuple):
         latents, times, noise, samples = tensors
         return Prepared(latents, condition, times, noise, samples, None if self.keep is None else self.keep.to(device))
 
+    def tokens(self, patch: int) -> int:
+        """Of each image, that the network sees."""
+        return self.latents[0, 0].numel() // patch**2 if self.keep is None else self.keep.shape[1]
+
 
 class Preparation:
     """Draws time, noise, condition dropout, flip and mask of each sample from (seed, epoch, sample). Runs in the loader's processes.

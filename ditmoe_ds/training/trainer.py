@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ditmoe_ds import __version__, config
+from ditmoe_ds.clock import clock
 from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
@@ -38,6 +39,7 @@ from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.recipe import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
+from ditmoe_ds.training.telemetry import Profile, throughput
 
 
 class Trainer:
@@ -111,6 +113,7 @@ class Trainer:
     def train_step(self) -> Record:
         """One optimizer step over the global batch. Returns its entry of ``metrics.jsonl``. Collective."""
         train, start = self.plan.recipe.train, time.monotonic()
+        clock.start()
         lr = train.optimizer.lr_at(self.step)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
@@ -121,18 +124,25 @@ class Trainer:
         waited = time.monotonic() - start
         batches = [batch.to(self.device, self.conditioner) for batch in loaded]
         for batch in batches:
-            loss = compute_loss(self.engine, self.objective, batch, self.plan.model)
-            self.engine.backward(loss.total)
-            self.engine.step()
+            with clock("forward"):
+                loss = compute_loss(self.engine, self.objective, batch, self.plan.model)
+            with clock("backward"):
+                self.engine.backward(loss.total)
+            with clock("optimizer"):
+                self.engine.step()
             sums[:3] += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
             selections, takers = selections + loss.selections, takers + loss.takers
             per_batch.append(loss.diffusion)
+        applied = self.engine.was_step_applied()
+        if applied:
+            with clock("ema"):
+                self.ema.update()
         self.step += 1
         self.samples_seen += train.global_batch
         sums[3] = self.interruption is not None and self.interruption.asked
         diffusion, balance, z, stop = mean_over_ranks(sums).tolist()
         self.interrupted = stop > 0 and self.step < train.steps
-        applied = self.engine.was_step_applied()
+        parts = clock.stop()
         seconds = time.monotonic() - start
         record: Record = dict(
             step=self.step,
@@ -141,16 +151,16 @@ class Trainer:
             z_loss=z,
             grad_norm=float(self.engine.get_global_grad_norm()) if applied else math.inf,
             lr=lr,
-            images_per_s=train.global_batch / seconds,
             data_wait=waited / seconds,
             epoch=self.samples_seen / len(self.dataset),
+            seconds=dict(total=seconds, data=waited) | parts,
         )
+        record |= throughput(self.plan.model, batches, seconds, self.world.size, train.precision == "bf16", train.activation_checkpointing)
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
             record["router"] = router_metrics(selections, takers)
         if applied:
-            self.ema.update()
             self.skipped_in_a_row = 0
             if spike := self.spikes(diffusion, per_batch, batches, self.dataset.key):
                 record["spike"] = spike
@@ -231,6 +241,8 @@ class Trainer:
         if train.sample_every:
             callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner)))
         callbacks += [Progress(self.step)]
+        if train.profile:
+            callbacks.append(Profile(self.run_dir, self.world.rank))
         if self.world.rank == 0:
             self._describe_run()
             callbacks.append(MetricsWriter(self.plan, self.run_dir, self.step))
