@@ -346,9 +346,9 @@ def test_an_npz_is_streamed(tmp_path, kind):
         assert np.array_equal(np.concatenate([images[:0], *batches]), images[first:last])
 
 
-def spoil_bytes(path):
+def spoil(path, place):
     content = bytearray(path.read_bytes())
-    content[2000] ^= 255
+    content[place] ^= 255
     path.write_bytes(content)
 
 
@@ -365,13 +365,14 @@ class Harmful:
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
+    "change, words",
     [
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "no whole npz"),
         (lambda path: path.write_bytes(b"not a zip"), "no whole npz"),
         (lambda path: path.unlink(), "No such file"),
         (lie_about_count, "its header says"),
-        (spoil_bytes, "damaged"),
+        (lambda path: spoil(path, 2000), "damaged"),
+        (lambda path: spoil(path, 0), "cannot be read"),
         (lambda path: np.savez(path, np.zeros((5, 8, 8, 3), np.float32)), "float32.*uint8"),
         (lambda path: np.savez(path, np.zeros((5, 3, 8, 8), np.uint8)), r"\(5, 3, 8, 8\)"),
         (lambda path: np.savez(path, np.asfortranarray(np.zeros((5, 8, 8, 3), np.uint8))), "row by row"),
@@ -380,11 +381,11 @@ class Harmful:
         (lambda path: np.savez(path, np.zeros((3, 8, 8, 3), np.uint8)), "3 images are too few"),
     ],
 )
-def test_an_npz_that_is_not_right(tmp_path, spoil, words, monkeypatch, alone):
+def test_an_npz_that_is_not_right(tmp_path, change, words, monkeypatch, alone):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.npz"
     np.savez(path, pictures(40, 8, 8))
-    spoil(path)
+    change(path)
     with pytest.raises(UserError, match=words) as caught:
         summarise(read_plan("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU)
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()

@@ -29,7 +29,7 @@ class Extractor(NamedTuple):
     input: str
     """Size, resizing and normalisation, for people."""
     features: Callable[[Tensor], dict[str, Tensor]]
-    """Images (B, H, W, 3) uint8 to ``pool`` (B, D) and, of Inception, ``spatial`` and ``logits``."""
+    """Images (B, H, W, 3) uint8 on its device to ``pool`` (B, D) and, of Inception, ``spatial`` and ``logits``."""
     text: Callable[[list[str]], Tensor] | None = None
     """Of CLIP: captions to unit vectors (B, D) in the space of its ``pool``."""
 
@@ -89,7 +89,7 @@ def _efficientnet(name: str, device: torch.device | str) -> Extractor:
     _load(network, path, "--extractor")
     look = Look(efficientnet.SIZE, [127 / 255] * 3, [128 / 255] * 3)
     features = _frozen(network, device)
-    return Extractor(name, sha256(path), str(look), lambda images: {"pool": features(look(images.to(device)))})
+    return Extractor(name, sha256(path), str(look), lambda images: {"pool": features(look(images))})
 
 
 def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
@@ -101,7 +101,7 @@ def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
     data = timm.data.resolve_model_data_config(network)
     look = Look(data["input_size"][-1], list(data["mean"]), list(data["std"]))
     features = _frozen(network, device)
-    return Extractor(name, tensors_sha256(network), str(look), lambda images: {"pool": features(look(images.to(device)))})
+    return Extractor(name, tensors_sha256(network), str(look), lambda images: {"pool": features(look(images))})
 
 
 def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
@@ -111,7 +111,7 @@ def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
     look, forward = Look.of_processor(value), _frozen(network, device)
 
     def features(images: Tensor) -> dict[str, Tensor]:
-        states = forward(pixel_values=look(images.to(device))).last_hidden_state
+        states = forward(pixel_values=look(images)).last_hidden_state
         return {"pool": states.mean((2, 3)) if states.dim() == 4 else states[:, 0]}  # of a convolutional network; the class token
 
     return Extractor(name, tensors_sha256(network), str(look), features)
@@ -126,7 +126,7 @@ def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
 
     @torch.no_grad()
     def features(images: Tensor) -> dict[str, Tensor]:
-        pooled = network.vision_model(pixel_values=look(images.to(device))).pooler_output
+        pooled = network.vision_model(pixel_values=look(images)).pooler_output
         return {"pool": F.normalize(network.visual_projection(pooled), dim=1)}
 
     @torch.no_grad()

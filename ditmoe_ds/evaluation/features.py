@@ -43,7 +43,7 @@ def summarise(
         AgreedError: a file is damaged; on every rank.
     """
     count, (first, last) = len(images), share(len(images), batch)
-    look = extractor.features(torch.zeros(1, *images.shape, dtype=torch.uint8))  # widths, also for a rank without images
+    look = extractor.features(torch.zeros(1, *images.shape, dtype=torch.uint8, device=device))  # widths, also for a rank without images
     width = {kind: found.shape[1] for kind, found in look.items()}
     moments = {kind: Moments(size, device) for kind, size in width.items() if kind != "logits"}
     score = InceptionScore(count, width["logits"], device) if "logits" in width else None
@@ -51,7 +51,7 @@ def summarise(
 
     def extract() -> None:
         bar = tqdm(total=last - first, desc=label, unit="img", disable=dist.get_rank() > 0)
-        with bar, torch.backends.cudnn.flags(allow_tf32=False):
+        with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             at = first
             for arrays in images.batches(first, last, batch):
                 found = extractor.features(torch.from_numpy(arrays).to(device))

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,9 +37,9 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        with self._open() as file:
+        with self._open() as (file, size):
             (self.count, *self.shape), self.start = self._header(file)
-            size, said = self.archive.getinfo(MEMBER).file_size, self.start + self.count * math.prod(self.shape)
+        said = self.start + self.count * math.prod(self.shape)
         if size != said:
             raise DataError(f"{path}: {MEMBER} has {size} bytes, its header says {said}; write it again")
 
@@ -48,7 +49,7 @@ class NpzImages:
     def batches(self, first: int, last: int, size: int) -> Iterator[np.ndarray]:
         """Images [first, last) as (up to ``size``, H, W, 3) uint8."""
         each = math.prod(self.shape)
-        with self._open() as file:
+        with self._open() as (file, _):
             file.seek(self.start + first * each)
             for start in range(first, last, size):
                 count = min(size, last - start)
@@ -67,14 +68,19 @@ class NpzImages:
         """Of FILE.json beside FILE.npz, where ``ditmoe sample`` says how the images were made; None without it."""
         return _read_json(self.path.with_suffix(".json"))
 
-    def _open(self) -> IO[bytes]:
-        try:
-            self.archive = zipfile.ZipFile(self.path)
-            return self.archive.open(MEMBER)
-        except KeyError:
-            raise DataError(f"{self.path}: has {', '.join(self.archive.namelist())}; images are in {MEMBER}") from None
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"{self.path}: no whole npz ({error})") from None
+    @contextmanager
+    def _open(self) -> Iterator[tuple[IO[bytes], int]]:
+        """The member, and how many bytes it has."""
+        members = npz_members(self.path)
+        if MEMBER not in members:
+            raise DataError(f"{self.path}: has {', '.join(members)}; images are in {MEMBER}")
+        with zipfile.ZipFile(self.path) as archive:
+            try:
+                file = archive.open(MEMBER)
+            except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, packed in another way, encrypted
+                raise DataError(f"{self.path}: {MEMBER} cannot be read ({error})") from None
+            with file:
+                yield file, archive.getinfo(MEMBER).file_size
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], int]:
         """Shape, and where the data starts. NumPy's own readers of the header never unpickle."""
