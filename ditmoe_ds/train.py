@@ -13,14 +13,13 @@ def main(arguments: list[str] | None = None) -> int:
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
-    from ditmoe_ds.distributed.topology import AgreedError, agreed, join, leave
+    from ditmoe_ds.distributed.topology import World, agreed, on_all_ranks
     from ditmoe_ds.training.recipe import read_plan
 
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     startup.lap("import")
-    world = join()
-    code = 0
-    try:
+
+    def train(world: World) -> None:
         with Lookout(world) as lookout:
             startup.lap("join")
             plan = agreed(lambda: read_plan(arguments, world.size))
@@ -29,12 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
             trainer = Trainer(plan, world, interruption, callbacks=[startup, lookout])
             startup.lap("build")
             trainer.run()
-    except AgreedError as error:
-        code = 2
-        if world.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    leave()
-    return code
+
+    return on_all_ranks(train)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,6 +92,19 @@ def leave() -> None:
     """End together. Without it a rank now and then aborts in its destructors, which a launcher takes for a failure."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def on_all_ranks(work: Callable[[World], None]) -> int:
+    """Join, do ``work``, leave. Returns the exit code, the same on every rank: 0, or 2 after one line about a user's mistake."""
+    world, code = join(), 0
+    try:
+        work(world)
+    except AgreedError as error:
+        code = 2
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    leave()
+    return code
 
 
 def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

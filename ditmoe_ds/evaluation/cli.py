@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +74,12 @@ def _shapes(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.distributed.topology import AgreedError, agreed, join, leave
+    from ditmoe_ds.distributed.topology import World, agreed, on_all_ranks
     from ditmoe_ds.evaluation.fidelity import Plan, read_plan, result, run
 
-    world, out, code = join(), Path(arguments.out), 0
+    out = Path(arguments.out)
 
-    def plan() -> Plan:
+    def plan(world: World) -> Plan:
         if arguments.batch < 1:
             raise ConfigError("--batch", arguments.batch, "at least 1")
         try:
@@ -90,20 +89,14 @@ def _measure(arguments: argparse.Namespace) -> int:
         given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
         return read_plan(arguments.measure, arguments.samples, device=world.device, **given)
 
-    try:
-        checked = agreed(plan)
+    def measure(world: World) -> None:
+        checked = agreed(lambda: plan(world))
         scores = run(checked, world.device, arguments.batch)
         if world.rank == 0:
             (out / "result.json").write_text(json.dumps(result(checked, scores), indent=1) + "\n")
             for name, value in scores.items():
                 print(f"{name:<12}{value:>12.5g}")
-            print(
-                f"{len(checked.samples):,} samples, {checked.extractor.name} {checked.extractor.sha256[:8]}: {out / 'result.json'}",
-                flush=True,
-            )
-    except AgreedError as error:
-        code = 2
-        if world.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    leave()
-    return code
+            extractor = f"{checked.extractor.name} {checked.extractor.sha256[:8]}"
+            print(f"{len(checked.samples):,} samples, {extractor}: {out / 'result.json'}", flush=True)
+
+    return on_all_ranks(measure)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +72,11 @@ def _grid(arguments: argparse.Namespace) -> int:
 
 def _many(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.diffusion.sampling import make_scheduler
-    from ditmoe_ds.distributed.topology import AgreedError, agreed, check_expert_parallel, decided, expert_group, join, leave
+    from ditmoe_ds.distributed.topology import World, agreed, check_expert_parallel, decided, expert_group, on_all_ranks
     from ditmoe_ds.distributed.weights import open_weights
     from ditmoe_ds.pipelines.many import Target, sample_many
 
-    def check() -> None:
+    def check(world: World) -> None:
         target = Target(Path(arguments.out))
         if target.out.suffix == ".png":
             raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
@@ -87,18 +86,17 @@ def _many(arguments: argparse.Namespace) -> int:
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)
             check_expert_parallel(arguments.expert_parallel, experts, world.size, "--expert-parallel")
 
-    def prepare() -> tuple[Run, Run | None, list[Any]]:
+    def prepare(group: ExpertGroup | None) -> tuple[Run, Run | None, list[Any]]:
         run, weak = _open(arguments, group)
         asked = _asked(arguments, run, list(range(run.model.config.num_classes)))
         make_scheduler(run.diffusion, arguments.sampler)
         assert run.pipeline  # or it says what is missing
         return run, weak, asked
 
-    world, code = join(), 0
-    try:
-        agreed(check)
+    def sample(world: World) -> None:
+        agreed(lambda: check(world))
         group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
-        run, weak, asked = agreed(prepare)
+        run, weak, asked = agreed(lambda: prepare(group))
         settings = decided(lambda: _describe(arguments, run, weak, asked))
         sample_many(
             run,
@@ -118,12 +116,8 @@ def _many(arguments: argparse.Namespace) -> int:
         )
         if world.rank == 0:
             print(f"{arguments.num} images of step {run.step} in {arguments.out}")
-    except AgreedError as error:
-        code = 2
-        if world.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    leave()
-    return code
+
+    return on_all_ranks(sample)
 
 
 def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tuple[Run, Run | None]:

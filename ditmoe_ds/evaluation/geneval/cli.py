@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +35,13 @@ def add_command(kinds: Any) -> None:
 
 def geneval(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 0, or 2 after one line about a user's mistake."""
-    from ditmoe_ds.distributed.topology import AgreedError, join, leave
+    from ditmoe_ds.distributed.topology import on_all_ranks
 
     if not arguments.run and not arguments.detector:
         raise ConfigError("--run", None, "name a run whose pictures are to be made, a --detector that scores what is there, or both")
     if arguments.run and not arguments.prompts:
         raise ConfigError("--prompts", None, "name prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval")
-    world, code = join(), 0
-    try:
-        _evaluate(arguments, world)
-    except AgreedError as error:
-        code = 2
-        if world.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    leave()
-    return code
+    return on_all_ranks(lambda world: _evaluate(arguments, world))
 
 
 def _evaluate(arguments: argparse.Namespace, world: World) -> None:
