@@ -23,9 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
         with Lookout(world) as lookout:
             startup.lap("join")
             plan = agreed(lambda: read_plan(arguments, world.size))
-            from ditmoe_ds.training.trainer import Trainer
+            from ditmoe_ds.training.trainer import Callback, Trainer
 
-            trainer = Trainer(plan, world, interruption, callbacks=[startup, lookout])
+            callbacks: list[Callback] = [startup, lookout]
+            if plan.recipe.train.fd_every:
+                from ditmoe_ds.evaluation.during_training import FrechetDistance
+
+                callbacks.append(agreed(lambda: FrechetDistance(plan, world.device)))
+            trainer = Trainer(plan, world, interruption, callbacks)
             startup.lap("build")
             trainer.run()
 

@@ -103,6 +103,19 @@ class Validation:
         return torch.stack(rows)
 
 
+def sample_latents(trainer: TrainerView, items: list[int], asked: list[Any]) -> torch.Tensor:
+    """The current weights' latents (B, C, H, W) of the images numbered ``items``, which show what is ``asked``. Collective.
+
+    An image's noise is the same at every step.
+    """
+    plan, told = trainer.plan, trainer.conditioner
+    diffusion, train = plan.recipe.diffusion, plan.recipe.train
+    noise = starting_noise(image_generators(train.seed, items), plan.shape).to(trainer.device)
+    condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)
+    predict = guided(trainer.engine, condition, Guidance(train.guidance), diffusion, apart=plan.model.images_compete)
+    return sample(predict, noise, make_scheduler(diffusion), diffusion, train.sample_steps)
+
+
 class SampleGrid:
     """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images."""
 
@@ -111,30 +124,28 @@ class SampleGrid:
         self.vae = load_vae(plan.manifest.vae, "cpu") if dist.get_rank() == 0 else None
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
-        plan, train = trainer.plan, trainer.plan.recipe.train
+        train = trainer.plan.recipe.train
         if not due(trainer.step, train.sample_every, train.steps):
             return
         items, _ = share_out(train.sample_images)
-        model, diffusion = plan.model, plan.recipe.diffusion
-        noise = starting_noise(image_generators(train.seed, items), plan.shape).to(trainer.device)
-        told = trainer.conditioner
-        asked = [self.asked[i] for i in items]
-        condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)
         trainer.engine.eval()
-        with trainer.ema.applied(trainer.engine), torch.no_grad():
-            predict = guided(trainer.engine, condition, Guidance(train.guidance), diffusion, apart=model.images_compete)
-            latents = sample(predict, noise, make_scheduler(diffusion), diffusion, train.sample_steps)
+        with trainer.ema.applied(trainer.engine):
+            latents = sample_latents(trainer, items, [self.asked[i] for i in items])
         trainer.engine.train()
         everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, latents)
-        if self.vae is not None:
-            ordered = torch.stack(everyone, dim=1).flatten(0, 1)[: train.sample_images]
-            images = decode(self.vae, ordered.cpu(), plan.manifest.scaling_factor, plan.manifest.shift_factor)
-            save_grid(
-                images,
-                trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png",
-                columns=min(10, model.num_classes or 10, train.sample_images),
-            )
+        if self.vae is None:
+            return
+        try:
+            self._save(trainer, torch.stack(everyone, dim=1).flatten(0, 1)[: train.sample_images])
+        except Exception as error:  # a full disk, for one: no reason to stop a run
+            print(f"no sample grid of step {trainer.step}: {type(error).__name__}: {error}", flush=True)
+
+    def _save(self, trainer: TrainerView, latents: torch.Tensor) -> None:
+        plan = trainer.plan
+        images = decode(self.vae, latents.cpu(), plan.manifest.scaling_factor, plan.manifest.shift_factor)
+        path = trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png"
+        save_grid(images, path, columns=min(10, plan.model.num_classes or 10, plan.recipe.train.sample_images))
 
 
 class Checkpoints:

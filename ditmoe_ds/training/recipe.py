@@ -68,7 +68,12 @@ class TrainConfig:
     sample_images: int = 40
     sample_steps: int = 25
     guidance: float = 2.0
-    """Guidance scale of the sample grids."""
+    """Guidance scale of sample grids and Fréchet distances."""
+    fd_every: int = 0
+    """Steps between Fréchet distances of EMA samples to held-out data; 0 for never."""
+    fd_samples: int = 2000
+    fd_extractor: str = "efficientnet-lite0"
+    """As ``ditmoe eval fid --extractor``."""
     max_skipped_steps: int = 10
     """A step whose gradient is not finite is skipped; the run stops after so many in a row."""
     spike_threshold: float = 6.0

@@ -93,7 +93,7 @@ class Trainer:
                 plan.model.patch,
             ),
         )
-        self.callbacks = [*self._callbacks(), *callbacks]
+        self.callbacks = self._callbacks(callbacks)
 
     def run(self) -> None:
         """Train to ``train.steps``, or until any rank is asked to stop: then save and leave word."""
@@ -233,14 +233,14 @@ class Trainer:
                 "choose a new run_dir and start it from these weights with model.weights"
             )
 
-    def _callbacks(self) -> list[Callback]:
+    def _callbacks(self, others: Sequence[Callback]) -> list[Callback]:
         train = self.plan.recipe.train
         callbacks: list[Callback] = []
         if train.validate_every:
             callbacks.append(agreed(lambda: Validation(self.plan)))
         if train.sample_every:
             callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner)))
-        callbacks += [Progress(self.step)]
+        callbacks += [*others, Progress(self.step)]
         if train.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
         if self.world.rank == 0:

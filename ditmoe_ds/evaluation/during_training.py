@@ -1,0 +1,82 @@
+"""A small Fréchet distance while a model trains."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.evaluation.extractors import load_extractor
+from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
+from ditmoe_ds.latents.vae import decode, load_vae
+from ditmoe_ds.training.callbacks import Record, TrainerView, due, sample_latents, share_out
+from ditmoe_ds.training.recipe import Plan
+
+
+class FrechetDistance:
+    """``fd`` of EMA's samples to held-out data, both decoded by the VAE: what the VAE cannot draw does not count. The ranks share the
+    work. It is biased by the number of images: compare it between steps and runs of the same ``train.fd_samples``, with nothing else.
+
+    Where it cannot be computed, rank 0 says so and training goes on.
+
+    Raises:
+        ConfigError, DataError: the VAE or the extractor cannot be loaded, or there are too few held-out samples.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        train = plan.recipe.train
+        self.dataset = plan.open_heldout()
+        if min(train.fd_samples, len(self.dataset)) < 2:
+            raise ConfigError("train.fd_samples", train.fd_samples, f"at least 2; held out are {len(self.dataset)}, at least 2 are needed")
+        self.extractor = load_extractor(train.fd_extractor, device)
+        self.width = self.extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))["pool"].shape[1]
+        self.vae = load_vae(plan.manifest.vae, device)
+        self.real: Gaussian | None = None
+
+    def __call__(self, trainer: TrainerView, record: Record) -> None:
+        train = trainer.plan.recipe.train
+        if not due(trainer.step, train.fd_every, train.steps):
+            return
+        trainer.engine.eval()
+        with trainer.ema.applied(trainer.engine):
+            made = self._gaussian(trainer, self._sampled(trainer))
+        trainer.engine.train()
+        self.real = self.real or self._gaussian(trainer, self._heldout(trainer))
+        if made and self.real:
+            record["fd"] = frechet_distance(made, self.real)
+
+    def _sampled(self, trainer: TrainerView) -> Iterator[Tensor]:
+        """Latents of this rank's images. Collective, with as many parts on every rank."""
+        asked = trainer.plan.asked_for(trainer.plan.recipe.train.fd_samples, trainer.conditioner)
+        items, answered = share_out(len(asked))
+        for part, counted in self._parts(trainer, items, answered):
+            yield sample_latents(trainer, part, [asked[i] for i in part])[:counted]
+
+    def _heldout(self, trainer: TrainerView) -> Iterator[Tensor]:
+        for part, counted in self._parts(trainer, *share_out(min(trainer.plan.recipe.train.fd_samples, len(self.dataset)))):
+            yield self.dataset.batch(part).latents[:counted].to(trainer.device)
+
+    def _parts(self, trainer: TrainerView, items: list[int], answered: int) -> Iterator[tuple[list[int], int]]:
+        """Micro-batches, and how many of each this rank answers for."""
+        size = trainer.plan.batch.micro
+        for first in range(0, len(items), size):
+            yield items[first : first + size], min(max(answered - first, 0), size)
+
+    def _gaussian(self, trainer: TrainerView, parts: Iterable[Tensor]) -> Gaussian | None:
+        """Of the features of decoded latents, over all ranks; None, on all, where a rank failed."""
+        manifest, moments, failed = trainer.plan.manifest, Moments(self.width, trainer.device), None
+        for latents in parts:
+            if failed or not len(latents):
+                continue
+            try:
+                images = decode(self.vae, latents, manifest.scaling_factor, manifest.shift_factor)
+                moments.add(self.extractor.features(images)["pool"])
+            except Exception as error:  # memory, for one: the other ranks still need this one for their images
+                failed = f"{type(error).__name__}: {error}"
+        found: list[str | None] = [None] * trainer.world.size
+        dist.all_gather_object(found, failed)
+        first = next(filter(None, found), None)
+        if first and trainer.world.rank == 0:
+            print(f"no Fréchet distance of step {trainer.step}: {first}", flush=True)
+        return None if first else moments.gaussian()

@@ -1,0 +1,76 @@
+"""The Fréchet distance in a run's records."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from latents import write_latents, write_vae
+from processes import ROOT, launch
+
+from ditmoe_ds.evaluation.extractors import load_extractor
+from ditmoe_ds.evaluation.moments import Moments, frechet_distance
+from ditmoe_ds.latents.vae import decode
+from ditmoe_ds.pipelines.run import open_run
+
+SAMPLES = 7
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fd")
+    latents = write_latents(folder / "latents", val=SAMPLES, vae=write_vae(folder / "vae"))
+    train = dict(steps=2, global_batch=8, precision="fp32", validate_every=0, sample_every=0, tensorboard=False)
+    fd = dict(fd_every=2, fd_samples=SAMPLES, sample_steps=3, guidance=1.5)
+    path = folder / "recipe.yaml"
+    data = dict(manifest=latents, workers=0)
+    path.write_text(yaml.safe_dump(dict(model=dict(name="DiT-MoE-Nano/2-4E2A"), data=data, train=train | fd, run_dir=str(folder / "run"))))
+    return path
+
+
+def record(run):
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
+    run = recipe.parent / "run"
+    launch(1, ["-m", "ditmoe_ds.train", recipe])
+    launch(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run}-2", "parallel.expert=2", "parallel.zero_stage=3"])
+    opened = open_run(run)
+    extractor = load_extractor("efficientnet-lite0")
+    vae, scaling = opened.pipeline.vae, opened.latents["scaling_factor"]
+    made, real = Moments(1280), Moments(1280)
+    made.add(extractor.features(opened.sample(range(SAMPLES), steps=3, guidance=1.5))["pool"])
+    heldout = torch.stack(list(_heldout(opened.latents["manifest"])))
+    real.add(extractor.features(decode(vae, heldout, scaling, opened.latents["shift_factor"]))["pool"])
+    expected = frechet_distance(made.gaussian(), real.gaussian())
+    assert expected > 0
+    assert record(run)["fd"] == pytest.approx(expected, rel=1e-3)
+    assert record(recipe.parent / "run-2")["fd"] == pytest.approx(expected, rel=1e-3)
+
+
+def _heldout(manifest):
+    from ditmoe_ds.latents.format import Manifest
+    from ditmoe_ds.latents.loader import LatentDataset
+
+    return LatentDataset([Manifest.load(manifest)], "val").batch(range(SAMPLES)).latents
+
+
+def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
+    run = recipe.parent / "failing"
+    (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", recipe, f"run_dir={run}"])
+    assert "no Fréchet distance of step 2: MemoryError: no memory left" in output
+    assert record(run)["step"] == 2
+    assert "fd" not in record(run)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("train.fd_samples=1", "at least 2; held out are 7"), ("train.fd_extractor=resnet", "choose one of inception")],
+)
+def test_what_cannot_be_measured_is_said_before_the_first_step(recipe, override, words):
+    run = recipe.parent / override.replace("=", "-")
+    [(code, output)] = launch(1, ["-m", "ditmoe_ds.train", recipe, override, f"run_dir={run}"], check=False)
+    assert code == 2
+    assert words in output
+    assert not (run / "metrics.jsonl").exists()
