@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,7 +106,7 @@ def heldout(run: Run, folder: str | None) -> LatentDataset:
         raise ConfigError(
             "--dataset", folder, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"
         )
-    pairs = {"scaling_factor": (manifest.scaling_factor, run.latents.get("scaling_factor"))}
+    pairs: dict[str, tuple[Any, Any]] = {"scaling_factor": (manifest.scaling_factor, run.latents.get("scaling_factor"))}
     if run.model.config.num_classes:
         pairs["num_classes"] = manifest.num_classes, run.model.config.num_classes
         pairs["class_names"] = list(manifest.class_names), run.latents.get("class_names")
