@@ -34,9 +34,10 @@ def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: fl
     if not taken:
         raise ConfigError("run", None, "the model is dense: every token has the same compute")
     side = [length // run.model.config.patch for length in run.shape[1:]]
-    # with guidance the first half of each forward is the conditional one
+    # with guidance the first half of each forward is the conditional one, or the first of two forwards is
     counts = [layer.sum(1).view(-1, *side)[: len(prompts)] for layer in taken]
-    return images, torch.stack(counts).cpu().view(steps, -1, len(prompts), *side).transpose(0, 1)
+    shape = (steps, -1, len(run.model.config.sparse_layers), len(prompts), *side)
+    return images, torch.stack(counts).cpu().view(shape)[:, 0].transpose(0, 1)
 
 
 def on_objects(images: Tensor, takers: Tensor) -> dict[str, Any]:
