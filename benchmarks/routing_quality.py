@@ -1,6 +1,6 @@
 """Dense, token choice and expert choice at equal active multiply-accumulates and equal steps, on the benchmark shapes.
 
-python benchmarks/routing_quality.py [--steps 1000] [--seeds 3] [--folder build/routing_quality] [--write]
+python benchmarks/routing_quality.py [--steps 800] [--seeds 3] [--folder build/routing_quality] [--write]
 
 Makes the data if the folder has none, trains recipes/shapes.yaml with each routing and seed (an interrupted benchmark goes on),
 samples new and seen captions, and measures how much more compute tokens on objects get. --write puts the tables under
@@ -98,7 +98,7 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=4, help="of each caption")
     parser.add_argument("--folder", type=Path, default=Path("build/routing_quality"))
