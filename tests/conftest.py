@@ -1,6 +1,17 @@
 """What several files of tests read and leave alone."""
 
+import os
+
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """A process that has joined by itself has a rank in its environment, which the next file's processes must not inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def latents(folder):
 
 def opened(network, **latents):
     weights = random_weights(network)[1]
-    return Run(load_model(weights).eval(), DiffusionConfig(), 5, latents)
+    return Run(load_model(weights), DiffusionConfig(), 5, latents, weights)
 
 
 def batch(latents, count=30):

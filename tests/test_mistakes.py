@@ -56,7 +56,7 @@ def test_every_rank_leaves_with_2(recipe, mistake):
     start = time.monotonic()
     (first, output), (second, silent) = launch(2, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=60, check=False)
     assert (first, second) == (2, 2), output + silent
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     check_output(output, words)
     assert "error" not in silent
     assert not (recipe.parent / "run").exists()
@@ -97,7 +97,7 @@ def test_through_the_deepspeed_launcher(recipe):
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu")
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     check_output("\n".join(line for line in (result.stdout + result.stderr).splitlines() if "[launch.py" not in line), ["train.steps"])
 
 
