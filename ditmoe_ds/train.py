@@ -1,5 +1,6 @@
 """Train from a recipe: ``deepspeed --module ditmoe_ds.train RECIPE.yaml [key=value ...]``; also under torchrun and srun."""
 
+import signal
 import sys
 import warnings
 
@@ -38,4 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun, seeing one rank fail, ends the slower ones: their codes shall stay theirs
+    sys.exit(code)

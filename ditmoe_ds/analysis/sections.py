@@ -19,6 +19,7 @@ def by_layer(numbers: Numbers, values: Tensor, draw: Callable[[Tensor, str], str
 
 
 def dependence(numbers: Numbers) -> str:
+    """Mutual information of the choice of expert with time, position and class."""
     layers = [f"layer {layer}" for layer in numbers["layers"]]
     rows, charts, words = [], [], []
     for axis, found in numbers["information"].items():
@@ -61,6 +62,7 @@ def _shares(numbers: Numbers, axis: str, how: str) -> str:
 
 
 def over_time(numbers: Numbers) -> str:
+    """Shares by noise level."""
     if "timestep" in numbers["fixed"]:
         return ""
     high = 2 / numbers["experts"]
@@ -69,6 +71,8 @@ def over_time(numbers: Numbers) -> str:
 
 
 def over_positions(numbers: Numbers) -> str:
+    """Shares by patch."""
+
     def maps(one: Tensor, name: str) -> str:
         drawn = [heat(one[:, e].view(numbers["sides"]), 0, high, f"{name}, expert {e}, position") for e in range(one.shape[1])]
         return f'<div class="maps">{"".join(drawn)}</div>'
@@ -79,6 +83,7 @@ def over_positions(numbers: Numbers) -> str:
 
 
 def over_classes(numbers: Numbers) -> str:
+    """Shares by class."""
     if "class" not in numbers["share"] or "class" in numbers["fixed"]:
         return ""
     high, names = 2 / numbers["experts"], numbers["class_names"] or []
@@ -89,6 +94,7 @@ def over_classes(numbers: Numbers) -> str:
 
 
 def balance(numbers: Numbers) -> str:
+    """Loads, and the entropy of the experts' shares."""
     if "timestep" in numbers["fixed"]:
         return ""
     load, entropies = numbers["load"], numbers["entropy"]
@@ -112,6 +118,7 @@ def balance(numbers: Numbers) -> str:
 
 
 def training(numbers: Numbers) -> str:
+    """Loss and load over the steps."""
     told = numbers["training"]
     if not told:
         return ""
@@ -138,6 +145,7 @@ def training(numbers: Numbers) -> str:
 
 
 def pairs(numbers: Numbers) -> str:
+    """Which experts take the same tokens."""
     lifts = numbers["lift"]
     if lifts.isnan().all():
         return ""
@@ -155,6 +163,7 @@ def pairs(numbers: Numbers) -> str:
 
 
 def similarity(numbers: Numbers) -> str:
+    """Cosines between experts."""
     diagonal = torch.eye(numbers["experts"], dtype=torch.bool)
     titles = dict(outputs="answers to the same tokens", w1="weights into the hidden units (w1)", w2="weights out of them (w2)")
     means = {name: numbers["similarity"][name][:, ~diagonal].mean().item() for name in titles}
@@ -176,6 +185,7 @@ def similarity(numbers: Numbers) -> str:
 
 
 def compute(numbers: Numbers) -> str:
+    """How expert choice spreads its compute."""
     if numbers["routing"] != "expert":
         return ""
     spread = {key: values.mean(0).tolist() for key, values in numbers["takers"].items()}
