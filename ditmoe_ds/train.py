@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
     from ditmoe_ds.distributed.topology import World, agreed, on_all_ranks
+    from ditmoe_ds.launching.facts import old_locks
     from ditmoe_ds.training.recipe import read_plan
 
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     def train(world: World) -> None:
         with Lookout(world) as lookout:
             startup.lap("join")
+            for lock in old_locks() if world.local_rank == 0 else ():
+                print(f"DeepSpeed waits for {lock}; if no other process builds its extensions, remove it", flush=True)
             plan = agreed(lambda: read_plan(arguments, world.size))
             from ditmoe_ds.training.trainer import Callback, Trainer
 

@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -65,11 +67,16 @@ def launch(world, arguments, timeout=600, check=True):
     return Ranks(world, arguments).wait(timeout, check=check)
 
 
-def until_step(run_dir, step, timeout=120):
-    """Wait until a run has written so many steps."""
+def until_step(run_dir, step, job=None, timeout=400):
+    """Wait until a run has written so many steps. The timeout is for two busy cores; a ``job`` (Popen) that ended is told at once."""
     file, deadline = Path(run_dir) / "metrics.jsonl", time.monotonic() + timeout
     while not file.is_file() or file.read_text().count("\n") < step:
-        assert time.monotonic() < deadline, f"no step {step} in {file}"
+        if (job and job.poll() is not None) or time.monotonic() > deadline:
+            output = ""
+            if job:
+                job.kill()
+                output = job.communicate()[0]
+            pytest.fail(f"no step {step} in {file}\n{output}")
         time.sleep(0.02)
 
 

@@ -282,7 +282,7 @@ def made(run):
 def test_pictures_are_made_in_the_layout(run, made):
     assert sorted(path.relative_to(made).as_posix() for path in made.rglob("*.*")) == [
         *(f"0000{i}/{name}" for i in range(3) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")),
-        "settings.json",
+        "samples.json",
     ]
     assert [json.loads((made / f"0000{i}" / "metadata.jsonl").read_text()) for i in range(3)] == ASKED
     pictures = {path.read_bytes() for path in made.rglob("*.png")}
@@ -337,11 +337,11 @@ def test_mistakes(run, made, models, tmp_path, capsys):
 
     assert "--run=None: name a run" in refused("eval", "geneval", made)
     assert "--prompts=None" in refused("eval", "geneval", made, "--run", run / "weights")
-    assert "were made with steps 2, not 3; choose another folder" in refused(*command(run, made, "--steps", 3))
-    assert "were made with seed 0, not 1" in refused(*command(run, made, "--seed", 1))
+    assert "begun with steps 2, not 3; repeat its settings or choose another" in refused(*command(run, made, "--steps", 3))
+    assert "begun with seed 0, not 1" in refused(*command(run, made, "--seed", 1))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("")
-    assert "holds something, but no settings.json of ours" in refused(*command(run, tmp_path / "else"))
+    assert "something is there, but no samples.json" in refused(*command(run, tmp_path / "else"))
     write_prompts(tmp_path / "cats.jsonl", wants("single_object", ("cat", 1)))
     cats = ["--prompts", tmp_path / "cats.jsonl", "--detector", models / "yolos", "--clip", models / "clip"]
     assert "does not know cat" in refused(*command(run, tmp_path / "new", *cats)) and not (tmp_path / "new").exists()
@@ -349,4 +349,4 @@ def test_mistakes(run, made, models, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     write_weights(tmp_path / "classes", random_weights()[1])
     assert "told classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
-    assert Path(made / "settings.json").is_file()
+    assert Path(made / "samples.json").is_file()

@@ -83,7 +83,7 @@ def nobody_left(found):
 def test_a_killed_rank_is_named_and_ends_the_job_everywhere(two, start, overrides, tmp_path):
     found, _ = two
     job = start(tmp_path / "run", *overrides, "parallel.expert=2", "train.steps=100000")
-    until_step(tmp_path / "run", 5)
+    until_step(tmp_path / "run", 5, job)
     assert (list(ranks_of(found["host1"])), list(ranks_of(found["host2"]))) == ([0], [1])
     ranks_of(found["host2"])[1].kill()
     begin = time.monotonic()
@@ -99,7 +99,7 @@ def test_a_killed_rank_is_named_and_ends_the_job_everywhere(two, start, override
 def test_the_launcher_is_asked_to_stop(two, start, overrides, tmp_path):
     found, _ = two
     job = start(tmp_path / "run", *overrides, "train.steps=100000")
-    until_step(tmp_path / "run", 5)
+    until_step(tmp_path / "run", 5, job)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 128 + signal.SIGTERM, output
@@ -112,7 +112,7 @@ def test_the_launcher_is_asked_to_stop(two, start, overrides, tmp_path):
 def test_a_killed_launcher_leaves_nothing_behind(two, start, overrides, tmp_path):
     found, _ = two
     job = start(tmp_path / "run", *overrides, "train.steps=100000")
-    until_step(tmp_path / "run", 5)
+    until_step(tmp_path / "run", 5, job)
     job.kill()
     job.communicate()
     deadline = time.monotonic() + 30
@@ -128,7 +128,7 @@ def test_a_lost_host_is_done_without(two, start, overrides, tmp_path):
     found, _ = two
     run_dir = tmp_path / "run"
     job = start(run_dir, "--max-restarts", "1", "--min-nodes", "1", *overrides)
-    until_step(run_dir, 12)
+    until_step(run_dir, 12, job)
     pids = subprocess.run(["ip", "netns", "pids", found["host2"].namespace], capture_output=True, text=True, check=True).stdout.split()
     for pid in pids:
         os.kill(int(pid), signal.SIGKILL)

@@ -160,3 +160,16 @@ def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
 def test_no_recipe():
     with pytest.raises(ConfigError, match="name a recipe"):
         read_plan([], world=1)
+
+
+def test_an_old_lock_is_told(tmp_path):
+    """DeepSpeed would wait for it for ever, and say nothing."""
+    lock = tmp_path / "extensions" / "py_cpu" / "some_op" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    command = [sys.executable, "-m", "ditmoe_ds.train", "no/recipe.yaml"]
+    environment = os.environ | dict(TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"), DS_ACCELERATOR="cpu")
+    start = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120).stdout  # noqa: E731
+    assert "DeepSpeed waits" not in start()
+    os.utime(lock, (0, 0))
+    assert f"DeepSpeed waits for {lock}" in start()

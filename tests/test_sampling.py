@@ -119,10 +119,14 @@ def test_threads_and_batches_do_not_matter_either(one, weights, folder, capsys):
     before = out.stat().st_mtime_ns
     assert main(arguments) == 0 and out.stat().st_mtime_ns == before  # done already
     capsys.readouterr()
-    for change, word in ((["--seed", "6"], "seed=6"), (["--classes", "1"], "classes=[1]"), (["--steps", "4"], "steps=4")):
+    for change, word in (
+        (["--seed", "6"], "seed 5, not 6"),
+        (["--classes", "1"], "classes [0, 1, 2], not [1]"),
+        (["--steps", "4"], "not 4"),
+    ):
         assert main([*arguments, *change]) == 2
         error = capsys.readouterr().err
-        assert word in error and "was begun with" in error and error.count("error:") == 1
+        assert "begun with" in error and word in error and error.count("error:") == 1
 
 
 def test_a_killed_run_goes_on(one, weights, folder):

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 LOCK_SECONDS = 300.0
-"""No extension of DeepSpeed takes longer to build, so an older lock is one that a killed build left behind."""
+"""DeepSpeed's extensions seldom take longer to build, so an older lock is probably one that a killed build left behind."""
 
 _MARK = "ditmoe doctor: "
 
@@ -58,8 +58,13 @@ def facts(run_dir: str) -> dict[str, Any]:
         "no_tool": [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)],
         "extensions": str(extensions),
         "extensions_writable": os.access(_existing(extensions), os.W_OK),
-        "locks": [str(lock) for lock in sorted(extensions.glob("**/lock")) if _age(lock) > LOCK_SECONDS],
+        "locks": old_locks(),
     }
+
+
+def old_locks() -> list[str]:
+    """Files that let every later build of a DeepSpeed extension, and so the start of training, wait without a word."""
+    return [str(lock) for lock in sorted(_extensions().glob("**/lock")) if _age(lock) > LOCK_SECONDS]
 
 
 def _address() -> str:

@@ -188,25 +188,17 @@ def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: 
 
     from ditmoe_ds.diffusion.sampling import SCHEDULERS
 
-    def identity(one: Run, path: str) -> dict[str, Any]:
-        return dict(
-            checkpoint=str(Path(path).absolute()),
-            step=one.step,
-            weights=one.weights.description["weights"],
-            weights_sha256=one.weights.sha256(),
-        )
-
     told = dict(classes=asked) if run.model.config.num_classes else dict(prompts=len(asked), prompts_sha256=_sha256("\n".join(asked)))
     return dict(
         format="ditmoe-samples/1",
         num=arguments.num,
-        **identity(run, arguments.run_dir),
+        **run.identity(arguments.run_dir),
         sampler=arguments.sampler or next(iter(SCHEDULERS[run.diffusion.objective])),
         steps=arguments.steps,
         guidance=arguments.guidance,
         guidance_interval=_interval(arguments),
         guided_channels=arguments.guided_channels,
-        autoguidance=weak and identity(weak, arguments.autoguidance),
+        autoguidance=weak and weak.identity(arguments.autoguidance),
         seed=arguments.seed,
         **told,
         vae=run.latents["vae"],

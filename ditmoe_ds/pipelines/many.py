@@ -5,7 +5,6 @@ matrix product rounds differently with other rows or threads); on a GPU within r
 images are.
 """
 
-import json
 import os
 import shutil
 import zipfile
@@ -18,12 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ditmoe_ds.diffusion.sampling import Sampler
 from ditmoe_ds.distributed.topology import World, decided
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png
 from ditmoe_ds.pipelines.run import Run
 
 
@@ -45,7 +43,7 @@ class Target:
     @property
     def description(self) -> Path:
         """What the images are, as JSON: ``samples.json`` in the folder, FILE.json beside FILE.npz."""
-        return self.out.with_suffix(".json") if self.npz else self.out / "samples.json"
+        return self.out.with_suffix(".json") if self.npz else self.out / DESCRIPTION
 
     def image(self, number: int) -> Path:
         return self.folder / f"{number:06d}.png"
@@ -59,27 +57,11 @@ class Target:
         Raises:
             ConfigError: something else is there, or images of other settings.
         """
-        settings = json.loads(json.dumps(settings))
-        if self.description.is_file():
-            found = json.loads(self.description.read_text())
-            for key in settings:
-                if found.get(key) != settings[key]:
-                    fix = f"{self.out} was begun with {found.get(key)!r}; repeat its settings or choose another --out"
-                    raise ConfigError(key, settings[key], fix)
-        elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-            raise ConfigError("--out", str(self.out), f"something is there, but no {self.description.name} that says what; choose another")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.description, json.dumps(settings, indent=1).encode() + b"\n")
+        describe(self.description, settings, "--out", self.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.npz and self.out.is_file():
             return []
         return [number for number in range(count) if not self.image(number).is_file()]
-
-    def save(self, number: int, image: Tensor) -> None:
-        """One uint8 image (H, W, 3); a name is only given to a whole file."""
-        unfinished = self.image(number).with_suffix(".partial")
-        Image.fromarray(image.numpy()).save(unfinished, format="png")
-        os.replace(unfinished, self.image(number))
 
     def pack(self, count: int, labels: Sequence[int] | None) -> None:
         """Write the npz: ``arr_0`` uint8 (N, H, W, 3) and, of class models, ``arr_1`` int64 (N,). Holds one image at a time."""
@@ -138,15 +120,9 @@ def sample_many(
             images = run.numbered(padded, [asked[i % len(asked)] for i in padded], seed, sampler, steps, **options)
             if place < len(batches):
                 for number, image in zip(numbers, images, strict=False):
-                    target.save(number, image)
+                    save_png(target.image(number), image)
             bar.update(sum(map(len, batches[turn * world.size : (turn + 1) * world.size])))
     dist.barrier()
     if target.npz and not target.out.is_file():
         labels = [int(asked[i % len(asked)]) for i in range(count)] if run.model.config.num_classes else None
         decided(lambda: target.pack(count, labels))
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

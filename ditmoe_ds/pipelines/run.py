@@ -61,6 +61,11 @@ class Run:
             raise ConfigError("--text-encoder", text["encoder"], fix)
         return Captions(encoder)
 
+    def identity(self, path: str | Path) -> dict[str, Any]:
+        """Which weights these are, opened from ``path``: for the description of images. Reads them all."""
+        kind = self.weights.description["weights"]
+        return dict(checkpoint=str(Path(path).absolute()), step=self.step, weights=kind, weights_sha256=self.weights.sha256())
+
     @property
     def device(self) -> torch.device:
         return self.model.x_embed.weight.device

@@ -69,8 +69,9 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     if arguments.run:
         run = agreed(lambda: _open(arguments))
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
-        known = dict(run=str(Path(arguments.run).resolve()), weights=arguments.weights, step=run.step, vae=run.latents.get("vae"))
-        missing = decided(lambda: settle(folder, known | sampling, prompts, arguments.images))
+        missing = decided(
+            lambda: settle(folder, run.identity(arguments.run) | dict(vae=run.latents.get("vae")) | sampling, prompts, arguments.images)
+        )
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
         agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
     if not arguments.detector:

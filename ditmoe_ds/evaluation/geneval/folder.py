@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import DataError
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
+from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png, write
 from ditmoe_ds.pipelines.run import Run
 
-SETTINGS = "settings.json"
-"""Beside the pictures: how they were made."""
 Colors = Callable[[Image.Image, str, list[Detected]], list[str]]
 """As ``ColorClassifier``."""
 
@@ -47,18 +45,7 @@ def settle(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images
         ConfigError: it holds pictures that were made otherwise.
     """
     asked = hashlib.sha256("\n".join(prompt.line for prompt in prompts).encode()).hexdigest()
-    settings = dict(**settings, images=images, prompts=asked)
-    note = folder / SETTINGS
-    if note.is_file():
-        found = json.loads(note.read_text())
-        other = [key for key in settings if found.get(key) != settings[key]]
-        if other:
-            fix = f"its pictures were made with {other[0]} {found.get(other[0])!r}, not {settings[other[0]]!r}; choose another folder"
-            raise ConfigError("SAMPLES", str(folder), fix)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError("SAMPLES", str(folder), f"holds something, but no {SETTINGS} of ours; choose a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(note, json.dumps(settings, indent=1) + "\n")
+    describe(folder / DESCRIPTION, dict(**settings, images=images, prompts=asked), "SAMPLES", folder)
     return [number for number in range(len(prompts)) if not all(_picture(folder, number, i).is_file() for i in range(images))]
 
 
@@ -73,11 +60,9 @@ def generate(
     for number in numbers:
         sampled = run.sample([prompts[number].text] * images, steps=steps, guidance=guidance, seed=seed, first=number * images)
         _picture(folder, number, 0).parent.mkdir(parents=True, exist_ok=True)
-        _write(_place(folder, number) / "metadata.jsonl", prompts[number].line + "\n")
-        for i, picture in enumerate(sampled.numpy()):
-            path = _picture(folder, number, i)
-            Image.fromarray(picture).save(path.with_suffix(".partial"), format="png")
-            os.replace(path.with_suffix(".partial"), path)
+        write(_place(folder, number) / "metadata.jsonl", prompts[number].line + "\n")
+        for i, picture in enumerate(sampled):
+            save_png(_picture(folder, number, i), picture)
 
 
 def _place(folder: Path, number: int) -> Path:
@@ -86,11 +71,6 @@ def _place(folder: Path, number: int) -> Path:
 
 def _picture(folder: Path, number: int, i: int) -> Path:
     return _place(folder, number) / "samples" / f"{i:04d}.png"
-
-
-def _write(path: Path, text: str) -> None:
-    path.with_suffix(".partial").write_text(text)
-    os.replace(path.with_suffix(".partial"), path)
 
 
 def read_folder(folder: Path) -> list[Pictures]:
@@ -169,9 +149,9 @@ def differences(pictures: Sequence[Pictures], detector: Detector, limits: Limits
 def report(folder: Path, verdicts: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """Write ``geneval.jsonl``, a line per picture, and ``geneval.json``, which it returns: ``summary``, ``settings``, and how the
     pictures were made, if the folder says."""
-    note = folder / SETTINGS
+    note = folder / DESCRIPTION
     made = json.loads(note.read_text()) if note.is_file() else None
     numbers = dict(**summary(verdicts), **settings, made=made)
-    _write(folder / "geneval.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
-    _write(folder / "geneval.json", json.dumps(numbers, indent=1) + "\n")
+    write(folder / "geneval.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    write(folder / "geneval.json", json.dumps(numbers, indent=1) + "\n")
     return numbers

@@ -1,0 +1,50 @@
+"""Sets of images that are made in parts, by several processes, and gone on with: a part gets its name when it is whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ditmoe_ds.errors import ConfigError
+
+DESCRIPTION = "samples.json"
+"""In a folder of images: what they are."""
+
+
+def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> None:
+    """Write into the file ``note`` what the images of ``place`` are; where it is there already, compare.
+
+    Args:
+        key: what the user calls ``place``.
+
+    Raises:
+        ConfigError: something else is there, or images of other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    if note.is_file():
+        found = json.loads(note.read_text())
+        for name, value in settings.items():
+            if found.get(name) != value:
+                fix = f"begun with {name} {found.get(name)!r}, not {value!r}; repeat its settings or choose another"
+                raise ConfigError(key, str(place), fix)
+    elif place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise ConfigError(key, str(place), f"something is there, but no {note.name} that says what; choose another")
+    else:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write(note, json.dumps(settings, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """One uint8 image (H, W, 3)."""
+    unfinished = path.with_name(path.name + ".partial")
+    Image.fromarray(image.numpy()).save(unfinished, format="png")
+    os.replace(unfinished, path)
