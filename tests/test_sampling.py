@@ -1,5 +1,6 @@
 """``ditmoe sample --num``: many images, whatever the processes, batches and kills."""
 
+import errno
 import io
 import json
 import os
@@ -141,7 +142,7 @@ def test_a_killed_run_goes_on(one, weights, folder):
     process.wait()
     killed = pictures(parts)
     assert 3 <= len(killed) < 9 and not out.exists(), "it was to be killed on the way"
-    (parts / "000008.partial").write_bytes(b"half a picture")
+    (parts / "000008.png.partial").write_bytes(b"half a picture")
     Image.new("RGB", (32, 32)).save(parts / "000000.png")
     assert main(arguments) == 0
     images = np.load(out, allow_pickle=False)["arr_0"]
@@ -149,6 +150,20 @@ def test_a_killed_run_goes_on(one, weights, folder):
     for image, content in list(zip(images, one["ddpm"].values(), strict=True))[1:]:
         assert (np.asarray(Image.open(io.BytesIO(content))) == image).all()
     assert not parts.exists()
+
+
+@pytest.mark.parametrize("number", [0, 8], ids=["first", "last"])
+def test_a_full_disk_is_told(weights, tmp_path, monkeypatch, number):
+    """Images are written by a thread, whose error must not be lost."""
+
+    def save(path, image):
+        if path.name == f"{number:06d}.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ditmoe_ds.pipelines.many.save_png", save)
+    with pytest.raises(OSError, match="No space left"):
+        main(["sample", weights["rectified_flow"], "--out", str(tmp_path / "out"), *COMMON, "--num", "9"])
+    torch.distributed.destroy_process_group()
 
 
 def test_expert_parallel_makes_the_same_images(one, weights, folder):

@@ -5,10 +5,13 @@ matrix product rounds differently with other rows or threads); on a GPU within r
 images are.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ditmoe_ds.diffusion.sampling import Sampler
@@ -81,6 +85,41 @@ class Target:
         shutil.rmtree(self.folder)
 
 
+class Behind:
+    """Decodes and writes one batch while the next is sampled: in a thread and, on a GPU, in a stream of its own."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+        self.last: Future[None] | None = None
+
+    def __call__(self, latents: Tensor, paths: list[Path]) -> None:
+        """Begin to make images of the first ``len(paths)`` latents. Waits for the batch before, and raises what that one raised."""
+        self._wait()
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
+        self.last = self.thread.submit(self._finish, latents, paths)
+
+    def _finish(self, latents: Tensor, paths: list[Path]) -> None:
+        with torch.cuda.stream(self.stream):
+            images = self.run.images(latents)
+        for path, image in zip(paths, images, strict=False):
+            save_png(path, image)
+
+    def _wait(self) -> None:
+        if self.last:
+            self.last.result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown()
+        if kind is None:
+            self._wait()
+
+
 def sample_many(
     run: Run,
     world: World,
@@ -112,15 +151,14 @@ def sample_many(
         torch.set_num_threads(1)
     batches = [missing[first : first + batch] for first in range(0, len(missing), batch)]
     turns = -(-len(batches) // world.size)  # every rank takes as many, since with expert parallelism every forward is collective
-    with tqdm(total=len(missing), unit="img", disable=world.rank != 0) as bar:
+    with Behind(run) as finish, tqdm(total=len(missing), unit="img", disable=world.rank != 0) as bar:
         for turn in range(turns):
             place = turn * world.size + world.rank
             numbers = batches[place if place < len(batches) else 0]
             padded = numbers + numbers[-1:] * (batch - len(numbers))  # one shape, for compiled models
-            images = run.numbered(padded, [asked[i % len(asked)] for i in padded], seed, sampler, steps, **options)
+            latents = run.numbered(padded, [asked[i % len(asked)] for i in padded], seed, sampler, steps, **options)
             if place < len(batches):
-                for number, image in zip(numbers, images, strict=False):
-                    save_png(target.image(number), image)
+                finish(latents, [target.image(number) for number in numbers])
             bar.update(sum(map(len, batches[turn * world.size : (turn + 1) * world.size])))
     dist.barrier()
     if target.npz and not target.out.is_file():

@@ -98,7 +98,7 @@ class _Pipeline(DiffusionPipeline):
 
             z = latents.to(device, torch.float32)
             z = sample(predict, z, self.scheduler, diffusion, num_inference_steps, generator, after)
-        images = z if output_type == "latent" else self._decoded(z, output_type)
+        images = z if output_type == "latent" else self.decoded(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -107,7 +107,9 @@ class _Pipeline(DiffusionPipeline):
         told = self.conditioner
         return told.unpack(told.pack([*asked, *[told.null] * len(asked)]), device)
 
-    def _decoded(self, z: Tensor, output_type: str) -> Any:
+    @torch.no_grad()
+    def decoded(self, z: Tensor, output_type: str) -> Any:
+        """Images of scaled latents (B, C, h, w), for ``output_type`` see ``_sample``."""
         scaling = self.config.scaling_factor or self.vae.config.scaling_factor
         shift = self.config.shift_factor if self.config.shift_factor is not None else self.vae.config.get("shift_factor")
         decoded = self.vae.decode((z / scaling + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]

@@ -123,16 +123,21 @@ class Run:
         Raises:
             ConfigError: a class that does not exist, a sampler that does not go with the model's objective, no VAE or text encoder known.
         """
-        return self.numbered(range(first, first + len(asked)), asked, seed, sampler, steps, guidance_scale=guidance, **options)
+        numbers = range(first, first + len(asked))
+        return self.images(self.numbered(numbers, asked, seed, sampler, steps, guidance_scale=guidance, **options))
 
     def numbered(
         self, numbers: Iterable[int], asked: Sequence[Any], seed: int, sampler: Sampler | None, steps: int, **options: Any
     ) -> Tensor:
-        """As ``sample``, for images of any ``numbers``."""
+        """As ``sample``, of any ``numbers``, and still scaled latents (B, C, h, w)."""
         pipe, generators = self.pipeline, image_generators(seed, numbers)
         pipe.scheduler = make_scheduler(self.diffusion, sampler)
-        images = pipe(asked, num_inference_steps=steps, generator=generators, output_type="np", **options).images
-        return torch.from_numpy((images * 255).round().astype("uint8"))
+        found: Tensor = pipe(asked, num_inference_steps=steps, generator=generators, output_type="latent", **options).images
+        return found
+
+    def images(self, latents: Tensor) -> Tensor:
+        """uint8 images (B, H, W, 3), on the CPU, of scaled latents (B, C, h, w)."""
+        return torch.from_numpy((self.pipeline.decoded(latents, "np") * 255).round().astype("uint8"))
 
     @property
     def shape(self) -> tuple[int, ...]:
