@@ -45,7 +45,7 @@ def submit(environment, run_dir, *overrides):
     return re.search(r"^job (\d+): 2 nodes", done.stdout)[1]
 
 
-def wait_for(job, environment, *states, timeout=150):
+def wait_for(job, environment, *states, timeout=400):
     deadline = time.monotonic() + timeout
     while (now := state(job, environment)) not in states:
         assert time.monotonic() < deadline, f"job {job} is {now}"
