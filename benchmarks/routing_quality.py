@@ -26,6 +26,12 @@ from ditmoe_ds.pipelines.run import open_run
 
 ROOT = Path(__file__).parent.parent
 ROUTINGS = ("dense", "token", "expert")
+VARIANTS = {
+    "router sees the token unmodulated": "input=decoupled",
+    "scores renormalised": "renormalise=true",
+    "scores times 4": "route_scale=4",
+}
+"""Of expert choice: suspects for a difference from the paper."""
 
 
 def call(*command: object) -> None:
@@ -44,23 +50,36 @@ def make_data(folder: Path) -> None:
         call("ditmoe-data", "encode", "--source", "sample:shapes", "--size", 64, "--holdout", 0.05, *words)
 
 
+def train(run: Path, data: Path, seed: int, steps: int, validations: int, *overrides: str) -> dict[int, float]:
+    """Validation loss by step; of a run that is finished, as it was."""
+    log = run / "metrics.jsonl"
+    if not log.is_file() or len(log.read_text().splitlines()) < steps:
+        common = [f"train.seed={seed}", f"train.steps={steps}", f"train.validate_every={max(steps // validations, 1)}", f"run_dir={run}"]
+        common += [f"data.manifest={data / 'latents'}", "train.sample_every=0", f"checkpoint.every={steps}", "train.tensorboard=false"]
+        call("deepspeed", "--num_accelerators", 2, "--module", "ditmoe_ds.train", "recipes/shapes.yaml", *overrides, *common)
+    records = map(json.loads, log.read_text().splitlines())
+    return {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+
+
 def train_and_score(folder: Path, data: Path, routing: str, seed: int, steps: int, images: int) -> dict[str, Any]:
     run = folder / f"{routing}-{seed}"
-    if not (run / "score" / "shapes.json").is_file():
-        overrides = [f"model.routing={routing}", f"train.seed={seed}", f"train.steps={steps}", f"run_dir={run}"]
-        overrides += [f"data.manifest={data / 'latents'}", f"train.validate_every={max(steps // 4, 1)}", "train.sample_every=0"]
-        overrides += [f"checkpoint.every={steps}", "train.tensorboard=false"]
-        call("deepspeed", "--num_accelerators", 2, "--module", "ditmoe_ds.train", "recipes/shapes.yaml", *overrides)
-        for kind in ([], ["--seen"]):
-            out = run / ("score_seen" if kind else "score")
-            call("ditmoe", "eval", "shapes", run, "--images", images, "--out", out, *kind)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = {name: json.loads((run / name / "shapes.json").read_text()) for name in ("score", "score_seen")}
-    return dict(
-        val={record["step"]: record["val_loss"] for record in records if "val_loss" in record},
-        rate=statistics.median(record["images_per_s"] for record in records),
-        **scores,
-    )
+    val = train(run, data, seed, steps, 4, f"model.routing={routing}")
+    scores = {}
+    for name, kind in (("score", []), ("score_seen", ["--seen"])):
+        if not (run / name / "shapes.json").is_file():
+            call("ditmoe", "eval", "shapes", run, "--images", images, "--out", run / name, *kind)
+        scores[name] = json.loads((run / name / "shapes.json").read_text())
+    rates = [json.loads(line)["images_per_s"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return dict(val=val, rate=statistics.median(rates), **scores)
+
+
+def variants(folder: Path, data: Path, steps: int, expert: dict[int, float]) -> list[str]:
+    """Expert choice done otherwise, for half of the steps: the learning rate is constant, so the first half is the same training."""
+    lines = [f"| expert choice, seed 0 | validation loss, step {steps // 2} |", "|---|---|", f"| as above | {expert[steps // 2]:.4f} |"]
+    for number, (name, override) in enumerate(VARIANTS.items()):
+        val = train(folder / f"variant-{number}", data, 0, steps // 2, 1, "model.routing=expert", f"model.router.{override}")
+        lines.append(f"| {name} (`{override}`) | {val[steps // 2]:.4f} |")
+    return lines
 
 
 def adaptive(run: Path) -> str:
@@ -111,7 +130,8 @@ def main() -> None:
         for routing in ROUTINGS:
             results[routing].append(train_and_score(folder, data, routing, seed, arguments.steps, arguments.images))
     head = f"`python {' '.join(sys.argv)}`. {hardware()}. Mean and standard deviation over {arguments.seeds} seeds."
-    report = "\n".join([head, "", *tables(results), "", adaptive(folder / "expert-0")])
+    otherwise = variants(folder, data, arguments.steps, results["expert"][0]["val"])
+    report = "\n".join([head, "", *tables(results), "", *otherwise, "", adaptive(folder / "expert-0")])
     print(report)
     if arguments.write:
         publish(__file__, report)
