@@ -223,11 +223,13 @@ def test_the_halves_do_not_compete(config):
     assert config.images_compete == ((joint - cond).abs().max() > 1e-2)
 
 
-def test_guidance_within_an_interval(runs):
-    """By hand: Euler steps, of which those with 0.3 <= t <= 0.7 are guided."""
+@pytest.mark.parametrize("channels", [None, 2])
+def test_guidance_within_an_interval(runs, channels):
+    """By hand: Euler steps, of which those with 0.3 <= t <= 0.7 are guided, in all channels or the first two."""
     pipe = pipe_of(runs, "flow")
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    out = pipe([0, 1], num_inference_steps=5, guidance_scale=4.0, guidance_interval=(0.3, 0.7), latents=z, output_type="latent").images
+    where = dict(guidance_interval=(0.3, 0.7), guided_channels=channels)
+    out = pipe([0, 1], num_inference_steps=5, guidance_scale=4.0, **where, latents=z, output_type="latent").images
     times = torch.linspace(1, 0, 6)
     times = 1.7 * times / (1 + 0.7 * times)
     inside = 0
@@ -236,7 +238,8 @@ def test_guidance_within_an_interval(runs):
             scale = 4.0 if 0.3 <= now <= 0.7 else 1.0
             inside += scale == 4.0
             cond, none = (pipe.transformer(z, (now * 1000).expand(2), y=torch.tensor(y))[:, :4] for y in ([0, 1], [3, 3]))
-            z = z + (then - now) * (none + scale * (cond - none))
+            cond[:, :channels] = (none + scale * (cond - none))[:, :channels]
+            z = z + (then - now) * cond
     assert 0 < inside < 5
     torch.testing.assert_close(out, z, rtol=1e-3, atol=1e-4)
 
