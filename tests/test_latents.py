@@ -116,9 +116,10 @@ def test_folders_beside_the_data_move_with_it_and_others_stay(tmp_path):
     near, far = str(tmp_path / "home" / "encoder"), str(tmp_path / "site-packages" / "vae")
     manifest = write_data(tmp_path / "home" / "data")
     replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c")).save()
-    (tmp_path / "home").rename(tmp_path / "moved")
-    moved = Manifest.load(tmp_path / "moved" / "data")
-    assert (moved.vae, moved.text.encoder) == (far, str(tmp_path / "moved" / "encoder"))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "home").rename(tmp_path / "deep" / "moved")
+    moved = Manifest.load(tmp_path / "deep" / "moved" / "data")
+    assert (moved.vae, moved.text.encoder) == (far, str(tmp_path / "deep" / "moved" / "encoder"))
 
 
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):
@@ -440,9 +441,13 @@ def test_blocks_hold_the_exact_share_of_each_shape():
     orders = [Order([[size]], [1], 0, 100) for size in (30, 60, 1)]
     order = BucketOrder(orders, 2, 0)
     assert order.shares == [3297, 6593, 110]
+    visited = set()
     for block in range(2):
-        seen = [int(order.at(2 * step, 2)[1][0]) for step in range(10_000 * block, 10_000 * (block + 1))]
+        found = [order.at(2 * step, 2) for step in range(10_000 * block, 10_000 * (block + 1))]
+        seen = [int(samples[0]) for _, samples in found]
         assert [sum(low <= i < high for i in seen) for low, high in ((0, 30), (30, 90), (90, 91))] == order.shares
+        visited |= {pair for visit in found for pair in zip(*(part.tolist() for part in visit))}
+    assert len(visited) == 2 * 20_000  # a block goes on where the last one ended: nobody is seen twice in an epoch
 
 
 def test_what_is_mixed_must_have_all_shapes(tmp_path):
