@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 ROUTINGS = ("dense", "token", "expert")
 VARIANTS = {
     "router sees the token unmodulated": "input=decoupled",
-    "scores renormalised": "renormalise=true",
     "scores times 4": "route_scale=4",
 }
 """Of expert choice: suspects for a difference from the paper."""
