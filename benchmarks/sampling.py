@@ -57,9 +57,9 @@ def with_loops(model: DiT) -> DiT:
     return twin
 
 
-def seconds(run: Callable[[], Tensor]) -> float:
+def seconds(run: Callable[..., Tensor], *given: object) -> float:
     start = time.perf_counter()
-    run()
+    run(*given)
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -104,7 +104,7 @@ def main() -> None:
         given = labels[:batch], noise[:batch]
         for run in (ours, theirs):
             run(*given, 2)
-        times = [[seconds(lambda run=run: run(*given, arguments.steps)) for run in (ours, theirs)] for _ in range(arguments.rounds)]
+        times = [[seconds(run, *given, arguments.steps) for run in (ours, theirs)] for _ in range(arguments.rounds)]
         mine, other = (statistics.median(column) for column in zip(*times))
         ratios = [b / a for a, b in times]
         page.row(batch, f"{mine:.3f}", f"{other:.3f}", f"{batch / mine:.3g}", f"{batch / other:.3g}", f"{statistics.median(ratios):.2f}",
