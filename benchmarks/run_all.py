@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.report import hardware
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 GRACE = 15
 """Seconds between asking a benchmark to end and ending it."""
 
@@ -52,8 +52,9 @@ ON_CPU = [
 
 def run(benchmark: Benchmark, seconds: float, write: bool) -> str:
     """How it ended."""
-    command = [sys.executable, str(HERE / f"{benchmark.name}.py"), *(["--write"] if write else [])]
-    process = subprocess.Popen(command, start_new_session=True)
+    command = [sys.executable, f"benchmarks/{benchmark.name}.py", *(["--write"] if write else [])]
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         code = process.wait(seconds - GRACE)
         return "done" if code == 0 else f"failed with {code}"
