@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from report import forget_peak, hardware, host_bytes, publish
+from report import hardware, peak_bytes, publish
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,15 +48,7 @@ def measure(run: Callable[[Tensor], Tensor], x: Tensor, repeats: int) -> tuple[f
 
     once()
     seconds = statistics.median(once() for _ in range(repeats))
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        once()
-        return seconds, torch.cuda.max_memory_allocated() - before
-    forget_peak()
-    before = host_bytes("VmRSS")
-    once()
-    return seconds, host_bytes("VmHWM") - before
+    return seconds, peak_bytes(once)
 
 
 def main() -> None:

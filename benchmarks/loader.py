@@ -21,33 +21,12 @@ import safetensors.torch
 import torch
 import webdataset
 from report import hardware, publish
+from runs import write_latents
 
-from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text
+from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentLoader
 
-SHAPE, BATCH = (4, 32, 32), 32
-
-
-def write(folder: Path, shards: int, per_shard: int, text: bool) -> Manifest:
-    folder.mkdir(parents=True)
-    written = []
-    for number in range(shards):
-        path = folder / f"train-{number:06d}.tar"
-        with ShardWriter(path) as writer:
-            for i in range(per_shard):
-                tensors = dict(latent=torch.randn(SHAPE).half())
-                if text:
-                    tensors["text"] = torch.randn(64, 768).bfloat16()
-                writer.write(f"{number}-{i}", {"label": i % 1000, "class": "", "source": ""}, **tensors)
-        written.append(Shard(path.name, per_shard, path.stat().st_size, "unchecked", SHAPE))
-    Manifest(
-        root=str(folder), format=FORMAT, version=VERSION, source="random", vae="none", vae_sha256=None, scaling_factor=1.0,
-        shift_factor=0.0, downsample=8, dtype="float16", store="mean",
-        text=Text("none", None, 768, 64, "unchecked") if text else None, mean=(0.0,) * 4, std=(1.0,) * 4, num_classes=1000,
-        class_names=tuple(map(str, range(1000))), class_histogram=(0,) * 1000, rejected=0,
-        splits=Splits(Split(shards * per_shard, tuple(written)), Split(0, ())),
-    ).save()  # fmt: skip
-    return Manifest.load(folder)
+BATCH = 32
 
 
 def ours(manifest: Manifest, workers: int) -> Iterator[Any]:
@@ -107,7 +86,7 @@ def main() -> None:
     try:
         rows = []
         for text in (False, True):
-            manifest = write(arguments.folder / f"text-{text}", 20, 1000 if not text else 250, text)
+            manifest = write_latents(arguments.folder / f"text-{text}", 20, 250 if text else 1000, text=(64, 768) if text else None)
             what = "latents + 64 x 768 text" if text else "8 KB latents"
             alone = median(lambda manifest=manifest: bytes_alone(manifest))  # type: ignore[misc]
             for workers in (0, 1, 2):
@@ -117,7 +96,7 @@ def main() -> None:
         lines += table("| | workers | ours, samples/s | plain webdataset | bytes alone | ours / plain |", rows)
         rows = []
         for shards in (10, 100, 1000):
-            manifest = write(arguments.folder / f"{shards}", shards, 100, text=False)
+            manifest = write_latents(arguments.folder / f"{shards}", shards, 100)
             rate = median(lambda: samples_per_second(ours(manifest, 0), arguments.seconds))  # noqa: B023
             rows.append((f"{shards:,}", f"{shards * 100:,}", f"{1e6 / rate:.0f}"))
             shutil.rmtree(arguments.folder / f"{shards}")

@@ -4,7 +4,10 @@ import ctypes
 import gc
 import os
 import platform
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +31,46 @@ def forget_peak() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Bytes that ``run`` takes at most, on top of what is held before: of the GPU, or of the host if there is none."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    forget_peak()
+    before = host_bytes("VmRSS")
+    run()
+    return host_bytes("VmHWM") - before
+
+
+class Page:
+    """What is measured: printed as it comes and, with ``write``, at once under "Measured", so that a run cut short leaves its rows.
+
+    Args:
+        script: the benchmark's ``__file__``.
+        settings: in a few words, what the command does not say.
+    """
+
+    def __init__(self, script: str, write: bool, settings: str):
+        self.script, self.write, self.lines = script, write, list[str]()
+        self.add(f"`python {' '.join(sys.argv)}`. {hardware()}, {settings}. Load average at the start: {os.getloadavg()[0]:.1f}.")
+
+    def table(self, *columns: str) -> None:
+        """Begin one."""
+        self.add("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|")
+
+    def row(self, *cells: Any) -> None:
+        self.add("| " + " | ".join(map(str, cells)) + " |")
+
+    def add(self, *lines: str) -> None:
+        print(*lines, sep="\n", flush=True)
+        self.lines += lines
+        if self.write:
+            publish(self.script, "\n".join(self.lines))
 
 
 def publish(script: str, figures: str) -> None:

@@ -84,11 +84,16 @@ class DDPM:
         bar = alphas.cumprod(0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         posterior = betas * (1 - before) / (1 - bar)
-        self.log_beta = betas.log().float()
-        self.log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log().float()  # the first is 0
-        self.signal, self.sigma = bar.sqrt().float(), (1 - bar).sqrt().float()
-        self.mean_x0 = (betas * before.sqrt() / (1 - bar)).float()
-        self.mean_z = ((1 - before) * alphas.sqrt() / (1 - bar)).float()
+        log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log()  # the first is 0
+        mean_x0, mean_z = betas * before.sqrt() / (1 - bar), (1 - before) * alphas.sqrt() / (1 - bar)
+        table = torch.stack([bar.sqrt(), (1 - bar).sqrt(), mean_x0, mean_z, betas.log(), log_posterior]).float()
+        self.tables = {table.device: table}
+
+    def at(self, step: Tensor) -> Tensor:
+        """(6, B, 1, 1, 1) of the steps (B,): factors of x0 and noise in z, of x0 and z in the posterior's mean, log beta, log variance."""
+        if step.device not in self.tables:  # once: the copy waits for the device
+            self.tables[step.device] = self.tables[torch.device("cpu")].to(step.device)
+        return self.tables[step.device][:, step, None, None, None]
 
     def time(self, draws: Draws) -> Tensor:
         """(B,) uniform in [0, 1)."""
@@ -102,8 +107,8 @@ class DDPM:
         """(B,) mean square error of the noise at t (B,), plus the bound's term if the model predicts a variance; over the pixels
         ``where`` (B, 1, H, W) is 1, or all."""
         step = self.embed(t).long()
-        at = lambda table: table.to(x0.device)[step].view(-1, 1, 1, 1)  # noqa: E731
-        z = at(self.signal) * x0 + at(self.sigma) * noise
+        signal, sigma, mean_x0, mean_z, log_beta, log_posterior = self.at(step)
+        z = signal * x0 + sigma * noise
         out = predict(z, step.float())
         channels = x0.shape[1]
         eps = out[:, :channels]
@@ -111,11 +116,10 @@ class DDPM:
         if out.shape[1] == channels:
             return mse
         share = (out[:, channels:] + 1) / 2
-        log_variance = share * at(self.log_beta) + (1 - share) * at(self.log_posterior)
-        predicted_x0 = (z - at(self.sigma) * eps.detach()) / at(self.signal)
-        mean = at(self.mean_x0) * predicted_x0 + at(self.mean_z) * z
-        true_mean = at(self.mean_x0) * x0 + at(self.mean_z) * z
-        kl = gaussian_kl(true_mean, at(self.log_posterior), mean, log_variance)
+        log_variance = share * log_beta + (1 - share) * log_posterior
+        predicted_x0 = (z - sigma * eps.detach()) / signal
+        mean, true_mean = mean_x0 * predicted_x0 + mean_z * z, mean_x0 * x0 + mean_z * z
+        kl = gaussian_kl(true_mean, log_posterior, mean, log_variance)
         decoder = -discretized_log_likelihood(x0, mean, log_variance / 2)
         bound = mean_per_sample(torch.where(step.view(-1, 1, 1, 1) == 0, decoder, kl), where) / math.log(2)
         return mse + bound

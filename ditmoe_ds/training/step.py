@@ -33,7 +33,8 @@ class Prepared(NamedTuple):
         condition = conditioner.unpack(self.condition, device)
         tensors = (part.to(device, non_blocking=True) for part in (self.latents, self.times, self.noise, self.samples))
         latents, times, noise, samples = tensors
-        return Prepared(latents, condition, times, noise, samples, None if self.keep is None else self.keep.to(device))
+        keep = None if self.keep is None else self.keep.to(device, non_blocking=True)
+        return Prepared(latents, condition, times, noise, samples, keep)
 
     def tokens(self, patch: int) -> int:
         """Of each image, that the network sees."""

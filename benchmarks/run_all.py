@@ -1,0 +1,96 @@
+"""The benchmarks of speed, the most telling first, within a given time. Needs no network.
+
+python -m benchmarks.run_all [--budget 540] [--write] [--only NAME ...]
+
+Each is a process of its own: one that fails or runs out of time costs the others nothing, and its rows so far stand.
+--write puts the figures into their pages.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.report import hardware
+
+ROOT = Path(__file__).parents[1]
+GRACE = 15
+"""Seconds between asking a benchmark to end and ending it."""
+
+
+class Benchmark(NamedTuple):
+    name: str
+    least: int
+    """Seconds under which it is not worth starting,"""
+    most: int
+    """and after which it is stopped."""
+
+
+ON_GPU = [
+    Benchmark("moe_layer", 30, 170),
+    Benchmark("train_step", 60, 190),
+    Benchmark("sampling", 30, 80),
+    Benchmark("scaling", 30, 60),
+    Benchmark("expert_parallel", 40, 120),  # on the CPU where there is one GPU
+    Benchmark("expert_choice", 15, 30),
+]
+ON_CPU = [
+    Benchmark("train_step", 60, 240),
+    Benchmark("moe_layer", 60, 240),
+    Benchmark("expert_parallel", 60, 240),
+    Benchmark("sampling", 30, 120),
+    Benchmark("scaling", 30, 120),
+    Benchmark("expert_choice", 15, 60),
+]
+
+
+def run(benchmark: Benchmark, seconds: float, write: bool) -> str:
+    """How it ended."""
+    command = [sys.executable, f"benchmarks/{benchmark.name}.py", *(["--write"] if write else [])]
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        code = process.wait(seconds - GRACE)
+        return "done" if code == 0 else f"failed with {code}"
+    except subprocess.TimeoutExpired:
+        pass
+    for number in (signal.SIGTERM, signal.SIGKILL):  # a launcher among them ends its ranks if it is asked to
+        os.killpg(process.pid, number)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    return "out of time: its last rows are missing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=540, help="seconds")
+    parser.add_argument("--only", nargs="+", help="names of benchmarks")
+    parser.add_argument("--write", action="store_true", help="put the figures into the benchmarks' pages")
+    arguments = parser.parse_args()
+    end, endings = time.monotonic() + arguments.budget, []
+    print(hardware(), flush=True)
+    for benchmark in ON_GPU if torch.cuda.is_available() else ON_CPU:
+        if arguments.only and benchmark.name not in arguments.only:
+            continue
+        start = time.monotonic()
+        if end - start < benchmark.least + GRACE:
+            ending = f"skipped: {end - start:.0f} s are left"
+        else:
+            print(f"\n== {benchmark.name}", flush=True)
+            ending = run(benchmark, min(benchmark.most, end - start), arguments.write)
+        endings.append(f"{benchmark.name}: {ending}, {time.monotonic() - start:.0f} s")
+        print(f"== {endings[-1]}", flush=True)
+    print("", *endings, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Speed of a training step: sparse models beside dense ones of equal active FLOPs, and the trainer beside a plain PyTorch loop.
+
+python benchmarks/train_step.py [--models NAME ...] [--plain DiT-XL/2] [--stage 2] [--write]
+
+One process, the real trainer on random latents. Without a GPU the models are small, and peers take turns.
+--write puts the tables under "Measured" in train_step.md.
+"""
+
+import argparse
+import gc
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import Page
+from runs import make_trainer, train, write_latents
+
+from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.training.callbacks import Record
+from ditmoe_ds.training.step import Prepared
+from ditmoe_ds.training.trainer import Trainer
+
+GPU = torch.cuda.is_available()
+XL = f"DiT-MoE-XL/2-{8 if GPU and torch.cuda.mem_get_info()[1] > 120e9 else 4}E2A"  # the training state of 8 experts takes 85 GB
+MODELS = (
+    ["DiT-MoE-S/2-8E2A", "DiT-MoE-B/2-8E2A", "DiT-MoE-L/2-8E2A", XL, "EC-DIT-XL-8E"] if GPU else ["DiT-MoE-Tiny/2-8E2A", "EC-DIT-Tiny-8E"]
+)
+MICRO = {384: 128, 768: 64, 1024: 32, 1152: 16}
+"""Images of a micro-batch on a GPU, by the width of the model."""
+CHECKED = 3
+"""Steps whose losses must agree before the plain loop is timed."""
+
+
+def dense_twin(sparse: DiTConfig) -> dict[str, Any]:
+    """Fields of the model that differs in its GELU MLPs: they have the FLOPs of the experts, shared ones too, that a token meets."""
+    matrices = 3 if sparse.expert_activation == "swiglu" else 2
+    rows = matrices * sparse.top_k * sparse.expert_width + 3 * sparse.shared * sparse.hidden
+    return dict(routing="dense", expert_activation="gelu", shared=0, expert_hidden=rows // (2 * sparse.top_k))
+
+
+class Plain:
+    """The trainer's model, weights, batches and arithmetic (AdamW on fp32 masters, clipping, one average) without any framework.
+
+    Args:
+        steps: micro-batches of each step, which are repeated.
+    """
+
+    def __init__(self, trainer: Trainer, weights: dict[str, torch.Tensor], steps: Sequence[list[Prepared]]):
+        self.steps, self.objective, self.options = itertools.cycle(steps), trainer.objective, trainer.plan.recipe.train.optimizer
+        self.model = DiT(trainer.plan.model).to(trainer.device, torch.bfloat16 if GPU else torch.float32)
+        self.model.load_state_dict(weights)
+        self.weights = list(self.model.parameters())
+        self.masters = [torch.nn.Parameter(weight.detach().float()) for weight in self.weights] if GPU else self.weights
+        self.average = [master.detach().clone() for master in self.masters]
+        betas = self.options.beta1, self.options.beta2
+        self.optimizer = torch.optim.AdamW(self.masters, self.options.lr, betas, weight_decay=self.options.weight_decay, fused=True)
+
+    def step(self) -> float:
+        batches, losses = next(self.steps), []
+        for batch in batches:
+            loss = self.objective.loss(partial(self.model, **batch.condition), batch.latents, batch.times, batch.noise).mean()
+            (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        if GPU:
+            for master, weight in zip(self.masters, self.weights):
+                master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(self.masters, self.options.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.masters, 1e-4)
+            if GPU:
+                torch._foreach_copy_(self.weights, self.masters)
+        self.model.zero_grad()
+        return float(torch.stack(losses).mean())
+
+
+def block(step: Callable[[], Any], steps: int) -> tuple[float, Any]:
+    """Mean seconds of a step, each of which waits for the device, and what the last returned."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        result = step()
+    return (time.perf_counter() - start) / steps, result
+
+
+def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tuple[float, Record]]:
+    """For each trainer the median seconds of a step, and its last record."""
+    times: list[list[float]] = [[] for _ in trainers]
+    for trainer in trainers:
+        block(partial(train, trainer), 2)  # warm-up
+    for _ in range(rounds):
+        last = [block(partial(train, trainer), steps) for trainer in trainers]
+        for each, (seconds, _) in zip(times, last):
+            each.append(seconds)
+    for trainer in trainers:
+        trainer.loader.close()
+    return [(statistics.median(each), record) for each, (_, record) in zip(times, last)]
+
+
+def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str], rounds: int, steps: int) -> None:
+    """Each sparse model and its dense twin. Without a GPU they take turns; on one they follow each other, as memory is short."""
+    parts = ("forward", "backward", "optimizer", "ema")
+    page.table("model", "ms per step", "img/s", "of dense", "TFLOP/s", "MFU", *parts, "rest", *(["GB"] if GPU else []))
+    for name in names:
+        changes, done = ({}, dense_twin(named_config(name))), []
+        for group in [[change] for change in changes] if GPU else [changes]:
+            gc.collect()
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+            done += take_turns([make(name, change) for change in group], rounds, steps)
+        flops = [record["tflops"] * record["seconds"]["total"] for _, record in done]
+        assert abs(flops[1] / flops[0] - 1) < 0.02, (name, flops)  # routers have no counterpart
+        for title, (wall, record), share in zip((name, "its dense twin"), done, (f"{done[1][0] / done[0][0]:.2f}", "")):
+            total = record["seconds"]["total"]
+            shares = [record["seconds"][part] / total for part in parts]
+            page.row(
+                title,
+                f"{1e3 * wall:.0f}",
+                f"{record['images_per_s'] * total / wall:.1f}",
+                share,
+                f"{record['tflops'] * total / wall:.3g}",
+                f"{record['mfu'] * total / wall:.1%}" if "mfu" in record else "-",
+                *(f"{value:.1%}" for value in (*shares, 1 - sum(shares))),
+                *([f"{record['peak_memory_gb']:.1f}"] if GPU else []),
+            )
+
+
+def compare_loops(page: Page, make: Callable[..., Trainer], name: str, rounds: int, steps: int) -> None:
+    """The trainer and the plain loop in turns, on the same weights and batches; their losses are compared first."""
+    trainer = make(name, {})
+    weights = {key: value.clone() for key, value in trainer.engine.module.state_dict().items()}
+    taken: list[Prepared] = []
+    micro = trainer.plan.batch.accumulation
+    loader = trainer.loader
+    trainer.loader = kept(loader, taken, CHECKED * micro)
+    theirs = [train(trainer)["loss"] for _ in range(CHECKED)]
+    batches = [batch.to(trainer.device, trainer.conditioner) for batch in taken]
+    plain = Plain(trainer, weights, [batches[first : first + micro] for first in range(0, len(batches), micro)])
+    page.table("model", "trainer, ms per step", "plain loop", "trainer / plain, median of rounds", "each round")
+    ours = [plain.step() for _ in range(CHECKED)]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-2 if GPU else 1e-4, atol=0)
+    times = [[block(step, steps)[0] for step in (partial(train, trainer), plain.step)] for _ in range(rounds)]
+    loader.close()
+    ratios = [theirs / ours for theirs, ours in times]
+    medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*times)]
+    page.row(name, *medians, f"{statistics.median(ratios):.3f}", " ".join(f"{ratio:.3f}" for ratio in ratios))
+
+
+def kept(batches: Iterator[Prepared], taken: list[Prepared], count: int) -> Iterator[Prepared]:
+    """All ``batches``, of which the first ``count`` are also ``taken``."""
+    for batch in batches:
+        if len(taken) < count:
+            taken.append(batch)
+        yield batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--plain", default="DiT-XL/2" if GPU else "DiT-S/4", help="the dense model of the plain loop; none: leave it out")
+    parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
+    parser.add_argument("--stage", type=int, default=2, help="of ZeRO")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4 if GPU else 2, help="of a peer in a round")
+    parser.add_argument("--write", action="store_true", help="put the figures into train_step.md")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    precision = "bf16" if GPU else "fp32"
+    page = Page(__file__, arguments.write, f"{precision}, {arguments.images} images a step, ZeRO-{arguments.stage}")
+    world = join()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_latents(folder / "classes", 1, 512)
+        write_latents(folder / "texts", 1, 256, text=(77, 1280) if GPU else (16, 64))
+        runs = itertools.count()
+
+        def make(name: str, change: dict[str, Any]) -> Trainer:
+            micro = min(MICRO[named_config(name).hidden], arguments.images) if GPU else arguments.images
+            settings = {
+                "model.name": name,
+                "data.manifest": folder / ("texts" if name.startswith("EC") else "classes"),
+                "train.global_batch": arguments.images,
+                "train.accumulation": arguments.images // micro,
+                "train.precision": precision,
+                "parallel.zero_stage": arguments.stage,
+                "run_dir": folder / f"run{next(runs)}",
+            }
+            return make_trainer(world, settings, change)
+
+        if arguments.plain != "none":
+            compare_loops(page, make, arguments.plain, arguments.rounds, arguments.steps)
+        compare_models(page, make, arguments.models, arguments.rounds, arguments.steps)
+        leave()
+
+
+if __name__ == "__main__":
+    main()
