@@ -1,12 +1,17 @@
-"""What the benchmarks share: the machine in a line, host memory, and the figures' place in a page."""
+"""What the benchmarks share: the machine in a line, host memory, layers' time and memory, and the figures' place in a page."""
 
 import ctypes
 import gc
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 def hardware() -> str:
@@ -28,6 +33,39 @@ def forget_peak() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+class Layer(NamedTuple):
+    forward: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor]
+
+
+def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tuple[float, int]]:
+    """Seconds of each layer's forward and backward, median of ``repeats`` in which the layers take turns, and the bytes, gradients of
+    input and weights among them, that it takes at most."""
+    upward = torch.randn_like(x)
+
+    def once(layer: Layer) -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def peak(layer: Layer) -> int:
+        if x.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            once(layer)
+            return torch.cuda.max_memory_allocated() - before
+        forget_peak()
+        before = host_bytes("VmRSS")
+        once(layer)
+        return host_bytes("VmHWM") - before
+
+    memory = {name: peak(layer) for name, layer in layers.items()}
+    rounds = [{name: once(layer) for name, layer in layers.items()} for _ in range(repeats)]
+    return {name: (statistics.median(each[name] for each in rounds), memory[name]) for name in layers}
 
 
 def publish(script: str, figures: str) -> None:
