@@ -94,7 +94,7 @@ def deepspeed(weights: Weights, choice: str) -> Layer:
 
 
 def autoep(weights: Weights, choice: str) -> Layer:
-    """Grouped experts of DeepSpeed's AutoEP, with weights of their own (gate and up are two there). Its router, in fp32 like the others'."""
+    """Grouped experts of DeepSpeed's AutoEP, with their own weights: gate and up are two there. Its router in fp32, as the others' are."""
     if choice == "expert":
         raise NotImplementedError("no expert choice")
     experts, dim, hidden = weights.w2.shape
