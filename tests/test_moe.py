@@ -4,6 +4,7 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ditmoe_ds.models.dit import DenseMLP
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias
@@ -163,6 +164,21 @@ def test_kernels_are_plain_operations(kernel, counts, activation, dtype):
     torch.testing.assert_close(out, torch.cat(wanted), **tolerance)
     for a, b in zip(*(torch.autograd.grad(y, leaves, upward.to(dtype)) for y in (out, torch.cat(wanted)))):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("choice, kernel", [("token", "grouped"), ("expert", "batched")])
+def test_a_gpu_is_never_waited_for(choice, kernel):
+    """Fake tensors have shapes and no values: whatever asks the device for one, fails."""
+    with FakeTensorMode():
+        moe = MoE(64, 8, choice, 2, 128, 0, RouterConfig(), activation="gelu").bfloat16()
+        core, x = moe.deepspeed_moe, torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
+        assignment, _ = core.gate(x)
+        packed, rows = core.experts.deepspeed_experts[0], x.flatten(0, 1).index_select(0, assignment.tokens)
+        out = ExpertFFN.apply(rows, packed.w1, packed.b1, packed.w2, assignment.counts, kernel, "gelu")
+        add_bias(out, packed.b2, assignment.counts).sum().backward()
+        assert all(p.grad.shape == p.shape for p in packed.parameters())
+        with pytest.raises(DataDependentOutputException):
+            ExpertFFN.apply(rows, packed.w1, packed.b1, packed.w2, assignment.counts, "each", "gelu")
 
 
 def test_experts_keep_no_weights_for_backward():
