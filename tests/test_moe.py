@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ditmoe_ds.models.dit import DenseMLP
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias
-from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
 
 T, E, D = 50, 5, 16
@@ -170,10 +170,10 @@ def test_kernels_are_plain_operations(kernel, counts, activation, dtype):
 def test_a_gpu_is_never_waited_for(choice, kernel):
     """Fake tensors have shapes and no values: whatever asks the device for one, fails."""
     with FakeTensorMode():
-        moe = MoE(64, 8, choice, 2, 128, 0, RouterConfig(), activation="gelu").bfloat16()
-        core, x = moe.deepspeed_moe, torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
-        assignment, _ = core.gate(x)
-        packed, rows = core.experts.deepspeed_experts[0], x.flatten(0, 1).index_select(0, assignment.tokens)
+        router, packed = Router(64, 8, choice, 2, RouterConfig()), PackedExperts(8, 64, 128, "gelu")
+        x = torch.randn(2, 48, 64, requires_grad=True)
+        assignment, _ = router(x)
+        rows = x.flatten(0, 1).index_select(0, assignment.tokens)
         out = ExpertFFN.apply(rows, packed.w1, packed.b1, packed.w2, assignment.counts, kernel, "gelu")
         add_bias(out, packed.b2, assignment.counts).sum().backward()
         assert all(p.grad.shape == p.shape for p in packed.parameters())
