@@ -8,13 +8,10 @@ dispatch of GShard's kind: a one-hot (experts, places, tokens) tensor and einsum
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import torch
-from report import hardware, peak_bytes, publish
+from report import Layer, hardware, measure, publish
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,21 +33,6 @@ def one_hot(moe: MoE, x: Tensor) -> Tensor:
     return torch.einsum("ecn,ec,ecd->nd", hot, weights.to(x.dtype), done)[None]
 
 
-def measure(run: Callable[[Tensor], Tensor], x: Tensor, repeats: int) -> tuple[float, float]:
-    """Median seconds of forward and backward, and bytes that they take at most."""
-
-    def once() -> float:
-        x.grad, start = None, time.perf_counter()
-        run(x).sum().backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    seconds = statistics.median(once() for _ in range(repeats))
-    return seconds, peak_bytes(once)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=256)
@@ -64,6 +46,8 @@ def main() -> None:
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     moe.to(device, dtype)
+    parameters = list(moe.parameters())
+    layers = {"ours": Layer(lambda x: moe(x)[0], parameters), "one-hot": Layer(lambda x: one_hot(moe, x), parameters)}
     lines = [
         f"`python {' '.join(sys.argv)}`. {hardware()}, {dtype}; width {arguments.width}, {arguments.experts} experts, 2 per token.",
         "",
@@ -73,7 +57,7 @@ def main() -> None:
     for length in LENGTHS:
         x = torch.randn(1, length, arguments.width, device=device, dtype=dtype, requires_grad=True)
         torch.testing.assert_close(moe(x)[0], one_hot(moe, x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
-        (ours, memory), (theirs, other) = (measure(run, x, arguments.repeats) for run in (lambda x: moe(x)[0], lambda x: one_hot(moe, x)))
+        (ours, memory), (theirs, other) = measure(layers, x, arguments.repeats).values()
         speed = f"| {length:,} | {1e6 * ours / length:.1f} | {1e6 * theirs / length:.1f} | {ours / theirs:.2f} "
         lines.append(speed + f"| {memory / length / 1e3:.1f} | {other / length / 1e3:.1f} |")
     print("\n".join(lines))

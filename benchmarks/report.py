@@ -1,15 +1,19 @@
-"""What the benchmarks share: the machine in a line, host memory, and the figures' place in a page."""
+"""What the benchmarks share: the machine in a line, host memory, layers' time and memory, and the figures' place in a page."""
 
 import ctypes
 import gc
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 def hardware() -> str:
@@ -71,6 +75,28 @@ class Page:
         self.lines += lines
         if self.write:
             publish(self.script, "\n".join(self.lines))
+
+
+class Layer(NamedTuple):
+    forward: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor]
+
+
+def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tuple[float, int]]:
+    """Seconds of each layer's forward and backward, median of ``repeats`` in which the layers take turns, and the bytes, gradients of
+    input and weights among them, that it takes at most."""
+    upward = torch.randn_like(x)
+
+    def once(layer: Layer) -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    memory = {name: peak_bytes(partial(once, layer)) for name, layer in layers.items()}
+    rounds = [{name: once(layer) for name, layer in layers.items()} for _ in range(repeats)]
+    return {name: (statistics.median(each[name] for each in rounds), memory[name]) for name in layers}
 
 
 def publish(script: str, figures: str) -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ditmoe_ds.models.dit import DenseMLP
-from ditmoe_ds.moe.experts import ExpertMM, PackedExperts, activate
-from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias
+from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
 
 T, E, D = 50, 5, 16
@@ -135,19 +136,49 @@ def test_balance_loss_pushes_towards_balance():
     assert scores.grad[:, 0].mean() > 0 > scores.grad[:, 1:].mean()
 
 
-@pytest.mark.parametrize("counts", [[10, 0, 25, 15], [0, 0, 0, 50], [0, 0, 0, 0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_kernel_is_the_gemm_per_expert(counts, dtype):
-    rows = sum(counts)
-    results = []
-    for kernel in ("each", "grouped"):
-        torch.manual_seed(0)
-        x, weight = torch.randn(rows, 32, dtype=dtype, requires_grad=True), torch.randn(4, 16, 32, dtype=dtype, requires_grad=True)
-        out = ExpertMM.apply(x, weight, torch.tensor(counts), kernel)
-        out.backward(torch.ones(rows, 16, dtype=dtype))
-        results.append((out.detach(), x.grad, weight.grad))
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-1 if dtype == torch.bfloat16 else 1e-5)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    "kernel, counts",
+    [
+        *((kernel, counts) for kernel in ("each", "grouped") for counts in ([10, 0, 25, 15], [0, 0, 0, 50], [0, 0, 0, 0])),
+        *(("batched", counts) for counts in ([7] * 4, [9] * 5, [4])),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kernels_are_plain_operations(kernel, counts, activation, dtype):
+    if kernel == "grouped" and dtype == torch.float64:
+        dtype = torch.float32
+    experts, x = PackedExperts(len(counts), 32, 64, activation), torch.randn(sum(counts), 32, requires_grad=True)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    experts, upward = experts.to(dtype), torch.randn_like(x)
+    leaves = [x, *experts.parameters()]
+    wanted = []
+    for e, rows in enumerate(x.to(dtype).split(counts)):
+        w1, b1, w2, b2 = (None if w is None else w[e] for w in (experts.w1, experts.b1, experts.w2, experts.b2))
+        wanted.append(torch.nn.functional.linear(activate(torch.nn.functional.linear(rows, w1, b1), activation), w2, b2))
+    b1, b2 = experts.b1, experts.b2
+    out = ExpertFFN.apply(x.to(dtype), experts.w1, b1, experts.w2, torch.tensor(counts), kernel, activation)
+    out = add_bias(out, b2, torch.tensor(counts))
+    tolerance = dict(rtol=5e-2, atol=5e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, torch.cat(wanted), **tolerance)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, upward.to(dtype)) for y in (out, torch.cat(wanted)))):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("choice, kernel", [("token", "grouped"), ("expert", "batched")])
+def test_a_gpu_is_never_waited_for(choice, kernel):
+    """Fake tensors have shapes and no values: whatever asks the device for one, fails."""
+    with FakeTensorMode():
+        router, packed = Router(64, 8, choice, 2, RouterConfig()), PackedExperts(8, 64, 128, "gelu")
+        x = torch.randn(2, 48, 64, requires_grad=True)
+        assignment, _ = router(x)
+        rows = x.flatten(0, 1).index_select(0, assignment.tokens)
+        out = ExpertFFN.apply(rows, packed.w1, packed.b1, packed.w2, assignment.counts, kernel, "gelu")
+        add_bias(out, packed.b2, assignment.counts).sum().backward()
+        assert all(p.grad.shape == p.shape for p in packed.parameters())
+        with pytest.raises(DataDependentOutputException):
+            ExpertFFN.apply(rows, packed.w1, packed.b1, packed.w2, assignment.counts, "each", "gelu")
 
 
 def test_experts_keep_no_weights_for_backward():

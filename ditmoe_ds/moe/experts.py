@@ -1,6 +1,6 @@
 """All local experts of a layer as packed 3-D weights."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ class PackedExperts(nn.Module):
             equal: all counts are M / E.
         """
         kernel = "batched" if equal else "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "each"
-        hidden = add_bias(ExpertMM.apply(x, self.w1, counts, kernel), self.b1, counts)
-        return add_bias(ExpertMM.apply(activate(hidden, self.activation), self.w2, counts, kernel), self.b2, counts)
+        return add_bias(ExpertFFN.apply(x, self.w1, self.b1, self.w2, counts, kernel, self.activation), self.b2, counts)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -49,11 +48,12 @@ def add_bias(x: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     return x if bias is None else x + bias.repeat_interleave(counts, dim=0, output_size=len(x))
 
 
-class ExpertMM(torch.autograd.Function):
-    """Rows of x (M, K), sorted by expert, times their expert's matrix of weight (E, N, K): (M, N).
+class ExpertFFN(torch.autograd.Function):
+    """Rows of x (M, D), sorted by expert, through their expert's first matrix, activation and second matrix: (M, D).
 
-    Plain operations would save views of the weight for backward, and so keep the memory of every layer that ZeRO-3 gathered.
-    The parameter itself, saved here, is empty once ZeRO-3 let go of the layer, and whole again when backward comes to it.
+    Plain operations would save views of the weights for backward, and so keep the memory of every layer that ZeRO-3 gathered.
+    The parameters themselves, saved here, are empty once ZeRO-3 let go of the layer, and whole again when backward comes to it.
+    Of the activations only x and the first product are saved; backward repeats the elementwise part.
 
     ``kernel`` "grouped" is one kernel for all experts, without host sync; so is "batched", for equal counts. "each" is a
     GEMM per expert, for devices and dtypes without such a kernel. Experts without rows multiply an empty matrix: every
@@ -61,39 +61,79 @@ class ExpertMM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, kernel: str) -> Tensor:
-        ctx.save_for_backward(x, weight, counts)
-        ctx.kernel = kernel
-        return multiply(x, weight.transpose(1, 2), counts, kernel)
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, counts: Tensor, kernel: str, activation: str) -> Tensor:
+        ctx.parts, ctx.activation = split(x, counts, kernel), activation
+        first, out = [], []
+        for part in ctx.parts:
+            first.append(multiply(x[part.rows], w1[part.experts].mT, part.ends))
+            inner = activate(add_bias(first[-1], b1 if b1 is None else b1[part.experts], counts[part.experts]), activation)
+            out.append(multiply(inner, w2[part.experts].mT, part.ends))
+        ctx.save_for_backward(x, w1, b1, w2, counts, *first)
+        return join(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, counts = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, counts, *first = ctx.saved_tensors
         grad = grad.contiguous()
-        if ctx.kernel == "batched":
-            outer = per_expert(grad, counts).transpose(1, 2) @ per_expert(x, counts)
-        elif ctx.kernel == "grouped":
-            outer = F.grouped_mm(grad.t(), x, offs=ends(counts))
-        else:
-            sizes = counts.tolist()
-            outer = torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
-        return multiply(grad, weight, counts, ctx.kernel), outer, None, None
+        x_grads, b1_grads, w1_grad, w2_grad = [], [], None, None
+        for part, before in zip(ctx.parts, first, strict=True):
+            leaves = [leaf.detach().requires_grad_() for leaf in ([before] if b1 is None else [before, b1[part.experts]])]
+            with torch.enable_grad():
+                inner = activate(add_bias(leaves[0], None if b1 is None else leaves[1], counts[part.experts]), ctx.activation)
+            w2_grad = fill(w2_grad, w2, part, grad[part.rows], inner.detach())
+            before_grad, *bias_grad = torch.autograd.grad(inner, leaves, multiply(grad[part.rows], w2[part.experts], part.ends))
+            b1_grads += bias_grad
+            w1_grad = fill(w1_grad, w1, part, before_grad, x[part.rows])
+            x_grads.append(multiply(before_grad, w1[part.experts], part.ends))
+        return join(x_grads), w1_grad, None if b1 is None else join(b1_grads), w2_grad, None, None, None
 
 
-def multiply(x: Tensor, matrices: Tensor, counts: Tensor, kernel: str) -> Tensor:
-    """Rows of x (M, K) times their expert's of the matrices (E, K, N)."""
-    if kernel == "batched":
-        return (per_expert(x, counts) @ matrices).flatten(0, 1)
+class Part(NamedTuple):
+    """Experts that are computed together."""
+
+    rows: slice
+    experts: slice
+    ends: Tensor | None
+    """Where each expert's rows end; None if all have as many."""
+
+
+def split(x: Tensor, counts: Tensor, kernel: str) -> list[Part]:
+    """On a CPU a few experts at a time, so that the elementwise part finds the products in the cache."""
     if kernel == "grouped":
-        return F.grouped_mm(x, matrices, offs=ends(counts))
-    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(counts.tolist()), matrices.unbind(), strict=True)])
+        return [Part(slice(None), slice(None), counts.cumsum(0).to(torch.int32))]
+    if kernel == "batched":
+        step, rows = len(counts) if x.is_cuda else torch.get_num_threads(), len(x) // len(counts)
+        return [Part(slice(e * rows, (e + step) * rows), slice(e, e + step), None) for e in range(0, len(counts), step)]
+    ends = counts.cumsum(0).tolist()
+    return [Part(slice(start, end), slice(e, e + 1), None) for e, (start, end) in enumerate(zip([0, *ends], ends))]
 
 
-def per_expert(x: Tensor, counts: Tensor) -> Tensor:
+def multiply(x: Tensor, matrices: Tensor, ends: Tensor | None) -> Tensor:
+    """Rows of x (M, K) times their expert's of the matrices (E, K, N)."""
+    if ends is not None:
+        return F.grouped_mm(x, matrices, offs=ends)
+    if len(matrices) == 1:
+        return x @ matrices[0]
+    return (per_expert(x, matrices) @ matrices).flatten(0, 1)
+
+
+def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of weight (E, N, K), with the part of these experts: grad (M, N), transposed, times x (M, K)."""
+    if part.ends is not None:
+        return F.grouped_mm(grad.t(), x, offs=part.ends)
+    weight_grad = torch.empty_like(weight) if weight_grad is None else weight_grad
+    own = weight_grad[part.experts]
+    if len(own) == 1:
+        torch.mm(grad.t(), x, out=own[0])
+    else:
+        torch.bmm(per_expert(grad, own).mT, per_expert(x, own), out=own)
+    return weight_grad
+
+
+def per_expert(x: Tensor, matrices: Tensor) -> Tensor:
     """Rows (M, K) of experts with equal counts as (E, M / E, K)."""
-    return x.view(len(counts), -1, x.shape[1])
+    return x.view(len(matrices), -1, x.shape[1])
 
 
-def ends(counts: Tensor) -> Tensor:
-    """Where each expert's rows end."""
-    return counts.cumsum(0).to(torch.int32)
+def join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

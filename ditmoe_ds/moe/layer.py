@@ -70,7 +70,7 @@ class RoutedExperts(MOELayer):
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)
-        rows = tokens[assignment.tokens]
+        rows = tokens.index_select(0, assignment.tokens)  # its backward adds rows; that of an index would sort them on a GPU
         experts = self.experts.deepspeed_experts[0]
         if self.ep_size == 1:
             shared = meanwhile(x)

@@ -1,0 +1,107 @@
+"""Time and memory of our MoE layer, forward and backward, beside others with the same weights and beside a dense MLP of equal FLOPs.
+
+python benchmarks/moe_layer.py [--sizes S B] [--experts 8 16 32 64] [--tokens 2048] [--repeats 3] [--write]
+
+Widths of the named sizes, SwiGLU experts 4 D wide, top-2, images of 256 tokens. Outputs and input gradients are checked equal
+first; then the layers take turns. --write puts the tables under "Measured" in moe_layer.md.
+"""
+
+import argparse
+import sys
+
+import torch
+from moe_peers import Weights, autoep, deepspeed, floor, loop, megatron, ours
+from report import Layer, hardware, measure, publish
+from torch import Tensor
+
+from ditmoe_ds.models.sizes import SIZES
+
+IMAGE = 256
+PEERS = (loop, deepspeed, autoep, megatron)
+TITLES = {"loop": "loop", "deepspeed": "DeepSpeed", "autoep": "AutoEP", "megatron": "megatron-core"}
+
+
+def random_weights(dim: int, experts: int, device: str, dtype: torch.dtype) -> Weights:
+    """Outputs of unit scale, and router logits of unit variance, so that experts are chosen about equally often."""
+    shapes = (experts, dim), (experts, 8 * dim, dim), (experts, dim, 4 * dim)
+    return Weights(*(torch.randn(shape, device=device, dtype=dtype).mul_(shape[-1] ** -0.5) for shape in shapes))
+
+
+def outcome(layer: Layer, x: Tensor, upward: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and input gradient."""
+    out = layer.forward(x)
+    return out.detach(), *torch.autograd.grad(out, x, upward)
+
+
+def equal_layers(choice: str, weights: Weights, x: Tensor) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Our layer and the peers that compute the same, and what the others said instead."""
+    layers, absent, upward = {"ours": ours(weights, choice)}, {}, torch.randn_like(x)
+    wanted = outcome(layers["ours"], x, upward)
+    for build in PEERS:
+        name = build.__name__
+        try:
+            layer = build(weights, choice)
+            found = outcome(layer, x, upward)
+        except Exception as error:  # a peer that does not run here; the table says why
+            absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        for a, b in zip(found, wanted, strict=True):
+            off = ((a - b).float().norm() / b.float().norm()).item()
+            assert off < (2e-2 if x.dtype == torch.bfloat16 else 1e-5), f"{name} computes something else: off by {off:.1e}"
+        layers[name] = layer
+    return layers, absent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--sizes", nargs="+", default=["S", "B", "XL", "G"] if cuda else ["S", "B"], choices=list(SIZES))
+    parser.add_argument("--experts", nargs="+", type=int, default=[8, 16, 32, 64])
+    parser.add_argument("--tokens", type=int, default=16384 if cuda else 2048)
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
+    parser.add_argument("--write", action="store_true", help="put the figures into moe_layer.md")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    times, memories, reasons = [], [], {}
+    for size in arguments.sizes:
+        dim = SIZES[size].hidden
+        x = torch.randn(arguments.tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
+        for experts in arguments.experts:
+            weights = random_weights(dim, experts, device, dtype)
+            for choice in ("token", "expert"):
+                layers, absent = equal_layers(choice, weights, x)
+                reasons |= {(choice, name): reason for name, reason in absent.items()}
+                figures = measure({"floor": floor(weights)} | layers, x, arguments.repeats)
+                row = f"| {size} | {experts} | {choice} |"
+                first, own = figures["floor"][0], figures["ours"][0]
+                ratios = [f"{figures[name][0] / own:.2f}" if name in figures else "-" for name in TITLES]
+                times.append(f"{row} {1e3 * first:.1f} | {1e3 * own:.1f} | {own / first:.2f} | {' | '.join(ratios)} |")
+                taken = [f"{figures[name][1] / 2**20:,.0f}" if name in figures else "-" for name in ("floor", "ours", *TITLES)]
+                memories.append(f"{row} {' | '.join(taken)} |")
+                print(times[-1], memories[-1], sep="\n", flush=True)
+    others = " | ".join(TITLES.values())
+    lines = [
+        f"`python {' '.join(sys.argv)}`. {hardware()}, {dtype}; {arguments.tokens:,} tokens, median of {arguments.repeats}.",
+        "",
+        "Forward and backward, ms of floor and ours; every other layer's time as a multiple of ours.",
+        "",
+        f"| width | experts | choice | floor | ours | ours / floor | {others} |",
+        "|---|---|---|---|---|---|" + "---|" * len(TITLES),
+        *times,
+        "",
+        "Peak memory on top of weights and input, MiB.",
+        "",
+        f"| width | experts | choice | floor | ours | {others} |",
+        "|---|---|---|---|---|" + "---|" * len(TITLES),
+        *memories,
+        "",
+        *(f"- {TITLES[name]}, {choice} choice: {reason}" for (choice, name), reason in reasons.items()),
+    ]
+    print("\n".join(lines))
+    if arguments.write:
+        publish(__file__, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
