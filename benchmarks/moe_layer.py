@@ -7,11 +7,10 @@ first; then the layers take turns. --write puts the tables under "Measured" in m
 """
 
 import argparse
-import sys
 
 import torch
 from moe_peers import Weights, autoep, deepspeed, floor, loop, megatron, ours
-from report import Layer, hardware, measure, publish
+from report import Layer, Page, measure
 from torch import Tensor
 
 from ditmoe_ds.models.sizes import SIZES
@@ -63,7 +62,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    times, memories, reasons = [], [], {}
+    page = Page(__file__, arguments.write, f"{dtype}; {arguments.tokens:,} tokens, median of {arguments.repeats}")
+    page.add(
+        "", "Milliseconds of forward and backward, each other layer's as a multiple of ours; and peak MiB beside weights and input."
+    )
+    page.table("width", "experts", "choice", "floor", "ours", "ours / floor", *TITLES.values(), "MiB: floor", "ours", *TITLES.values())
+    reasons: dict[tuple[str, str], str] = {}
     for size in arguments.sizes:
         dim = SIZES[size].hidden
         x = torch.randn(arguments.tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
@@ -73,34 +77,11 @@ def main() -> None:
                 layers, absent = equal_layers(choice, weights, x)
                 reasons |= {(choice, name): reason for name, reason in absent.items()}
                 figures = measure({"floor": floor(weights)} | layers, x, arguments.repeats)
-                row = f"| {size} | {experts} | {choice} |"
                 first, own = figures["floor"][0], figures["ours"][0]
                 ratios = [f"{figures[name][0] / own:.2f}" if name in figures else "-" for name in TITLES]
-                times.append(f"{row} {1e3 * first:.1f} | {1e3 * own:.1f} | {own / first:.2f} | {' | '.join(ratios)} |")
                 taken = [f"{figures[name][1] / 2**20:,.0f}" if name in figures else "-" for name in ("floor", "ours", *TITLES)]
-                memories.append(f"{row} {' | '.join(taken)} |")
-                print(times[-1], memories[-1], sep="\n", flush=True)
-    others = " | ".join(TITLES.values())
-    lines = [
-        f"`python {' '.join(sys.argv)}`. {hardware()}, {dtype}; {arguments.tokens:,} tokens, median of {arguments.repeats}.",
-        "",
-        "Forward and backward, ms of floor and ours; every other layer's time as a multiple of ours.",
-        "",
-        f"| width | experts | choice | floor | ours | ours / floor | {others} |",
-        "|---|---|---|---|---|---|" + "---|" * len(TITLES),
-        *times,
-        "",
-        "Peak memory on top of weights and input, MiB.",
-        "",
-        f"| width | experts | choice | floor | ours | {others} |",
-        "|---|---|---|---|---|" + "---|" * len(TITLES),
-        *memories,
-        "",
-        *(f"- {TITLES[name]}, {choice} choice: {reason}" for (choice, name), reason in reasons.items()),
-    ]
-    print("\n".join(lines))
-    if arguments.write:
-        publish(__file__, "\n".join(lines))
+                page.row(size, experts, choice, f"{1e3 * first:.1f}", f"{1e3 * own:.1f}", f"{own / first:.2f}", *ratios, *taken)
+    page.add("", *(f"- {TITLES[name]}, {choice} choice: {reason}" for (choice, name), reason in reasons.items()))
 
 
 if __name__ == "__main__":
