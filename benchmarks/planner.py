@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from report import hardware, publish
 
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA, EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
+from ditmoe_ds.distributed.hardware import GPUS
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.planning.plan import Cluster, Job, Plan, Shape
 from ditmoe_ds.training.step import Prepared, compute_loss
 
 TEXT = 16
@@ -72,8 +75,6 @@ class Sent:
                 whole = max(_nbytes(argument) for argument in arguments[:2])
                 amount = rounds * whole * (ranks - 1) / ranks
             self.bytes[kind] += amount
-            if os.environ.get("TRACE"):
-                print(name, ranks, amount, [getattr(a, "dtype", None) for a in arguments[:2]], flush=True)
             return real(group, *arguments)
 
         return call
@@ -115,6 +116,12 @@ class Run:
         self.ema.update()
 
 
+def case(**given: Any) -> dict[str, Any]:
+    """A point to plan and to measure; ``fields`` are those of the model that differ from the named one's."""
+    common = dict(world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000)
+    return common | given | dict(fields=dict(input_size=16) | given.get("fields", {}))
+
+
 def case_model(case: dict[str, Any]) -> Any:
     return named_config(case["model"], **case["fields"])
 
@@ -128,7 +135,7 @@ def case_settings(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(case: dict[str, Any]) -> dict[str, Any]:
-    """Train on this rank; bytes that live between steps, at the peak of the last step, and that it sent."""
+    """Train on this rank; bytes at the peak of the last step, and that it sent in it."""
     sent, steps = Sent(), 3  # ZeRO-3 learns the order of modules in the first
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run = Run(case)
@@ -136,22 +143,16 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
             run.step()
         gc.collect()  # else it depends on luck whether DeepSpeed's cycles of an earlier step are still there
         sent.bytes.clear()
-        if os.environ.get("TRACE"):
-            print("LAST STEP", flush=True)
         with torch.profiler.record_function("last step"):
             run.step()
     events = profile.profiler.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == "last step")
-    kept = now = peak = 0
-    where = 0
+    now = peak = 0
     for moment, amount in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         now += amount
-        if moment < begin:
-            kept = now
-        elif now > peak:
-            peak, where = now, moment
-    inside = [e.name() for e in events if e.name() != "[memory]" and e.start_ns() <= where <= e.start_ns() + e.duration_ns()]
-    return dict(kept=kept, peak=peak, sent=dict(sent.bytes), inside=inside)
+        if moment >= begin:
+            peak = max(peak, now)
+    return dict(peak=peak, sent=dict(sent.bytes))
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -164,11 +165,47 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
         environment |= dict(MASTER_PORT=port, WORLD_SIZE=str(case["world"]))
         command = [sys.executable, __file__, "--case", json.dumps(case), "--out", folder]
         ranks = [
-            subprocess.Popen(command, env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=None if rank == 0 and os.environ.get("TRACE") else subprocess.DEVNULL)
+            subprocess.Popen(command, env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.DEVNULL)
             for rank in range(case["world"])
         ]
-        assert not any([process.wait() for process in ranks]), case
+        codes = [process.wait() for process in ranks]
+        assert not any(codes), (case, codes)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(case["world"])]
+
+
+def plan_of(case: dict[str, Any]) -> Plan:
+    model, world = case_model(case), case["world"]
+    images = world * case["micro"] * case["accumulation"]
+    job = Job(model, model.tokens, TEXT if model.text_width else 0, case["precision"], images, steps=1, averages=1)
+    shape = Shape(case["stage"], case["ep"], case["micro"], case["recompute"], case["bucket"] if case["stage"] else 0, 100_000)
+    return Plan(job, Cluster(GPUS["h100-80gb"], 1, world), shape, cuda=False)
+
+
+def compare(case: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """(planned, measured): ``peak`` of the fullest rank, ``sent`` by kind, the mean over ranks."""
+    plan, sent = plan_of(case), {}
+    for kind, word in (("gradients", "reduce"), ("weights", "gather"), ("all_to_all", "exchange")):
+        planned = sum(flow.in_node + flow.across for flow in plan.traffic if flow.kind.startswith(word))
+        sent[kind] = planned, sum(report["sent"].get(kind, 0) for report in reports) / len(reports)
+    peaks = [report["peak"] for report in reports]
+    return dict(peak=(plan.peak, max(peaks)), least=min(peaks), sent=sent)
+
+
+def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """In Markdown."""
+    heads = ["model", "stage", "EP", "processes", "micro", "accum.", "recompute", "dtype"]
+    heads += ["peak MB: planned", "measured", "off", "sent MB: planned", "counted", "off"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for point, row in points:
+        fields = ", ".join(f"{key} {value}" for key, value in point["fields"].items() if key in ("hidden", "depth"))
+        planned, counted = (sum(pair[i] for pair in row["sent"].values()) for i in (0, 1))
+        peak, measured = row["peak"]
+        words = [f"{point['model']}, {fields}", *(str(point[key]) for key in ("stage", "ep", "world", "micro", "accumulation"))]
+        words += ["yes" if point["recompute"] else "no", point["precision"], f"{peak / 1e6:.1f}"]
+        words += [f"{row['least'] / 1e6:.1f}-{measured / 1e6:.1f}", f"{peak / measured - 1:+.1%}"]
+        words += [f"{planned / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{planned / counted - 1:+.1%}"]
+        lines.append("| " + " | ".join(words) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -180,6 +217,33 @@ def main() -> None:
         world = join()
         (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.case)))
         return leave()
+    points = []
+    for point in POINTS:
+        points.append((point, compare(point, measure(point))))
+        print(json.dumps(points[-1]), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(points, indent=1))
+    publish(__file__, f"{hardware()}.\n\n{table(points)}")
+
+
+MOE, TEXTED = "DiT-MoE-Nano/2-4E2A", "EC-DIT-Nano-4E"
+WIDE, DEEP = dict(hidden=128, depth=6), dict(hidden=64, depth=16)
+POINTS = [
+    case(model="DiT-Nano/2", stage=0, ep=1, fields=WIDE),
+    case(model=MOE, stage=0, ep=1, fields=WIDE),
+    case(model=MOE, stage=1, ep=1, accumulation=2, fields=WIDE),
+    case(model=MOE, stage=1, ep=2, accumulation=2, recompute=True, fields=WIDE),
+    case(model=MOE, stage=2, ep=2, fields=WIDE),
+    case(model=MOE, stage=2, ep=1, micro=8, recompute=True, fields=DEEP),
+    case(model=MOE, stage=3, ep=1, fields=WIDE),
+    case(model=MOE, stage=3, ep=2, micro=2, recompute=True, fields=WIDE),
+    case(model=MOE, stage=3, ep=2, world=4, micro=2, fields=WIDE),
+    case(model=TEXTED, stage=2, ep=2, fields=dict(hidden=128, depth=8)),
+    case(model=TEXTED, stage=3, ep=2, recompute=True, fields=dict(hidden=128, depth=8)),
+    case(model=TEXTED, stage=1, ep=4, world=4, micro=8, fields=dict(hidden=96, depth=6)),
+    case(model=MOE, stage=2, ep=2, micro=2, precision="bf16", fields=dict(hidden=96, depth=4)),
+    case(model=TEXTED, stage=3, ep=2, micro=2, precision="bf16", fields=dict(hidden=96, depth=6)),
+]
 
 
 if __name__ == "__main__":

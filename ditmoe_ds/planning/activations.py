@@ -83,7 +83,7 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     # x, its norm, qkv's input, qkv, q and k, attention's output, its copy, the projection's output
     attention = size * (3 * D + (D + 2 * kv) + made * (D + kv) + (1 + made) * D + D) + 4 * model.heads + 8
     attention += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
-    parts = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
+    parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
     if model.positions == "rope":
         parts["attention"] += 4 * 2 * head * batch.patches  # cosines and sines, for q and for k
     if batch.text:
@@ -129,8 +129,9 @@ def _working(batch: MicroBatch) -> float:
     model, size, D = batch.model, batch.size, batch.model.hidden
     stream = 3 * size * batch.tokens * D  # gradients of the residual stream and of two branches
     moments = [0.0]
-    for layer in {min(set(range(model.depth)) - set(sparse_layers(model)), default=None), *sparse_layers(model)[:1]} - {None}:
-        sparse = layer in sparse_layers(model)
+    routed = sparse_layers(model)
+    for layer in [*routed[:1], *(layer for layer in range(model.depth) if layer not in routed)][:2]:
+        sparse = layer in routed
         gated = sparse and model.expert_activation == "swiglu"
         copies, experts, rows, width, combined = 1, 1, batch.tokens, 4 * D, 0
         if sparse:

@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the row's")
     plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="of the search; gpus: the fewest that do")
     plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's where they are here, else 256")
-    plan.add_argument("--text-tokens", type=int, default=77, help="of a caption, for models with text")
+    plan.add_argument("--text-tokens", type=int, help="of a caption, for models with text; default: the data's, else 77")
     for assumed in fields(Assumptions):
         plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumed; see docs/scaling.md")
     plan.add_argument("--json", action="store_true")
@@ -46,18 +46,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.planning.search import search
 
     for option in ("nodes", "gpus_per_node", "text_tokens"):
-        if getattr(arguments, option) < 1:
+        if (getattr(arguments, option) or 1) < 1 or getattr(arguments, option) == 0:
             raise ConfigError(f"--{option.replace('_', '-')}", getattr(arguments, option), "must be at least 1")
     shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
     for name, share in shares.items():
         if not 0 <= share <= 1 or (name in ("mfu", "link") and not share) or (name == "margin" and share == 1):
             raise ConfigError(f"--{name}", share, "is a share, from 0 to 1")
-    own = {name.removeprefix("gpu_"): getattr(arguments, name) for name in HARDWARE}
-    own = {name: value for name, value in own.items() if value is not None}
+    own = {name: getattr(arguments, name) for name in HARDWARE if getattr(arguments, name) is not None}
     for name, value in own.items():
         if value <= 0:
-            raise ConfigError(name, value, "must be above 0")
-    cluster = Cluster(replace(find(arguments.gpu), **own), arguments.nodes, arguments.gpus_per_node)
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be above 0")
+    gpu = replace(find(arguments.gpu), **{name.removeprefix("gpu_"): value for name, value in own.items()})
+    cluster = Cluster(gpu, arguments.nodes, arguments.gpus_per_node)
     recipe, job = read_job([arguments.recipe, *arguments.overrides], arguments.image_size, arguments.text_tokens)
     known = stages(recipe.parallel)
     plan = Plan(job, cluster, own_shape(recipe, job, cluster, known), Assumptions(**shares))

@@ -204,7 +204,7 @@ class Plan:
     @cached_property
     def traffic(self) -> list[Traffic]:
         found, shape, world = layers(self.job.model), self.shape, self.cluster.world
-        weights = dict(dense=found.dense, experts=found.experts, whole=self._persistent)
+        weights: dict[str, float] = dict(dense=found.dense, experts=found.experts, whole=self._persistent)
         return step_traffic(self.batch, self.accumulation, shape.recompute, shape.stage, world, self.cluster.per_node, weights)
 
     @property

@@ -12,12 +12,12 @@ from ditmoe_ds.planning.plan import Cluster, Job, Shape
 from ditmoe_ds.training.recipe import Recipe, named_network
 
 
-def read_job(arguments: list[str], image_size: int | None, text_tokens: int) -> tuple[Recipe, Job]:
+def read_job(arguments: list[str], image_size: int | None, text_tokens: int | None) -> tuple[Recipe, Job]:
     """Read ``RECIPE.yaml [key=value ...]``.
 
     Args:
         image_size: pixels, with an f=8 VAE; None for the data's, if they are here, else the model's usual ones.
-        text_tokens: of a caption, for models with text.
+        text_tokens: of a caption, for models with text; None for the longest of the data, if they are here, else 77.
 
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
@@ -36,13 +36,16 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int) -> 
         manifest = Manifest.load(recipe.data.manifest)
         channels, side, _ = manifest.shapes[0]
         model = replace(model, in_channels=channels, input_size=side)
-        model = replace(model, num_classes=manifest.num_classes) if model.num_classes else model
+        if model.num_classes:
+            model = replace(model, num_classes=manifest.num_classes)
+        elif manifest.text:
+            model, text_tokens = replace(model, text_width=manifest.text.width), text_tokens or manifest.text.max_tokens
     if image_size is not None:
         model = replace(model, input_size=image_size // 8)
         if image_size < 8 * model.patch or image_size % (8 * model.patch):
             raise ConfigError("--image-size", image_size, f"must divide by {8 * model.patch}: an f=8 VAE and patches of {model.patch}")
     patches = model.tokens - round(model.tokens * train.mask_ratio)
-    text = text_tokens if model.text_width else 0
+    text = (text_tokens or 77) if model.text_width else 0
     return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, len(recipe.ema.decays))
 
 

@@ -89,7 +89,9 @@ def _time(plan: Plan) -> list[str]:
     lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in plan.seconds.items()]
     lines.append(f"  {'step':<40}{plan.step_seconds:>8.3f}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
     again = f" and {plan.recompute_flops / 1e12:,.1f} again" if plan.recompute_flops else ""
-    lines.append(f"  {plan.flops / 1e12:,.1f} TFLOP a GPU{again}; {job.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours")
+    lines.append(
+        f"  {plan.flops / 1e12:,.1f} TFLOP a GPU{again}; {job.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
+    )
     return lines
 
 
@@ -104,14 +106,20 @@ def _assumed(plan: Plan) -> list[str]:
 def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
     fitting = [other for other in plans if other.fits]
     lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. No way that fits is better at all of these than"]
-    lines.append(f"  {'stage':>5}{'EP':>5}{'micro':>7}{'accum.':>8}{'recompute':>11}{'GPUs':>6}{'GB':>8}{'step s':>9}{'img/s':>8}{'GPU-hours':>13}")
+    lines.append(
+        f"  {'stage':>5}{'EP':>5}{'micro':>7}{'accum.':>8}{'recompute':>11}{'GPUs':>6}{'GB':>8}{'step s':>9}{'img/s':>8}{'GPU-hours':>13}"
+    )
     for other in pareto(fitting):
         shape = other.shape
         row = f"  {shape.stage:>5}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{'yes' if shape.recompute else 'no':>11}"
         row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{other.step_seconds:>9.3f}{other.images_per_second:>8,.0f}"
         lines.append(row + f"{other.gpu_hours:>13,.0f}")
     if chosen := best(plans, objective):
-        words = {"time": "The fastest", "memory": "With the least memory", "gpus": f"The fastest on the fewest GPUs, {chosen.cluster.world}"}
+        words = {
+            "time": "The fastest",
+            "memory": "With the least memory",
+            "gpus": f"The fastest on the fewest GPUs, {chosen.cluster.world}",
+        }
         return [*lines, "", f"{words[objective]}: {overrides(chosen)}", *([] if plan.fits else ["With it, the recipe fits."])]
     if not plans:
         return [f"Nothing to search: train.global_batch={plan.job.global_batch} does not divide by {plan.cluster.world} GPUs."]

@@ -56,7 +56,9 @@ def step_traffic(
                 add("gather weights", "alone", 1)
     if ep > 1:
         # forward takes tokens to their experts and back, so does backward, and what is recomputed
-        rows = (4 + 2 * recompute) * accumulation * size * batch.model.hidden * sum(batch.rows(layer) for layer in sparse_layers(batch.model))
+        rows = (
+            (4 + 2 * recompute) * accumulation * size * batch.model.hidden * sum(batch.rows(layer) for layer in sparse_layers(batch.model))
+        )
         near, far = exchange_shares(world, ep, per_node)
         found.append(Traffic("exchange tokens", "alone", rows * near, rows * far))
     return found
@@ -77,7 +79,7 @@ def crossing(ranks: range, groups: int, per_node: int) -> float:
 
 @lru_cache
 def exchange_shares(world: int, ep: int, per_node: int) -> tuple[float, float]:
-    """Of a rank's rows, where its group of ``ep`` consecutive ranks is loaded evenly: those for its node's other ranks, for other nodes'."""
+    """Shares of a rank's rows that go to other ranks of its node and to other nodes; groups of ``ep`` consecutive, evenly loaded ranks."""
     same = 0
     for first in range(0, world, ep):
         nodes = [rank // per_node for rank in range(first, first + ep)]
