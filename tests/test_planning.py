@@ -171,9 +171,12 @@ def test_search_finds_what_trying_everything_finds():
     assert best(plans, "memory").peak == min(plan.peak for plan in fitting)
     beaten = [p for p in fitting if any((o.step_seconds, o.peak) < (p.step_seconds, p.peak) and o.peak <= p.peak for o in fitting)]
     rest = [plan for plan in fitting if plan not in beaten]
-    assert {(plan.step_seconds, plan.peak) for plan in pareto(fitting)} == {(plan.step_seconds, plan.peak) for plan in rest}
+    assert {(plan.step_seconds, plan.peak) for plan in pareto(fitting, "time")} == {(plan.step_seconds, plan.peak) for plan in rest}
     fewer = search(job, cluster, stages, Assumptions(), "gpus")
     assert best(fewer, "gpus").cluster.world == min(plan.cluster.world for plan in fewer if plan.fits)
+    front = pareto([plan for plan in fewer if plan.fits], "gpus")
+    assert front[-1].cluster.world == best(fewer, "gpus").cluster.world
+    assert [(p.step_seconds, -p.cluster.world) for p in front] == sorted({(p.step_seconds, -p.cluster.world) for p in front})
     assert [place.world for place in clusters(Cluster(cluster.gpu, 4, 8))] == [32, 16, 8, 4, 2, 1]
 
 

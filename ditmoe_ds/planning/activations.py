@@ -122,31 +122,32 @@ def _outside(batch: MicroBatch) -> float:
 
 
 def _working(batch: MicroBatch) -> float:
-    """The most that one block's backward takes beside what was kept, which it frees as it goes.
-
-    Of the moments in its course: combining the experts' outputs, and the gradients of either matrix of the feed-forward.
-    """
+    """The most that one block's backward takes beyond what was kept, which it frees as it goes."""
     model, size, D = batch.model, batch.size, batch.model.hidden
-    stream = 3 * size * batch.tokens * D  # gradients of the residual stream and of two branches
-    moments = [0.0]
-    routed = sparse_layers(model)
-    for layer in [*routed[:1], *(layer for layer in range(model.depth) if layer not in routed)][:2]:
-        sparse = layer in routed
-        gated = sparse and model.expert_activation == "swiglu"
-        copies, experts, rows, width, combined = 1, 1, batch.tokens, 4 * D, 0
-        if sparse:
-            # a GEMM per expert makes every expert's gradient, then stacks them
-            copies = 1 if model.routing == "expert" or (batch.cuda and size == 2) else 2
-            experts, rows, width, combined = model.experts // batch.ep, batch.rows(layer), model.expert_width, 8 * batch.rows(layer) * D
-            moments.append(combined + 4 * batch.tokens * D)
-        elif layer in model.sparse_layers:
-            width = round(model.capacity(layer) * model.expert_width)
-        matrix = copies * size * experts * D * width
-        hidden = size * rows * width
-        moments.append(matrix + size * rows * D + hidden - combined)
-        moments.append((1 + gated) * matrix + size * rows * D + (2 * hidden if gated else hidden) - combined - (3 if gated else 1) * hidden)
-        moments.append((5 if gated else 2) * hidden - combined - hidden)  # the activation's backward
-    return stream + max(moments)
+    width = 4 * D if not model.sparse_layers else max(4 * D, round(max(map(model.capacity, model.sparse_layers)) * model.expert_width))
+    moments = [_feed_forward(size, D, width, batch.tokens, False, size * D * width, 0)]
+    if routed := sparse_layers(model):
+        rows, gated = max(map(batch.rows, routed)), model.expert_activation == "swiglu"
+        matrix = size * D * model.expert_width * model.experts // batch.ep
+        if model.routing == "token" and not (batch.cuda and size == 2):
+            matrix *= 2  # a GEMM per expert makes every expert's gradient, then stacks them
+        combined = 8 * rows * D  # outputs in fp32, plain and weighted
+        moments = [combined + 4 * batch.tokens * D, _feed_forward(size, D, model.expert_width, rows, gated, matrix, combined)]
+    return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
+
+
+def _feed_forward(size: int, D: int, width: int, rows: int, gated: bool, matrix: int, freed: int) -> float:
+    """Of a feed-forward's backward: more at the fullest of its moments, the gradients of w2, of the activation and of w1.
+
+    Args:
+        matrix: bytes of the gradient of w2; w1, if gated, is twice as large.
+        freed: bytes that went before.
+    """
+    hidden, edge = size * rows * width, size * rows * D
+    w2 = matrix + edge + hidden
+    activation = (4 if gated else 1) * hidden
+    w1 = (1 + gated) * matrix + edge - (hidden if gated else 0)
+    return max(w2, activation, w1) - freed
 
 
 def sparse_layers(model: DiTConfig) -> tuple[int, ...]:

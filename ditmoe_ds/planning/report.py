@@ -1,6 +1,6 @@
 """A plan and a search in words and as JSON: the same numbers."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ditmoe_ds.models.sizes import describe
@@ -27,7 +27,7 @@ def as_json(plan: Plan, plans: list[Plan], objective: Objective) -> dict[str, An
         recipe=_numbers(plan),
         searched=len(plans),
         fitting=len(fitting),
-        pareto=[_numbers(other) for other in pareto(fitting)],
+        pareto=[_numbers(other) for other in pareto(fitting, objective)],
         best=chosen and _numbers(chosen),
     )
 
@@ -71,7 +71,7 @@ def _memory(plan: Plan) -> list[str]:
     margin = plan.cluster.gpu.memory * plan.assumptions.margin
     verdict = "fits" if plan.fits else f"DOES NOT FIT: {(plan.peak - plan.usable) / 1e9:.2f} GB too much"
     lines.append(f"  {'peak':<40}{plan.peak / 1e9:>8.2f}  of {plan.usable / 1e9:.1f} (less {margin:.1f} of margin): {verdict}")
-    other = Plan(plan.job, plan.cluster, plan.shape.__class__(**asdict(plan.shape) | dict(recompute=not plan.shape.recompute)))
+    other = replace(plan, shape=replace(plan.shape, recompute=not plan.shape.recompute))
     lines.append(f"  activations {'without' if plan.shape.recompute else 'with'} checkpointing{other.activations.peak / 1e9:>19.2f}")
     return lines
 
@@ -105,11 +105,12 @@ def _assumed(plan: Plan) -> list[str]:
 
 def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
     fitting = [other for other in plans if other.fits]
-    lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. No way that fits is better at all of these than"]
+    goods = "GPUs" if objective == "gpus" else "memory"
+    lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. The fastest, and what less {goods} costs:"]
     lines.append(
         f"  {'stage':>5}{'EP':>5}{'micro':>7}{'accum.':>8}{'recompute':>11}{'GPUs':>6}{'GB':>8}{'step s':>9}{'img/s':>8}{'GPU-hours':>13}"
     )
-    for other in pareto(fitting):
+    for other in pareto(fitting, objective):
         shape = other.shape
         row = f"  {shape.stage:>5}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{'yes' if shape.recompute else 'no':>11}"
         row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{other.step_seconds:>9.3f}{other.images_per_second:>8,.0f}"

@@ -46,10 +46,15 @@ def best(plans: Iterable[Plan], objective: Objective) -> Plan | None:
     return min((plan for plan in plans if plan.fits), key=orders[objective], default=None)
 
 
-def pareto(plans: Iterable[Plan]) -> list[Plan]:
-    """Those that no other beats in time, memory and number of GPUs at once; the fastest first."""
+def pareto(plans: Iterable[Plan], objective: Objective) -> list[Plan]:
+    """Those that no other beats in both time and memory (with "gpus": in both time and number of GPUs); the fastest first."""
     front: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.step_seconds, plan.peak)):
-        if not any(other.peak <= plan.peak and other.cluster.world <= plan.cluster.world for other in front):
+        if not front or cost(plan, objective) < cost(front[-1], objective):
             front.append(plan)
     return front
+
+
+def cost(plan: Plan, objective: Objective) -> float:
+    """What is traded for time."""
+    return plan.cluster.world if objective == "gpus" else plan.peak
