@@ -31,7 +31,8 @@ from ditmoe_ds.distributed.hardware import GPUS
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.sizes import named_config
-from ditmoe_ds.planning.plan import Cluster, Job, Plan, Shape
+from ditmoe_ds.planning.job import Cluster, Job, Shape
+from ditmoe_ds.planning.plan import Plan
 from ditmoe_ds.training.step import Prepared, compute_loss
 
 TEXT = 16

@@ -17,7 +17,8 @@ from ditmoe_ds.distributed.hardware import GPUS, peak_tflops
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.planning.activations import MicroBatch, activations
-from ditmoe_ds.planning.plan import Assumptions, Cluster, Job, Plan, Shape, layers
+from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
+from ditmoe_ds.planning.plan import Plan
 from ditmoe_ds.planning.search import best, clusters, pareto, search
 from ditmoe_ds.planning.traffic import crossing, exchange_shares, step_traffic
 
@@ -152,6 +153,8 @@ def test_time_by_hand():
     waits = [max(f.in_node / 5e9, f.across / 0.5e9) for f in plan.traffic if f.kind != "exchange tokens"]
     reducing, gathering = waits[0] + waits[2], waits[1] + waits[3]
     assert plan.seconds["zero"] == pytest.approx(gathering + max(0, reducing - 0.5 * plan.flops * 2 / 3 / 50e12))
+    later = replace(plan, shape=replace(plan.shape, stage=1, micro=1))  # two micro-batches, gradients travel beside the second
+    assert later.seconds["zero"] == pytest.approx(gathering + reducing - 0.5 * plan.flops * 2 / 3 / 50e12 / 2)
     found = layers(SPARSE)
     assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (8 + 16 + 4 + 8 + 4) / 500e9)
     assert plan.days == pytest.approx(plan.step_seconds)

@@ -63,12 +63,12 @@ def activations(batch: MicroBatch, recompute: bool) -> Activations:
     if recompute:
         inputs = batch.size * batch.tokens * model.hidden
         whole = max(layers, key=lambda parts: sum(parts.values()))
-        kept, recomputed = model.depth * inputs, sum(whole.values()) - inputs
-        parts = {"inputs of blocks": float(kept)} | {f"one block's {name}": amount for name, amount in whole.items()}
+        kept, recomputed = float(model.depth * inputs), sum(whole.values()) - inputs
+        parts = {"inputs of blocks": kept} | {f"one block's {name}": amount for name, amount in whole.items()}
         parts["one block's attention"] -= inputs
     else:
         parts = {name: sum(layer.get(name, 0) for layer in layers) for name in ("attention", "text", "shared", "experts", "feed-forward")}
-        kept, recomputed = sum(parts.values()), 0
+        kept, recomputed = sum(parts.values()), 0.0
     parts = {name: amount for name, amount in parts.items() if amount} | {"outside of blocks": outside}
     exchange = 2 * batch.size * model.hidden * max((batch.rows(layer) for layer in sparse_layers(model)), default=0) if batch.ep > 1 else 0
     return Activations(kept + outside, recomputed, _working(batch), exchange, parts)

@@ -20,7 +20,7 @@ HARDWARE = dict(
 
 def add_commands(commands: Any) -> None:
     """Add ``plan`` to ``ditmoe``'s subparsers."""
-    from ditmoe_ds.planning.plan import Assumptions
+    from ditmoe_ds.planning.job import Assumptions
 
     plan = commands.add_parser("plan", help="memory, traffic and time of a recipe on a cluster, and the best way to spread it")
     plan.set_defaults(command=_plan)
@@ -40,7 +40,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.planning.plan import Assumptions, Cluster, Plan
+    from ditmoe_ds.planning.job import Assumptions, Cluster
+    from ditmoe_ds.planning.plan import Plan
     from ditmoe_ds.planning.recipe import own_shape, read_job, stages
     from ditmoe_ds.planning.report import as_json, as_text
     from ditmoe_ds.planning.search import search

@@ -1,105 +1,14 @@
 """One way to train on one cluster: its memory, traffic and time on a rank."""
 
-import math
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from ditmoe_ds.distributed.hardware import Gpu
 from ditmoe_ds.distributed.memory import Memory, training_memory
-from ditmoe_ds.models.dit import DiTConfig
-from ditmoe_ds.models.sizes import macs, parameter_shapes
+from ditmoe_ds.models.sizes import macs
 from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
+from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained, however it is spread."""
-
-    model: DiTConfig
-    patches: int
-    """Of an image, that the network sees."""
-    text: int
-    """Tokens of a caption; 0 for models without."""
-    precision: str
-    global_batch: int
-    steps: int
-    averages: int
-
-
-@dataclass(frozen=True)
-class Cluster:
-    gpu: Gpu
-    nodes: int
-    per_node: int
-
-    @property
-    def world(self) -> int:
-        return self.nodes * self.per_node
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What a plan cannot know. Every one is an option of ``ditmoe plan``."""
-
-    mfu: float = 0.4
-    """Share of the GPU's peak that the arithmetic alone reaches, without waiting for anyone."""
-    overlap: float = 0.8
-    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens runs beside nothing."""
-    link: float = 0.7
-    """Share of a link's line rate, and of the memory's, that is reached."""
-    margin: float = 0.1
-    """Share of the GPU's memory left for the CUDA context, NCCL's buffers, kernels' workspaces and fragmentation."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How the job is spread; what the search varies."""
-
-    stage: int
-    ep: int
-    micro: int
-    recompute: bool
-    bucket: int = 0
-    """DeepSpeed's ``reduce_bucket_size``, in elements."""
-    persistent: int = 0
-    """Weights of fewer elements stay whole at stage 3."""
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Elements of the weights."""
-
-    dense: int
-    experts: int
-    dense_layer: int
-    """Of the largest layer,"""
-    expert_layer: int
-    largest: tuple[int, int]
-    """and its largest tensor of either kind."""
-    small: tuple[int, ...]
-    """Sizes of the dense tensors below a million elements, outermost weights too."""
-
-
-@lru_cache
-def layers(model: DiTConfig) -> Layers:
-    """Of the whole model (EP 1); nothing is allocated."""
-    sizes: dict[str, list[tuple[bool, int]]] = {}
-    for name, shape in parameter_shapes(model).items():
-        block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
-        sizes.setdefault(block, []).append(("deepspeed_experts" in name, math.prod(shape)))
-    everything = [pair for block in sizes.values() for pair in block]
-    largest = max((block for name, block in sizes.items() if name), key=lambda block: sum(size for _, size in block))
-    of = lambda block, expert: [size for is_expert, size in block if is_expert == expert]  # noqa: E731
-    return Layers(
-        sum(of(everything, False)),
-        sum(of(everything, True)),
-        sum(of(largest, False)),
-        sum(of(largest, True)),
-        (max(of(largest, False)), max(of(largest, True), default=0)),
-        tuple(size for size in of(everything, False) if size < 10**6),
-    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +18,7 @@ class Plan:
     job: Job
     cluster: Cluster
     shape: Shape
-    assumptions: Assumptions = Assumptions()
+    assumptions: Assumptions = field(default_factory=Assumptions)
     cuda: bool = True
 
     @property

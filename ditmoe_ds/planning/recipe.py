@@ -8,7 +8,7 @@ from ditmoe_ds.distributed.engine import offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest
-from ditmoe_ds.planning.plan import Cluster, Job, Shape
+from ditmoe_ds.planning.job import Cluster, Job, Shape
 from ditmoe_ds.training.recipe import Recipe, named_network
 
 

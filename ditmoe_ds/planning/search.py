@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from ditmoe_ds.planning.plan import Assumptions, Cluster, Job, Plan, Shape
+from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape
+from ditmoe_ds.planning.plan import Plan
 
 Objective = Literal["time", "memory", "gpus"]
 
