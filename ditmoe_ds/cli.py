@@ -11,6 +11,7 @@ from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
 from ditmoe_ds.pipelines import cli as pipelines
+from ditmoe_ds.planning import cli as planning
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     interop.add_commands(commands)
     launching.add_commands(commands)
     doctor.add_command(commands)
+    planning.add_commands(commands)
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]  # deepspeed's launcher
     arguments, rest = parser.parse_known_args(words)
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):

@@ -14,7 +14,7 @@ class Memory:
     weights: float
     """What forward reads (at stage 3 the rank's part)."""
     master: float
-    """fp32 weights that the optimizer steps; none where ``weights`` are these."""
+    """fp32 weights that the optimizer steps; none at stage 0 in fp32, where ``weights`` are these."""
     moments: float
     averages: float
     gradients: float
@@ -66,7 +66,7 @@ def training_memory(
         return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, 2 * size * local, (size + wide) * local)
     if stage == 3:
         kept = size * (part + bucket)
-        return Memory(size * part, wide * part, 8 * part, 4 * averages * part, kept, size * bucket, step)
+        return Memory(size * part, 4 * part, 8 * part, 4 * averages * part, kept, size * bucket, step)
     # from one micro-batch to the next stage 1 keeps every gradient, stage 2 its part; the last one's part comes beside it
     earlier = 0 if accumulation == 1 else local if stage == 1 else part
     backward = size * (earlier + part + 3 * bucket)

@@ -217,7 +217,7 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         fix = f"must divide by {world} processes x {train.accumulation} accumulation steps; {near} does"
         raise ConfigError("train.global_batch", train.global_batch, fix)
     weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
-    named = _network_of(weights, recipe) if weights else _named_network(recipe.model)
+    named = _network_of(weights, recipe) if weights else named_network(recipe.model)
     check_expert_parallel(recipe.parallel.expert, named.experts if named.routing != "dense" else 0, world)
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
@@ -256,7 +256,8 @@ def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:
             raise ConfigError("data.manifest", plan.recipe.data.manifest, fix)
 
 
-def _named_network(given: ModelConfig) -> DiTConfig:
+def named_network(given: ModelConfig) -> DiTConfig:
+    """The network that a recipe names, before the data say its latents and classes. Raises as ``named_config``, for the router too."""
     named = named_config(given.name or "")
     qk_norm = named.qk_norm if given.qk_norm is None else given.qk_norm
     config = replace(named, qk_norm=qk_norm, routing=given.routing or named.routing, router=given.router)

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
+from ditmoe_ds.distributed.hardware import peak_tflops
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import macs
 from ditmoe_ds.training.step import Prepared
-
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
-"""Dense bf16, from the vendor's data sheets; the first name that is part of the device's."""
 
 _macs = lru_cache(macs)
 
@@ -42,7 +40,7 @@ def throughput(model: DiTConfig, batches: Sequence[Prepared], seconds: float, wo
     if recomputed:
         speed["recompute_tflops"] = tflops / 3
     cuda = batches[0].latents.is_cuda
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None) if cuda and bf16 else None
+    peak = peak_tflops(torch.cuda.get_device_name()) if cuda and bf16 else None
     if peak:
         speed["mfu"] = tflops / peak
     used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,251 @@
+"""Memory and traffic of real training processes, counted to the byte, beside what ``ditmoe plan`` says of them.
+
+python benchmarks/planner.py [--out planner.json]
+
+Each point is a fresh group of processes on the CPU: the real engine with DeepSpeed, masters, an average and optimizer steps on
+random latents. Memory is the sum of the tensor allocator's own events (``torch.profiler``), from before the model is built;
+traffic is counted where ``torch.distributed`` hands it to a process group. The largest need 4 GB and minutes.
+"""
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from report import hardware, publish
+
+from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
+from ditmoe_ds.distributed import shards
+from ditmoe_ds.distributed.ema import EMA, EMAConfig
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
+from ditmoe_ds.distributed.hardware import GPUS
+from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
+from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.planning.job import Cluster, Job, Shape
+from ditmoe_ds.planning.plan import Plan
+from ditmoe_ds.training.step import Prepared, compute_loss
+
+TEXT = 16
+"""Tokens of a caption."""
+
+
+CALLS = (
+    ("allreduce", "gradients", 2),
+    ("reduce", "gradients", 1),
+    ("_reduce_scatter_base", "gradients", 1),
+    ("reduce_scatter_single", "gradients", 1),
+    ("reduce_scatter_single_coalesced", "gradients", 1),
+    ("allgather", "weights", 1),
+    ("_allgather_base", "weights", 1),
+    ("all_gather_single", "weights", 1),
+    ("all_gather_single_coalesced", "weights", 1),
+    ("broadcast", "weights", 1),
+    ("alltoall_base", "all_to_all", 1),
+    ("all_to_all_single", "all_to_all", 1),
+)
+"""Methods of a process group, in older and newer torch; what they are for here; how often a ring sends all but a rank's part."""
+
+
+class Sent:
+    """Bytes that this rank sends by kind of collective, as rings would carry them: all that a process group is asked for."""
+
+    def __init__(self) -> None:
+        self.bytes = Counter[str]()
+        for name, kind, rounds in CALLS:
+            if hasattr(dist.ProcessGroup, name):
+                setattr(dist.ProcessGroup, name, self._counted(getattr(dist.ProcessGroup, name), name, kind, rounds))
+
+    def _counted(self, real: Any, name: str, kind: str, rounds: int) -> Any:
+        def call(group: Any, *arguments: Any) -> Any:
+            ranks = group.size()
+            if kind == "all_to_all":
+                _, rows, _, splits, *_ = arguments
+                amount = rows.nbytes * (1 - (splits[group.rank()] / max(sum(splits), 1) if splits else 1 / ranks))
+            else:
+                # whole tensor: the output of a gather, the input of the others
+                whole = max(_nbytes(argument) for argument in arguments[:2])
+                amount = rounds * whole * (ranks - 1) / ranks
+            self.bytes[kind] += amount
+            return real(group, *arguments)
+
+        return call
+
+
+def _nbytes(tensors: Any) -> int:
+    if isinstance(tensors, torch.Tensor):
+        return tensors.nbytes
+    return sum(_nbytes(tensor) for tensor in tensors) if isinstance(tensors, list) else 0
+
+
+class Run:
+    """A model in training as ``training.trainer`` builds it, on random latents."""
+
+    def __init__(self, case: dict[str, Any]):
+        self.case, self.config, self.objective = case, case_model(case), make_objective(DiffusionConfig())
+        parallel, group = ParallelConfig(case["stage"], case["ep"]), expert_group(case["ep"])
+        with torch.device("meta"):
+            model = DiT(self.config, ep_size=group.size)
+        model.checkpoint_activations = case["recompute"]
+        batch = BatchShape(case["accumulation"] * dist.get_world_size() * case["micro"], case["accumulation"], case["micro"])
+        settings = case_settings(case)
+        self.engine = build(model, parallel, OptimizerConfig(), batch, case["precision"], settings, torch.device("cpu"))
+        self.shards = shards.collect(self.engine, group)
+        shards.fill(self.engine, self.shards, lambda name, start, out: out.normal_(std=0.02))
+        self.ema = EMA(self.shards, EMAConfig())
+        self.engine.train()
+
+    def step(self) -> None:
+        for _ in range(self.case["accumulation"]):
+            images = self.case["micro"]
+            latents = torch.randn(images, 4, self.config.input_size, self.config.input_size)
+            told: dict[str, torch.Tensor] = dict(y=torch.zeros(images, dtype=torch.long))
+            if self.config.text_width:
+                told = dict(text=torch.randn(images, TEXT, self.config.text_width), mask=torch.ones(images, TEXT, dtype=torch.bool))
+            batch = Prepared(latents, told, torch.rand(images), torch.randn_like(latents), torch.zeros(images), None)
+            self.engine.backward(compute_loss(self.engine, self.objective, batch, self.config).total)
+            self.engine.step()
+        self.ema.update()
+
+
+def case(**given: Any) -> dict[str, Any]:
+    """A point to plan and to measure; ``fields`` are those of the model that differ from the named one's."""
+    common = dict(world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000)
+    return common | given | dict(fields=dict(input_size=16) | given.get("fields", {}))
+
+
+def case_model(case: dict[str, Any]) -> Any:
+    return named_config(case["model"], **case["fields"])
+
+
+def case_settings(case: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's, with buckets as small against these models as the shipped ones are against large models."""
+    settings = read_ds_config(ParallelConfig(case["stage"], case["ep"]))
+    if case["stage"]:
+        settings["zero_optimization"] |= dict(reduce_bucket_size=case["bucket"], allgather_bucket_size=case["bucket"])
+    return settings
+
+
+def work(case: dict[str, Any]) -> dict[str, Any]:
+    """Train on this rank; bytes at the peak of the last step, and that it sent in it."""
+    sent, steps = Sent(), 3  # ZeRO-3 learns the order of modules in the first
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run = Run(case)
+        for _ in range(steps - 1):
+            run.step()
+        gc.collect()  # else it depends on luck whether DeepSpeed's cycles of an earlier step are still there
+        sent.bytes.clear()
+        with torch.profiler.record_function("last step"):
+            run.step()
+    events = profile.profiler.kineto_results.events()
+    begin = next(event.start_ns() for event in events if event.name() == "last step")
+    now = peak = 0
+    for moment, amount in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += amount
+        if moment >= begin:
+            peak = max(peak, now)
+    return dict(peak=peak, sent=dict(sent.bytes))
+
+
+def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run a case on fresh processes; their reports by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
+        environment |= dict(MASTER_PORT=port, WORLD_SIZE=str(case["world"]))
+        command = [sys.executable, __file__, "--case", json.dumps(case), "--out", folder]
+        ranks = [
+            subprocess.Popen(command, env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.DEVNULL)
+            for rank in range(case["world"])
+        ]
+        codes = [process.wait() for process in ranks]
+        assert not any(codes), (case, codes)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(case["world"])]
+
+
+def plan_of(case: dict[str, Any]) -> Plan:
+    model, world = case_model(case), case["world"]
+    images = world * case["micro"] * case["accumulation"]
+    job = Job(model, model.tokens, TEXT if model.text_width else 0, case["precision"], images, steps=1, averages=1)
+    shape = Shape(case["stage"], case["ep"], case["micro"], case["recompute"], case["bucket"] if case["stage"] else 0, 100_000)
+    return Plan(job, Cluster(GPUS["h100-80gb"], 1, world), shape, cuda=False)
+
+
+def compare(case: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """(planned, measured): ``peak`` of the fullest rank, ``sent`` by kind, the mean over ranks."""
+    plan, sent = plan_of(case), {}
+    for kind, word in (("gradients", "reduce"), ("weights", "gather"), ("all_to_all", "exchange")):
+        planned = sum(flow.in_node + flow.across for flow in plan.traffic if flow.kind.startswith(word))
+        sent[kind] = planned, sum(report["sent"].get(kind, 0) for report in reports) / len(reports)
+    peaks = [report["peak"] for report in reports]
+    return dict(peak=(plan.peak, max(peaks)), least=min(peaks), sent=sent)
+
+
+def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """In Markdown."""
+    heads = ["model", "stage", "EP", "processes", "micro", "accum.", "recompute", "dtype"]
+    heads += ["peak MB: planned", "measured", "off", "sent MB: planned", "counted", "off"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for point, row in points:
+        fields = ", ".join(f"{key} {value}" for key, value in point["fields"].items() if key in ("hidden", "depth"))
+        planned, counted = (sum(pair[i] for pair in row["sent"].values()) for i in (0, 1))
+        peak, measured = row["peak"]
+        words = [f"{point['model']}, {fields}", *(str(point[key]) for key in ("stage", "ep", "world", "micro", "accumulation"))]
+        words += ["yes" if point["recompute"] else "no", point["precision"], f"{peak / 1e6:.1f}"]
+        words += [f"{row['least'] / 1e6:.1f}-{measured / 1e6:.1f}", f"{peak / measured - 1:+.1%}"]
+        words += [f"{planned / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{planned / counted - 1:+.1%}"]
+        lines.append("| " + " | ".join(words) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.case:
+        world = join()
+        (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.case)))
+        return leave()
+    points = []
+    for point in POINTS:
+        points.append((point, compare(point, measure(point))))
+        print(json.dumps(points[-1]), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(points, indent=1))
+    publish(__file__, f"{hardware()}.\n\n{table(points)}")
+
+
+MOE, TEXTED = "DiT-MoE-Nano/2-4E2A", "EC-DIT-Nano-4E"
+WIDE, DEEP = dict(hidden=128, depth=6), dict(hidden=64, depth=16)
+POINTS = [
+    case(model="DiT-Nano/2", stage=0, ep=1, fields=WIDE),
+    case(model=MOE, stage=0, ep=1, fields=WIDE),
+    case(model=MOE, stage=1, ep=1, accumulation=2, fields=WIDE),
+    case(model=MOE, stage=1, ep=2, accumulation=2, recompute=True, fields=WIDE),
+    case(model=MOE, stage=2, ep=2, fields=WIDE),
+    case(model=MOE, stage=2, ep=1, micro=8, recompute=True, fields=DEEP),
+    case(model=MOE, stage=3, ep=1, fields=WIDE),
+    case(model=MOE, stage=3, ep=2, micro=2, recompute=True, fields=WIDE),
+    case(model=MOE, stage=3, ep=2, world=4, micro=2, fields=WIDE),
+    case(model=TEXTED, stage=2, ep=2, fields=dict(hidden=128, depth=8)),
+    case(model=TEXTED, stage=3, ep=2, recompute=True, fields=dict(hidden=128, depth=8)),
+    case(model=TEXTED, stage=1, ep=4, world=4, micro=8, fields=dict(hidden=96, depth=6)),
+    case(model=MOE, stage=2, ep=2, micro=2, precision="bf16", fields=dict(hidden=96, depth=4)),
+    case(model=TEXTED, stage=3, ep=2, micro=2, precision="bf16", fields=dict(hidden=96, depth=6)),
+]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What a rank's forward keeps for its backward, tensor by tensor, as ``models.dit`` and ``moe`` compute it with fused attention."""
+
+from dataclasses import dataclass, field
+
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.moe.routing import places
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank computes at once."""
+
+    model: DiTConfig
+    images: int
+    patches: int
+    """Of an image, that the network sees."""
+    text: int
+    """Tokens of a caption; 0 for models without."""
+    ep: int
+    size: int
+    """Bytes of an activation's element: 2 in bf16, 4 in fp32."""
+    cuda: bool = True
+    """Whether a GPU multiplies the rows of all experts at once, where it can."""
+
+    @property
+    def tokens(self) -> int:
+        return self.images * self.patches
+
+    def rows(self, layer: int) -> int:
+        """Takings in a layer with experts, of this rank's tokens; by its experts as many, where the load is even."""
+        model, capacity = self.model, self.model.capacity(layer)
+        if model.routing == "expert":
+            pools, pool = (1, self.tokens) if model.router.pool == "microbatch" else (self.images, self.patches)
+            return pools * model.experts * places(pool, model.experts, capacity)
+        return round(self.tokens * capacity * min(model.router.capacity_factor or 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank."""
+
+    kept: float
+    """From forward to backward."""
+    recomputed: float
+    """Of the block that backward computes again; 0 where nothing is."""
+    working: float
+    """Gradients and temporaries beside them, at the most."""
+    exchange: float
+    """Of that, what the all-to-all sends and receives."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """``kept`` and ``recomputed`` by part of the network."""
+
+    @property
+    def peak(self) -> float:
+        return self.kept + self.recomputed + self.working
+
+
+def activations(batch: MicroBatch, recompute: bool) -> Activations:
+    """Of one micro-batch; with ``recompute`` only every block's input is kept, and one block at a time is whole."""
+    model = batch.model
+    layers = [block(batch, layer) for layer in range(model.depth)]
+    outside = _outside(batch)
+    if recompute:
+        inputs = batch.size * batch.tokens * model.hidden
+        whole = max(layers, key=lambda parts: sum(parts.values()))
+        kept, recomputed = float(model.depth * inputs), sum(whole.values()) - inputs
+        parts = {"inputs of blocks": kept} | {f"one block's {name}": amount for name, amount in whole.items()}
+        parts["one block's attention"] -= inputs
+    else:
+        parts = {name: sum(layer.get(name, 0) for layer in layers) for name in ("attention", "text", "shared", "experts", "feed-forward")}
+        kept, recomputed = sum(parts.values()), 0.0
+    parts = {name: amount for name, amount in parts.items() if amount} | {"outside of blocks": outside}
+    exchange = 2 * batch.size * model.hidden * max((batch.rows(layer) for layer in sparse_layers(model)), default=0) if batch.ep > 1 else 0
+    return Activations(kept + outside, recomputed, _working(batch), exchange, parts)
+
+
+def block(batch: MicroBatch, layer: int) -> dict[str, float]:
+    """Bytes that one block keeps, by part. Counted per token and per image in elements of ``size`` bytes, and in bytes where fp32."""
+    model, size = batch.model, batch.size
+    D, head = model.hidden, model.hidden // model.heads
+    kv = head * (model.kv_heads or model.heads)
+    made = model.qk_norm or model.positions == "rope"  # q and k are tensors of their own, and attention's output is copied
+    # x, its norm, qkv's input, qkv, q and k, attention's output, its copy, the projection's output
+    attention = size * (3 * D + (D + 2 * kv) + made * (D + kv) + (1 + made) * D + D) + 4 * model.heads + 8
+    attention += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
+    parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
+    if model.positions == "rope":
+        parts["attention"] += 4 * 2 * head * batch.patches  # cosines and sines, for q and for k
+    if batch.text:
+        # x, its norm, q, q normed, the output, its copy; k and v, k normed
+        per_patch = size * (4 + 2 * model.qk_norm) * D + 4 * model.heads + 8 + 8 * model.qk_norm * model.heads
+        per_text = size * (2 + model.qk_norm) * D + 8 * model.qk_norm * model.heads
+        parts["text"] = batch.tokens * per_patch + batch.images * batch.text * per_text
+    feed_forward = size * 3 * D + 8  # x, its norm, what the gate multiplies
+    if layer not in model.sparse_layers or model.routing == "dense":
+        width = 4 * D if layer not in model.sparse_layers else round(model.capacity(layer) * model.expert_width)
+        return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * width))}
+    decoupled = model.router.input == "decoupled"
+    seen = D + decoupled * model.condition_width
+    router = 4 * seen + 8 * model.experts + 8  # its input, scores and logits in fp32
+    parts["feed-forward"] = batch.tokens * (feed_forward + router)
+    if model.shared:
+        own_input = size == 2 or decoupled  # else the router keeps the same tensor
+        parts["shared"] = size * batch.tokens * (own_input * D + 4 * model.shared * D)
+    hidden = (4 if model.expert_activation == "swiglu" else 2) * model.expert_width
+    # its row, hidden layer, in fp32 the output and the weighted output; token, order, choice and weight
+    taking = size * (D + hidden) + 8 * D + 28
+    if batch.ep > 1:
+        taking += size * D + 8  # the output before it is sorted by origin
+    parts["experts"] = batch.rows(layer) * taking
+    return parts
+
+
+def _outside(batch: MicroBatch) -> float:
+    """Embeddings, the final layer and the loss."""
+    model, size = batch.model, batch.size
+    pixels = batch.images * model.input_size**2
+    loss = 4 * pixels * (4 * model.in_channels + 2 * model.out_channels)
+    final = size * batch.tokens * (3 * model.hidden + model.patch**2 * model.out_channels)
+    text = size * batch.images * batch.text * (model.text_width + 3 * model.hidden)
+    return loss + final + text + size * batch.images * 4 * model.condition_width
+
+
+def _working(batch: MicroBatch) -> float:
+    """The most that one block's backward takes beyond what was kept, which it frees as it goes."""
+    model, size, D = batch.model, batch.size, batch.model.hidden
+    width = 4 * D if not model.sparse_layers else max(4 * D, round(max(map(model.capacity, model.sparse_layers)) * model.expert_width))
+    moments = [_feed_forward(size, D, width, batch.tokens, False, size * D * width, 0)]
+    if routed := sparse_layers(model):
+        rows, gated = max(map(batch.rows, routed)), model.expert_activation == "swiglu"
+        matrix = size * D * model.expert_width * model.experts // batch.ep
+        if model.routing == "token" and not (batch.cuda and size == 2):
+            matrix *= 2  # a GEMM per expert makes every expert's gradient, then stacks them
+        combined = 8 * rows * D  # outputs in fp32, plain and weighted
+        moments = [combined + 4 * batch.tokens * D, _feed_forward(size, D, model.expert_width, rows, gated, matrix, combined)]
+    return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
+
+
+def _feed_forward(size: int, D: int, width: int, rows: int, gated: bool, matrix: int, freed: int) -> float:
+    """Of a feed-forward's backward: more at the fullest of its moments, the gradients of w2, of the activation and of w1.
+
+    Args:
+        matrix: bytes of the gradient of w2; w1, if gated, is twice as large.
+        freed: bytes that went before.
+    """
+    hidden, edge = size * rows * width, size * rows * D
+    w2 = matrix + edge + hidden
+    activation = (4 if gated else 1) * hidden
+    w1 = (1 + gated) * matrix + edge - (hidden if gated else 0)
+    return max(w2, activation, w1) - freed
+
+
+def sparse_layers(model: DiTConfig) -> tuple[int, ...]:
+    """Those with experts proper."""
+    return model.sparse_layers if model.routing != "dense" else ()

@@ -1,0 +1,70 @@
+"""``ditmoe plan``: what a recipe needs on a cluster, and how it is best spread."""
+
+import argparse
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ditmoe_ds.distributed.hardware import find
+from ditmoe_ds.errors import ConfigError
+
+HARDWARE = dict(
+    gpu_tflops="TFLOP/s, dense bf16",
+    gpu_memory="GB",
+    gpu_memory_bandwidth="GB/s",
+    node_bandwidth="GB/s to the GPUs of its node, one way",
+    network_bandwidth="GB/s to other nodes, one way, for each GPU",
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``plan`` to ``ditmoe``'s subparsers."""
+    from ditmoe_ds.planning.job import Assumptions
+
+    plan = commands.add_parser("plan", help="memory, traffic and time of a recipe on a cluster, and the best way to spread it")
+    plan.set_defaults(command=_plan)
+    plan.add_argument("recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--nodes", type=int, default=1)
+    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")
+    for name, unit in HARDWARE.items():
+        plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the row's")
+    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="of the search; gpus: the fewest that do")
+    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's where they are here, else 256")
+    plan.add_argument("--text-tokens", type=int, help="of a caption, for models with text; default: the data's, else 77")
+    for assumed in fields(Assumptions):
+        plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumed; see docs/scaling.md")
+    plan.add_argument("--json", action="store_true")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.planning.job import Assumptions, Cluster
+    from ditmoe_ds.planning.plan import Plan
+    from ditmoe_ds.planning.recipe import own_shape, read_job, stages
+    from ditmoe_ds.planning.report import as_json, as_text
+    from ditmoe_ds.planning.search import search
+
+    for option in ("nodes", "gpus_per_node", "text_tokens"):
+        if (getattr(arguments, option) or 1) < 1 or getattr(arguments, option) == 0:
+            raise ConfigError(f"--{option.replace('_', '-')}", getattr(arguments, option), "must be at least 1")
+    shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
+    for name, share in shares.items():
+        if not 0 <= share <= 1 or (name in ("mfu", "link") and not share) or (name == "margin" and share == 1):
+            raise ConfigError(f"--{name}", share, "is a share, from 0 to 1")
+    own = {name: getattr(arguments, name) for name in HARDWARE if getattr(arguments, name) is not None}
+    for name, value in own.items():
+        if value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be above 0")
+    gpu = replace(find(arguments.gpu), **{name.removeprefix("gpu_"): value for name, value in own.items()})
+    cluster = Cluster(gpu, arguments.nodes, arguments.gpus_per_node)
+    recipe, job = read_job([arguments.recipe, *arguments.overrides], arguments.image_size, arguments.text_tokens)
+    known = stages(recipe.parallel)
+    plan = Plan(job, cluster, own_shape(recipe, job, cluster, known), Assumptions(**shares))
+    plans = search(job, cluster, known.values(), plan.assumptions, arguments.objective)
+    if arguments.json:
+        print(json.dumps(as_json(plan, plans, arguments.objective), indent=1))
+    else:
+        print(as_text(plan, plans, arguments.objective, f"{Path(arguments.recipe).stem} on {arguments.gpu}"))
+    return 0

@@ -1,0 +1,101 @@
+"""What is planned: a job, a cluster, a way to spread the one over the other."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ditmoe_ds.distributed.hardware import Gpu
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.sizes import parameter_shapes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, however it is spread."""
+
+    model: DiTConfig
+    patches: int
+    """Of an image, that the network sees."""
+    text: int
+    """Tokens of a caption; 0 for models without."""
+    precision: str
+    global_batch: int
+    steps: int
+    averages: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpu: Gpu
+    nodes: int
+    per_node: int
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan cannot know. Every one is an option of ``ditmoe plan``."""
+
+    mfu: float = 0.4
+    """Share of the GPU's peak that the arithmetic alone reaches, without waiting for anyone."""
+    overlap: float = 0.8
+    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens runs beside nothing."""
+    link: float = 0.7
+    """Share of a link's line rate, and of the memory's, that is reached."""
+    margin: float = 0.1
+    """Share of the GPU's memory left for the CUDA context, NCCL's buffers, kernels' workspaces and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the job is spread; what the search varies."""
+
+    stage: int
+    ep: int
+    micro: int
+    recompute: bool
+    bucket: int = 0
+    """DeepSpeed's ``reduce_bucket_size``, in elements."""
+    persistent: int = 0
+    """Weights of fewer elements stay whole at stage 3."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Elements of the weights."""
+
+    dense: int
+    experts: int
+    dense_layer: int
+    """Of the largest layer,"""
+    expert_layer: int
+    largest: tuple[int, int]
+    """and its largest tensor of either kind."""
+    small: tuple[int, ...]
+    """Sizes of the dense tensors below a million elements, outermost weights too."""
+
+
+@lru_cache
+def layers(model: DiTConfig) -> Layers:
+    """Of the whole model (EP 1); nothing is allocated."""
+    sizes: dict[str, list[tuple[bool, int]]] = {}
+    for name, shape in parameter_shapes(model).items():
+        block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
+        sizes.setdefault(block, []).append(("deepspeed_experts" in name, math.prod(shape)))
+    everything = [pair for block in sizes.values() for pair in block]
+    largest = max((block for name, block in sizes.items() if name), key=lambda block: sum(size for _, size in block))
+
+    def of(block: list[tuple[bool, int]], experts: bool) -> list[int]:
+        return [size for is_expert, size in block if is_expert == experts]
+
+    return Layers(
+        sum(of(everything, False)),
+        sum(of(everything, True)),
+        sum(of(largest, False)),
+        sum(of(largest, True)),
+        (max(of(largest, False)), max(of(largest, True), default=0)),
+        tuple(size for size in of(everything, False) if size < 10**6),
+    )

@@ -1,0 +1,173 @@
+"""One way to train on one cluster: its memory, traffic and time on a rank."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ditmoe_ds.distributed.memory import Memory, training_memory
+from ditmoe_ds.models.sizes import macs
+from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
+from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
+from ditmoe_ds.planning.traffic import Traffic, step_traffic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Computed on demand, so that a search asks only for what it needs."""
+
+    job: Job
+    cluster: Cluster
+    shape: Shape
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    cuda: bool = True
+
+    @property
+    def accumulation(self) -> int:
+        return self.job.global_batch // (self.cluster.world * self.shape.micro)
+
+    @property
+    def batch(self) -> MicroBatch:
+        size = 2 if self.job.precision == "bf16" else 4
+        return MicroBatch(self.job.model, self.shape.micro, self.job.patches, self.job.text, self.shape.ep, size, self.cuda)
+
+    @cached_property
+    def activations(self) -> Activations:
+        return activations(self.batch, self.shape.recompute)
+
+    @cached_property
+    def _state(self) -> Memory:
+        found, shape = layers(self.job.model), self.shape
+        precision: Any = self.job.precision
+        return training_memory(
+            found.dense,
+            found.experts,
+            shape.stage,
+            shape.ep,
+            self.cluster.world,
+            precision,
+            self.job.averages,
+            self.accumulation,
+            shape.bucket,
+        )
+
+    @cached_property
+    def _peak(self) -> tuple[str, float, float, float]:
+        """The fullest moment of a step, with its gradients, activations and temporaries."""
+        state, acts = self._state, self.activations
+        everything = acts.kept + acts.recomputed
+        moments = [("in the optimizer's step", state.step, 0.0, 0.0)]
+        if self.shape.stage:  # the rank that owns the last weights allots its part of the gradients as backward begins
+            moments.append(("in backward", state.backward, everything, acts.working))
+        else:  # gradients come as activations go, and then travel as a copy
+            whole = state.backward / 2
+            moments.append(("in backward", whole if self.accumulation > 1 else 0.0, everything, acts.working))
+            moments.append(("in backward", whole, acts.recomputed or acts.kept / self.job.model.depth, acts.working))
+            moments.append(("as gradients travel", state.backward, 0.0, 0.0))
+        return max(moments, key=lambda moment: sum(moment[1:]))
+
+    @property
+    def when(self) -> str:
+        """The moment of the peak."""
+        return self._peak[0]
+
+    @cached_property
+    def memory(self) -> dict[str, float]:
+        """Bytes on a rank at the peak of a step, by part; they add up to ``peak``."""
+        state, shape, (when, gradients, activated, working) = self._state, self.shape, self._peak
+        stepping, exchange = when == "in the optimizer's step", min(self.activations.exchange, working)
+        return {
+            "weights": state.weights,
+            "gradients": state.gradients + (0 if stepping else gradients),
+            "optimizer": state.master + state.moments + (gradients if stepping else 0),
+            "EMA": state.averages,
+            "ZeRO-3 live layers": self._live if shape.stage == 3 else 0,
+            "activations": activated,
+            "all-to-all buffers": exchange,
+            "backward's temporaries": working - exchange,
+        }
+
+    @property
+    def _live(self) -> float:
+        """A layer, and one tensor more, as ``engine.build`` has ZeRO-3 hold whole; and what it never shards."""
+        found, ep = layers(self.job.model), self.shape.ep
+        tensor = max(found.largest[0], found.largest[1] / ep)
+        return self.batch.size * (found.dense_layer + found.expert_layer / ep + tensor + self._persistent)
+
+    @property
+    def _persistent(self) -> int:
+        return sum(size for size in layers(self.job.model).small if size <= self.shape.persistent)
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def usable(self) -> float:
+        """Bytes of the GPU without the margin."""
+        return self.cluster.gpu.memory * 1e9 * (1 - self.assumptions.margin)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.usable
+
+    @cached_property
+    def traffic(self) -> list[Traffic]:
+        found, shape, world = layers(self.job.model), self.shape, self.cluster.world
+        weights: dict[str, float] = dict(dense=found.dense, experts=found.experts, whole=self._persistent)
+        return step_traffic(self.batch, self.accumulation, shape.recompute, shape.stage, world, self.cluster.per_node, weights)
+
+    @property
+    def flops(self) -> float:
+        """Of a rank's step, forward and backward, which is twice forward; 2 per multiply-accumulate."""
+        return 6.0 * sum(macs(self.job.model, self.job.patches, self.job.text)) * self.shape.micro * self.accumulation
+
+    @property
+    def recompute_flops(self) -> float:
+        return self.flops / 3 if self.shape.recompute else 0.0
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of one step, by part; they add up to ``step_seconds``."""
+        gpu, assumed = self.cluster.gpu, self.assumptions
+        peak = gpu.tflops * 1e12 * assumed.mfu * (1 if self.job.precision == "bf16" else 0.5)
+        forward, compute = self.flops / 3 / peak, (self.flops + self.recompute_flops) / peak
+        window = {"forward": forward, "backward": compute - forward, "last backward": (compute - forward) / self.accumulation, "alone": 0.0}
+        waits = dict.fromkeys(window, 0.0)
+        exchange = 0.0
+        for flow in self.traffic:
+            seconds = max(flow.in_node / gpu.node_bandwidth, flow.across / gpu.network_bandwidth) / 1e9 / assumed.link
+            if flow.kind == "exchange tokens":
+                exchange += seconds
+            else:
+                waits[flow.phase] += seconds
+        exposed = sum(max(0.0, waits[phase] - assumed.overlap * window[phase]) for phase in window)
+        return dict(arithmetic=compute, exchange=exchange, zero=exposed, optimizer=self._optimizer_seconds)
+
+    @property
+    def _optimizer_seconds(self) -> float:
+        """Reading and writing master, moments and averages once, reading gradients, writing weights."""
+        found, shape = layers(self.job.model), self.shape
+        local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.cluster.world
+        touched = 8 + 16 + 4 + 8 * self.job.averages + 2 * self.batch.size
+        return local * touched / (self.cluster.gpu.memory_bandwidth * 1e9 * self.assumptions.link)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Of the whole step; recomputing is no progress."""
+        return self.flops / self.step_seconds / (self.cluster.gpu.tflops * 1e12)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.job.global_batch / self.step_seconds
+
+    @property
+    def days(self) -> float:
+        return self.step_seconds * self.job.steps / 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * 24 * self.cluster.world

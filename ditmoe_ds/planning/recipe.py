@@ -1,0 +1,82 @@
+"""From a recipe to what is planned. Its data need not be here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ditmoe_ds import config
+from ditmoe_ds.distributed.engine import offloads, read_ds_config
+from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.planning.job import Cluster, Job, Shape
+from ditmoe_ds.training.recipe import Recipe, named_network
+
+
+def read_job(arguments: list[str], image_size: int | None, text_tokens: int | None) -> tuple[Recipe, Job]:
+    """Read ``RECIPE.yaml [key=value ...]``.
+
+    Args:
+        image_size: pixels, with an f=8 VAE; None for the data's, if they are here, else the model's usual ones.
+        text_tokens: of a caption, for models with text; None for the longest of the data, if they are here, else 77.
+
+    Raises:
+        ConfigError, DataError: with the key, the value and the fix.
+    """
+    recipe = config.load(Recipe, arguments[0], arguments[1:])
+    train = recipe.train
+    if recipe.model.weights is not None:
+        raise ConfigError("model.weights", recipe.model.weights, "a plan goes by the network alone: give its model.name instead")
+    for key in ("steps", "global_batch", "accumulation"):
+        if getattr(train, key) < 1:
+            raise ConfigError(f"train.{key}", getattr(train, key), "must be at least 1")
+    if not 0 <= train.mask_ratio <= 0.75:
+        raise ConfigError("train.mask_ratio", train.mask_ratio, "must be from 0 to 0.75")
+    model = named_network(recipe.model)
+    if (Path(recipe.data.manifest) / "manifest.json").is_file():
+        manifest = Manifest.load(recipe.data.manifest)
+        channels, side, _ = manifest.shapes[0]
+        model = replace(model, in_channels=channels, input_size=side)
+        if model.num_classes:
+            model = replace(model, num_classes=manifest.num_classes)
+        elif manifest.text:
+            model, text_tokens = replace(model, text_width=manifest.text.width), text_tokens or manifest.text.max_tokens
+    if image_size is not None:
+        model = replace(model, input_size=image_size // 8)
+        if image_size < 8 * model.patch or image_size % (8 * model.patch):
+            raise ConfigError("--image-size", image_size, f"must divide by {8 * model.patch}: an f=8 VAE and patches of {model.patch}")
+    patches = model.tokens - round(model.tokens * train.mask_ratio)
+    text = (text_tokens or 77) if model.text_width else 0
+    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, len(recipe.ema.decays))
+
+
+def stages(parallel: ParallelConfig) -> dict[int, Shape]:
+    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; EP, micro-batch and recomputation are yet to choose.
+
+    Raises:
+        ConfigError: as ``read_ds_config``, or the optimizer is offloaded.
+    """
+    found = {}
+    for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else (parallel.zero_stage,):
+        settings = read_ds_config(replace(parallel, zero_stage=stage))
+        if offloads(settings):
+            raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
+        zero = settings.get("zero_optimization", {})
+        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if stage else 0
+        found[stage] = Shape(stage, 1, 1, False, bucket, int(zero.get("stage3_param_persistence_threshold", 100_000)))
+    return found
+
+
+def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape]) -> Shape:
+    """As the recipe says.
+
+    Raises:
+        ConfigError: the batch or the experts do not divide by the cluster.
+    """
+    train, parts = recipe.train, cluster.world * recipe.train.accumulation
+    if train.global_batch % parts:
+        near = max(train.global_batch // parts, 1) * parts
+        fix = f"must divide by {cluster.world} processes x {train.accumulation} accumulation steps; {near} does"
+        raise ConfigError("train.global_batch", train.global_batch, fix)
+    check_expert_parallel(recipe.parallel.expert, job.model.experts if job.model.routing != "dense" else 0, cluster.world)
+    micro = train.global_batch // parts
+    return replace(known[recipe.parallel.zero_stage], ep=recipe.parallel.expert, micro=micro, recompute=train.activation_checkpointing)

@@ -1,0 +1,131 @@
+"""A plan and a search in words and as JSON: the same numbers."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from ditmoe_ds.models.sizes import describe
+from ditmoe_ds.planning.plan import Plan
+from ditmoe_ds.planning.search import Objective, best, pareto
+
+
+def overrides(plan: Plan) -> str:
+    """What makes a recipe train so."""
+    shape = plan.shape
+    return (
+        f"parallel.zero_stage={shape.stage} parallel.expert={shape.ep} train.accumulation={plan.accumulation} "
+        f"train.activation_checkpointing={str(shape.recompute).lower()}"
+    )
+
+
+def as_json(plan: Plan, plans: list[Plan], objective: Objective) -> dict[str, Any]:
+    """The recipe's own plan, the Pareto front of those that fit, and the best of them. Bytes, seconds, and the units in names."""
+    chosen, fitting = best(plans, objective), [other for other in plans if other.fits]
+    return dict(
+        cluster=asdict(plan.cluster),
+        assumptions=asdict(plan.assumptions),
+        job=asdict(plan.job) | {key: describe(plan.job.model, plan.job.text)[key] for key in ("total", "active")},
+        recipe=_numbers(plan),
+        searched=len(plans),
+        fitting=len(fitting),
+        pareto=[_numbers(other) for other in pareto(fitting, objective)],
+        best=chosen and _numbers(chosen),
+    )
+
+
+def _numbers(plan: Plan) -> dict[str, Any]:
+    keys = ("accumulation", "peak", "usable", "fits", "when", "memory", "flops", "recompute_flops", "seconds", "step_seconds")
+    numbers: dict[str, Any] = dict(asdict(plan.shape), gpus=plan.cluster.world, overrides=overrides(plan))
+    numbers |= {key: getattr(plan, key) for key in (*keys, "mfu", "images_per_second", "days", "gpu_hours")}
+    return numbers | dict(activations=plan.activations.parts, traffic=[asdict(flow) for flow in plan.traffic])
+
+
+def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str) -> str:
+    """For people, about 50 lines."""
+    job, cluster, gpu = plan.job, plan.cluster, plan.cluster.gpu
+    size = describe(job.model, job.text)
+    text = f" and {job.text} of text" if job.text else ""
+    lines = [
+        f"{title}: {size['total'] / 1e9:.3g}B parameters, {size['active'] / 1e9:.3g}B active; {job.patches} tokens an image{text}; "
+        f"{job.precision}, {job.global_batch} images a step",
+        f"{cluster.nodes} x {cluster.per_node} GPUs of {gpu.memory:g} GB and {gpu.tflops:g} TFLOP/s; "
+        f"{gpu.node_bandwidth:g} GB/s in a node, {gpu.network_bandwidth:g} GB/s across nodes",
+        "",
+        f"As the recipe says: {overrides(plan)}, micro-batch {plan.shape.micro}",
+        "",
+        *_memory(plan),
+        "",
+        *_traffic(plan),
+        "",
+        *_time(plan),
+        "",
+        *_assumed(plan),
+        "",
+        *_search(plan, plans, objective),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = [f"{'GB on a GPU, ' + plan.when:<42}{'':>8}"]
+    lines += [f"  {name:<40}{amount / 1e9:>8.2f}" for name, amount in plan.memory.items() if amount]
+    margin = plan.cluster.gpu.memory * plan.assumptions.margin
+    verdict = "fits" if plan.fits else f"DOES NOT FIT: {(plan.peak - plan.usable) / 1e9:.2f} GB too much"
+    lines.append(f"  {'peak':<40}{plan.peak / 1e9:>8.2f}  of {plan.usable / 1e9:.1f} (less {margin:.1f} of margin): {verdict}")
+    other = replace(plan, shape=replace(plan.shape, recompute=not plan.shape.recompute))
+    lines.append(f"  activations {'without' if plan.shape.recompute else 'with'} checkpointing{other.activations.peak / 1e9:>19.2f}")
+    return lines
+
+
+def _traffic(plan: Plan) -> list[str]:
+    lines = [f"{'GB that a GPU sends in a step':<42}{'in node':>8}{'across':>8}  beside"]
+    for flow in plan.traffic:
+        lines.append(f"  {flow.kind:<40}{flow.in_node / 1e9:>8.2f}{flow.across / 1e9:>8.2f}  {flow.phase}")
+    return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    job, names = plan.job, dict(arithmetic="arithmetic", exchange="exchange of tokens", zero="ZeRO's traffic, not hidden")
+    lines = [f"{'seconds of a step':<42}{'':>8}"]
+    lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in plan.seconds.items()]
+    lines.append(f"  {'step':<40}{plan.step_seconds:>8.3f}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
+    again = f" and {plan.recompute_flops / 1e12:,.1f} again" if plan.recompute_flops else ""
+    lines.append(
+        f"  {plan.flops / 1e12:,.1f} TFLOP a GPU{again}; {job.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
+    )
+    return lines
+
+
+def _assumed(plan: Plan) -> list[str]:
+    assumed = plan.assumptions
+    return [
+        f"Assumed: arithmetic at {assumed.mfu:.0%} of peak (--mfu), links and memory at {assumed.link:.0%} of their rate (--link),",
+        f"ZeRO's traffic hidden beside {assumed.overlap:.0%} of the arithmetic it can run beside (--overlap), an even load of experts.",
+    ]
+
+
+def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
+    fitting = [other for other in plans if other.fits]
+    goods = "GPUs" if objective == "gpus" else "memory"
+    lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. The fastest, and what less {goods} costs:"]
+    lines.append(
+        f"  {'stage':>5}{'EP':>5}{'micro':>7}{'accum.':>8}{'recompute':>11}{'GPUs':>6}{'GB':>8}{'step s':>9}{'img/s':>8}{'GPU-hours':>13}"
+    )
+    for other in pareto(fitting, objective):
+        shape = other.shape
+        row = f"  {shape.stage:>5}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{'yes' if shape.recompute else 'no':>11}"
+        row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{other.step_seconds:>9.3f}{other.images_per_second:>8,.0f}"
+        lines.append(row + f"{other.gpu_hours:>13,.0f}")
+    if chosen := best(plans, objective):
+        words = {
+            "time": "The fastest",
+            "memory": "With the least memory",
+            "gpus": f"The fastest on the fewest GPUs, {chosen.cluster.world}",
+        }
+        return [*lines, "", f"{words[objective]}: {overrides(chosen)}", *([] if plan.fits else ["With it, the recipe fits."])]
+    if not plans:
+        return [f"Nothing to search: train.global_batch={plan.job.global_batch} does not divide by {plan.cluster.world} GPUs."]
+    least = min(plans, key=lambda other: other.peak)
+    return [
+        f"Nothing fits. The least is {least.peak / 1e9:.1f} GB of {least.usable / 1e9:.1f}, with {overrides(least)}:",
+        "take more nodes, GPUs with more memory, or a smaller model.",
+    ]

@@ -1,0 +1,88 @@
+"""What a rank sends in one optimizer step, by kind and by link.
+
+DeepSpeed 0.19 as ``distributed.engine`` sets it up: gradients travel in the weights' dtype; at stages 1 and 2 by all-reduce, though
+each rank keeps a part of the sum, and updated weights are gathered after the step; at stage 3 gradients are reduce-scattered and
+weights gathered, for forward and again for backward. A ring of g ranks sends (g - 1) / g of a tensor from each of them to gather it
+or to reduce and scatter it, twice that to all-reduce it. Averages of the weights travel nowhere.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ditmoe_ds.planning.activations import MicroBatch, sparse_layers
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in a step, the mean over ranks."""
+
+    kind: str
+    phase: str
+    """What it runs beside: "forward", "backward", "last backward" of the step; or "alone": the rank waits for it."""
+    in_node: float
+    across: float
+    """To ranks of other nodes."""
+
+
+def step_traffic(
+    batch: MicroBatch, accumulation: int, recompute: bool, stage: int, world: int, per_node: int, weights: dict[str, float]
+) -> list[Traffic]:
+    """Of all micro-batches of a step and the optimizer.
+
+    Args:
+        weights: elements: ``dense``, ``experts`` (all of them), and of both together those that ZeRO-3 always keeps whole, ``whole``.
+    """
+    ep, size, found = batch.ep, batch.size, []
+    rings = [(weights["dense"], range(world), 1, "dense"), (weights["experts"] / ep, range(0, world, ep), ep, "experts")]
+    for elements, ranks, groups, kind in rings:
+        cross = crossing(ranks, groups, per_node)
+        once = size * elements * (1 - 1 / len(ranks))  # sent when it is gathered once
+
+        def add(what: str, phase: str, times: float, once: float = once, cross: float = cross, kind: str = kind) -> None:
+            if once * times:
+                found.append(Traffic(f"{what}, {kind}", phase, once * times * (1 - cross), once * times * cross))
+
+        if stage == 3:
+            kept = weights["whole"] / weights["dense"] if kind == "dense" else 0
+            layers = accumulation * (1 - kept)
+            add("reduce gradients", "backward", accumulation)
+            add("gather weights", "forward", layers)
+            add("gather weights", "backward", layers * (1 - 1 / batch.model.depth))  # the last layer was not let go
+            add("gather weights", "alone", kept)
+        else:
+            phase = "alone" if stage == 0 else "last backward" if stage == 1 else "backward"
+            add("reduce gradients", phase, 2 * (accumulation if stage == 2 else 1))
+            if stage:
+                add("gather weights", "alone", 1)
+    if ep > 1:
+        # forward takes tokens to their experts and back, so does backward, and what is recomputed
+        rows = (
+            (4 + 2 * recompute) * accumulation * size * batch.model.hidden * sum(batch.rows(layer) for layer in sparse_layers(batch.model))
+        )
+        near, far = exchange_shares(world, ep, per_node)
+        found.append(Traffic("exchange tokens", "alone", rows * near, rows * far))
+    return found
+
+
+@lru_cache
+def crossing(ranks: range, groups: int, per_node: int) -> float:
+    """Share of the hops of rings over ``ranks``, and over the same shifted by 1 to ``groups`` - 1, that leave a node."""
+    if len(ranks) == 1:
+        return 0.0
+    hops = leaving = 0
+    for shift in range(groups):
+        nodes = [(rank + shift) // per_node for rank in ranks]
+        hops += len(nodes)
+        leaving += sum(here != there for here, there in zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+    return leaving / hops
+
+
+@lru_cache
+def exchange_shares(world: int, ep: int, per_node: int) -> tuple[float, float]:
+    """Shares of a rank's rows that go to other ranks of its node and to other nodes; groups of ``ep`` consecutive, evenly loaded ranks."""
+    same = 0
+    for first in range(0, world, ep):
+        nodes = [rank // per_node for rank in range(first, first + ep)]
+        same += sum(nodes.count(node) ** 2 for node in set(nodes))
+    inside = same / (world // ep) / ep**2
+    return inside - 1 / ep, 1 - inside

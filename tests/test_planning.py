@@ -1,0 +1,250 @@
+"""The planner: what autograd saves, what ranks send, and what ``ditmoe plan`` says. ``benchmarks/planner.md`` has larger points."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from latents import write_latents
+from models import DENSE, SPARSE
+from processes import ROOT, launch
+
+from ditmoe_ds.cli import main
+from ditmoe_ds.distributed.hardware import GPUS, peak_tflops
+from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.planning.activations import MicroBatch, activations
+from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
+from ditmoe_ds.planning.plan import Plan
+from ditmoe_ds.planning.search import best, clusters, pareto, search
+from ditmoe_ds.planning.traffic import crossing, exchange_shares, step_traffic
+
+sys.path.append(str(ROOT / "benchmarks"))
+import planner
+
+G = "recipes/dit_moe_g2_16e2a_256.yaml"
+EC = named_config("EC-DIT-Nano-4E", input_size=16, text_width=24)
+MODELS = {
+    "DiT-MoE, shared experts": replace(SPARSE, hidden=64, input_size=16),
+    "DiT-MoE, qk norm, one shared": replace(SPARSE, hidden=64, input_size=16, qk_norm=True, shared=1, top_k=1),
+    "upcycled: GELU experts with biases": replace(SPARSE, hidden=64, input_size=16, expert_activation="gelu", shared=0),
+    "EC-DIT with text": EC,
+    "EC-DIT, decoupled router": replace(EC, router=replace(EC.router, input="decoupled")),
+    "EC-DIT's dense twin": replace(EC, routing="dense"),
+    "dense": replace(DENSE, hidden=64, input_size=16),
+}
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_autograd_keeps(name, dtype, micro):
+    model = MODELS[name]
+    batch = MicroBatch(model, micro, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize)
+    assert kept(batch, dtype, recompute=False) == pytest.approx(activations(batch, False).kept, rel=0.07 if micro > 1 else 0.1)
+
+
+@pytest.mark.parametrize("name", ["DiT-MoE, shared experts", "EC-DIT with text"])
+def test_what_checkpointing_keeps(name):
+    model = replace(MODELS[name], depth=20)
+    batch = MicroBatch(model, 4, model.tokens, 7 if model.text_width else 0, 1, 4)
+    planned = activations(batch, recompute=True)
+    # the random state that each block keeps, 5 kB, is not planned; nor what the loss adds, which this has not
+    assert kept(batch, torch.float32, recompute=True) == pytest.approx(planned.kept, rel=0.1)
+    # the block that is recomputed is the largest
+    one = replace(model, depth=1 + model.sparse_first, sparse_every=1)
+    extra = (
+        activations(replace(batch, model=one), False).kept
+        - activations(replace(batch, model=replace(one, depth=one.depth - 1)), False).kept
+    )
+    assert planned.recomputed == pytest.approx(extra - 4 * batch.tokens * model.hidden, rel=0.02)
+
+
+def kept(batch, dtype, recompute):
+    """Bytes of the different tensors that a forward saves, without the parameters."""
+    model, images = batch.model, batch.images
+    net = DiT(model).to(dtype).train()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    net.checkpoint_activations = recompute
+    told = dict(y=torch.zeros(images, dtype=torch.long))
+    if batch.text:
+        told = dict(text=torch.randn(images, batch.text, model.text_width), mask=torch.ones(images, batch.text, dtype=torch.bool))
+    own, found, alive = {parameter.data_ptr() for parameter in net.parameters()}, {}, []
+
+    def pack(tensor):
+        alive.append(tensor)  # else its address might be used again
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    latents = torch.randn(images, 4, model.input_size, model.input_size)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = net(latents, torch.rand(images), **told)
+        loss = (out - latents.repeat(1, out.shape[1] // 4, 1, 1)).square().mean()
+    assert loss.requires_grad
+    return sum(found.values())
+
+
+CASES = {
+    "stage 2, EP 2, text": dict(model="EC-DIT-Nano-4E", stage=2, ep=2, fields=dict(hidden=96, depth=8)),
+    "stage 3, EP 2, recomputing": dict(model="DiT-MoE-Nano/2-4E2A", stage=3, ep=2, recompute=True, fields=dict(hidden=96, depth=4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_step_sends_and_holds_what_was_planned(tmp_path, name):
+    """Collectives to 5 %, allocated memory to 10 %, on 2 processes."""
+    case = planner.case(**CASES[name])
+    launch(2, [ROOT / "benchmarks" / "planner.py", "--case", json.dumps(case), "--out", tmp_path])
+    row = planner.compare(case, [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)])
+    for kind, (planned, counted) in row["sent"].items():
+        assert counted == pytest.approx(planned, rel=0.05), kind
+    assert row["sent"]["gradients"][1] > 0
+    assert (row["sent"]["all_to_all"][1] > 0) == (case["ep"] > 1)
+    planned, measured = row["peak"]
+    assert measured == pytest.approx(planned, rel=0.1)
+
+
+def test_links():
+    """Two nodes of four: rings and exchanges by hand."""
+    assert crossing(range(8), 1, 4) == 2 / 8
+    assert crossing(range(0, 8, 2), 2, 4) == 2 / 4  # replicas of experts at EP 2: two hops of four leave
+    assert crossing(range(0, 8, 4), 4, 4) == 1
+    assert crossing(range(0, 8, 8), 8, 4) == 0  # alone
+    assert exchange_shares(8, 2, 4) == (1 / 2, 0)
+    assert exchange_shares(8, 8, 4) == pytest.approx((3 / 8, 4 / 8))
+    assert exchange_shares(12, 3, 4) == pytest.approx(((2 + 2 / 3 + 2 / 3 + 2) / 12, (0 + 4 / 3 + 4 / 3 + 0) / 12))
+
+
+def test_traffic_by_hand():
+    """100 dense elements and 400 of experts in fp32, EP 2 on 2 nodes of 2; one image of 16 tokens, 2 experts each, width 32, 2 layers."""
+    batch = MicroBatch(SPARSE, 1, 16, 0, 2, 4)
+    found = {stage: step_traffic(batch, 3, False, stage, 4, 2, dict(dense=100, experts=400, whole=25)) for stage in range(4)}
+    sums = [{kind: sum(f.in_node + f.across for f in found[s] if f.kind == kind) for kind in {f.kind for f in found[s]}} for s in range(4)]
+    dense, experts = 400 * 3 / 4, 800 / 2  # bytes to gather them once
+    assert sums[0] == pytest.approx({"reduce gradients, dense": 2 * dense, "reduce gradients, experts": 2 * experts} | tokens(3))
+    assert sums[1] == pytest.approx(sums[0] | {"gather weights, dense": dense, "gather weights, experts": experts})
+    assert sums[2]["reduce gradients, dense"] == pytest.approx(3 * 2 * dense)
+    assert sums[3]["reduce gradients, experts"] == pytest.approx(3 * experts)
+    assert sums[3]["gather weights, experts"] == pytest.approx(3 * 1.5 * experts)
+    assert sums[3]["gather weights, dense"] == pytest.approx(dense * (3 * 1.5 * 0.75 + 0.25))
+    exchange = next(flow for flow in found[2] if flow.kind == "exchange tokens")
+    assert (exchange.in_node, exchange.across) == (tokens(3)["exchange tokens"], 0)
+    again = step_traffic(batch, 3, True, 2, 4, 2, dict(dense=100, experts=400, whole=25))
+    assert again[-1].in_node == 1.5 * exchange.in_node
+
+
+def tokens(accumulation):
+    return {"exchange tokens": accumulation * 4 * 2 * (16 * 2) * 32 * 4 / 2}
+
+
+def test_time_by_hand():
+    gpu = replace(GPUS["h100-80gb"], tflops=100, network_bandwidth=1, node_bandwidth=10, memory_bandwidth=1000)
+    job = Job(SPARSE, 16, 0, "bf16", global_batch=8, steps=86400, averages=1)
+    plan = Plan(job, Cluster(gpu, 2, 2), Shape(2, 2, 2, False), Assumptions(mfu=0.5, overlap=0.5, link=0.5))
+    assert plan.seconds["arithmetic"] == pytest.approx(plan.flops / 50e12)
+    flows = {flow.kind: flow for flow in plan.traffic}
+    assert plan.seconds["exchange"] == pytest.approx(flows["exchange tokens"].in_node / 5e9)
+    waits = [max(f.in_node / 5e9, f.across / 0.5e9) for f in plan.traffic if f.kind != "exchange tokens"]
+    reducing, gathering = waits[0] + waits[2], waits[1] + waits[3]
+    assert plan.seconds["zero"] == pytest.approx(gathering + max(0, reducing - 0.5 * plan.flops * 2 / 3 / 50e12))
+    later = replace(plan, shape=replace(plan.shape, stage=1, micro=1))  # two micro-batches, gradients travel beside the second
+    assert later.seconds["zero"] == pytest.approx(gathering + reducing - 0.5 * plan.flops * 2 / 3 / 50e12 / 2)
+    found = layers(SPARSE)
+    assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (8 + 16 + 4 + 8 + 4) / 500e9)
+    assert plan.days == pytest.approx(plan.step_seconds)
+    assert plan.gpu_hours == pytest.approx(plan.step_seconds * 24 * 4)
+
+
+def test_search_finds_what_trying_everything_finds():
+    job = Job(replace(SPARSE, hidden=256), 16, 0, "bf16", global_batch=16, steps=1, averages=1)
+    cluster = Cluster(replace(GPUS["h100-80gb"], memory=0.1), 1, 4)
+    stages = [Shape(stage, 1, 1, False, 1000, 1000) for stage in range(4)]
+    plans = search(job, cluster, stages, Assumptions(), "time")
+    assert len(plans) == 4 * 3 * 3 * 2  # stages, EP 1, 2, 4, micro-batches 1, 2, 4, recomputing
+    fitting = [plan for plan in plans if plan.fits]
+    assert 0 < len(fitting) < len(plans)
+    assert best(plans, "time").step_seconds == min(plan.step_seconds for plan in fitting)
+    assert best(plans, "memory").peak == min(plan.peak for plan in fitting)
+    beaten = [p for p in fitting if any((o.step_seconds, o.peak) < (p.step_seconds, p.peak) and o.peak <= p.peak for o in fitting)]
+    rest = [plan for plan in fitting if plan not in beaten]
+    assert {(plan.step_seconds, plan.peak) for plan in pareto(fitting, "time")} == {(plan.step_seconds, plan.peak) for plan in rest}
+    fewer = search(job, cluster, stages, Assumptions(), "gpus")
+    assert best(fewer, "gpus").cluster.world == min(plan.cluster.world for plan in fewer if plan.fits)
+    front = pareto([plan for plan in fewer if plan.fits], "gpus")
+    assert front[-1].cluster.world == best(fewer, "gpus").cluster.world
+    assert [(p.step_seconds, -p.cluster.world) for p in front] == sorted({(p.step_seconds, -p.cluster.world) for p in front})
+    assert [place.world for place in clusters(Cluster(cluster.gpu, 4, 8))] == [32, 16, 8, 4, 2, 1]
+
+
+def plan_json(capsys, *arguments):
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_recipe_of_16_billion(capsys):
+    said = plan_json(capsys, G, "--nodes", "8")
+    own = said["recipe"]
+    assert 16.4e9 < said["job"]["total"] < 16.6e9
+    assert (own["stage"], own["ep"], own["micro"], own["recompute"], own["gpus"]) == (3, 8, 4, True, 64)
+    assert own["peak"] == pytest.approx(sum(own["memory"].values()))
+    assert own["memory"]["weights"] == pytest.approx(2 * said["job"]["total"] / 64, rel=0.01)
+    assert own["step_seconds"] == pytest.approx(sum(own["seconds"].values()))
+    assert own["gpu_hours"] == pytest.approx(own["step_seconds"] * 7_000_000 * 64 / 3600)
+    assert said["best"]["step_seconds"] == min(plan["step_seconds"] for plan in said["pareto"])
+    assert main(["plan", G, "--nodes", "8"]) == 0
+    text = capsys.readouterr().out
+    assert f"{own['peak'] / 1e9:.2f}  of 72.0" in text
+    assert said["best"]["overrides"] in text
+    # followed, the advice is what was promised
+    again = plan_json(capsys, G, *said["best"]["overrides"].split(), "--nodes", "8")["recipe"]
+    assert again == said["best"]
+
+
+def test_what_does_not_fit_is_told_with_what_would(capsys):
+    assert main(["plan", G, "parallel.zero_stage=0", "--nodes", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text
+    assert "parallel.zero_stage=3" in text.splitlines()[-2]
+    assert text.endswith("With it, the recipe fits.\n")
+    assert main(["plan", G, "--nodes", "1", "--gpu-memory", "8"]) == 0
+    assert "Nothing fits." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu", "h1000"], "--gpu='h1000': choose one of a100-40gb"),
+        (["--nodes", "3"], "train.global_batch=1024: must divide by 24 processes x 4"),
+        (["--nodes", "0"], "--nodes=0"),
+        (["--mfu", "40"], "--mfu=40.0: is a share"),
+        (["--gpu-memory", "-1"], "--gpu-memory=-1.0: must be above 0"),
+        (["parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
+        (["model.name=DiT-MoE-Q/2-4E2A"], "model.name="),
+        (["--image-size", "100"], "--image-size=100: must divide by 16"),
+        (["parallel.deepspeed=ds_configs/zero3_offload.json"], "parallel.deepspeed="),
+        (["train.mask_ratio=0.9"], "train.mask_ratio=0.9"),
+    ],
+)
+def test_mistakes(capsys, arguments, told):
+    assert main(["plan", G, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+def test_latents_that_are_here_decide(capsys, tmp_path):
+    data = write_latents(tmp_path / "latents", train=8)
+    said = plan_json(capsys, "recipes/digits.yaml", f"data.manifest={data}", "--gpus-per-node", "2")
+    shape = json.loads(Path(data, "manifest.json").read_text())
+    assert said["job"]["model"]["num_classes"] == len(shape["class_names"])
+    shutil.rmtree(data)
+    assert plan_json(capsys, "recipes/digits.yaml", f"data.manifest={data}", "--gpus-per-node", "2")["job"]["patches"] == 256
+
+
+def test_devices_by_their_drivers_name():
+    names = ["NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "Tesla T4"]
+    assert [peak_tflops(name) for name in names] == [756, 989, 312, None]
