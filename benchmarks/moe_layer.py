@@ -63,9 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     page = Page(__file__, arguments.write, f"{dtype}; {arguments.tokens:,} tokens, median of {arguments.repeats}")
-    page.add(
-        "", "Milliseconds of forward and backward, each other layer's as a multiple of ours; and peak MiB beside weights and input."
-    )
+    page.add("", "Milliseconds of forward and backward, each other layer's as a multiple of ours; and peak MiB beside weights and input.")
     page.table("width", "experts", "choice", "floor", "ours", "ours / floor", *TITLES.values(), "MiB: floor", "ours", *TITLES.values())
     reasons: dict[tuple[str, str], str] = {}
     for size in arguments.sizes:

@@ -102,8 +102,8 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     if model.shared:
         own_input = size == 2 or decoupled  # else the router keeps the same tensor
         parts["shared"] = size * batch.tokens * (own_input * D + 4 * model.shared * D)
-    hidden = (4 if model.expert_activation == "swiglu" else 2) * model.expert_width
-    # its row, hidden layer, in fp32 the output and the weighted output; token, order, choice and weight
+    hidden = (2 if model.expert_activation == "swiglu" else 1) * model.expert_width
+    # its row, first product, in fp32 the output and the weighted output; token, order, choice and weight
     taking = size * (D + hidden) + 8 * D + 28
     if batch.ep > 1:
         taking += size * D + 8  # the output before it is sorted by origin
@@ -124,30 +124,20 @@ def _outside(batch: MicroBatch) -> float:
 def _working(batch: MicroBatch) -> float:
     """The most that one block's backward takes beyond what was kept, which it frees as it goes."""
     model, size, D = batch.model, batch.size, batch.model.hidden
-    width = 4 * D if not model.sparse_layers else max(4 * D, round(max(map(model.capacity, model.sparse_layers)) * model.expert_width))
-    moments = [_feed_forward(size, D, width, batch.tokens, False, size * D * width, 0)]
+    widths = [4 * D, *(round(model.capacity(layer) * model.expert_width) for layer in model.sparse_layers)]
+    hidden: float = size * batch.tokens * max(widths)
+    edge = size * batch.tokens * D
+    moments = [size * D * max(widths) + edge + hidden]  # of a dense feed-forward: the gradient of w2, and of what it multiplied
     if routed := sparse_layers(model):
-        rows, gated = max(map(batch.rows, routed)), model.expert_activation == "swiglu"
-        matrix = size * D * model.expert_width * model.experts // batch.ep
-        if model.routing == "token" and not (batch.cuda and size == 2):
-            matrix *= 2  # a GEMM per expert makes every expert's gradient, then stacks them
-        combined = 8 * rows * D  # outputs in fp32, plain and weighted
-        moments = [combined + 4 * batch.tokens * D, _feed_forward(size, D, model.expert_width, rows, gated, matrix, combined)]
+        rows, gated, experts = max(map(batch.rows, routed)), model.expert_activation == "swiglu", model.experts // batch.ep
+        matrix, edge = size * D * experts * model.expert_width, size * rows * D
+        hidden = size * rows * model.expert_width / (1 if batch.cuda else experts)  # of what is computed at once
+        combined = 8 * rows * D  # outputs in fp32, plain and weighted, which went before
+        # the activation again and its backward beside the gradient of w2; then the gradients of both matrices and of the rows
+        activation = matrix + edge + (7 if gated else 3) * hidden
+        both = (2 + gated) * matrix + 2 * edge + (1 + gated) * hidden
+        moments = [combined + 4 * batch.tokens * D, activation - combined, both - combined]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
-
-
-def _feed_forward(size: int, D: int, width: int, rows: int, gated: bool, matrix: int, freed: int) -> float:
-    """Of a feed-forward's backward: more at the fullest of its moments, the gradients of w2, of the activation and of w1.
-
-    Args:
-        matrix: bytes of the gradient of w2; w1, if gated, is twice as large.
-        freed: bytes that went before.
-    """
-    hidden, edge = size * rows * width, size * rows * D
-    w2 = matrix + edge + hidden
-    activation = (4 if gated else 1) * hidden
-    w1 = (1 + gated) * matrix + edge - (hidden if gated else 0)
-    return max(w2, activation, w1) - freed
 
 
 def sparse_layers(model: DiTConfig) -> tuple[int, ...]:
