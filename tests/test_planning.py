@@ -96,7 +96,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("stage 2, EP 2, text", marks=pytest.mark.slow), "stage 3, EP 2, recomputing"])
 def test_a_real_step_sends_and_holds_what_was_planned(tmp_path, name):
     """Collectives to 5 %, allocated memory to 10 %, on 2 processes."""
     case = planner.case(**CASES[name])
