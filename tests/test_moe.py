@@ -1,5 +1,7 @@
 """Routing, packed experts, the layer in one process."""
 
+import math
+
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
@@ -104,7 +106,37 @@ def test_enough_capacity_drops_nothing():
     scores = torch.randn(T, E).softmax(-1)
     free, _ = token_choice(scores, 2, RouterConfig())
     capped, _ = token_choice(scores, 2, RouterConfig(capacity_factor=float(E)))
-    assert all(torch.equal(a, b) for a, b in zip(free[:3], capped[:3]))
+    assert capped.equal and capped.counts.tolist() == [T] * E  # no expert takes a token twice
+    filled = capped.weights.view(E, T) != 0
+    assert filled.sum(1).tolist() == free.counts.tolist()
+    assert torch.equal(capped.tokens.view(E, T)[filled], free.tokens) and torch.equal(capped.weights.view(E, T)[filled], free.weights)
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 1.7, float(E)])
+def test_a_capacity_is_the_loop_without_what_was_dropped(factor):
+    """Empty places add nothing: not to the output, not to a gradient, not to the statistics."""
+    moe, x = layer(capacity_factor=factor), torch.randn(1, T, D)
+    capacity, taken = min(math.ceil(factor * T * 2 / E), T), []
+
+    def kept_weights(scores, chosen):
+        weights, load = scores.gather(1, chosen), [0] * E
+        kept = torch.zeros_like(weights)
+        for choice in range(2):
+            for token in range(T):
+                e = int(chosen[token, choice])
+                if load[e] < capacity:
+                    load[e] += 1
+                    kept[token, choice] = 1
+        taken.append(kept.sum(1))
+        return weights * kept
+
+    leaves, upward = list(moe.parameters()), torch.randn(T, D)
+    out, _, takers, *_ = moe(x)
+    wanted = by_loop(moe, x[0], kept_weights)
+    torch.testing.assert_close(out[0], wanted, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(out[0], leaves, upward), torch.autograd.grad(wanted, leaves, upward, materialize_grads=True)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert takers.tolist() == torch.bincount(taken[0].long(), minlength=E + 1).tolist()
 
 
 def test_balance_loss_is_alpha_at_perfect_balance():

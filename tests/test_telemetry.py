@@ -25,12 +25,17 @@ def test_flops_are_those_of_the_shapes_that_the_network_saw(kept):
     batch = Prepared(torch.zeros(3, 4, 8, 8), condition, torch.zeros(3), torch.zeros(3, 4, 8, 8), torch.arange(3), keep)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the only one that it counts
         net(batch.latents, batch.times, **condition, keep=keep)
-    speed = throughput(MODEL, [batch, batch], seconds=2.0, world=4, bf16=True, recomputed=True)
+    speed = throughput(MODEL, [batch, batch], seconds=2.0, world=4, bf16=True, recompute=True)
     unseen = 3 * (16 - kept) * 2 * 4 * 2**2 * 32  # all patches are embedded before some are left out, which is no progress
     forward = 2 * (counter.get_total_flops() - unseen) / 2.0 / 1e12
     assert speed["tflops"] == pytest.approx(3 * forward, rel=1e-12)
     assert speed["recompute_tflops"] == pytest.approx(forward, rel=1e-12)
+    attention = sum(sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name.endswith((".attn", ".cross")))
+    again = throughput(MODEL, [batch, batch], seconds=2.0, world=4, bf16=True, recompute="attention")["recompute_tflops"]
+    assert again == pytest.approx(2 * attention / 2.0 / 1e12, rel=1e-12) and attention > 0
     assert (speed["images_per_s"], speed["tokens_per_s"]) == (12, 12 * kept)
+    shared = throughput(MODEL, [batch, batch], seconds=2.0, world=4, bf16=True, recompute=True, tensor=2)
+    assert [shared[key] / speed[key] for key in ("tflops", "recompute_tflops", "images_per_s")] == pytest.approx([0.5] * 3)
     assert "mfu" not in speed  # of a device whose peak is not known
     assert 0.1 < speed["peak_memory_gb"] < 100
 

@@ -14,7 +14,7 @@ from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.moe.layer import LayerStats, Router
-from ditmoe_ds.moe.routing import Assignment
+from ditmoe_ds.moe.routing import Assignment, count
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.rng import keyed_generator
 
@@ -39,9 +39,8 @@ def taken_by(assignment: Assignment, tokens: int) -> Tensor:
     """Which expert takes which token: bool (tokens, E). No host sync: every shape is known."""
     counts = assignment.counts
     expert = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(assignment.tokens))
-    taken = torch.zeros(tokens, len(counts), dtype=torch.bool, device=counts.device)
-    taken[assignment.tokens, expert] = True
-    return taken
+    taken = count(assignment.tokens * len(counts) + expert, tokens * len(counts), assignment.weights != 0)  # a capacity leaves places empty
+    return taken.view(tokens, len(counts)) > 0
 
 
 @dataclass

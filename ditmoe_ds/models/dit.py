@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from ditmoe_ds.models.attention import Attention, CrossAttention
 from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, position_table, rotary_angles
 from ditmoe_ds.moe.layer import MoE
-from ditmoe_ds.moe.routing import RouterConfig
+from ditmoe_ds.moe.routing import RouterConfig, same_decisions
+
+Recompute = Literal[False, "attention", True]
+"""What backward computes again instead of keeping it: nothing, attention, or whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ class DiTConfig:
             return False
         return self.router.pool == "microbatch" if self.routing == "expert" else self.router.capacity_factor is not None
 
+    @property
+    def equal_load(self) -> bool:
+        """Whether each expert of a layer computes as many rows as the others, so that shapes are static."""
+        return self.routing == "expert" or self.router.capacity_factor is not None
+
     def capacity(self, layer: int) -> float:
         """Experts per token, with expert choice on average, in a layer with experts."""
         if self.routing == "token":
@@ -164,7 +172,13 @@ class Block(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.condition_width, 6 * dim))
 
     def forward(
-        self, x: Tensor, c: Tensor, angles: Tensor | None = None, text: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        angles: Tensor | None = None,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        recompute_attention: bool = False,
     ) -> tuple[Tensor, ...]:
         """Tokens x (B, N, D) given c (B, condition), positions, and text (B, T, D) with its mask (B, T).
 
@@ -172,9 +186,8 @@ class Block(nn.Module):
             x and, from a sparse layer, what ``LayerStats`` has.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), angles)
-        if self.cross is not None:
-            x = x + self.cross(self.norm_cross(x), text, mask)
+        attend = partial(checkpoint, self.attend, use_reentrant=False) if recompute_attention else self.attend
+        x = attend(x, shift1, scale1, gate1, angles, text, mask)
         plain = self.norm2(x)
         modulated = modulate(plain, shift2, scale2)
         if self.decoupled and isinstance(self.mlp, MoE):
@@ -182,6 +195,13 @@ class Block(nn.Module):
         else:
             out, *stats = self.mlp(modulated)
         return x + gate2 * out, *stats
+
+    def attend(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, angles: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The first half: x after attention to itself and to the text."""
+        x = x + gate * self.attn(modulate(self.norm1(x), shift, scale), angles)
+        return x if self.cross is None else x + self.cross(self.norm_cross(x), text, mask)
 
 
 class FinalLayer(nn.Module):
@@ -209,13 +229,18 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, ep_size: int = 1):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Recompute = False
         self.x_embed = nn.Conv2d(config.in_channels, config.hidden, config.patch, stride=config.patch)
         self.t_embed = TimestepEmbedder(config.condition_width, config.frequency_shift)
         self.y_embed = LabelEmbedder(config.num_classes, config.condition_width) if config.num_classes else None
         self.text_embed = TextEmbedder(config.text_width, config.hidden, config.condition_width) if config.text_width else None
         self.blocks = nn.ModuleList([Block(config, layer, ep_size) for layer in range(config.depth)])
         self.final = FinalLayer(config)
+
+    def compile_blocks(self) -> None:
+        """By torch.compile, each by itself: blocks are alike, and so are compiled once."""
+        for block in self.blocks:
+            block.compile()
 
     def forward(
         self,
@@ -259,9 +284,10 @@ class DiT(nn.Module):
             text, pooled = self.text_embed(text, mask)
             c = c + pooled
         stats = []
+        again = self.checkpoint_activations if self.training else False
         for block in self.blocks:
-            run = partial(checkpoint, block, use_reentrant=False) if self.checkpoint_activations and self.training else block
-            x, *layer = run(x, c, angles, text, mask)
+            run = partial(checkpoint, block, use_reentrant=False, context_fn=same_decisions) if again is True else block
+            x, *layer = run(x, c, angles, text, mask, again == "attention")
             if layer:
                 stats.append(layer)
         out = self.final(x, c)

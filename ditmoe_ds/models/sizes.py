@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.dit import DiT, DiTConfig, Recompute
 from ditmoe_ds.models.embeddings import TimestepEmbedder
 
 
@@ -152,21 +152,33 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
         text_tokens: of its caption; 0 for models without text.
     """
     h, c, N, T, L = config.hidden, config.condition_width, tokens, text_tokens, config.depth
-    kv = h * (config.kv_heads or config.heads) // config.heads
     matrices = 3 if config.expert_activation == "swiglu" else 2
     sparse = matrices * config.top_k * h * config.expert_width
     if config.routing != "dense":
         sparse += 3 * h * config.shared * h + config.experts * h
     experts = len(config.sparse_layers)
-    per_token = L * (2 * h * h + 2 * h * kv) + (L - experts) * 8 * h * h + experts * sparse
+    per_token = (L - experts) * 8 * h * h + experts * sparse
     per_token += config.patch**2 * h * (config.in_channels + config.out_channels)
     per_image = L * 6 * h * c + 2 * h * c + TimestepEmbedder.frequencies * c + c * c
-    attention = L * 2 * N * N * h
     if T:
-        per_token += L * 2 * h * h
-        per_image += T * (config.text_width * h + h * h + L * 2 * h * h) + config.text_width * c
-        attention += L * 2 * N * T * h
-    return N * per_token + per_image, attention
+        per_image += T * (config.text_width * h + h * h) + config.text_width * c
+    projections, products = attention_macs(config, N, T)
+    return N * per_token + per_image + projections, products
+
+
+def attention_macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
+    """Of ``macs``, those of attention's projections, to the text too, and of its two matrix products."""
+    h, N, T, L = config.hidden, tokens, text_tokens, config.depth
+    kv = h * (config.kv_heads or config.heads) // config.heads
+    projections = N * (2 * h * h + 2 * h * kv) + (N + T) * 2 * h * h * bool(T)
+    return L * projections, L * 2 * N * (N + T) * h
+
+
+def recomputed_macs(config: DiTConfig, tokens: int, text_tokens: int, recompute: Recompute) -> int:
+    """What of an image's forward backward does again."""
+    if recompute == "attention":
+        return sum(attention_macs(config, tokens, text_tokens))
+    return sum(macs(config, tokens, text_tokens)) if recompute else 0
 
 
 def _part(name: str) -> str:

@@ -18,7 +18,9 @@ class Exchange(NamedTuple):
     receive: list[int]
     """Rows from each rank of the group."""
     order: Tensor
-    """(R,) received rows, which arrive by (source rank, local expert), sorted by local expert."""
+    """(R,) received rows, which arrive by (source rank, local expert), sorted by local expert;"""
+    back: Tensor
+    """(R,) and back."""
     counts: Tensor
     """(E_local,) rows of each local expert."""
 
@@ -30,13 +32,29 @@ def plan(assignment: Assignment, group: dist.ProcessGroup) -> Exchange:
         rows = torch.arange(len(assignment.tokens), device=counts.device)
         split = [len(rows) // ranks] * ranks
         arrived = rows.view(ranks, len(counts) // ranks, -1)  # (source rank, local expert, places)
-        return Exchange(split, split, arrived.transpose(0, 1).reshape(-1), counts[: len(counts) // ranks] * ranks)
+        order, back = (rows.transpose(0, 1).reshape(-1) for rows in (arrived, arrived.view(len(counts) // ranks, ranks, -1)))
+        return Exchange(split, split, order, back, counts[: len(counts) // ranks] * ranks)
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts, group=group)
     send, receive = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
     local = torch.arange(len(counts) // ranks, device=counts.device).repeat(ranks)
     order = local.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)
-    return Exchange(send, receive, order, arriving.view(ranks, -1).sum(0))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return Exchange(send, receive, order, back, arriving.view(ranks, -1).sum(0))
+
+
+class Permute(torch.autograd.Function):
+    """Rows in the given order, whose inverse is ``back``: one gather each way, without the zeros and sums of an index's backward."""
+
+    @staticmethod
+    def forward(ctx, rows, order, back):
+        ctx.save_for_backward(back)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
 
 
 class InFlight:

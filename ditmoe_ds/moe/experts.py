@@ -31,8 +31,16 @@ class PackedExperts(nn.Module):
         Args:
             equal: all counts are M / E.
         """
-        kernel = "batched" if equal else "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "each"
+        kernel = fastest_kernel(x.device, x.dtype, equal)
         return add_bias(ExpertFFN.apply(x, self.w1, self.b1, self.w2, counts, kernel, self.activation), self.b2, counts)
+
+
+KERNELS = {"grouped": "one grouped GEMM", "batched": "one batched GEMM", "each": "one GEMM each"}
+
+
+def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str:
+    """Of ``KERNELS``, as measured (docs/log.md): no grouped GEMM beats a GEMM each on a CPU, and on a GPU torch has one for bf16 alone."""
+    return "batched" if equal else "grouped" if device.type == "cuda" and dtype == torch.bfloat16 else "each"
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -41,6 +49,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
         return F.gelu(x, approximate="tanh")
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``activate`` of x again, and the gradient of x, given that of its result."""
+    if activation == "gelu":
+        return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    gate, up = x.chunk(2, dim=-1)
+    gated = F.silu(gate)
+    return gated * up, torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * gated], dim=-1)
 
 
 def add_bias(x: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
@@ -65,9 +82,9 @@ class ExpertFFN(torch.autograd.Function):
         ctx.parts, ctx.activation = split(x, counts, kernel), activation
         first, out = [], []
         for part in ctx.parts:
-            first.append(multiply(x[part.rows], w1[part.experts].mT, part.ends))
-            inner = activate(add_bias(first[-1], b1 if b1 is None else b1[part.experts], counts[part.experts]), activation)
-            out.append(multiply(inner, w2[part.experts].mT, part.ends))
+            product = multiply(x[part.rows], w1[part.experts].mT, part.ends)
+            first.append(add_bias(product, b1 if b1 is None else b1[part.experts], counts[part.experts]))
+            out.append(multiply(activate(first[-1], activation), w2[part.experts].mT, part.ends))
         ctx.save_for_backward(x, w1, b1, w2, counts, *first)
         return join(out)
 
@@ -77,15 +94,13 @@ class ExpertFFN(torch.autograd.Function):
         grad = grad.contiguous()
         x_grads, b1_grads, w1_grad, w2_grad = [], [], None, None
         for part, before in zip(ctx.parts, first, strict=True):
-            leaves = [leaf.detach().requires_grad_() for leaf in ([before] if b1 is None else [before, b1[part.experts]])]
-            with torch.enable_grad():
-                inner = activate(add_bias(leaves[0], None if b1 is None else leaves[1], counts[part.experts]), ctx.activation)
-            w2_grad = fill(w2_grad, w2, part, grad[part.rows], inner.detach())
-            before_grad, *bias_grad = torch.autograd.grad(inner, leaves, multiply(grad[part.rows], w2[part.experts], part.ends))
-            b1_grads += bias_grad
+            inner, before_grad = activate_backward(before, multiply(grad[part.rows], w2[part.experts], part.ends), ctx.activation)
+            w2_grad = fill(w2_grad, w2, part, grad[part.rows], inner)
             w1_grad = fill(w1_grad, w1, part, before_grad, x[part.rows])
             x_grads.append(multiply(before_grad, w1[part.experts], part.ends))
-        return join(x_grads), w1_grad, None if b1 is None else join(b1_grads), w2_grad, None, None, None
+            if b1 is not None:
+                b1_grads.append(sum_rows(before_grad, part, counts))
+        return join(x_grads), w1_grad, join(b1_grads) if b1_grads else None, w2_grad, None, None, None
 
 
 class Part(NamedTuple):
@@ -102,10 +117,15 @@ def split(x: Tensor, counts: Tensor, kernel: str) -> list[Part]:
     if kernel == "grouped":
         return [Part(slice(None), slice(None), counts.cumsum(0).to(torch.int32))]
     if kernel == "batched":
-        step, rows = len(counts) if x.is_cuda else torch.get_num_threads(), len(x) // len(counts)
+        step, rows = len(counts) if x.is_cuda else cores(), len(x) // len(counts)
         return [Part(slice(e * rows, (e + step) * rows), slice(e, e + step), None) for e in range(0, len(counts), step)]
     ends = counts.cumsum(0).tolist()
     return [Part(slice(start, end), slice(e, e + 1), None) for e, (start, end) in enumerate(zip([0, *ends], ends))]
+
+
+@torch.compiler.assume_constant_result
+def cores() -> int:
+    return torch.get_num_threads()
 
 
 def multiply(x: Tensor, matrices: Tensor, ends: Tensor | None) -> Tensor:
@@ -128,6 +148,15 @@ def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x
     else:
         torch.bmm(per_expert(grad, own).mT, per_expert(x, own), out=own)
     return weight_grad
+
+
+def sum_rows(x: Tensor, part: Part, counts: Tensor) -> Tensor:
+    """Rows of x (M, N) of the part's experts, summed over each expert's: (experts, N)."""
+    counts = counts[part.experts]
+    if part.ends is None:
+        return x.view(len(counts), len(x) // len(counts), x.shape[1]).sum(1)
+    experts = torch.arange(len(counts), device=x.device).repeat_interleave(counts, output_size=len(x))
+    return x.new_zeros(len(counts), x.shape[1]).index_add_(0, experts, x)
 
 
 def per_expert(x: Tensor, matrices: Tensor) -> Tensor:

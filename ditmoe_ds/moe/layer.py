@@ -1,7 +1,7 @@
 """DeepSpeed's MoE layer with our router, packed experts and a shared path beside the routed one."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.moe.experts import Experts
@@ -52,7 +52,7 @@ class Router(nn.Module):
         else:
             assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)
             selections = count(chosen, experts)
-        takers = count(count(assignment.tokens, tokens), experts + 1)
+        takers = count(count(assignment.tokens, tokens, assignment.weights != 0), experts + 1)
         return assignment, LayerStats(selections, takers, scores.mean((0, 1)), logits.logsumexp(-1).square().mean())
 
 
@@ -79,12 +79,31 @@ class RoutedExperts(MOELayer):
             exchange = dispatch.plan(assignment, self.ep_group)
             flight = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
             shared = meanwhile(x)
-            done = experts(flight.wait()[exchange.order], exchange.counts, assignment.equal)
-            back = torch.empty_like(done).index_copy(0, exchange.order, done)
-            rows = dispatch.InFlight(back, exchange.receive, exchange.send, self.ep_group).wait()
-        weighted = rows.float() * assignment.weights[:, None]
-        routed = torch.zeros_like(tokens, dtype=torch.float32).index_add_(0, assignment.tokens, weighted)
+            order, back = exchange.order, exchange.back
+            done = experts(dispatch.Permute.apply(flight.wait(), order, back), exchange.counts, assignment.equal)
+            rows = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group).wait()
+        routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens))
         return shared + routed.to(x.dtype).view_as(x), *stats
+
+
+class Combine(torch.autograd.Function):
+    """The weighted sum of each token's takings, in fp32: rows (M, D) of the tokens (M,), of which there are T: (T, D).
+
+    Plain operations would save the rows in fp32 twice for backward, plain and weighted; this saves them once, as they came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, weights: Tensor, number: int) -> Tensor:
+        ctx.save_for_backward(rows, tokens, weights)
+        out = torch.zeros(number, rows.shape[1], dtype=torch.float32, device=rows.device)
+        return out.index_add_(0, tokens, rows * weights[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, tokens, weights = ctx.saved_tensors
+        grad = grad.index_select(0, tokens)
+        weights_grad = (grad * rows).sum(1)
+        return grad.mul_(weights[:, None]).to(rows.dtype), None, weights_grad, None
 
 
 class SharedMLP(nn.Module):

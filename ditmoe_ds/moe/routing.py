@@ -4,6 +4,8 @@ Shapes: T tokens, E experts, K choices, M takings (a taking is one expert proces
 """
 
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,7 +22,8 @@ class RouterConfig:
     route_scale: float = 1.0
     """Factor on every routed weight."""
     capacity_factor: float | None = None
-    """Token choice: None keeps every token (dropless); otherwise an expert takes at most ceil(factor * T * K / E) of a rank's tokens.
+    """Token choice: None keeps every token (dropless); otherwise an expert takes ceil(factor * T * K / E) of a rank's tokens and no more,
+    and computes as many, taken or not.
     Expert choice: experts per token on average, f_c; None is the model's K."""
     layer_capacity: tuple[float, ...] = ()
     """Expert choice: the capacity factor of each sparse layer, where they differ."""
@@ -59,23 +62,25 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
 
     Returns:
         The assignment and the (T, K) chosen experts, before any capacity drop. Under a capacity factor all first
-        choices rank before all second choices, then earlier tokens before later ones.
+        choices rank before all second choices, then earlier tokens before later ones; every expert has its full
+        capacity of takings, so that shapes are static, those that nobody fills with weight 0.
     """
     tokens, experts = scores.shape
-    weights, chosen = scores.topk(k, dim=-1)
+    weights, chosen = best(scores, k)
     if config.renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * config.route_scale
     flat = chosen.t().reshape(-1)
     order = flat.argsort(stable=True)
     counts = count(flat, experts)
-    assignment = Assignment(order % tokens, weights.t().reshape(-1)[order], counts)
-    if config.capacity_factor is not None:
-        capacity = math.ceil(config.capacity_factor * tokens * k / experts)
-        place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[flat[order]]
-        kept = place < capacity
-        assignment = Assignment(assignment.tokens[kept], assignment.weights[kept], counts.clamp(max=capacity))
-    return assignment, chosen
+    weights = weights.t().reshape(-1)
+    if config.capacity_factor is None:
+        return Assignment(order % tokens, weights[order], counts), chosen
+    place = torch.arange(room(tokens, experts, k * config.capacity_factor), device=order.device)
+    taken = place < counts[:, None]  # (E, C)
+    taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1)]
+    kept = torch.where(taken, weights[taking], 0.0)
+    return Assignment((taking % tokens).view(-1), kept.view(-1), torch.full_like(counts, len(place)), equal=True), chosen
 
 
 def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assignment:
@@ -89,7 +94,7 @@ def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assi
         The assignment; tokens are numbered through the pools. A token may be taken by 0 to E experts.
     """
     pools, tokens, experts = scores.shape
-    weights, chosen = scores.transpose(1, 2).topk(places(tokens, experts, capacity), dim=-1)  # (P, E, C)
+    weights, chosen = best(scores.transpose(1, 2), places(tokens, experts, capacity))  # (P, E, C)
     index = chosen + torch.arange(0, pools * tokens, tokens, device=scores.device)[:, None, None]
     index, weights = (part.transpose(0, 1).reshape(-1) for part in (index, weights))
     if config.renormalise:
@@ -98,15 +103,55 @@ def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assi
     return Assignment(index, weights * config.route_scale, counts, equal=True)
 
 
+_decisions: ContextVar[list[Tensor] | Iterator[Tensor] | None] = ContextVar("decisions", default=None)
+
+
+class Deciding:
+    """While entered, routers keep what they choose in ``kept``; or, ``again``, they choose what is there."""
+
+    def __init__(self, kept: list[Tensor], again: bool):
+        self.kept, self.again = kept, again
+
+    def __enter__(self) -> None:
+        self.before = _decisions.set(iter(self.kept) if self.again else self.kept)
+
+    def __exit__(self, *error: object) -> None:
+        _decisions.reset(self.before)
+
+
+def same_decisions() -> tuple[Deciding, Deciding]:
+    """For ``torch.utils.checkpoint``'s ``context_fn``: what backward computes again is routed as it was, however it is rounded."""
+    kept: list[Tensor] = []
+    return Deciding(kept, again=False), Deciding(kept, again=True)
+
+
+def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dimension, and where they are."""
+    made = None if torch.compiler.is_compiling() else _decisions.get()
+    if isinstance(made, Iterator):
+        chosen = next(made)
+    else:
+        chosen = scores.detach().topk(k, dim=-1).indices
+        if made is not None:
+            made.append(chosen)
+    return scores.gather(-1, chosen), chosen
+
+
 def places(tokens: int, experts: int, capacity: float) -> int:
     """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all."""
     return min(max(round(tokens * capacity / experts), 1), tokens)
 
 
-def count(chosen: Tensor, experts: int) -> Tensor:
-    """How often each of ``experts`` occurs in ``chosen``; int64 (E,), without a device-to-host sync."""
+def room(tokens: int, experts: int, capacity: float) -> int:
+    """C, the takings of each expert under token choice with ``capacity`` experts per token: rounded up, at most one of each token."""
+    return min(math.ceil(tokens * capacity / experts), tokens)
+
+
+def count(chosen: Tensor, experts: int, those: Tensor | None = None) -> Tensor:
+    """How often each of ``experts`` occurs in ``chosen``, where ``those`` is true; int64 (E,), without a device-to-host sync."""
     flat = chosen.reshape(-1)
-    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    ones = torch.ones_like(flat) if those is None else those.long()
+    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, ones)
 
 
 def balance_loss(selections: Tensor, mean_scores: Tensor, alpha: float) -> Tensor:

@@ -84,7 +84,7 @@ def _many(arguments: argparse.Namespace) -> int:
             raise ConfigError("--num, --batch", [arguments.num, arguments.batch], "at least 1")
         for path in filter(None, (arguments.run_dir, arguments.autoguidance)):
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)
-            check_expert_parallel(arguments.expert_parallel, experts, world.size, "--expert-parallel")
+            check_expert_parallel(arguments.expert_parallel, experts, world.size, key="--expert-parallel")
 
     def prepare(group: ExpertGroup | None) -> tuple[Run, Run | None, list[Any]]:
         run, weak = _open(arguments, group)
@@ -137,8 +137,8 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         if weak.diffusion != run.diffusion or any(getattr(weak.model.config, key) != getattr(run.model.config, key) for key in same):
             raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
     if arguments.compile:
-        for block in (block for one in runs for block in one.model.blocks):
-            block.compile()  # each by itself: blocks are alike, and so are compiled once
+        for one in runs:
+            one.model.compile_blocks()
     return run, weak
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from ditmoe_ds.distributed.hardware import peak_tflops
-from ditmoe_ds.models.dit import DiTConfig
-from ditmoe_ds.models.sizes import macs
+from ditmoe_ds.models.dit import DiTConfig, Recompute
+from ditmoe_ds.models.sizes import macs, recomputed_macs
 from ditmoe_ds.training.step import Prepared
 
-_macs = lru_cache(macs)
+_macs, _recomputed_macs = lru_cache(macs), lru_cache(recomputed_macs)
 
 
-def throughput(model: DiTConfig, batches: Sequence[Prepared], seconds: float, world: int, bf16: bool, recomputed: bool) -> dict[str, Any]:
+def throughput(
+    model: DiTConfig, batches: Sequence[Prepared], seconds: float, world: int, bf16: bool, recompute: Recompute, tensor: int = 1
+) -> dict[str, Any]:
     """Entries of ``metrics.jsonl`` for one optimizer step.
 
     FLOPs are those of the model: 2 per multiply-accumulate, of active experts alone, with attention, and three times the forward for
@@ -24,21 +26,23 @@ def throughput(model: DiTConfig, batches: Sequence[Prepared], seconds: float, wo
 
     Args:
         batches: this rank's micro-batches.
-        recomputed: whether backward computes every block's forward again.
+        tensor: ranks that share them, by tensor parallelism.
 
     Returns:
         ``images_per_s`` and ``tokens_per_s`` over all ranks, ``tflops`` (10^12 a second) on each rank, ``recompute_tflops`` on top of
         them, ``mfu`` (share of the device's peak; of known devices, in bf16) and ``peak_memory_gb`` (10^9 bytes, of rank 0, so far).
     """
-    images = tokens = forward = 0
+    images = tokens = 0
+    forward = again = 0.0
     for batch in batches:
         seen, text = batch.tokens(model.patch), batch.condition["text"].shape[1] if model.text_width else 0
         images, tokens = images + len(batch.latents), tokens + len(batch.latents) * seen
-        forward += 2 * len(batch.latents) * sum(_macs(model, seen, text))
-    tflops = 3 * forward / seconds / 1e12
-    speed: dict[str, Any] = dict(images_per_s=images * world / seconds, tokens_per_s=tokens * world / seconds, tflops=tflops)
-    if recomputed:
-        speed["recompute_tflops"] = tflops / 3
+        forward += 2 * len(batch.latents) * sum(_macs(model, seen, text)) / tensor
+        again += 2 * len(batch.latents) / tensor * _recomputed_macs(model, seen, text, recompute)
+    tflops, groups = 3 * forward / seconds / 1e12, world // tensor
+    speed: dict[str, Any] = dict(images_per_s=images * groups / seconds, tokens_per_s=tokens * groups / seconds, tflops=tflops)
+    if recompute:
+        speed["recompute_tflops"] = again / seconds / 1e12
     cuda = batches[0].latents.is_cuda
     peak = peak_tflops(torch.cuda.get_device_name()) if cuda and bf16 else None
     if peak:

@@ -1,0 +1,130 @@
+"""What backward computes again, and what torch.compile makes of a block."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from ditmoe_ds.models.attention import Attention
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.init import init_weights
+from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts
+from ditmoe_ds.moe.layer import Combine, Router
+from ditmoe_ds.moe.routing import RouterConfig
+
+TINY = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, experts=4)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def disturbed(**options):
+    """A model without zeros, which would leave most of its gradients zero."""
+    model = DiT(replace(TINY, **options))
+    init_weights(model, 0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
+
+
+def gradients(model):
+    model.zero_grad()
+    out, stats = model(torch.ones(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), return_router=True)
+    (out.square().mean() + stats.mean_scores[:, 0].sum() + stats.z.sum()).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+ROUTINGS = {"token": {}, "capacity": dict(router=RouterConfig(capacity_factor=0.8)), "expert": dict(routing="expert")}
+
+
+@pytest.mark.parametrize("options", ROUTINGS.values(), ids=ROUTINGS)
+def test_recomputed_activations_give_the_same_gradients(options):
+    model = disturbed(**options)
+    kept = gradients(model)
+    for again in (True, "attention"):
+        model.checkpoint_activations = again
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model), kept))
+
+
+def test_what_is_computed_again():
+    """Twice the forward of all, or of attention alone."""
+    model = disturbed()
+    ran = Counter()
+    for name, kind in (("attention", Attention), ("experts", PackedExperts), ("router", Router)):
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.register_forward_pre_hook(lambda module, args, name=name: ran.update([name]))
+    for again, wanted in ((False, (1, 1, 1)), ("attention", (2, 1, 1)), (True, (2, 2, 2))):
+        model.checkpoint_activations = again
+        ran.clear()
+        gradients(model)
+        assert tuple(ran[name] / len(model.blocks) for name in ("attention", "experts", "router")) == wanted
+
+
+@pytest.mark.parametrize("options", ROUTINGS.values(), ids=ROUTINGS)
+def test_what_is_computed_again_is_routed_as_it_was(options):
+    """Whatever the router sees in backward: other experts than the forward's would give another model's gradient."""
+    model = disturbed(**options)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    model.checkpoint_activations = True
+
+    def jolt(module, args):
+        if len(seen) >= len(model.blocks):  # in backward
+            return (args[0] + torch.randn_like(args[0]),)
+        return None
+
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_pre_hook(jolt)
+    gradients(model)
+    first, again = seen[: len(model.blocks)], seen[len(model.blocks) :][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.counts, b.counts) and not torch.equal(a.weights, b.weights)
+
+
+COMPILED = {name: options for name, options in ROUTINGS.items() if name != "token"}
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_blocks_of_static_shapes_are_one_graph(options):
+    """torch.compile finds nothing that it must leave to Python, and compiles blocks that are alike once."""
+    model = disturbed(**options)
+    plain = gradients(model)
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for a, b in zip(gradients(model), plain):
+            torch.testing.assert_close(a, b)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_dropless_token_choice_is_one_graph_with_a_gpus_kernel():
+    router, packed = Router(64, 8, "token", 2, RouterConfig()), PackedExperts(8, 64, 128)
+    for parameter in (*router.parameters(), *packed.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    packed.bfloat16()
+    x = torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def routed(x):
+        assignment, stats = router(x)
+        rows = x.flatten(0, 1).index_select(0, assignment.tokens)
+        rows = ExpertFFN.apply(rows, packed.w1, None, packed.w2, assignment.counts, "grouped", "swiglu")
+        return Combine.apply(rows, assignment.tokens, assignment.weights, 96), stats.z
+
+    leaves, found = [x, *router.parameters(), *packed.parameters()], []
+    torch._dynamo.reset()
+    for compute in (routed, torch.compile(routed, backend="aot_eager", fullgraph=True)):
+        out, z = compute(x)
+        found.append([out, *torch.autograd.grad(out.square().mean() + z, leaves)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
