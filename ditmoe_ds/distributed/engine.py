@@ -6,6 +6,7 @@ for the versions it was tried with. Stage 0 clips by a wrong norm under expert p
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from packaging.version import Version
 from torch import Tensor, nn
@@ -91,7 +93,7 @@ class Engine(DeepSpeedEngine):
             super()._take_model_step(lr_kwargs)
             return
         norm = self._norm_without_zero()
-        if not norm.isfinite():
+        if not math.isfinite(norm):
             self.optimizer.zero_grad()
             self._step_applied = False
             self.skipped_steps += 1
@@ -105,12 +107,15 @@ class Engine(DeepSpeedEngine):
 
     def _norm_without_zero(self) -> Tensor:
         """2-norm of the averaged gradient of the whole model: every expert once, every replicated weight once."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        squares = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # [cut by tensor parallelism][of experts]
         group = None
         for parameter in self.module.parameters():
             if is_moe_param(parameter):
                 group = groups._get_expert_parallel_group(parameter.group_name)
-            squares[int(is_moe_param(parameter))] += parameter.grad.double().square().sum()
+            squares[int(is_model_parallel_parameter(parameter)), int(is_moe_param(parameter))] += parameter.grad.double().square().sum()
+        if self.mpu is not None:
+            dist.all_reduce(squares[1], group=self.mpu.get_model_parallel_group())
+        squares = squares.sum(0)
         if group is not None:
             dist.all_reduce(squares[1:], group=group)
         return squares.sum().sqrt()
@@ -152,7 +157,17 @@ def build(
     if parallel.zero_stage == 3:
         config["zero_optimization"] = _gather_by_layer(model) | config["zero_optimization"]
     _materialise(model, device, torch.bfloat16 if precision == "bf16" else torch.float32, config if parallel.zero_stage == 3 else None)
-    engine = Engine(args=None, model=model, model_parameters=list(model.parameters()), config=config, config_class=DeepSpeedConfig(config))
+    engine = Engine(
+        args=None,
+        model=model,
+        model_parameters=list(model.parameters()),
+        config=config,
+        config_class=DeepSpeedConfig(config, mpu=groups.mpu),
+        mpu=groups.mpu,
+    )
+    if parallel.tensor > 1 and parallel.zero_stage == 3:
+        # takes the experts' norm for one over tensor-parallel ranks, too, as in AutoEP's layers, whose expert-parallel groups hold these
+        engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
@@ -184,7 +199,8 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, par
                 made.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(made.group_name)
             setattr(module, name, made)
         if partition and next(module.parameters(recurse=False), None) is not None:
-            deepspeed.zero.Init(module=module, config_dict_or_path=partition, dtype=dtype)
+            group = groups.mpu and groups.mpu.get_data_parallel_group()
+            deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=partition, dtype=dtype, mpu=groups.mpu)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
 

@@ -1,12 +1,13 @@
 """What of the training state lives on this rank, in terms that no ZeRO stage, EP or world size changes.
 
 A logical tensor is a parameter of the whole model: a dense weight, or the (E, ...) weights of all experts of a layer.
-Whatever the stage, a rank's part of it is one range of its flattened elements; a ``Shard`` is that range with
-views of the fp32 master weights and the optimizer's moments.
+Whatever the stage, a rank's part of it is one range of its flattened elements, or of its tensor-parallel slice's; a
+``Shard`` is that range with views of the fp32 master weights and the optimizer's moments.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 
 from ditmoe_ds.distributed.engine import Engine
-from ditmoe_ds.distributed.topology import ExpertGroup, agreed
+from ditmoe_ds.distributed.topology import ExpertGroup, agreed, data_group, tensor_place
+from ditmoe_ds.slices import Slice
 
 
 @dataclass
@@ -25,11 +27,20 @@ class Shard:
     shape: tuple[int, ...]
     """Of the logical tensor."""
     start: int
-    """Offset of the range in the flattened logical tensor."""
+    """Offset of the range in the flattened logical tensor, or in the flattened ``slice``."""
     master: Tensor
     moments: dict[str, Tensor]
     saved: bool
     """Whether this rank is the one that writes the range to a checkpoint (False for a replica's copy)."""
+    slice: Slice | None
+    """Of the logical tensor, where tensor parallelism cuts it."""
+
+    def read(self, read: Callable[[str, int, Tensor], None], out: Tensor) -> None:
+        """Fill ``out`` with the range, where ``read(name, start, out)`` fills ``out`` with a range of the flattened logical tensor."""
+        if self.slice is None:
+            read(self.name, self.start, out)
+        else:
+            self.slice.gather(self.start, out, partial(read, self.name))
 
 
 def collect(engine: Engine, group: ExpertGroup) -> list[Shard]:
@@ -37,7 +48,7 @@ def collect(engine: Engine, group: ExpertGroup) -> list[Shard]:
     _prepare_moments(engine)
     stage = engine.zero_optimization_stage()
     part = {0: _replicated, 1: _partitioned_optimizer, 2: _partitioned_optimizer, 3: _partitioned_weights}[stage]
-    rank = torch.distributed.get_rank()
+    tensor_rank, tensor_size = tensor_place()
     shards = []
     for name, parameter in engine.module.named_parameters():
         found = part(engine, parameter)
@@ -45,12 +56,17 @@ def collect(engine: Engine, group: ExpertGroup) -> list[Shard]:
             continue
         start, master, moments = found
         local_shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        shape, replica = local_shape, rank
+        shape, replica = list(local_shape), torch.distributed.get_rank(data_group())
         if is_moe_param(parameter):
-            shape = (local_shape[0] * group.size, *local_shape[1:])
+            shape[0] *= group.size
             start += group.rank * torch.Size(local_shape).numel()
             replica = group.replica
-        shards.append(Shard(name, shape, start, master, moments, saved=stage > 0 or replica == 0))
+        cut = getattr(parameter, "tensor_cut", None)
+        if cut:
+            shape[cut.dim] *= tensor_size
+        held = Slice(tuple(shape), cut, tensor_rank, tensor_size) if cut else None
+        saved = (stage > 0 or replica == 0) and (held is not None or tensor_rank == 0)
+        shards.append(Shard(name, tuple(shape), start, master, moments, saved, held))
     return shards
 
 
@@ -64,7 +80,7 @@ def fill(engine: Engine, shards: list[Shard], read: Callable[[str, int, Tensor],
 
     def read_all() -> None:
         for shard in shards:
-            read(shard.name, shard.start, shard.master)
+            shard.read(read, shard.master)
 
     agreed(read_all)
     refresh_weights(engine)

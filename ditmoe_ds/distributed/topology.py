@@ -28,6 +28,8 @@ class ParallelConfig:
     """What ZeRO shards: nothing, optimizer states, + gradients, + weights."""
     expert: int = 1
     """Expert parallelism: ranks that share one set of experts. Divides the experts and the world size."""
+    tensor: int = 1
+    """Tensor parallelism, by megatron-core: ranks that share every attention head's and feed-forward's weights, and see the same images."""
     deepspeed: str = "ds_configs/zero{zero_stage}.json"
     """DeepSpeed's own settings; a relative path is looked up here and beside the installed package."""
 
@@ -132,29 +134,73 @@ def decided(action: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
-def check_expert_parallel(expert: int, experts: int, world: int, key: str = "parallel.expert") -> None:
-    """Refuse an expert-parallel size that does not divide experts and world.
+def check_expert_parallel(expert: int, experts: int, world: int, tensor: int = 1, key: str = "parallel.expert") -> None:
+    """Refuse an expert-parallel size that does not divide experts and processes (tensor-parallel groups of them).
 
     Raises:
         ConfigError: naming ``key`` and sizes that fit.
     """
-    fits = [n for n in range(1, world + 1) if world % n == 0 and max(experts, 1) % n == 0]
+    ranks = world // tensor
+    fits = [n for n in range(1, ranks + 1) if ranks % n == 0 and max(experts, 1) % n == 0]
     if expert not in fits:
-        raise ConfigError(key, expert, f"must divide the {experts} experts and the {world} processes; here one of {fits}")
+        processes = f"{world} processes" if tensor == 1 else f"{ranks} tensor-parallel groups of {tensor} processes"
+        raise ConfigError(key, expert, f"must divide the {experts} experts and the {processes}; here one of {fits}")
 
 
-def expert_group(ep_size: int) -> ExpertGroup:
-    """Make DeepSpeed's expert- and expert-data-parallel groups: consecutive ranks share a set of experts."""
+def check_tensor_parallel(tensor: int, divided: dict[str, int], world: int) -> None:
+    """Refuse a tensor-parallel size that does not divide the model and the world, or cannot be had.
+
+    Args:
+        divided: what of the model it must divide, by what a user calls it.
+
+    Raises:
+        ConfigError: naming sizes that fit, or how to install megatron-core.
+    """
+    counts = {"processes": world} | divided
+    fits = [n for n in range(1, world + 1) if all(count % n == 0 for count in counts.values())]
+    if tensor not in fits:
+        listed = ", ".join(f"{count} {what}" for what, count in counts.items())
+        raise ConfigError("parallel.tensor", tensor, f"must divide {listed}; here one of {fits}")
+    if tensor > 1:
+        try:
+            import ditmoe_ds.distributed.tensor_parallel  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("parallel.tensor", tensor, f"needs megatron-core: pip install 'ditmoe_ds[tensor]' ({error})") from None
+
+
+def expert_group(ep_size: int, tensor: int = 1) -> ExpertGroup:
+    """Make all groups: tensor-parallel ones of consecutive ranks, and DeepSpeed's expert- and expert-data-parallel ones.
+
+    Those that share a set of experts are consecutive among the ranks that have the same place in their tensor-parallel groups.
+    """
     import deepspeed
     from deepspeed.utils import groups
 
     deepspeed.init_distributed()
+    if tensor > 1:
+        from ditmoe_ds.distributed.tensor_parallel import join_groups
+
+        groups.mpu = join_groups(tensor)
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep_size)
+        groups._create_expert_data_and_model_parallel(ep_size, groups.mpu)
     return ExpertGroup(
         ep_size, dist.get_rank(groups._get_expert_parallel_group(name)), dist.get_rank(groups._get_expert_data_parallel_group(name))
     )
+
+
+def data_group() -> dist.ProcessGroup:
+    """The ranks that see other images than this one, and itself: those with the same place in their tensor-parallel groups."""
+    from deepspeed.utils import groups
+
+    return groups._get_data_parallel_group()
+
+
+def tensor_place() -> tuple[int, int]:
+    """This rank's place in its tensor-parallel group, and the group's size."""
+    from deepspeed.utils import bwc, groups
+
+    return bwc.bwc_tensor_model_parallel_rank(groups.mpu), bwc.bwc_tensor_model_parallel_world_size(groups.mpu)
 
 
 def hosts_of_ranks() -> list[str]:
@@ -164,17 +210,23 @@ def hosts_of_ranks() -> list[str]:
     return found
 
 
-def describe_placement(hosts: list[str], ep_size: int) -> str:
-    """One line: where the ranks are, and whether the all-to-all of a group of ``ep_size`` consecutive ranks stays inside a host."""
+def describe_placement(hosts: list[str], ep_size: int, tensor: int = 1) -> str:
+    """One line: where the ranks are, and whether an EP group's all-to-all, and a TP group's all-reduces, stay inside a host."""
     text = f"{len(hosts)} processes on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}"
+    if tensor > 1:
+        whole = all(len(set(hosts[first : first + tensor])) == 1 for first in range(0, len(hosts), tensor))
+        where = "each inside a host" if whole else "over several hosts: every layer's all-reduces cross the network"
+        text += f"; TP groups of {tensor} consecutive ranks, {where}"
     if ep_size == 1:
         return f"{text}; no expert parallelism"
-    spans = max(len(set(hosts[first : first + ep_size])) for first in range(0, len(hosts), ep_size))
+    members = ep_size * tensor
+    spans = max(len(set(hosts[first : first + members])) for first in range(0, len(hosts), members))
+    ranks = f"{ep_size} consecutive ranks" if tensor == 1 else f"{ep_size} ranks, {tensor} apart"
     if spans == 1:
-        return f"{text}; EP groups of {ep_size} consecutive ranks, each inside a host"
-    inside = min(hosts.count(host) for host in hosts)
+        return f"{text}; EP groups of {ranks}, each inside a host"
+    inside = min(hosts.count(host) for host in hosts) // tensor
     return (
-        f"{text}; EP groups of {ep_size} consecutive ranks over {spans} hosts: their all-to-all crosses the network; "
+        f"{text}; EP groups of {ranks} over {spans} hosts: their all-to-all crosses the network; "
         f"parallel.expert up to {inside} can stay inside a host"
     )
 

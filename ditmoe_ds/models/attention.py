@@ -17,22 +17,23 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool):
         super().__init__()
-        self.heads, self.kv_heads, head = heads, kv_heads, dim // heads
-        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head)
-        self.q_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        head_dim = dim // heads
+        self.head_dim, self.group = head_dim, heads // kv_heads
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D). ``angles`` (B or 1, N, head_dim / 2) rotate q and k by their positions (RoPE)."""
-        B, N, D = x.shape
-        heads = self.qkv(x).view(B, N, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        heads = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        kv = heads.shape[1] // (self.group + 2)  # the heads that are here: tensor parallelism deals them out
+        q, k, v = heads.split([self.group * kv, kv, kv], dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads != self.heads)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.group > 1)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -40,7 +41,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, qk_norm: bool):
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
@@ -49,8 +50,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """x (B, N, D) and text (B, T, D) -> (B, N, D); ``mask`` (B, T) is true for tokens, of which each caption has one at least."""
-        B, N, D = x.shape
-        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)
-        k, v = self.kv(text).view(B, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q = self.q(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        k, v = self.kv(text).unflatten(2, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask[:, None, None])
-        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+        return self.proj(out.transpose(1, 2).flatten(2))
