@@ -8,17 +8,21 @@ import json
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
+from megatron.core import parallel_state
 
-from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.distributed.topology import join, leave, tensor_place
 from ditmoe_ds.models.init import InitialWeights
+from ditmoe_ds.models.sizes import SIZES
 from ditmoe_ds.moe import layer
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training import trainer as trainer_module
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.recipe import read_plan, read_recipe
 from ditmoe_ds.training.trainer import Trainer
 
 real_choice, real_linear = layer.token_choice, torch.nn.functional.linear
@@ -42,16 +46,27 @@ def choice_without_the_last_expert(scores, k, config):
     return real_choice(masked, k, config)
 
 
+def forget_groups(tensor):
+    """A training process has one tensor-parallel size for life; this one may have had another in its last case."""
+    if tensor_place()[1] != tensor:
+        parallel_state.destroy_model_parallel()
+        groups._release_process_group_references()
+
+
 def run(case, world):
     """Train a case to its last step; one that begins from a checkpoint saves what it loaded before it goes on."""
     idle = []
+    if "width" in case:  # the recipe's model, but for its width
+        SIZES.update({name: replace(size, hidden=case["width"], heads=2) for name, size in SIZES.items()})
     layer.token_choice = choice_without_the_last_expert if case.get("starve") else real_choice
-    plan = read_plan([case["recipe"], *case["overrides"]], world.size)
-    begin = case.get("begin")
+    arguments, begin = [case["recipe"], *case["overrides"]], case.get("begin")
     if begin and world.rank == 0:
-        shutil.copytree(begin, Path(plan.recipe.run_dir) / "checkpoints" / Path(begin).name)
-        (Path(plan.recipe.run_dir) / "checkpoints" / "latest").write_text(Path(begin).name)
+        checkpoints = Path(read_recipe(arguments).run_dir) / "checkpoints"
+        shutil.copytree(begin, checkpoints / Path(begin).name)
+        (checkpoints / "latest").write_text(Path(begin).name)
     dist.barrier()
+    plan = read_plan(arguments, world.size)
+    forget_groups(plan.recipe.parallel.tensor)
     trainer = Trainer(plan, world)
     if begin:
         trainer.save()
@@ -60,6 +75,7 @@ def run(case, world):
             module.register_forward_hook(lambda module, args, out: idle.append(bool((out[0].counts == 0).any())))
     held = [0] * world.size
     dist.all_gather_object(held, sum(shard.master.numel() for shard in trainer.shards if "deepspeed_experts" in shard.name))
+    whole = [shard for shard in trainer.shards if shard.slice is None]
     trainer.engine.train()
     records = []
     while trainer.step < case["steps"]:
@@ -68,11 +84,21 @@ def run(case, world):
             callback(trainer, record)
         records.append(record)
     trainer.loader.close()
+    trainer.saver.finish()
     anywhere = torch.tensor(float(any(idle)))
     dist.all_reduce(anywhere)
-    del trainer
+    group = groups.mpu and groups.mpu.get_tensor_model_parallel_group()
+    alike = not group or all(same_over(group, shard.master) for shard in whole)
+    del trainer, whole
     gc.collect()
-    return dict(records=records, idle=bool(anywhere), held=held)
+    return dict(records=records, idle=bool(anywhere), held=held, accumulation=plan.batch.accumulation, alike=alike)
+
+
+def same_over(group, tensor):
+    """Whether the group's ranks have the same bits."""
+    everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, tensor.contiguous(), group=group)
+    return all(torch.equal(other, tensor) for other in everyone)
 
 
 def main():

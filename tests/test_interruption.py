@@ -41,7 +41,7 @@ def recipe(tmp_path_factory):
 def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe):
     whole, run_dir = recipe.parent / "whole", recipe.parent / "signal"
     output = launch(2, ["-m", "ditmoe_ds.train", recipe])[0][1]
-    assert "2 processes on 1 host; EP groups of 2 consecutive ranks, each inside a host" in output
+    assert "2 processes on 1 host; EP groups of 2 consecutive ranks, each inside a host\nexperts by one GEMM each" in output
     parts = re.search(r"start-up (\S+) s: import (\S+) s, join (\S+) s, build (\S+) s, first step (\S+) s, first batch (\S+) s", output)
     total, *each = map(float, parts.groups())
     assert total == pytest.approx(sum(each), abs=0.3)
@@ -66,6 +66,11 @@ def test_placement():
     across = describe_placement(["a"] * 4 + ["b"] * 4, 8)
     assert "over 2 hosts" in across
     assert "parallel.expert up to 4" in across
+    tensor = describe_placement(["a"] * 4 + ["b"] * 4, 2, tensor=2)
+    assert "TP groups of 2 consecutive ranks, each inside a host; EP groups of 2 ranks, 2 apart, each inside a host" in tensor
+    wide = describe_placement(["a"] * 4 + ["b"] * 4, 4, tensor=2)
+    assert "over 2 hosts" in wide and "parallel.expert up to 2" in wide
+    assert "every layer's all-reduces cross the network" in describe_placement(["a", "b"], 1, tensor=2)
 
 
 def test_a_killed_rank_is_named_and_all_end(recipe):

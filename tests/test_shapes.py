@@ -16,7 +16,10 @@ from latents import write_latents
 from processes import launch
 
 from ditmoe_ds.distributed.checkpoint import Reader
+from ditmoe_ds.distributed.engine import BatchShape
+from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.models.sizes import describe, named_config
+from ditmoe_ds.training.recipe import TrainConfig, cut_batch, read_plan
 
 NAME = "DiT-MoE-Nano/2-4E2A"
 STEPS, HALF, SHORT, LONG = 20, 10, 5, 30
@@ -25,11 +28,12 @@ SHAPES = [(stage, ep, world) for world in WORLDS for ep in (1, 2, 4) if world % 
 VARIANTS = {
     "plain": [f"checkpoint.every={HALF}", f"train.validate_every={STEPS}"],
     "recomputed": ["train.accumulation=2", "train.activation_checkpointing=true"],
+    "attention recomputed": ["train.accumulation=2", "train.activation_checkpointing=attention"],
     "starved": [],
     "bf16": ["train.precision=bf16"],
     "experts choose": ["model.name=EC-DIT-Nano-4E", "data.manifest={folder}/texts", "train.mask_ratio=0.5", "model.router.input=decoupled"],
 }
-BASES = {"recomputed": "accumulated"}
+BASES = {"recomputed": "accumulated", "attention recomputed": "accumulated"}
 """With what a variant is compared, on one process without ZeRO: itself, but recomputed runs with one that keeps its activations."""
 TOLERANCE = {"bf16": 1e-2}
 CASES = [
@@ -110,11 +114,18 @@ def runs(folder):
         for saved, loaded in MOVES:
             if loaded[2] == world and saved[2] in sources:
                 begin = folder / f"plain-{title(*saved)}" / "checkpoints" / f"step_{HALF:08d}"
-                yield case(move_title(saved, loaded), *loaded[:2], f"checkpoint.every={HALF}", "train.validate_every=0", begin=str(begin))
+                overrides = [f"checkpoint.every={HALF}", "train.validate_every=0", "train.elastic=false"]  # balance is counted per pass
+                yield case(move_title(saved, loaded), *loaded[:2], *overrides, begin=str(begin))
 
     def long(world, **more):
         logged = ["checkpoint.every=11", "data.log_samples=true", "data.workers=2"]
         return case(f"long-{world}{len(more)}", 3, 2, *logged, **more | dict(steps=LONG))
+
+    def elastic(stage, ep, world, saved=None):
+        """Six steps; with ``saved``, the processes of another one, the last three of them."""
+        begin = {} if saved is None else dict(begin=str(folder / f"elastic-{saved}" / "checkpoints" / "step_00000003"))
+        overrides = [override.format(folder=folder) for override in VARIANTS["experts choose"]]
+        return case(f"elastic-{world}", stage, ep, *overrides, "checkpoint.every=3", "train.validate_every=0", steps=6, **begin)
 
     accumulated = case(f"accumulated-{title(0, 1, 1)}", 0, 1, "train.accumulation=2", steps=SHORT)
     results, begin = {}, str(folder / "long-20" / "checkpoints" / "step_00000011")
@@ -122,14 +133,17 @@ def runs(folder):
         [
             (1, [*straight(1), *moved(1, {1}), accumulated]),
             (2, [*straight(2), *moved(2, {1, 2}), long(2), long(2, begin=begin)]),
-            (4, [*straight(4), *moved(4, {1, 2, 4}), long(4, begin=begin)]),
-            (2, [*moved(2, {4})]),
-            (1, [*moved(1, {2, 4})]),
+            (4, [*straight(4), *moved(4, {1, 2, 4}), long(4, begin=begin), elastic(3, 2, 4)]),
+            (2, [*moved(2, {4}), elastic(2, 2, 2, saved=4)]),
+            (1, [*moved(1, {2, 4}), elastic(1, 1, 1, saved=2)]),
         ]
     ):
         (folder / "cases.json").write_text(json.dumps(cases))
-        launch(world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"], timeout=1200)
+        ended = launch(
+            world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"], timeout=1200
+        )
         results |= json.loads((folder / f"results{i}.json").read_text())
+        results[f"said {i}"] = ended[0][1]
     return results
 
 
@@ -201,6 +215,40 @@ def test_every_global_batch_has_its_samples_after_a_resume(runs, world):
     for epoch in range(6):
         assert sorted(seen[40 * epoch : 40 * (epoch + 1)]) == [f"train{i:06d}" for i in range(40)]
     assert len({tuple(seen[40 * epoch : 40 * (epoch + 1)]) for epoch in range(6)}) == 6
+
+
+def test_fewer_processes_accumulate(runs, folder):
+    """4 processes, then 2, then 1: the micro-batch of 2 and the global batch of 8 stay, and so does the curve."""
+    assert [runs[f"elastic-{world}"]["accumulation"] for world in (4, 2, 1)] == [1, 2, 4]
+    straight = runs["elastic-4"]["records"][3:]
+    for world in (2, 1):
+        for mine, theirs in zip(runs[f"elastic-{world}"]["records"], straight, strict=True):
+            for key in ("loss", "grad_norm"):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (world, key, mine["step"])
+    assert "2 processes, begun on 4: train.accumulation 1 -> 2, the global batch stays 8\n" in runs["said 3"]
+    assert runs["said 4"].count("1 processes, begun on 4: train.accumulation 1 -> 4") == 1
+
+    def batch(world, *overrides):
+        found = read_plan([str(folder / "recipe.yaml"), f"run_dir={folder / 'elastic-1'}", *overrides], world).batch
+        return found.accumulation, found.micro
+
+    assert [batch(world) for world in (1, 2, 4, 8)] == [(4, 2), (2, 2), (1, 2), (1, 1)]
+    assert batch(1, "train.elastic=false") == (1, 8)
+    assert batch(1, "train.accumulation=2") == (2, 4)  # whoever says so anew is obeyed
+    assert batch(1, "train.global_batch=12") == (1, 12)
+    with pytest.raises(ConfigError, match=r"train.global_batch=8: must divide by 3 processes x 1"):
+        batch(3)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "processes", "world", "passes"),
+    [(1, 8, 4, 2), (1, 4, 8, 1), (4, 8, 16, 2), (4, 8, 32, 1), (4, 8, 64, 1), (2, 8, 6, 4), (3, 8, 6, 4), (2, 4, 4, 2)],
+)
+def test_passes_of_a_step(accumulation, processes, world, passes):
+    """192 images a step; (2, 8, 6): 12 at once before, on 6 processes 32 each, of which 16 are too many."""
+    batch = cut_batch(TrainConfig(1, 192, accumulation), world, processes)
+    assert batch == BatchShape(192, passes, 192 // passes // world)
+    assert world == processes or batch.micro <= 192 // processes // accumulation
 
 
 @cache

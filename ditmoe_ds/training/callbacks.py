@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
-from ditmoe_ds.distributed.topology import World
+from ditmoe_ds.distributed.topology import World, data_group, tensor_place
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -52,14 +52,14 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def share_out(count: int) -> tuple[list[int], int]:
-    """Deal 0..count over the ranks, equally many to each since every forward is collective.
+    """Deal 0..count over the ranks that see different images, equally many to each since every forward is collective.
 
     Returns:
-        This rank's items, and for how many of them (the first) it answers; the rest are repetitions.
+        This rank's items, and for how many of them (the first) it answers; the rest are repetitions, or a tensor-parallel peer's.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = list(range(rank, count, world))
-    return mine + [0] * (-(-count // world) - len(mine)), len(mine)
+    rank, ranks = dist.get_rank(data_group()), dist.get_world_size(data_group())
+    mine = list(range(rank, count, ranks))
+    return mine + [0] * (-(-count // ranks) - len(mine)), len(mine) if tensor_place()[0] == 0 else 0
 
 
 class Validation:
@@ -132,8 +132,8 @@ class SampleGrid:
         with trainer.ema.applied(trainer.engine):
             latents = sample_latents(trainer, items, [self.asked[i] for i in items])
         trainer.engine.train()
-        everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, latents)
+        everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size(data_group()))]
+        dist.all_gather(everyone, latents, group=data_group())
         if self.vae is None:
             return
         try:

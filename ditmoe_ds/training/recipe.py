@@ -4,16 +4,17 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ditmoe_ds import config
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
-from ditmoe_ds.distributed.checkpoint import CheckpointConfig
+from ditmoe_ds.distributed.checkpoint import CheckpointConfig, newest_index
 from ditmoe_ds.distributed.ema import EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, offloads, read_ds_config
-from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
+from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel
 from ditmoe_ds.distributed.weights import Weights, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
@@ -21,8 +22,9 @@ from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
 from ditmoe_ds.latents.text import load_text_encoder, text_width
-from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.dit import DiTConfig, Recompute
 from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.moe.routing import RouterConfig
 
 
@@ -52,14 +54,19 @@ class TrainConfig:
     """Images per optimizer step, over all ranks."""
     accumulation: int = 1
     """Forward-backward passes per optimizer step."""
+    elastic: bool = True
+    """A run that goes on with other processes takes the fewest passes in which no rank computes more images at once than before."""
     seed: int = 0
     """Of initial weights, order of samples, noise, times and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mask_ratio: float = 0.0
     """Share of the patches left out of each step, 0 to 0.75: cheaper steps; end a run with some at 0."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward instead of keeping its activations."""
+    activation_checkpointing: Recompute = False
+    """What backward computes again instead of keeping it: whole blocks (true), or attention alone, so that no token is sent and no
+    expert computed twice."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; the first steps wait for it."""
     validate_every: int = 1000
     """Steps between validation losses; 0 for never."""
     validate_samples: int = 512
@@ -109,7 +116,10 @@ class Plan:
     manifests: tuple[Manifest, ...]
     """Of ``data.manifest`` and of what is mixed in."""
     model: DiTConfig
+    begun_on: int
+    """Processes for which ``train.accumulation`` was chosen; a tensor-parallel group counts as one, here as in ``batch``."""
     batch: BatchShape
+    """As the processes that there are now cut it."""
     ds_config: dict[str, Any]
     weights: Weights | None
     """What training starts from; None for new weights."""
@@ -174,6 +184,7 @@ class Plan:
                 latents["text"] = dict(encoder=data.text_encoder, max_tokens=data.text_max_tokens, sha256=None)
         return dict(
             recipe=asdict(self.recipe),
+            processes=self.begun_on,
             data_sha256=self.data_digest(),
             model=asdict(self.model),
             diffusion=asdict(self.recipe.diffusion),
@@ -189,16 +200,15 @@ AT_LEAST_1 = dict(
 )
 
 
-def read_plan(arguments: list[str], world: int) -> Plan:
-    """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
+def read_recipe(arguments: list[str]) -> Recipe:
+    """Read ``RECIPE.yaml [key=value ...]`` and check what needs neither data nor processes.
 
     Raises:
-        ConfigError, DataError: with the key, the value and the fix.
+        ConfigError: with the key, the value and the fix.
     """
     if not arguments:
         raise ConfigError("recipe", None, "name a recipe, for example recipes/digits.yaml")
     recipe = config.load(Recipe, arguments[0], arguments[1:])
-    train = recipe.train
     for section, keys in AT_LEAST_1.items():
         for key in keys:
             value = getattr(getattr(recipe, section), key)
@@ -206,19 +216,65 @@ def read_plan(arguments: list[str], world: int) -> Plan:
                 raise ConfigError(f"{section}.{key}", value, "must be at least 1")
     if recipe.data.workers < 0:
         raise ConfigError("data.workers", recipe.data.workers, "must be at least 0, which loads in the training process")
-    if not 0 <= train.mask_ratio <= 0.75:
-        raise ConfigError("train.mask_ratio", train.mask_ratio, "must be from 0 to 0.75")
+    if not 0 <= recipe.train.mask_ratio <= 0.75:
+        raise ConfigError("train.mask_ratio", recipe.train.mask_ratio, "must be from 0 to 0.75")
     decays = recipe.ema.decays
     if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
         raise ConfigError("ema.decays", list(decays), "list different decays in [0, 1), at least one, for example [0.9999, 0.999]")
-    parts = world * train.accumulation
+    return recipe
+
+
+def cut_batch(train: TrainConfig, processes: int, begun_on: int, called: str = "processes") -> BatchShape:
+    """How processes cut the global batch, where a tensor-parallel group counts as one.
+
+    Args:
+        begun_on: those for which ``train.accumulation`` was chosen; on others it becomes the least with which no rank computes more images
+            at once than on those.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+    accumulation = train.accumulation
+    if processes != begun_on and train.global_batch % processes == 0:
+        images, most = train.global_batch // processes, train.global_batch // (begun_on * accumulation)
+        accumulation = next(n for n in range(1, images + 1) if images % n == 0 and images // n <= most)
+    parts = processes * accumulation
     if train.global_batch % parts:
         near = max(train.global_batch // parts, 1) * parts
-        fix = f"must divide by {world} processes x {train.accumulation} accumulation steps; {near} does"
+        fix = f"must divide by {processes} {called} x {accumulation} accumulation steps; {near} does"
         raise ConfigError("train.global_batch", train.global_batch, fix)
+    return BatchShape(train.global_batch, accumulation, train.global_batch // parts)
+
+
+def _begun_on(recipe: Recipe, processes: int) -> int:
+    """Processes for which the recipe's accumulation was chosen: those that a run began on, unless the recipe now cuts another way."""
+    saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
+    if saved is None or "processes" not in saved:
+        return processes
+    before = saved["recipe"]["train"]
+    same = all(before[key] == getattr(recipe.train, key) for key in ("global_batch", "accumulation"))
+    return saved["processes"] if same else processes
+
+
+def read_plan(arguments: list[str], world: int) -> Plan:
+    """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
+
+    Raises:
+        ConfigError, DataError: with the key, the value and the fix.
+    """
+    recipe = read_recipe(arguments)
+    train = recipe.train
     weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
     named = _network_of(weights, recipe) if weights else named_network(recipe.model)
-    check_expert_parallel(recipe.parallel.expert, named.experts if named.routing != "dense" else 0, world)
+    tensor = recipe.parallel.tensor
+    check_tensor_parallel(tensor, divided(named), world)
+    if tensor > 1 and has_biased_experts(named):
+        fix = "experts with biases, as upcycled from a dense DiT, are not cut; set 1 and spread them with parallel.expert"
+        raise ConfigError("parallel.tensor", tensor, fix)
+    check_expert_parallel(recipe.parallel.expert, named.experts if named.routing != "dense" else 0, world, tensor)
+    processes = world // tensor
+    begun_on = _begun_on(recipe, processes)
+    batch = cut_batch(train, processes, begun_on, "processes" if tensor == 1 else "tensor-parallel groups")
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
@@ -238,8 +294,7 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
         fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
-    batch = BatchShape(train.global_batch, train.accumulation, train.global_batch // parts)
-    plan = Plan(recipe, manifests, model, batch, ds_config, weights)
+    plan = Plan(recipe, manifests, model, begun_on, batch, ds_config, weights)
     if weights:
         _check_encoders(plan, weights.description["latents"])
     return plan

@@ -24,6 +24,7 @@ from ditmoe_ds.distributed.topology import (
     AgreedError,
     World,
     agreed,
+    data_group,
     decided,
     describe_placement,
     expert_group,
@@ -34,6 +35,8 @@ from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
+from ditmoe_ds.models.tensor_plan import tensor_plan
+from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
@@ -55,15 +58,25 @@ class Trainer:
         self.conditioner = agreed(lambda: plan.conditioner(world.device))
         self.objective = make_objective(recipe.diffusion)
 
-        group = expert_group(recipe.parallel.expert)
+        group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
+        self.data_group = data_group()
         self.hosts = hosts_of_ranks()
         if world.rank == 0:
-            print(describe_placement(self.hosts, group.size), flush=True)
+            print(describe_placement(self.hosts, group.size, recipe.parallel.tensor), flush=True)
+            if plan.model.experts and plan.model.routing != "dense":
+                dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+                print(f"experts by {KERNELS[fastest_kernel(world.device, dtype, plan.model.equal_load)]}", flush=True)
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
         initial = plan.weights or InitialWeights(model, train.seed)
         model.checkpoint_activations = train.activation_checkpointing
+        if recipe.parallel.tensor > 1:
+            from ditmoe_ds.distributed import tensor_parallel
+
+            tensor_parallel.cut(model, *tensor_plan(model))
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
+        if train.compile:
+            model.compile_blocks()
         self.shards = shards.collect(self.engine, group)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
@@ -79,9 +92,9 @@ class Trainer:
             recipe.data,
             seed=train.seed,
             global_batch=train.global_batch,
-            accumulation=train.accumulation,
-            rank=world.rank,
-            world=world.size,
+            accumulation=plan.batch.accumulation,
+            rank=dist.get_rank(self.data_group),
+            world=dist.get_world_size(self.data_group),
             consumed=self.samples_seen,
             prepare=Preparation(
                 train.seed,
@@ -112,7 +125,7 @@ class Trainer:
 
     def train_step(self) -> Record:
         """One optimizer step over the global batch. Returns its entry of ``metrics.jsonl``. Collective."""
-        train, start = self.plan.recipe.train, time.monotonic()
+        train, accumulation, start = self.plan.recipe.train, self.plan.batch.accumulation, time.monotonic()
         clock.start()
         lr = train.optimizer.lr_at(self.step)
         for parameters in self.engine.optimizer.param_groups:
@@ -120,7 +133,7 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # three losses, and whether this rank was asked to stop
         selections = takers = torch.zeros((), dtype=torch.int64, device=self.device)
         per_batch = []
-        loaded: list[Prepared] = [next(self.loader) for _ in range(train.accumulation)]
+        loaded: list[Prepared] = [next(self.loader) for _ in range(accumulation)]
         waited = time.monotonic() - start
         batches = [batch.to(self.device, self.conditioner) for batch in loaded]
         for batch in batches:
@@ -130,7 +143,7 @@ class Trainer:
                 self.engine.backward(loss.total)
             with clock("optimizer"):
                 self.engine.step()
-            sums[:3] += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / train.accumulation
+            sums[:3] += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / accumulation
             selections, takers = selections + loss.selections, takers + loss.takers
             per_batch.append(loss.diffusion)
         applied = self.engine.was_step_applied()
@@ -155,7 +168,15 @@ class Trainer:
             epoch=self.samples_seen / len(self.dataset),
             seconds=dict(total=seconds, data=waited) | parts,
         )
-        record |= throughput(self.plan.model, batches, seconds, self.world.size, train.precision == "bf16", train.activation_checkpointing)
+        record |= throughput(
+            self.plan.model,
+            batches,
+            seconds,
+            self.world.size,
+            train.precision == "bf16",
+            train.activation_checkpointing,
+            self.plan.recipe.parallel.tensor,
+        )
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
@@ -170,8 +191,9 @@ class Trainer:
 
     def _keys(self, batches: list[Prepared]) -> list[str]:
         """Of the global batch, in its order. Collective."""
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, [[self.dataset.key(i) for i in batch.samples.tolist()] for batch in batches])
+        everyone: list[Any] = [None] * dist.get_world_size(self.data_group)
+        mine = [[self.dataset.key(i) for i in batch.samples.tolist()] for batch in batches]
+        dist.all_gather_object(everyone, mine, group=self.data_group)
         return [key for micro in zip(*everyone, strict=True) for keys in micro for key in keys]
 
     def _skip(self, record: Record, batches: list[Prepared]) -> None:
@@ -212,6 +234,11 @@ class Trainer:
         self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {reader.folder}", flush=True)
+            batch, before = self.plan.batch, self.plan.recipe.train.accumulation
+            if batch.accumulation != before:
+                begun = f"{dist.get_world_size(self.data_group)} processes, begun on {self.plan.begun_on}"
+                kept = f"the global batch stays {batch.global_batch}"
+                print(f"{begun}: train.accumulation {before} -> {batch.accumulation}, {kept}", flush=True)
 
     def _check_same_run(self, reader: checkpoint.Reader) -> None:
         for part in ("model", "diffusion"):
@@ -260,6 +287,7 @@ class Trainer:
             deepspeed=deepspeed.__version__,
             device=cuda or platform.processor() or platform.machine(),
             processes=self.world.size,
+            accumulation=self.plan.batch.accumulation,
             hosts=self.hosts,
             job=os.environ.get("SLURM_JOB_ID"),
             threads=torch.get_num_threads(),
