@@ -11,6 +11,11 @@ from ditmoe_ds.training.startup import Startup
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 when done or interrupted (then ``interrupted.json`` is in the run directory), 2 after one line about
     a user's mistake."""
+    arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    if any(argument.startswith("dry_run=") for argument in arguments):
+        from ditmoe_ds.planning.dry_run import main as dry_run
+
+        return dry_run(arguments)
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
@@ -18,7 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     from ditmoe_ds.launching.facts import old_locks
     from ditmoe_ds.training.recipe import read_plan
 
-    arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     startup.lap("import")
 
     def train(world: World) -> None:

@@ -110,6 +110,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shapes: ((4, 12, 12),) -> ((4, 8, 8),)"]),
         (["data.mix=[{{manifest: {odd}, weight: 0}}]"], ["data.mix[0].weight=0", "at least 1"]),
         (["train.accumulation=3"], ["train.global_batch=8", "3 accumulation"]),
+        (["parallel.tensor=3"], ["parallel.tensor=3", "1 processes, 4 heads", "256 hidden units", "[1]"]),
         (["parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
         (["parallel.deepspeed=none.json"], ["parallel.deepspeed", "none.json", "no such file"]),
         (["parallel.deepspeed=ds_configs/zero3.json", "parallel.zero_stage=1"], ["parallel.zero_stage=1", "stage 3"]),
@@ -132,6 +133,34 @@ def test_other_mistakes(recipe, overrides, words):
     with pytest.raises(UserError) as caught:
         read_plan([str(recipe), *(override.format(odd=odd) for override in overrides)], world=1)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "world, overrides, words",
+    [
+        (8, ["parallel.tensor=8"], ["parallel.tensor=8", "8 processes, 4 heads", "[1, 2, 4]"]),
+        (8, ["parallel.tensor=4", "model.name=EC-DIT-Nano-4E"], ["parallel.tensor=4", "2 heads of k and v", "[1, 2]"]),
+        (6, ["parallel.tensor=4"], ["parallel.tensor=4", "6 processes", "[1, 2]"]),
+        (8, ["parallel.tensor=4", "parallel.expert=4"], ["parallel.expert=4", "2 tensor-parallel groups of 4", "[1, 2]"]),
+        (8, ["parallel.tensor=2", "train.global_batch=6"], ["train.global_batch=6", "4 tensor-parallel groups", "4 does"]),
+        (2, ["parallel.tensor=2", "model.weights={biased}", "model.name=null"], ["parallel.tensor=2", "upcycled", "parallel.expert"]),
+    ],
+)
+def test_tensor_parallel_sizes(recipe, world, overrides, words):
+    biased = recipe.parent / "biased"
+    if not biased.exists():
+        write_weights(biased, random_weights(replace(SPARSE, num_classes=10, expert_activation="gelu"))[1], "fp32")
+    with pytest.raises(ConfigError) as caught:
+        read_plan([str(recipe), *(override.format(biased=biased) for override in overrides)], world)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_without_megatron_core(recipe, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ditmoe_ds.distributed.tensor_parallel", raising=False)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(ConfigError, match=r"parallel.tensor=2: needs megatron-core: pip install 'ditmoe_ds\[tensor\]'"):
+        read_plan([str(recipe), "parallel.tensor=2"], world=2)
 
 
 @pytest.mark.parametrize(

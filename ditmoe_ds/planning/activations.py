@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ditmoe_ds.models.dit import DiTConfig
-from ditmoe_ds.moe.routing import places
+from ditmoe_ds.models.dit import DiTConfig, Recompute
+from ditmoe_ds.moe.routing import places, room
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class MicroBatch:
         if model.routing == "expert":
             pools, pool = (1, self.tokens) if model.router.pool == "microbatch" else (self.images, self.patches)
             return pools * model.experts * places(pool, model.experts, capacity)
-        return round(self.tokens * capacity * min(model.router.capacity_factor or 1.0, 1.0))
+        if model.router.capacity_factor is not None:
+            return model.experts * room(self.tokens, model.experts, capacity * model.router.capacity_factor)
+        return round(self.tokens * capacity)
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,25 @@ class Activations:
         return self.kept + self.recomputed + self.working
 
 
-def activations(batch: MicroBatch, recompute: bool) -> Activations:
-    """Of one micro-batch; with ``recompute`` only every block's input is kept, and one block at a time is whole."""
+def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
+    """Of one micro-batch; of what is recomputed only the input is kept, and one block's at a time is whole."""
     model = batch.model
     layers = [block(batch, layer) for layer in range(model.depth)]
     outside = _outside(batch)
-    if recompute:
+    names = ("attention", "text", "shared", "experts", "feed-forward")
+    again = names if recompute is True else ("attention", "text") if recompute else ()
+    parts = {name: sum(layer.get(name, 0) for layer in layers) for name in names if name not in again}
+    recomputed = 0.0
+    if again:
         inputs = batch.size * batch.tokens * model.hidden
-        whole = max(layers, key=lambda parts: sum(parts.values()))
-        kept, recomputed = float(model.depth * inputs), sum(whole.values()) - inputs
-        parts = {"inputs of blocks": kept} | {f"one block's {name}": amount for name, amount in whole.items()}
-        parts["one block's attention"] -= inputs
-    else:
-        parts = {name: sum(layer.get(name, 0) for layer in layers) for name in ("attention", "text", "shared", "experts", "feed-forward")}
-        kept, recomputed = sum(parts.values()), 0.0
+        parts["inputs of blocks"] = float(model.depth * inputs)
+        fullest = max(([layer.get(name, 0) for name in again] for layer in layers), key=sum)
+        whole = {f"one block's {name}": amount for name, amount in zip(again, fullest, strict=True)}
+        whole["one block's attention"] -= inputs
+        recomputed = sum(whole.values())
+    kept = sum(parts.values())
+    if again:
+        parts |= whole
     parts = {name: amount for name, amount in parts.items() if amount} | {"outside of blocks": outside}
     exchange = 2 * batch.size * model.hidden * max((batch.rows(layer) for layer in sparse_layers(model)), default=0) if batch.ep > 1 else 0
     return Activations(kept + outside, recomputed, _working(batch), exchange, parts)
@@ -103,10 +110,10 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
         own_input = size == 2 or decoupled  # else the router keeps the same tensor
         parts["shared"] = size * batch.tokens * (own_input * D + 4 * model.shared * D)
     hidden = (2 if model.expert_activation == "swiglu" else 1) * model.expert_width
-    # its row, first product, in fp32 the output and the weighted output; token, order, choice and weight
-    taking = size * (D + hidden) + 8 * D + 28
+    # its row, first product, output; token, order, choice and weight
+    taking = size * (2 * D + hidden) + 28
     if batch.ep > 1:
-        taking += size * D + 8  # the output before it is sorted by origin
+        taking += 16  # the order in which rows arrive and leave
     parts["experts"] = batch.rows(layer) * taking
     return parts
 
@@ -132,11 +139,12 @@ def _working(batch: MicroBatch) -> float:
         rows, gated, experts = max(map(batch.rows, routed)), model.expert_activation == "swiglu", model.experts // batch.ep
         matrix, edge = size * D * experts * model.expert_width, size * rows * D
         hidden = size * rows * model.expert_width / (1 if batch.cuda else experts)  # of what is computed at once
-        combined = 8 * rows * D  # outputs in fp32, plain and weighted, which went before
-        # the activation again and its backward beside the gradient of w2; then the gradients of both matrices and of the rows
-        activation = matrix + edge + (7 if gated else 3) * hidden
-        both = (2 + gated) * matrix + 2 * edge + (1 + gated) * hidden
-        moments = [combined + 4 * batch.tokens * D, activation - combined, both - combined]
+        # outputs weighted again in fp32; the activation again and its backward; then the gradients of both matrices and of the rows,
+        # when the outputs are gone
+        combined = 8 * rows * D + 4 * batch.tokens * D
+        activation = edge + (7 if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
+        both = (2 + gated) * matrix + 2 * edge + (2 + gated) * hidden
+        moments = [combined, activation - edge, both - edge]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
 
 

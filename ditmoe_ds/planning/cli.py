@@ -36,19 +36,22 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--text-tokens", type=int, help="of a caption, for models with text; default: the data's, else 77")
     for assumed in fields(Assumptions):
         plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumed; see docs/scaling.md")
-    plan.add_argument("--json", action="store_true")
+    form = plan.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--comment", action="store_true", help="in two lines, as the recipes' headers have it")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.planning.job import Assumptions, Cluster
     from ditmoe_ds.planning.plan import Plan
     from ditmoe_ds.planning.recipe import own_shape, read_job, stages
-    from ditmoe_ds.planning.report import as_json, as_text
+    from ditmoe_ds.planning.report import as_comment, as_json, as_text
     from ditmoe_ds.planning.search import search
 
     for option in ("nodes", "gpus_per_node", "text_tokens"):
-        if (getattr(arguments, option) or 1) < 1 or getattr(arguments, option) == 0:
-            raise ConfigError(f"--{option.replace('_', '-')}", getattr(arguments, option), "must be at least 1")
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", value, "must be at least 1")
     shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
     for name, share in shares.items():
         if not 0 <= share <= 1 or (name in ("mfu", "link") and not share) or (name == "margin" and share == 1):
@@ -65,6 +68,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     plans = search(job, cluster, known.values(), plan.assumptions, arguments.objective)
     if arguments.json:
         print(json.dumps(as_json(plan, plans, arguments.objective), indent=1))
+    elif arguments.comment:
+        print(as_comment(plan, plans, arguments.objective))
     else:
         print(as_text(plan, plans, arguments.objective, f"{Path(arguments.recipe).stem} on {arguments.gpu}"))
     return 0

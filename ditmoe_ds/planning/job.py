@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ditmoe_ds.distributed.hardware import Gpu
-from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.dit import DiTConfig, Recompute
 from ditmoe_ds.models.sizes import parameter_shapes
 
 
@@ -56,7 +56,7 @@ class Shape:
     stage: int
     ep: int
     micro: int
-    recompute: bool
+    recompute: Recompute
     bucket: int = 0
     """DeepSpeed's ``reduce_bucket_size``, in elements."""
     persistent: int = 0

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from ditmoe_ds.distributed.memory import Memory, training_memory
-from ditmoe_ds.models.sizes import macs
+from ditmoe_ds.models.sizes import macs, recomputed_macs
 from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
@@ -123,7 +123,9 @@ class Plan:
 
     @property
     def recompute_flops(self) -> float:
-        return self.flops / 3 if self.shape.recompute else 0.0
+        job = self.job
+        again = recomputed_macs(job.model, job.patches, job.text, self.shape.recompute)
+        return 2.0 * again * self.shape.micro * self.accumulation
 
     @cached_property
     def seconds(self) -> dict[str, float]:

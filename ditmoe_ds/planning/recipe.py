@@ -3,13 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ditmoe_ds import config
 from ditmoe_ds.distributed.engine import offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.planning.job import Cluster, Job, Shape
-from ditmoe_ds.training.recipe import Recipe, named_network
+from ditmoe_ds.training.recipe import Recipe, cut_batch, named_network, read_recipe
 
 
 def read_job(arguments: list[str], image_size: int | None, text_tokens: int | None) -> tuple[Recipe, Job]:
@@ -22,15 +21,10 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
     """
-    recipe = config.load(Recipe, arguments[0], arguments[1:])
+    recipe = read_recipe(arguments)
     train = recipe.train
     if recipe.model.weights is not None:
         raise ConfigError("model.weights", recipe.model.weights, "a plan goes by the network alone: give its model.name instead")
-    for key in ("steps", "global_batch", "accumulation"):
-        if getattr(train, key) < 1:
-            raise ConfigError(f"train.{key}", getattr(train, key), "must be at least 1")
-    if not 0 <= train.mask_ratio <= 0.75:
-        raise ConfigError("train.mask_ratio", train.mask_ratio, "must be from 0 to 0.75")
     model = named_network(recipe.model)
     if (Path(recipe.data.manifest) / "manifest.json").is_file():
         manifest = Manifest.load(recipe.data.manifest)
@@ -72,11 +66,9 @@ def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape
     Raises:
         ConfigError: the batch or the experts do not divide by the cluster.
     """
-    train, parts = recipe.train, cluster.world * recipe.train.accumulation
-    if train.global_batch % parts:
-        near = max(train.global_batch // parts, 1) * parts
-        fix = f"must divide by {cluster.world} processes x {train.accumulation} accumulation steps; {near} does"
-        raise ConfigError("train.global_batch", train.global_batch, fix)
+    if recipe.parallel.tensor > 1:
+        raise ConfigError("parallel.tensor", recipe.parallel.tensor, "the planner does not count tensor parallelism yet; plan with 1")
     check_expert_parallel(recipe.parallel.expert, job.model.experts if job.model.routing != "dense" else 0, cluster.world)
-    micro = train.global_batch // parts
-    return replace(known[recipe.parallel.zero_stage], ep=recipe.parallel.expert, micro=micro, recompute=train.activation_checkpointing)
+    micro = cut_batch(recipe.train, cluster.world, cluster.world).micro
+    recompute = recipe.train.activation_checkpointing
+    return replace(known[recipe.parallel.zero_stage], ep=recipe.parallel.expert, micro=micro, recompute=recompute)

@@ -1,11 +1,14 @@
-"""A plan and a search in words and as JSON: the same numbers."""
+"""A plan and a search in words, in a comment and as JSON: the same numbers."""
 
 from dataclasses import asdict, replace
 from typing import Any
 
+from ditmoe_ds.models.dit import Recompute
 from ditmoe_ds.models.sizes import describe
 from ditmoe_ds.planning.plan import Plan
 from ditmoe_ds.planning.search import Objective, best, pareto
+
+RECOMPUTED: dict[Recompute, str] = {False: "nothing", "attention": "attention", True: "blocks"}
 
 
 def overrides(plan: Plan) -> str:
@@ -65,14 +68,30 @@ def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str) -> 
     return "\n".join(lines)
 
 
+def as_comment(plan: Plan, plans: list[Plan], objective: Objective) -> str:
+    """For a recipe's header, about two lines."""
+    fit = "" if plan.fits else "; DOES NOT FIT"
+    words = [
+        f"{plan.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} a GPU{fit}; {plan.step_seconds:.3f} s a step, "
+        f"{plan.images_per_second:,.0f} images/s, MFU {plan.mfu:.0%}; "
+        f"{plan.job.steps:,} steps in {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
+    ]
+    chosen = best(plans, objective)
+    if chosen and chosen.step_seconds < 0.99 * plan.step_seconds:
+        words.append(f"the search's best, {chosen.step_seconds:.3f} s: {overrides(chosen)}")
+    return "\n".join(f"#   {line}" for line in words)
+
+
 def _memory(plan: Plan) -> list[str]:
     lines = [f"{'GB on a GPU, ' + plan.when:<42}{'':>8}"]
     lines += [f"  {name:<40}{amount / 1e9:>8.2f}" for name, amount in plan.memory.items() if amount]
     margin = plan.cluster.gpu.memory * plan.assumptions.margin
     verdict = "fits" if plan.fits else f"DOES NOT FIT: {(plan.peak - plan.usable) / 1e9:.2f} GB too much"
     lines.append(f"  {'peak':<40}{plan.peak / 1e9:>8.2f}  of {plan.usable / 1e9:.1f} (less {margin:.1f} of margin): {verdict}")
-    other = replace(plan, shape=replace(plan.shape, recompute=not plan.shape.recompute))
-    lines.append(f"  activations {'without' if plan.shape.recompute else 'with'} checkpointing{other.activations.peak / 1e9:>19.2f}")
+    for recompute, words in RECOMPUTED.items():
+        if recompute != plan.shape.recompute:
+            other = replace(plan, shape=replace(plan.shape, recompute=recompute))
+            lines.append(f"  {f'activations, recomputing {words}':<40}{other.activations.peak / 1e9:>8.2f}")
     return lines
 
 
@@ -112,7 +131,7 @@ def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
     )
     for other in pareto(fitting, objective):
         shape = other.shape
-        row = f"  {shape.stage:>5}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{'yes' if shape.recompute else 'no':>11}"
+        row = f"  {shape.stage:>5}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{RECOMPUTED[shape.recompute]:>11}"
         row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{other.step_seconds:>9.3f}{other.images_per_second:>8,.0f}"
         lines.append(row + f"{other.gpu_hours:>13,.0f}")
     if chosen := best(plans, objective):

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
+from ditmoe_ds.models.dit import Recompute
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape
 from ditmoe_ds.planning.plan import Plan
 
@@ -17,7 +18,7 @@ def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shap
     for stage in stages:
         for ep in (n for n in range(1, cluster.world + 1) if cluster.world % n == 0 and max(experts, 1) % n == 0):
             for micro in (n for n in range(1, images + 1) if images % n == 0):
-                for recompute in (False, True):
+                for recompute in get_args(Recompute):
                     yield replace(stage, ep=ep, micro=micro, recompute=recompute)
 
 

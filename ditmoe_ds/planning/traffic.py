@@ -6,9 +6,11 @@ weights gathered, for forward and again for backward. A ring of g ranks sends (g
 or to reduce and scatter it, twice that to all-reduce it. Averages of the weights travel nowhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ditmoe_ds.models.dit import Recompute
 from ditmoe_ds.planning.activations import MicroBatch, sparse_layers
 
 
@@ -25,7 +27,7 @@ class Traffic:
 
 
 def step_traffic(
-    batch: MicroBatch, accumulation: int, recompute: bool, stage: int, world: int, per_node: int, weights: dict[str, float]
+    batch: MicroBatch, accumulation: int, recompute: Recompute, stage: int, world: int, per_node: int, weights: dict[str, float]
 ) -> list[Traffic]:
     """Of all micro-batches of a step and the optimizer.
 
@@ -55,17 +57,16 @@ def step_traffic(
             if stage:
                 add("gather weights", "alone", 1)
     if ep > 1:
-        # forward takes tokens to their experts and back, so does backward, and what is recomputed
-        rows = (
-            (4 + 2 * recompute) * accumulation * size * batch.model.hidden * sum(batch.rows(layer) for layer in sparse_layers(batch.model))
-        )
+        times = 6 if recompute is True else 4  # forward takes tokens to their experts and back, so does backward, and what is recomputed
+        rows = sum(batch.rows(layer) for layer in sparse_layers(batch.model))
+        sent = times * accumulation * size * batch.model.hidden * rows
         near, far = exchange_shares(world, ep, per_node)
-        found.append(Traffic("exchange tokens", "alone", rows * near, rows * far))
+        found.append(Traffic("exchange tokens", "alone", sent * near, sent * far))
     return found
 
 
 @lru_cache
-def crossing(ranks: range, groups: int, per_node: int) -> float:
+def crossing(ranks: Sequence[int], groups: int, per_node: int) -> float:
     """Share of the hops of rings over ``ranks``, and over the same shifted by 1 to ``groups`` - 1, that leave a node."""
     if len(ranks) == 1:
         return 0.0

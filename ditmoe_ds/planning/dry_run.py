@@ -1,0 +1,105 @@
+"""``ditmoe train RECIPE dry_run=8x8``: what one rank would allocate and send in a step, counted where the plan computes it.
+
+The real model and DeepSpeed's real engine run on tensors without memory, in one process, on any machine. The load of the experts
+is even. Not counted, as in a plan: what kernels and NCCL take for themselves, and fragmentation; ``Assumptions.margin`` stands for them.
+"""
+
+import gc
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from ditmoe_ds.distributed.engine import read_ds_config
+from ditmoe_ds.distributed.hardware import GPUS
+from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.planning.counting import GATHERED, Count, CountOnMeta
+from ditmoe_ds.planning.fake_world import balance, fake_world
+from ditmoe_ds.planning.job import Cluster
+from ditmoe_ds.planning.plan import Plan
+from ditmoe_ds.planning.recipe import own_shape, read_job, stages
+from ditmoe_ds.planning.rehearsal import Rehearsal
+from ditmoe_ds.planning.report import overrides
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0, or 2 after one line about a user's mistake, such as a run that does not fit.
+
+    Args:
+        arguments: ``RECIPE.yaml dry_run=NODESxGPUS[@GPU] [key=value ...]``.
+    """
+    asked = next(argument for argument in arguments if argument.startswith("dry_run="))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        dry_run(asked.removeprefix("dry_run="), [argument for argument in arguments if argument != asked])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def dry_run(where: str, arguments: list[str]) -> None:
+    """Print the report.
+
+    Raises:
+        ConfigError: a mistake in ``where`` or the recipe, or the run does not fit.
+    """
+    cluster = cluster_of(where)
+    recipe, job = read_job(arguments, None, None)
+    plan = Plan(job, cluster, own_shape(recipe, job, cluster, stages(recipe.parallel)))
+    count = CountOnMeta(cluster.per_node)
+
+    torch.set_num_threads(max(job.model.experts, 1))  # on a CPU experts are taken so many at a time, on a GPU all at once
+    # The last rank owns the last weights, and at stages 1 and 2 allots their gradients first, beside all activations. At stage 3
+    # the ranks are alike, and compare notes with rank 0, which here only rank 0 can.
+    rank = 0 if plan.shape.stage == 3 else cluster.world - 1
+    with fake_world(rank, cluster.world):
+        rehearsal = Rehearsal(recipe, job.model, job.text, read_ds_config(recipe.parallel), count)
+        balance(rehearsal.engine.module)
+        rehearsal.step()  # ZeRO-3 learns the order of the layers
+        gc.collect()
+        count.start()
+        rehearsal.step()
+    print(report(f"{Path(arguments[0]).stem} as rank {rank} of {where}", plan, count))
+    if count.peak > plan.usable:
+        fix = f"out of memory: {count.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} usable, in {count.when}; "
+        raise ConfigError("dry_run", where, fix + f"ditmoe plan {arguments[0]} --nodes {cluster.nodes} tells what fits")
+
+
+def cluster_of(where: str) -> Cluster:
+    """``8x8`` or ``8x8@h200-141gb``. Raises ConfigError."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@(.+))?", where)
+    if not match or (match[3] or "h100-80gb") not in GPUS:
+        raise ConfigError("dry_run", where, f"write NODESxGPUS or NODESxGPUS@GPU, as 8x8@h100-80gb; GPUs are {', '.join(GPUS)}")
+    return Cluster(GPUS[match[3] or "h100-80gb"], int(match[1]), int(match[2]))
+
+
+def report(title: str, plan: Plan, count: Count) -> str:
+    """Counted and planned, side by side."""
+    job, planned = plan.job, dict(plan.memory)
+    text = f" and {job.text} of text" if job.text else ""
+    lines = [f"{title}: {overrides(plan)}, micro-batch {plan.shape.micro}, {job.patches} tokens an image{text}", ""]
+    lines.append(f"{'GB on a GPU at the peak':<34}{'dry run':>9}{'plan':>9}")
+    rows = {name: (float(count.at_peak[name]), planned.pop(name)) for name in ("weights", "optimizer", "EMA", GATHERED)}
+    rows["gradients and activations"] = count.peak - sum(counted for counted, _ in rows.values()), sum(planned.values())
+    lines += [_row(name, *pair) for name, pair in rows.items() if any(pair)]
+    lines.append(_row("peak", count.peak, plan.peak, compare=True))
+    made = ", ".join(f"{amount / 1e9:.2f} in {name}" for name, amount in count.at_peak.items() if amount and name not in rows)
+    lines.append(f"  in {count.when}; planned {plan.when}; gradients and activations made: {made}")
+    lines += ["", f"{'GB that a GPU sends in a step':<34}{'dry run':>9}{'plan':>9}"]
+    words = {"reduce": "reduce gradients", "gather": "gather weights", "exchange": "exchange tokens"}
+    for purpose, name in words.items():
+        flows = [flow for flow in plan.traffic if flow.kind.startswith(purpose)]
+        for link, amount in (("in node", sum(flow.in_node for flow in flows)), ("across", sum(flow.across for flow in flows))):
+            if count.sent[purpose, link] or amount:
+                lines.append(_row(f"{name}, {link}", count.sent[purpose, link], amount))
+    everything = sum(flow.in_node + flow.across for flow in plan.traffic)
+    lines.append(_row("all", sum(count.sent.values()), everything, compare=True))
+    return "\n".join(lines)
+
+
+def _row(name: str, counted: float, planned: float, compare: bool = False) -> str:
+    off = f"{planned / counted - 1:>+9.1%}" if compare and counted else ""
+    return f"  {name:<32}{counted / 1e9:>9.2f}{planned / 1e9:>9.2f}{off}"

@@ -1,0 +1,74 @@
+"""A rank's training step as ``training.trainer`` builds and runs it, on latents that mean nothing, to be counted."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ditmoe_ds.diffusion.objectives import make_objective
+from ditmoe_ds.distributed import shards
+from ditmoe_ds.distributed.ema import EMA
+from ditmoe_ds.distributed.engine import BatchShape, build
+from ditmoe_ds.distributed.topology import expert_group
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.planning.counting import Count
+from ditmoe_ds.training.recipe import Recipe
+from ditmoe_ds.training.step import Prepared, compute_loss
+
+
+class Rehearsal:
+    """Real, on the CPU, or without memory if ``count`` is ``CountOnMeta``. Weights are not initialised.
+
+    Args:
+        model: as the data will make it.
+        text: tokens of a caption, for models with text.
+        ds_config: what ``read_ds_config`` returned.
+    """
+
+    def __init__(self, recipe: Recipe, model: DiTConfig, text: int, ds_config: dict[str, Any], count: Count):
+        self.recipe, self.config, self.text, self.count = recipe, model, text, count
+        train, self.objective = recipe.train, make_objective(recipe.diffusion)
+        self.images = train.global_batch // (dist.get_world_size() * train.accumulation)
+        batch = BatchShape(train.global_batch, train.accumulation, self.images)
+        group = expert_group(recipe.parallel.expert)
+        with torch.device("meta"):
+            net = DiT(model, ep_size=group.size)
+        net.checkpoint_activations = train.activation_checkpointing
+        with count:
+            count.kind = "buffers"  # all but what is named below
+            self.engine = build(net, recipe.parallel, train.optimizer, batch, train.precision, ds_config, torch.device("cpu"))
+            self.shards = shards.collect(self.engine, group)
+            self.ema = EMA(self.shards, recipe.ema)
+            self.engine.train()
+        parts = [getattr(parameter, "ds_tensor", None) for parameter in net.parameters()]
+        count.become("weights", [*(part for part in parts if part is not None), *net.parameters(), *net.buffers()])
+        count.become("optimizer", [tensor for shard in self.shards for tensor in (shard.master, *shard.moments.values())])
+        count.become("EMA", [average for averages in self.ema.averages.values() for average in averages])
+
+    def step(self) -> None:
+        """One optimizer step: every micro-batch forward and backward, the optimizer, the averages."""
+        with self.count:
+            for _ in range(self.recipe.train.accumulation):
+                self.count.kind = "forward"
+                loss = compute_loss(self.engine, self.objective, self._batch(), self.config).total
+                self.count.kind = "backward"
+                self.engine.backward(loss)
+                del loss
+                self.count.kind = "optimizer's step"
+                self.engine.step()
+            assert self.engine.was_step_applied()
+            self.ema.update()
+
+    def _batch(self) -> Prepared:
+        model, images = self.config, self.images
+        latents = torch.randn(images, model.in_channels, model.input_size, model.input_size)
+        told: dict[str, Tensor] = dict(y=torch.zeros(images, dtype=torch.long))
+        if model.text_width:
+            text = torch.randn(images, self.text, model.text_width, dtype=torch.bfloat16)
+            told = dict(text=text, mask=torch.ones(images, self.text, dtype=torch.bool))
+        keep = None
+        if ratio := self.recipe.train.mask_ratio:
+            kept = model.tokens - round(model.tokens * ratio)
+            keep = torch.arange(kept).expand(images, kept)
+        return Prepared(latents, told, torch.rand(images), torch.randn_like(latents), torch.zeros(images), keep)

@@ -1,0 +1,92 @@
+"""A dry run is held against real processes, and against the plan."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT, launch
+
+from ditmoe_ds import train
+
+G = "recipes/dit_moe_g2_16e2a_256.yaml"
+WORKER = ROOT / "tests" / "dry_run_worker.py"
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """{mode and rank: {case: what was counted}} of 2 real processes and of rank 0 in dry runs."""
+    folder = tmp_path_factory.mktemp("dry_run")
+    for stage in (1, 2, 3):  # buckets and threshold as small against this model as the shipped ones against large models
+        zero = dict(stage=stage, contiguous_gradients=True, overlap_comm=True, reduce_bucket_size=100_000, allgather_bucket_size=100_000)
+        zero |= dict(stage3_param_persistence_threshold=1000) if stage == 3 else {}
+        (folder / f"zero{stage}.json").write_text(json.dumps(dict(zero_optimization=zero)))
+    common = [str(ROOT / G), f"parallel.deepspeed={folder}/zero{{zero_stage}}.json", "parallel.expert=2", "train.global_batch=8"]
+    common += ["train.accumulation=2", "train.activation_checkpointing=true"]
+    cases = {
+        f"stage {stage}": [*common, "model.name=EC-DIT-Nano-4E", f"parallel.zero_stage={stage}", "train.mask_ratio=0.5"]
+        for stage in (1, 2, 3)
+    }
+    cases["tokens choose"] = [*common, "model.name=DiT-MoE-Nano/2-4E2A"]
+    launch(2, [WORKER, "real", folder, json.dumps(cases)])
+    launch(1, [WORKER, "dry", folder, json.dumps(cases)])
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("real0", "real1", "dry0")}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_dry_run_counts_what_a_real_rank_does(counted, stage):
+    """What is sent to the byte; and the allocator, and who hands collectives on, see the same."""
+    real, dry = counted["real0"][f"stage {stage}"], counted["dry0"][f"stage {stage}"]
+    assert (dry["sent"], dry["when"]) == (real["sent"], real["when"])
+    assert dry["peak"] == pytest.approx(real["peak"], rel=2e-3)
+    assert 1 < real["allocator"] / real["peak"] < 1.35  # with what kernels on a CPU take for themselves, and gloo has not let go of yet
+    for kind in ("weights", "optimizer", "EMA", "forward"):
+        assert dry["at_peak"][kind] == real["at_peak"][kind] > 0
+    kinds = {"gradients": "reduce across", "weights": "gather across", "all_to_all": "exchange across"}
+    for kind, name in kinds.items():
+        assert real["sent"][name] == pytest.approx(real["passed_on"][kind])
+        assert real["passed_on"][kind] > 0
+
+
+def test_tokens_that_choose_are_spread_evenly(counted):
+    """Real ones are not, so that the fullest layer of a rank holds more than in a dry run."""
+    dry, *real = (counted[name]["tokens choose"] for name in ("dry0", "real0", "real1"))
+    assert dry["sent"]["exchange across"] == pytest.approx(sum(rank["sent"]["exchange across"] for rank in real) / 2, rel=0.05)
+    assert dry["sent"]["gather across"] == real[0]["sent"]["gather across"]
+    assert 0.85 < dry["peak"] / max(rank["peak"] for rank in real) < 1
+
+
+@pytest.mark.slow
+def test_it_is_told_what_does_not_fit():
+    """As a user does, in a process of its own."""
+    command = [sys.executable, "-m", "ditmoe_ds.train", G, "model.name=DiT-MoE-XL/2-8E2A", "parallel.zero_stage=2", "parallel.expert=8"]
+    found = subprocess.run([*command, "dry_run=1x8@a100-40gb"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert re.fullmatch(r"error: dry_run='1x8@a100-40gb': out of memory: \d+\.\d GB of 36.0 usable.*", found.stderr.splitlines()[-1])
+    assert "train.activation_checkpointing=false, micro-batch 128" in found.stdout
+
+
+def test_the_recipe_of_16_billion_is_as_planned():
+    found = subprocess.run([sys.executable, "-m", "ditmoe_ds.train", G, "dry_run=8x8"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    off = [float(percent) for percent in re.findall(r"([+-]\d+\.\d)%", found.stdout)]
+    assert len(off) == 2  # of the peak and of what is sent
+    assert max(map(abs, off)) < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["dry_run=3x8", "parallel.expert=8"], "train.global_batch=1024: must divide by 24 processes x 1"),
+        (["dry_run=8x8", "parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
+        (["dry_run=64"], "dry_run='64': write NODESxGPUS"),
+        (["dry_run=8x8@h1000"], "dry_run='8x8@h1000': write NODESxGPUS"),
+        (["dry_run=8x8", "parallel.deepspeed=ds_configs/zero3_offload.json"], "parallel.deepspeed="),
+    ],
+)
+def test_mistakes(capsys, arguments, told):
+    assert train.main([G, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {told}")
+    assert not out and err.count("\n") == 1
