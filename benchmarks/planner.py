@@ -3,7 +3,7 @@
 python benchmarks/planner.py [--out planner.json]
 
 Each point is a fresh group of processes on the CPU: the real engine with DeepSpeed, masters, an average and optimizer steps on
-random latents. Memory is the sum of the tensor allocator's own events (``torch.profiler``), from before the model is built;
+random latents. Memory is every storage while somebody holds it, from before the model is built;
 traffic is counted where ``torch.distributed`` hands it to a process group. The largest need 4 GB and minutes.
 """
 
@@ -23,17 +23,17 @@ import torch
 import torch.distributed as dist
 from report import hardware, publish
 
-from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import shards
-from ditmoe_ds.distributed.ema import EMA, EMAConfig
-from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
+from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.hardware import GPUS
-from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
-from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.distributed.topology import ParallelConfig, join, leave
+from ditmoe_ds.latents.loader import DataConfig
 from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.planning.counting import Count
 from ditmoe_ds.planning.job import Cluster, Job, Shape
 from ditmoe_ds.planning.plan import Plan
-from ditmoe_ds.training.step import Prepared, compute_loss
+from ditmoe_ds.planning.rehearsal import Rehearsal
+from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig
 
 TEXT = 16
 """Tokens of a caption."""
@@ -87,36 +87,6 @@ def _nbytes(tensors: Any) -> int:
     return sum(_nbytes(tensor) for tensor in tensors) if isinstance(tensors, list) else 0
 
 
-class Run:
-    """A model in training as ``training.trainer`` builds it, on random latents."""
-
-    def __init__(self, case: dict[str, Any]):
-        self.case, self.config, self.objective = case, case_model(case), make_objective(DiffusionConfig())
-        parallel, group = ParallelConfig(case["stage"], case["ep"]), expert_group(case["ep"])
-        with torch.device("meta"):
-            model = DiT(self.config, ep_size=group.size)
-        model.checkpoint_activations = case["recompute"]
-        batch = BatchShape(case["accumulation"] * dist.get_world_size() * case["micro"], case["accumulation"], case["micro"])
-        settings = case_settings(case)
-        self.engine = build(model, parallel, OptimizerConfig(), batch, case["precision"], settings, torch.device("cpu"))
-        self.shards = shards.collect(self.engine, group)
-        shards.fill(self.engine, self.shards, lambda name, start, out: out.normal_(std=0.02))
-        self.ema = EMA(self.shards, EMAConfig())
-        self.engine.train()
-
-    def step(self) -> None:
-        for _ in range(self.case["accumulation"]):
-            images = self.case["micro"]
-            latents = torch.randn(images, 4, self.config.input_size, self.config.input_size)
-            told: dict[str, torch.Tensor] = dict(y=torch.zeros(images, dtype=torch.long))
-            if self.config.text_width:
-                told = dict(text=torch.randn(images, TEXT, self.config.text_width), mask=torch.ones(images, TEXT, dtype=torch.bool))
-            batch = Prepared(latents, told, torch.rand(images), torch.randn_like(latents), torch.zeros(images), None)
-            self.engine.backward(compute_loss(self.engine, self.objective, batch, self.config).total)
-            self.engine.step()
-        self.ema.update()
-
-
 def case(**given: Any) -> dict[str, Any]:
     """A point to plan and to measure; ``fields`` are those of the model that differ from the named one's."""
     common = dict(world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000)
@@ -135,25 +105,28 @@ def case_settings(case: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def rehearse(case: dict[str, Any], count: Count) -> Rehearsal:
+    """A case in training, from random weights. Collective."""
+    torch.manual_seed(dist.get_rank())
+    images = dist.get_world_size() * case["micro"] * case["accumulation"]
+    train = TrainConfig(1, images, case["accumulation"], precision=case["precision"], activation_checkpointing=case["recompute"])
+    recipe = Recipe(ModelConfig(), DataConfig(""), train, "", ParallelConfig(case["stage"], case["ep"]))
+    rehearsal = Rehearsal(recipe, case_model(case), TEXT, case_settings(case), count)
+    shards.fill(rehearsal.engine, rehearsal.shards, lambda name, start, out: out.normal_(std=0.02))
+    return rehearsal
+
+
 def work(case: dict[str, Any]) -> dict[str, Any]:
-    """Train on this rank; bytes at the peak of the last step, and that it sent in it."""
-    sent, steps = Sent(), 3  # ZeRO-3 learns the order of modules in the first
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run = Run(case)
-        for _ in range(steps - 1):
-            run.step()
-        gc.collect()  # else it depends on luck whether DeepSpeed's cycles of an earlier step are still there
-        sent.bytes.clear()
-        with torch.profiler.record_function("last step"):
-            run.step()
-    events = profile.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == "last step")
-    now = peak = 0
-    for moment, amount in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        now += amount
-        if moment >= begin:
-            peak = max(peak, now)
-    return dict(peak=peak, sent=dict(sent.bytes))
+    """Train on this rank; bytes at the peak of the third step, and that it sent in it."""
+    sent, count = Sent(), Count(per_node=case["world"])
+    rehearsal = rehearse(case, count)
+    for _ in range(2):  # ZeRO-3 learns the order of modules in the first
+        rehearsal.step()
+    gc.collect()  # else it depends on luck whether DeepSpeed's cycles of an earlier step are still there
+    sent.bytes.clear()
+    count.start()
+    rehearsal.step()
+    return dict(peak=count.peak, sent=dict(sent.bytes))
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -183,13 +156,13 @@ def plan_of(case: dict[str, Any]) -> Plan:
 
 
 def compare(case: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """(planned, measured): ``peak`` of the fullest rank, ``sent`` by kind, the mean over ranks."""
+    """(planned, measured): ``peak`` and ``sent`` by kind, means over ranks, among which the plan takes the load to be even."""
     plan, sent = plan_of(case), {}
     for kind, word in (("gradients", "reduce"), ("weights", "gather"), ("all_to_all", "exchange")):
         planned = sum(flow.in_node + flow.across for flow in plan.traffic if flow.kind.startswith(word))
         sent[kind] = planned, sum(report["sent"].get(kind, 0) for report in reports) / len(reports)
     peaks = [report["peak"] for report in reports]
-    return dict(peak=(plan.peak, max(peaks)), least=min(peaks), sent=sent)
+    return dict(peak=(plan.peak, sum(peaks) / len(peaks)), ranks=(min(peaks), max(peaks)), sent=sent)
 
 
 def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -202,8 +175,8 @@ def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         planned, counted = (sum(pair[i] for pair in row["sent"].values()) for i in (0, 1))
         peak, measured = row["peak"]
         words = [f"{point['model']}, {fields}", *(str(point[key]) for key in ("stage", "ep", "world", "micro", "accumulation"))]
-        words += ["yes" if point["recompute"] else "no", point["precision"], f"{peak / 1e6:.1f}"]
-        words += [f"{row['least'] / 1e6:.1f}-{measured / 1e6:.1f}", f"{peak / measured - 1:+.1%}"]
+        words += [{False: "no", True: "blocks"}.get(point["recompute"], "attention"), point["precision"], f"{peak / 1e6:.1f}"]
+        words += ["-".join(f"{each / 1e6:.1f}" for each in row["ranks"]), f"{peak / measured - 1:+.1%}"]
         words += [f"{planned / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{planned / counted - 1:+.1%}"]
         lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Speed of a training step: sparse models beside dense ones of equal active FLOPs, and the trainer beside a plain PyTorch loop.
 
-python benchmarks/train_step.py [--models NAME ...] [--plain DiT-XL/2] [--stage 2] [--write]
+python benchmarks/train_step.py [--models NAME ...] [--plain DiT-XL/2] [--stage 2] [--compile] [--write]
 
 One process, the real trainer on random latents. Without a GPU the models are small, and peers take turns.
 --write puts the tables under "Measured" in train_step.md.
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--plain", default="DiT-XL/2" if GPU else "DiT-S/4", help="the dense model of the plain loop; none: leave it out")
     parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
     parser.add_argument("--stage", type=int, default=2, help="of ZeRO")
+    parser.add_argument("--compile", action="store_true", help="compare the models with compiled blocks, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4 if GPU else 2, help="of a peer in a round")
     parser.add_argument("--write", action="store_true", help="put the figures into train_step.md")
@@ -182,7 +183,7 @@ def main() -> None:
         write_latents(folder / "texts", 1, 256, text=(77, 1280) if GPU else (16, 64))
         runs = itertools.count()
 
-        def make(name: str, change: dict[str, Any]) -> Trainer:
+        def make(name: str, change: dict[str, Any], compiled: bool = False) -> Trainer:
             micro = min(MICRO[named_config(name).hidden], arguments.images) if GPU else arguments.images
             settings = {
                 "model.name": name,
@@ -190,6 +191,7 @@ def main() -> None:
                 "train.global_batch": arguments.images,
                 "train.accumulation": arguments.images // micro,
                 "train.precision": precision,
+                "train.compile": compiled,
                 "parallel.zero_stage": arguments.stage,
                 "run_dir": folder / f"run{next(runs)}",
             }
@@ -198,6 +200,9 @@ def main() -> None:
         if arguments.plain != "none":
             compare_loops(page, make, arguments.plain, arguments.rounds, arguments.steps)
         compare_models(page, make, arguments.models, arguments.rounds, arguments.steps)
+        if arguments.compile:
+            page.add("", "`train.compile=true`, sparse and dense:")
+            compare_models(page, partial(make, compiled=True), arguments.models, arguments.rounds, arguments.steps)
         leave()
 
 
