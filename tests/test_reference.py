@@ -54,8 +54,10 @@ def test_guided_forward(name):
 def test_loss_and_gradients(name):
     fixture, tolerance = read(name)
     model = load_reference(fixture["checkpoint"], **fixture["arguments"]).train()
-    if fixture["half_precision_qk"]:  # round q and k as the reference does: its small gradients are then ours to 2e-5, not 6e-3
-        tolerance = 2e-5
+    if fixture["half_precision_qk"]:
+        # Round q and k as the reference does: its small gradients are then ours to 1e-5, not 6e-3. On another CPU, or with a last
+        # bit of x changed, a few values in a thousand round to the next half: then to 6e-4.
+        tolerance = 1e-3
         for block in model.blocks:
             block.attn.q_norm.register_forward_hook(lambda module, args, out: out.half().float())
             block.attn.k_norm.register_forward_hook(lambda module, args, out: out.half().float())
@@ -134,7 +136,16 @@ def test_an_unknown_tensor_is_named():
         load_reference(weights, **fixture["arguments"])
 
 
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    torch.save({"ema": {"x": Path("x")}}, tmp_path / "evil.pt")
+    torch.save({"ema": {"x": Evil(tmp_path / "touched")}}, tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match="weights alone"):
         load_reference(tmp_path / "evil.pt", top_k=2, num_heads=4, num_classes=10, input_size=8)
+    assert not (tmp_path / "touched").exists()

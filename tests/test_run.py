@@ -27,7 +27,7 @@ from ditmoe_ds.training.recipe import Recipe
 STEPS = 8
 
 
-def train(recipe, world, *overrides, check=True, timeout=200):
+def train(recipe, world, *overrides, check=True, timeout=600):
     return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=timeout, check=check)
 
 
@@ -226,9 +226,8 @@ def test_every_element_is_saved_once(straight):
 
 def test_other_data_is_refused(straight, folder, recipe):
     other = write_latents(folder / "other", train=45, val=7, vae=folder / "vae")
-    both = train(recipe, 2, f"run_dir={straight[0]}", f"data.manifest={other}", "train.steps=20", check=False)
-    assert all(code == 2 and "Traceback" not in output for code, output in both)
-    assert "not the data that run_dir" in both[0][1]
+    [(code, output)] = train(recipe, 1, f"run_dir={straight[0]}", f"data.manifest={other}", "train.steps=20", check=False)
+    assert code == 2 and "Traceback" not in output and "not the data that run_dir" in output
 
 
 def test_sample_and_analyze(straight, folder, capsys):

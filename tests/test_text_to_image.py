@@ -162,7 +162,7 @@ def recipe(folder):
 
 
 def train(recipe, world, *overrides, **options):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=200, **options)
+    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=600, **options)
 
 
 def metrics(run):

@@ -39,8 +39,12 @@ KERNELS = {"grouped": "one grouped GEMM", "batched": "one batched GEMM", "each":
 
 
 def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str:
-    """Of ``KERNELS``, as measured (docs/log.md): no grouped GEMM beats a GEMM each on a CPU, and on a GPU torch has one for bf16 alone."""
-    return "batched" if equal else "grouped" if device.type == "cuda" and dtype == torch.bfloat16 else "each"
+    """Of ``KERNELS``. On a CPU no grouped GEMM beats a GEMM each (docs/log.md); of GPUs torch has one for Hopper and Blackwell and bf16
+    alone, elsewhere it asks the device where each expert's rows end, in every product, and does a GEMM each."""
+    if equal:
+        return "batched"
+    fused = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return "grouped" if fused else "each"
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -117,15 +121,11 @@ def split(x: Tensor, counts: Tensor, kernel: str) -> list[Part]:
     if kernel == "grouped":
         return [Part(slice(None), slice(None), counts.cumsum(0).to(torch.int32))]
     if kernel == "batched":
-        step, rows = len(counts) if x.is_cuda else cores(), len(x) // len(counts)
+        at_once = x.is_cuda or torch.compiler.is_compiling()  # a compiler cannot ask for the threads, and joins elementwise parts itself
+        step, rows = len(counts) if at_once else torch.get_num_threads(), len(x) // len(counts)
         return [Part(slice(e * rows, (e + step) * rows), slice(e, e + step), None) for e in range(0, len(counts), step)]
     ends = counts.cumsum(0).tolist()
     return [Part(slice(start, end), slice(e, e + 1), None) for e, (start, end) in enumerate(zip([0, *ends], ends))]
-
-
-@torch.compiler.assume_constant_result
-def cores() -> int:
-    return torch.get_num_threads()
 
 
 def multiply(x: Tensor, matrices: Tensor, ends: Tensor | None) -> Tensor:

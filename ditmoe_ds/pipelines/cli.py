@@ -138,7 +138,7 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
             raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
     if arguments.compile:
         for one in runs:
-            one.model.compile_blocks()
+            one.model.compile_blocks(graphs=one.device.type == "cuda" and arguments.expert_parallel == 1)
     return run, weak
 
 
