@@ -3,7 +3,8 @@
 python benchmarks/moe_layer.py [--sizes S B] [--experts 8 16 32 64] [--tokens 2048] [--repeats 3] [--write]
 
 Widths of the named sizes, SwiGLU experts 4 D wide, top-2, images of 256 tokens. Outputs and input gradients are checked equal
-first; then the layers take turns. --write puts the tables under "Measured" in moe_layer.md.
+first; then the layers take turns. A second table says from a profile what the floor and our layer spend their time on.
+--write puts the tables under "Measured" in moe_layer.md.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import torch
 from moe_peers import Weights, autoep, deepspeed, floor, loop, megatron, ours
 from report import Layer, Page, measure
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from ditmoe_ds.models.sizes import SIZES
 
 IMAGE = 256
 PEERS = (loop, deepspeed, autoep, megatron)
+GEMMS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::_grouped_mm")
 TITLES = {"loop": "loop", "deepspeed": "DeepSpeed", "autoep": "AutoEP", "megatron": "megatron-core"}
 
 
@@ -51,6 +54,18 @@ def equal_layers(choice: str, weights: Weights, x: Tensor) -> tuple[dict[str, La
     return layers, absent
 
 
+def profiled(layer: Layer, x: Tensor, repeats: int) -> tuple[float, float]:
+    """Milliseconds of GEMMs, and of everything else, in a forward and backward: operators' own time, on a GPU kernels'."""
+    upward = torch.randn_like(x)
+    with torch.profiler.profile() as profile:
+        for _ in range(repeats):
+            torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward)
+    own = "self_device_time_total" if x.is_cuda else "self_cpu_time_total"
+    events = [event for event in profile.key_averages() if event.device_type == DeviceType.CPU]  # not the kernels once more
+    rows = [(event.key in GEMMS, getattr(event, own) / repeats / 1e3) for event in events]
+    return sum(time for gemm, time in rows if gemm), sum(time for gemm, time in rows if not gemm)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
@@ -66,6 +81,7 @@ def main() -> None:
     page.add("", "Milliseconds of forward and backward, each other layer's as a multiple of ours; and peak MiB beside weights and input.")
     page.table("width", "experts", "choice", "floor", "ours", "ours / floor", *TITLES.values(), "MiB: floor", "ours", *TITLES.values())
     reasons: dict[tuple[str, str], str] = {}
+    spent: list[tuple[object, ...]] = []
     for size in arguments.sizes:
         dim = SIZES[size].hidden
         x = torch.randn(arguments.tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
@@ -79,6 +95,17 @@ def main() -> None:
                 ratios = [f"{figures[name][0] / own:.2f}" if name in figures else "-" for name in TITLES]
                 taken = [f"{figures[name][1] / 2**20:,.0f}" if name in figures else "-" for name in ("floor", "ours", *TITLES)]
                 page.row(size, experts, choice, f"{1e3 * first:.1f}", f"{1e3 * own:.1f}", f"{own / first:.2f}", *ratios, *taken)
+                dense, sparse = (profiled(layer, x, arguments.repeats) for layer in (floor(weights), layers["ours"]))
+                moved = 3 * (weights.w1.nbytes + weights.w2.nbytes) / 1e9
+                spent.append(
+                    (size, experts, choice, *(f"{part:.1f}" for part in (*dense, *sparse)), f"{sparse[0] / dense[0]:.2f}", f"{moved:.2f}")
+                )
+    page.add(
+        "", "Milliseconds of GEMMs and of the rest; and GB of weights that ours reads in forward and in backward, and writes as gradients."
+    )
+    page.table("width", "experts", "choice", "floor: GEMMs", "rest", "ours: GEMMs", "rest", "GEMMs, ours / floor", "GB")
+    for row in spent:
+        page.row(*row)
     page.add("", *(f"- {TITLES[name]}, {choice} choice: {reason}" for (choice, name), reason in reasons.items()))
 
 
