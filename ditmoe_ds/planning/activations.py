@@ -134,7 +134,8 @@ def _outside(batch: MicroBatch) -> float:
 def _working(batch: MicroBatch) -> float:
     """The most that one block's backward takes beyond what was kept, which it frees as it goes."""
     model, size, D = batch.model, batch.size, batch.model.hidden
-    width = max(4 * D, *(round(model.capacity(layer) * model.expert_width) for layer in model.sparse_layers)) / batch.tensor
+    widths = [4 * D, *(round(model.capacity(layer) * model.expert_width) for layer in model.sparse_layers)]
+    width = max(widths) / batch.tensor
     hidden: float = size * batch.tokens * width
     edge = size * batch.tokens * D
     moments = [size * D * width + edge + hidden]  # of a dense feed-forward: the gradient of w2, and of what it multiplied
