@@ -75,7 +75,7 @@ class Count(TorchDispatchMode):
         out = self.run(func, args, kwargs or {})
         if func.namespace == "c10d":
             self._send(func._opname, args)
-        elif allocates(func) and (kwargs or {}).get("device") != torch.device("meta"):
+        elif allocates(func) and not asks_for_meta(func, args, kwargs or {}):
             # whole weights are copied out of what was gathered
             gathered = func is aten.cat.default and self._kind_of(args[0][0]) == GATHERED
             for tensor in tensors_in(out):
@@ -149,6 +149,11 @@ class CountOnMeta(Count):
         if creates(func) or (on_meta and kwargs.get("device") is not None):
             kwargs = kwargs | dict(device=torch.device("meta"))
         return func(*args, **kwargs)
+
+
+def asks_for_meta(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a meta tensor is wanted of what is none; autograd names the device of what it converts back to another dtype."""
+    return kwargs.get("device") == torch.device("meta") and not (func is aten._to_copy.default and args[0].is_meta)
 
 
 @cache

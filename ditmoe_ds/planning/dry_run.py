@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     """
     asked = next(argument for argument in arguments if argument.startswith("dry_run="))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", module="megatron.core")  # advice about a GPU's streams
     try:
         dry_run(asked.removeprefix("dry_run="), [argument for argument in arguments if argument != asked])
     except UserError as error:

@@ -1,6 +1,6 @@
 """One way to train on one cluster: its memory, traffic and time on a rank."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -151,8 +151,7 @@ class Plan:
         """Of one step, by part; they add up to ``step_seconds``."""
         gpu, assumed = self.cluster.gpu, self.assumptions
         peak = gpu.tflops * 1e12 * assumed.mfu * (1 if self.job.precision == "bf16" else 0.5)
-        compute = (self.flops + self.recompute_flops + self.alike_flops) / peak
-        forward = self.flops / 3 / peak + self.alike_flops / (4 if self.shape.recompute is True else 3) / peak
+        forward, compute = self.flops / 3 / peak, (self.flops + self.recompute_flops) / peak
         window = {"forward": forward, "backward": compute - forward, "last backward": (compute - forward) / self.accumulation, "alone": 0.0}
         waits = dict.fromkeys(window, 0.0)
         tokens = {"exchange tokens": 0.0, "sum tokens": 0.0}
@@ -164,7 +163,24 @@ class Plan:
                 waits[flow.phase] += seconds
         exposed = sum(max(0.0, waits[phase] - assumed.overlap * window[phase]) for phase in window)
         exchange, sums = tokens.values()
-        return dict(arithmetic=compute, exchange=exchange, sums=sums, zero=exposed, optimizer=self._optimizer_seconds)
+        alike = self.alike_flops / peak + self._alike_memory_seconds
+        return dict(arithmetic=compute, alike=alike, exchange=exchange, sums=sums, zero=exposed, optimizer=self._optimizer_seconds)
+
+    @property
+    def _memory_rate(self) -> float:
+        """Bytes a second."""
+        return self.cluster.gpu.memory_bandwidth * 1e9 * self.assumptions.link
+
+    @property
+    def _alike_memory_seconds(self) -> float:
+        """Of norms, gates and the like, which tensor parallelism does not cut, beyond the rank's share, which is in ``mfu``: what they keep
+        is written and read in forward, read in backward, and so is its gradient written and read. An estimate."""
+        batch, tensor = self.batch, self.shape.tensor
+        if tensor == 1:
+            return 0.0
+        kept = activations(batch, False).kept - activations(replace(batch, tensor=1), False).kept / tensor
+        touched = 7 if self.shape.recompute is True else 5
+        return touched * kept * self.accumulation / self._memory_rate
 
     @property
     def _optimizer_seconds(self) -> float:
@@ -172,7 +188,7 @@ class Plan:
         found, shape = self._layers, self.shape
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
         touched = 8 + 16 + 4 + 8 * self.job.averages + 2 * self.batch.size
-        return local * touched / (self.cluster.gpu.memory_bandwidth * 1e9 * self.assumptions.link)
+        return local * touched / self._memory_rate
 
     @property
     def step_seconds(self) -> float:

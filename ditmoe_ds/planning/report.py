@@ -105,7 +105,8 @@ def _traffic(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     job, names = plan.job, dict(exchange="exchange of tokens", sums="sums of tokens", zero="ZeRO's traffic, not hidden")
-    shown = {name: seconds for name, seconds in plan.seconds.items() if name != "sums" or plan.shape.tensor > 1}
+    names["alike"] = "what the ranks of a TP group do alike"
+    shown = {name: seconds for name, seconds in plan.seconds.items() if name not in ("alike", "sums") or plan.shape.tensor > 1}
     lines = [f"{'seconds of a step':<42}{'':>8}"]
     lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in shown.items()]
     lines.append(f"  {'step':<40}{plan.step_seconds:>8.3f}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
@@ -119,7 +120,7 @@ def _time(plan: Plan) -> list[str]:
 
 def _assumed(plan: Plan) -> list[str]:
     assumed = plan.assumptions
-    cut = ["Tensor parallelism: sums of tokens hidden beside nothing, narrower matrices multiplied as fast, what is not a matrix for free."]
+    cut = ["Tensor parallelism: sums of tokens hidden beside nothing, narrower matrices multiplied at the same rate."]
     return [
         f"Assumed: arithmetic at {assumed.mfu:.0%} of peak (--mfu), links and memory at {assumed.link:.0%} of their rate (--link),",
         f"ZeRO's traffic hidden beside {assumed.overlap:.0%} of the arithmetic it can run beside (--overlap), an even load of experts.",
