@@ -364,7 +364,10 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
         (["parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
         (["parallel.tensor=3"], "parallel.tensor=3: must divide 8 processes, 16 heads"),
         (["parallel.tensor=2", "parallel.expert=8"], "parallel.expert=8: must divide the 16 experts and the 4 tensor-parallel groups"),
-        (["parallel.tensor=2", "parallel.expert=4", "train.global_batch=6"], "train.global_batch=6: must divide by 4 tensor-parallel groups"),
+        (
+            ["parallel.tensor=4", "parallel.expert=2", "train.global_batch=3"],
+            "train.global_batch=3: must divide by 2 tensor-parallel groups",
+        ),
         (["model.name=DiT-MoE-Q/2-4E2A"], "model.name="),
         (["--image-size", "100"], "--image-size=100: must divide by 16"),
         (["parallel.deepspeed=ds_configs/zero3_offload.json"], "parallel.deepspeed="),

@@ -131,10 +131,9 @@ def _assumed(plan: Plan) -> list[str]:
 def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
     fitting = [other for other in plans if other.fits]
     goods = "GPUs" if objective == "gpus" else "memory"
+    columns = {"stage": 5, "TP": 4, "EP": 5, "micro": 7, "accum.": 8, "recompute": 11, "GPUs": 6, "GB": 8, "step s": 9, "img/s": 8}
     lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. The fastest, and what less {goods} costs:"]
-    lines.append(
-        f"  {'stage':>5}{'TP':>4}{'EP':>5}{'micro':>7}{'accum.':>8}{'recompute':>11}{'GPUs':>6}{'GB':>8}{'step s':>9}{'img/s':>8}{'GPU-hours':>13}"
-    )
+    lines.append("  " + "".join(f"{name:>{width}}" for name, width in columns.items()) + f"{'GPU-hours':>13}")
     for other in pareto(fitting, objective):
         shape = other.shape
         row = f"  {shape.stage:>5}{shape.tensor:>4}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{RECOMPUTED[shape.recompute]:>11}"

@@ -84,15 +84,15 @@ def summed(batch: MicroBatch, recompute: Recompute) -> float:
     Attention to the patches, attention to the text and the feed-forward each sum their outputs in forward and their inputs' gradients in
     backward. Backward stops computing again where it has what it needs: after attention's output, before the text's.
     """
-    model, size, text = batch.model, batch.size, bool(batch.text)
-    tokens = size * batch.tokens * model.hidden
-    again = 2 + text if recompute is True else 1 if recompute else 0
-    layer = tokens * (2 * (2 + text) + again)
-    if text:
-        layer += size * batch.images * batch.text * model.hidden  # the gradient of what k and v come from
+    model, D, text = batch.model, batch.model.hidden, bool(batch.text)
+    forward = 2 + text
+    again = forward if recompute is True else 1 if recompute else 0
+    layer = (2 * forward + again) * batch.tokens * D
+    layer += batch.images * batch.text * D  # the gradient of what k and v of the text come from
     if model.qk_norm:
-        layer += size * (1 + text) * 4 * model.hidden // model.heads  # of the weights and biases of q's and k's norms
-    return model.depth * layer + sum(4 * batch.rows(sparse) for sparse in sparse_layers(model))  # of a taking's weight, in fp32
+        layer += (1 + text) * 4 * (D // model.heads)  # those of the weights and biases of q's and k's norms
+    takings = sum(map(batch.rows, sparse_layers(model)))
+    return batch.size * model.depth * layer + 4 * takings  # a taking's weight has a gradient in fp32
 
 
 @lru_cache
