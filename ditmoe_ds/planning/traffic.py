@@ -68,7 +68,7 @@ def step_traffic(
     if ep > 1:
         times = 6 if recompute is True else 4  # forward takes tokens to their experts and back, so does backward, and what is recomputed
         rows = sum(batch.rows(layer) for layer in sparse_layers(batch.model))
-        sent = times * accumulation * size * batch.model.hidden * rows
+        sent: float = times * accumulation * size * batch.model.hidden * rows
         near, far = exchange_shares(world, ep, per_node, tensor)
         found.append(Traffic("exchange tokens", "alone", sent * near, sent * far))
     if tensor > 1:
@@ -89,8 +89,7 @@ def summed(batch: MicroBatch, recompute: Recompute) -> float:
     again = forward if recompute is True else 1 if recompute else 0
     layer = (2 * forward + again) * batch.tokens * D
     layer += batch.images * batch.text * D  # the gradient of what k and v of the text come from
-    if model.qk_norm:
-        layer += (1 + text) * 4 * (D // model.heads)  # those of the weights and biases of q's and k's norms
+    layer += model.qk_norm * (1 + text) * 4 * (D // model.heads)  # those of the weights and biases of q's and k's norms
     takings = sum(map(batch.rows, sparse_layers(model)))
     return batch.size * model.depth * layer + 4 * takings  # a taking's weight has a gradient in fp32
 
