@@ -1,10 +1,11 @@
 """Memory and traffic of real training processes, counted to the byte, beside what ``ditmoe plan`` says of them.
 
-python benchmarks/planner.py [--out planner.json]
+python benchmarks/planner.py [--from POINT] [--out planner.json]
 
 Each point is a fresh group of processes on the CPU: the real engine with DeepSpeed, masters, an average and optimizer steps on
 random latents. Memory is every storage while somebody holds it, from before the model is built;
-traffic is counted where ``torch.distributed`` hands it to a process group. The largest need 4 GB and minutes.
+traffic is counted where ``torch.distributed`` hands it to a process group. The largest need 4 GB and minutes. ``--from`` takes only the
+points from that number (from 0) on, and prints their rows.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from report import hardware, publish
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.hardware import GPUS
-from ditmoe_ds.distributed.topology import ParallelConfig, join, leave
+from ditmoe_ds.distributed.topology import ParallelConfig, join, leave, tensor_group
 from ditmoe_ds.latents.loader import DataConfig
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.planning.counting import Count
@@ -75,7 +76,8 @@ class Sent:
                 # whole tensor: the output of a gather, the input of the others
                 whole = max(_nbytes(argument) for argument in arguments[:2])
                 amount = rounds * whole * (ranks - 1) / ranks
-            self.bytes[kind] += amount
+            tensor = tensor_group()
+            self.bytes["sums" if tensor is not None and group.group_name == tensor.group_name else kind] += amount
             return real(group, *arguments)
 
         return call
@@ -89,7 +91,7 @@ def _nbytes(tensors: Any) -> int:
 
 def case(**given: Any) -> dict[str, Any]:
     """A point to plan and to measure; ``fields`` are those of the model that differ from the named one's."""
-    common = dict(world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000)
+    common = dict(tensor=1, world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000)
     return common | given | dict(fields=dict(input_size=16) | given.get("fields", {}))
 
 
@@ -99,18 +101,23 @@ def case_model(case: dict[str, Any]) -> Any:
 
 def case_settings(case: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's, with buckets as small against these models as the shipped ones are against large models."""
-    settings = read_ds_config(ParallelConfig(case["stage"], case["ep"]))
+    settings = read_ds_config(ParallelConfig(case["stage"]))
     if case["stage"]:
         settings["zero_optimization"] |= dict(reduce_bucket_size=case["bucket"], allgather_bucket_size=case["bucket"])
     return settings
 
 
+def images_of(case: dict[str, Any]) -> int:
+    """Of a step."""
+    return int(case["world"] // case["tensor"] * case["micro"] * case["accumulation"])
+
+
 def rehearse(case: dict[str, Any], count: Count) -> Rehearsal:
     """A case in training, from random weights. Collective."""
     torch.manual_seed(dist.get_rank())
-    images = dist.get_world_size() * case["micro"] * case["accumulation"]
+    images = images_of(case)
     train = TrainConfig(1, images, case["accumulation"], precision=case["precision"], activation_checkpointing=case["recompute"])
-    recipe = Recipe(ModelConfig(), DataConfig(""), train, "", ParallelConfig(case["stage"], case["ep"]))
+    recipe = Recipe(ModelConfig(), DataConfig(""), train, "", ParallelConfig(case["stage"], case["ep"], case["tensor"]))
     rehearsal = Rehearsal(recipe, case_model(case), TEXT, case_settings(case), count)
     shards.fill(rehearsal.engine, rehearsal.shards, lambda name, start, out: out.normal_(std=0.02))
     return rehearsal
@@ -148,17 +155,16 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plan_of(case: dict[str, Any]) -> Plan:
-    model, world = case_model(case), case["world"]
-    images = world * case["micro"] * case["accumulation"]
-    job = Job(model, model.tokens, TEXT if model.text_width else 0, case["precision"], images, steps=1, averages=1)
-    shape = Shape(case["stage"], case["ep"], case["micro"], case["recompute"], case["bucket"] if case["stage"] else 0, 100_000)
-    return Plan(job, Cluster(GPUS["h100-80gb"], 1, world), shape, cuda=False)
+    model, bucket = case_model(case), case["bucket"] if case["stage"] else 0
+    job = Job(model, model.tokens, TEXT if model.text_width else 0, case["precision"], images_of(case), steps=1, averages=1)
+    shape = Shape(case["stage"], case["ep"], case["micro"], case["recompute"], bucket, 100_000, case["tensor"])
+    return Plan(job, Cluster(GPUS["h100-80gb"], 1, case["world"]), shape, cuda=False)
 
 
 def compare(case: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
     """(planned, measured): ``peak`` and ``sent`` by kind, means over ranks, among which the plan takes the load to be even."""
     plan, sent = plan_of(case), {}
-    for kind, word in (("gradients", "reduce"), ("weights", "gather"), ("all_to_all", "exchange")):
+    for kind, word in (("gradients", "reduce"), ("weights", "gather"), ("all_to_all", "exchange"), ("sums", "sum")):
         planned = sum(flow.in_node + flow.across for flow in plan.traffic if flow.kind.startswith(word))
         sent[kind] = planned, sum(report["sent"].get(kind, 0) for report in reports) / len(reports)
     peaks = [report["peak"] for report in reports]
@@ -167,14 +173,14 @@ def compare(case: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, An
 
 def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     """In Markdown."""
-    heads = ["model", "stage", "EP", "processes", "micro", "accum.", "recompute", "dtype"]
+    heads = ["model", "stage", "TP", "EP", "processes", "micro", "accum.", "recompute", "dtype"]
     heads += ["peak MB: planned", "measured", "off", "sent MB: planned", "counted", "off"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for point, row in points:
         fields = ", ".join(f"{key} {value}" for key, value in point["fields"].items() if key in ("hidden", "depth"))
         planned, counted = (sum(pair[i] for pair in row["sent"].values()) for i in (0, 1))
         peak, measured = row["peak"]
-        words = [f"{point['model']}, {fields}", *(str(point[key]) for key in ("stage", "ep", "world", "micro", "accumulation"))]
+        words = [f"{point['model']}, {fields}", *(str(point[key]) for key in ("stage", "tensor", "ep", "world", "micro", "accumulation"))]
         words += [{False: "no", True: "blocks"}.get(point["recompute"], "attention"), point["precision"], f"{peak / 1e6:.1f}"]
         words += ["-".join(f"{each / 1e6:.1f}" for each in row["ranks"]), f"{peak / measured - 1:+.1%}"]
         words += [f"{planned / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{planned / counted - 1:+.1%}"]
@@ -185,6 +191,7 @@ def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="POINT")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.case:
@@ -192,11 +199,13 @@ def main() -> None:
         (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.case)))
         return leave()
     points = []
-    for point in POINTS:
+    for point in POINTS[arguments.first :]:
         points.append((point, compare(point, measure(point))))
         print(json.dumps(points[-1]), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(points, indent=1))
+    if arguments.first:
+        return print(table(points))
     publish(__file__, f"{hardware()}.\n\n{table(points)}")
 
 
@@ -217,6 +226,13 @@ POINTS = [
     case(model=TEXTED, stage=1, ep=4, world=4, micro=8, fields=dict(hidden=96, depth=6)),
     case(model=MOE, stage=2, ep=2, micro=2, precision="bf16", fields=dict(hidden=96, depth=4)),
     case(model=TEXTED, stage=3, ep=2, micro=2, precision="bf16", fields=dict(hidden=96, depth=6)),
+    case(model="DiT-Nano/2", stage=0, ep=1, tensor=2, fields=WIDE),
+    case(model=MOE, stage=1, ep=1, tensor=2, accumulation=2, fields=WIDE),
+    case(model=MOE, stage=3, ep=2, tensor=2, world=4, micro=2, fields=WIDE),
+    case(model=MOE, stage=2, ep=2, tensor=2, world=4, recompute="attention", fields=dict(hidden=96, depth=6, qk_norm=True)),
+    case(model=TEXTED, stage=2, ep=1, tensor=2, fields=dict(hidden=128, depth=8)),
+    case(model=TEXTED, stage=2, ep=1, tensor=2, recompute=True, fields=dict(hidden=128, depth=8)),
+    case(model=TEXTED, stage=3, ep=2, tensor=2, world=4, recompute="attention", precision="bf16", fields=dict(hidden=128, depth=8)),
 ]
 
 

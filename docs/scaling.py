@@ -22,7 +22,7 @@ from ditmoe_ds.planning.recipe import own_shape, read_job, stages
 from ditmoe_ds.planning.search import best, search
 
 G, XL, M = (f"recipes/{name}.yaml" for name in ("dit_moe_g2_16e2a_256", "dit_moe_xl2_8e2a_256", "ec_dit_m_64e"))
-COLORS = {"arithmetic": "#1f6feb", "zero": "#d9730d", "exchange": "#2da44e", "optimizer": "#57606a"}
+COLORS = {"arithmetic": "#1f6feb", "zero": "#d9730d", "exchange": "#2da44e", "optimizer": "#57606a", "alike": "#8250df", "sums": "#bf3989"}
 NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -62,14 +62,15 @@ def draw_speed(path: Path) -> None:
     plans = [plan for nodes in NODES if (plan := fastest(G, cluster(nodes)))]
     bottom = [0.0] * len(plans)
     names = dict(arithmetic="arithmetic", zero="ZeRO's traffic, not hidden", exchange="exchange of tokens", optimizer="optimizer")
+    names |= dict(alike="alike on a TP group's ranks", sums="sums of tokens")
     for part, name in names.items():
         heights = [plan.seconds[part] * plan.cluster.world / 64 for plan in plans]
         right.bar(range(len(plans)), heights, bottom=bottom, color=COLORS[part], label=name)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    ticks = [f"{plan.cluster.world}\nEP {plan.shape.ep}\n{plan.shape.micro} x {plan.accumulation}" for plan in plans]
+    ticks = [f"{plan.cluster.world}\n{plan.shape.tensor}, {plan.shape.ep}\n{plan.shape.micro} x {plan.accumulation}" for plan in plans]
     right.set_xticks(range(len(plans)), ticks, fontsize=8)
     right.set(ylabel="GPU-seconds of a step / 64", title="DiT-MoE-G/2-16E2A, 1024 images: where a step goes")
-    right.set_xlabel("GPUs, EP, micro-batch x accumulation", fontsize=9)
+    right.set_xlabel("GPUs; TP, EP; micro-batch x accumulation", fontsize=9)
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -114,12 +115,12 @@ def draw_traffic(path: Path) -> None:
 
 def draw_measured(page: Path, path: Path) -> None:
     """Planned beside measured: the rows of benchmarks/planner.md."""
-    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| ") and "EP" not in line.split("|")[3]]
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| ") and "TP" not in line.split("|")[3]]
     assert len(rows) >= 8
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", facecolor="white")
     for panel, column, title, allowed in (
-        (panels[0], 9, "peak of a rank, MB", 0.10),
-        (panels[1], 12, "sent in a step by a rank, MB", 0.05),
+        (panels[0], 10, "peak of a rank, MB", 0.10),
+        (panels[1], 13, "sent in a step by a rank, MB", 0.05),
     ):
         for row in rows:
             planned, found = float(row[column - 1]), float(row[column].split("-")[-1])

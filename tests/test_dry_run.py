@@ -9,6 +9,8 @@ import pytest
 from processes import ROOT, launch
 
 from ditmoe_ds import train
+from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.planning.job import layers
 
 G = "recipes/dit_moe_g2_16e2a_256.yaml"
 WORKER = ROOT / "tests" / "dry_run_worker.py"
@@ -29,6 +31,8 @@ def counted(tmp_path_factory):
         for stage in (1, 2, 3)
     }
     cases["tokens choose"] = [*common, "model.name=DiT-MoE-Nano/2-4E2A"]
+    # the last, for the groups that it makes stay
+    cases["tensor"] = [*cases["stage 3"], "parallel.tensor=2", "parallel.expert=1"]
     launch(2, [WORKER, "real", folder, json.dumps(cases)])
     launch(1, [WORKER, "dry", folder, json.dumps(cases)])
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("real0", "real1", "dry0")}
@@ -47,6 +51,15 @@ def test_a_dry_run_counts_what_a_real_rank_does(counted, stage):
     for kind, name in kinds.items():
         assert real["sent"][name] == pytest.approx(real["passed_on"][kind])
         assert real["passed_on"][kind] > 0
+
+
+def test_a_dry_run_cuts_the_model_as_a_real_rank_does(counted):
+    real, dry = counted["real0"]["tensor"], counted["dry0"]["tensor"]
+    assert (dry["sent"], dry["when"]) == (real["sent"], real["when"])
+    assert dry["peak"] == pytest.approx(real["peak"], rel=2e-3)
+    assert 50_000 < dry["sent"]["sum across"] == pytest.approx(real["passed_on"]["sums"])
+    part = layers(named_config("EC-DIT-Nano-4E"), 2)
+    assert dry["at_peak"]["weights"] == real["at_peak"]["weights"] == 2 * (part.dense + part.experts)
 
 
 def test_tokens_that_choose_are_spread_evenly(counted):
@@ -80,6 +93,7 @@ def test_the_recipe_of_16_billion_is_as_planned():
     [
         (["dry_run=3x8", "parallel.expert=8"], "train.global_batch=1024: must divide by 24 processes x 1"),
         (["dry_run=8x8", "parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
+        (["dry_run=8x8", "parallel.tensor=3"], "parallel.tensor=3: must divide 64 processes, 16 heads"),
         (["dry_run=64"], "dry_run='64': write NODESxGPUS"),
         (["dry_run=8x8@h1000"], "dry_run='8x8@h1000': write NODESxGPUS"),
         (["dry_run=8x8", "parallel.deepspeed=ds_configs/zero3_offload.json"], "parallel.deepspeed="),

@@ -48,11 +48,11 @@ def training_memory(
     """Memory of training on DeepSpeed 0.19 with AdamW, as ``distributed.engine`` sets it up. ``benchmarks/memory.md`` measures it.
 
     Args:
-        dense: parameters that every rank needs, in elements.
-        experts: parameters of all routed experts, in elements.
+        dense: parameters that every rank needs, in elements; with tensor parallelism, a rank's part of them.
+        experts: parameters of all routed experts, in elements; with tensor parallelism, a rank's part of each.
         stage: of ZeRO, 0 to 3.
         ep: expert-parallel size.
-        world: processes.
+        world: processes; with tensor parallelism, those with the same place in their groups.
         averages: exponential moving averages kept.
         accumulation: micro-batches of a step.
         bucket: DeepSpeed's ``reduce_bucket_size``, in elements.

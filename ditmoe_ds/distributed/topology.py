@@ -148,19 +148,23 @@ def check_expert_parallel(expert: int, experts: int, world: int, tensor: int = 1
 
 
 def check_tensor_parallel(tensor: int, divided: dict[str, int], world: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the model and the world, or cannot be had.
+    """Refuse a tensor-parallel size that does not divide the model and the world.
 
     Args:
         divided: what of the model it must divide, by what a user calls it.
 
     Raises:
-        ConfigError: naming sizes that fit, or how to install megatron-core.
+        ConfigError: naming sizes that fit.
     """
     counts = {"processes": world} | divided
     fits = [n for n in range(1, world + 1) if all(count % n == 0 for count in counts.values())]
     if tensor not in fits:
         listed = ", ".join(f"{count} {what}" for what, count in counts.items())
         raise ConfigError("parallel.tensor", tensor, f"must divide {listed}; here one of {fits}")
+
+
+def require_tensor_parallel(tensor: int) -> None:
+    """Raises ConfigError, with how to install megatron-core, if ``tensor`` needs it and it is not there."""
     if tensor > 1:
         try:
             import ditmoe_ds.distributed.tensor_parallel  # noqa: F401
@@ -194,6 +198,13 @@ def data_group() -> dist.ProcessGroup:
     from deepspeed.utils import groups
 
     return groups._get_data_parallel_group()
+
+
+def tensor_group() -> dist.ProcessGroup | None:
+    """The ranks that see the same images as this one; None without tensor parallelism."""
+    from deepspeed.utils import groups
+
+    return groups.mpu and groups.mpu.get_tensor_model_parallel_group()
 
 
 def tensor_place() -> tuple[int, int]:

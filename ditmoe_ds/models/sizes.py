@@ -151,19 +151,27 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
         tokens: patches of the image that the network sees.
         text_tokens: of its caption; 0 for models without text.
     """
-    h, c, N, T, L = config.hidden, config.condition_width, tokens, text_tokens, config.depth
+    h, N, T, L = config.hidden, tokens, text_tokens, config.depth
     matrices = 3 if config.expert_activation == "swiglu" else 2
     sparse = matrices * config.top_k * h * config.expert_width
     if config.routing != "dense":
-        sparse += 3 * h * config.shared * h + config.experts * h
+        sparse += 3 * h * config.shared * h
     experts = len(config.sparse_layers)
-    per_token = (L - experts) * 8 * h * h + experts * sparse
-    per_token += config.patch**2 * h * (config.in_channels + config.out_channels)
+    feed_forwards = N * ((L - experts) * 8 * h * h + experts * sparse)
+    projections, products = attention_macs(config, N, T)
+    return feed_forwards + projections + uncut_macs(config, N, T), products
+
+
+def uncut_macs(config: DiTConfig, tokens: int, text_tokens: int) -> int:
+    """Of ``macs``, those that tensor parallelism leaves whole on every rank: embeddings, routers, adaLN and the final layer."""
+    h, c, N, T, L = config.hidden, config.condition_width, tokens, text_tokens, config.depth
+    per_token = config.patch**2 * h * (config.in_channels + config.out_channels)
+    if config.routing != "dense":
+        per_token += len(config.sparse_layers) * config.experts * h
     per_image = L * 6 * h * c + 2 * h * c + TimestepEmbedder.frequencies * c + c * c
     if T:
         per_image += T * (config.text_width * h + h * h) + config.text_width * c
-    projections, products = attention_macs(config, N, T)
-    return N * per_token + per_image + projections, products
+    return N * per_token + per_image
 
 
 def attention_macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tokens: Tensor, weights: Tensor, number: int) -> Tensor:
         ctx.save_for_backward(rows, tokens, weights)
-        out = torch.zeros(number, rows.shape[1], dtype=torch.float32, device=rows.device)
+        out = rows.new_zeros(number, rows.shape[1], dtype=torch.float32)
         return out.index_add_(0, tokens, rows * weights[:, None])
 
     @staticmethod

@@ -21,6 +21,8 @@ class MicroBatch:
     """Bytes of an activation's element: 2 in bf16, 4 in fp32."""
     cuda: bool = True
     """Whether a GPU multiplies the rows of all experts at once, where it can."""
+    tensor: int = 1
+    """Ranks that share heads and hidden units, by tensor parallelism; what they compute them from, and what comes of them, is whole."""
 
     @property
     def tokens(self) -> int:
@@ -83,33 +85,34 @@ def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
 
 def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     """Bytes that one block keeps, by part. Counted per token and per image in elements of ``size`` bytes, and in bytes where fp32."""
-    model, size = batch.model, batch.size
+    model, size, tensor = batch.model, batch.size, batch.tensor
     D, head = model.hidden, model.hidden // model.heads
     kv = head * (model.kv_heads or model.heads)
     made = model.qk_norm or model.positions == "rope"  # q and k are tensors of their own, and attention's output is copied
-    # x, its norm, qkv's input, qkv, q and k, attention's output, its copy, the projection's output
-    attention = size * (3 * D + (D + 2 * kv) + made * (D + kv) + (1 + made) * D + D) + 4 * model.heads + 8
-    attention += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
+    # of heads: qkv, q and k, attention's output, its copy; x, its norm, qkv's input, the projection's output are whole
+    heads = size * ((D + 2 * kv) + made * (D + kv) + (1 + made) * D) + 4 * model.heads
+    heads += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
+    attention = size * 4 * D + 8 + heads / tensor
     parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
     if model.positions == "rope":
         parts["attention"] += 4 * 2 * head * batch.patches  # cosines and sines, for q and for k
     if batch.text:
-        # x, its norm, q, q normed, the output, its copy; k and v, k normed
-        per_patch = size * (4 + 2 * model.qk_norm) * D + 4 * model.heads + 8 + 8 * model.qk_norm * model.heads
+        # of heads: q, q normed, the output, its copy; k and v, k normed; x and its norm are whole
+        per_patch = size * (2 + 2 * model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
         per_text = size * (2 + model.qk_norm) * D + 8 * model.qk_norm * model.heads
-        parts["text"] = batch.tokens * per_patch + batch.images * batch.text * per_text
+        parts["text"] = batch.tokens * (size * 2 * D + 8 + per_patch / tensor) + batch.images * batch.text * per_text / tensor
     feed_forward = size * 3 * D + 8  # x, its norm, what the gate multiplies
     if layer not in model.sparse_layers or model.routing == "dense":
         width = 4 * D if layer not in model.sparse_layers else round(model.capacity(layer) * model.expert_width)
-        return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * width))}
+        return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * width / tensor))}
     decoupled = model.router.input == "decoupled"
     seen = D + decoupled * model.condition_width
     router = 4 * seen + 8 * model.experts + 8  # its input, scores and logits in fp32
     parts["feed-forward"] = batch.tokens * (feed_forward + router)
     if model.shared:
         own_input = size == 2 or decoupled  # else the router keeps the same tensor
-        parts["shared"] = size * batch.tokens * (own_input * D + 4 * model.shared * D)
-    hidden = (2 if model.expert_activation == "swiglu" else 1) * model.expert_width
+        parts["shared"] = size * batch.tokens * (own_input * D + 4 * model.shared * D / tensor)
+    hidden = (2 if model.expert_activation == "swiglu" else 1) * model.expert_width / tensor
     # its row, first product, output; token, order, choice and weight
     taking = size * (2 * D + hidden) + 28
     if batch.ep > 1:
@@ -132,13 +135,15 @@ def _working(batch: MicroBatch) -> float:
     """The most that one block's backward takes beyond what was kept, which it frees as it goes."""
     model, size, D = batch.model, batch.size, batch.model.hidden
     widths = [4 * D, *(round(model.capacity(layer) * model.expert_width) for layer in model.sparse_layers)]
-    hidden: float = size * batch.tokens * max(widths)
+    width = max(widths) / batch.tensor
+    hidden: float = size * batch.tokens * width
     edge = size * batch.tokens * D
-    moments = [size * D * max(widths) + edge + hidden]  # of a dense feed-forward: the gradient of w2, and of what it multiplied
+    moments = [size * D * width + edge + hidden]  # of a dense feed-forward: the gradient of w2, and of what it multiplied
     if routed := sparse_layers(model):
         rows, gated, experts = max(map(batch.rows, routed)), model.expert_activation == "swiglu", model.experts // batch.ep
-        matrix, edge = size * D * experts * model.expert_width, size * rows * D
-        hidden = size * rows * model.expert_width / (1 if batch.cuda else experts)  # of what is computed at once
+        width = model.expert_width / batch.tensor
+        matrix, edge = size * D * experts * width, size * rows * D
+        hidden = size * rows * width / (1 if batch.cuda else experts)  # of what is computed at once
         # outputs weighted again in fp32; the activation again and its backward; then the gradients of both matrices and of the rows,
         # when the outputs are gone
         combined = 8 * rows * D + 4 * batch.tokens * D

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ditmoe_ds.distributed.topology import tensor_group
 from ditmoe_ds.planning.traffic import crossing
 
 aten = torch.ops.aten
@@ -37,7 +38,8 @@ class Count(TorchDispatchMode):
         kind: what storages that are made from now on count as.
         live: bytes by kind.
         peak: the most bytes that were live together since ``start``; ``at_peak`` by kind; ``when``, the ``kind`` of that moment.
-        sent: bytes since ``start``, by purpose and link: ("reduce", "in node"), ("exchange", "across"), ...
+        sent: bytes since ``start``, by purpose and link: ("reduce", "in node"), ("exchange", "across"), ("sum", "in node") of tensor
+            parallelism, ...
     """
 
     def __init__(self, per_node: int):
@@ -73,7 +75,7 @@ class Count(TorchDispatchMode):
         out = self.run(func, args, kwargs or {})
         if func.namespace == "c10d":
             self._send(func._opname, args)
-        elif allocates(func) and (kwargs or {}).get("device") != torch.device("meta"):
+        elif allocates(func) and not asks_for_meta(func, args, kwargs or {}):
             # whole weights are copied out of what was gathered
             gathered = func is aten.cat.default and self._kind_of(args[0][0]) == GATHERED
             for tensor in tensors_in(out):
@@ -108,14 +110,16 @@ class Count(TorchDispatchMode):
             return
         purpose, rounds = SENDS[name]
         group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))  # type: ignore[attr-defined]
-        ranks = dist.get_process_group_ranks(group)
+        ranks, tensor = dist.get_process_group_ranks(group), tensor_group()
+        if tensor is not None and group.group_name == tensor.group_name:
+            purpose = "sum"
         if purpose == "exchange":
             return self._exchange(args[1], args[4], ranks)
         if name == "_allgather_base_" and self._kind_of(args[0]) != "weights":
             self.become(GATHERED, args[:1])
         whole = max(sum(tensor.nbytes for tensor in tensors_in(arg)) for arg in args[:2])  # output of a gather, input of the others
         amount = rounds * whole * (1 - 1 / len(ranks))
-        across = crossing(tuple(ranks), 1, self.per_node)
+        across = crossing(tuple(ranks), (0,), self.per_node)
         self.sent[purpose, "in node"] += amount * (1 - across)
         self.sent[purpose, "across"] += amount * across
 
@@ -145,6 +149,11 @@ class CountOnMeta(Count):
         if creates(func) or (on_meta and kwargs.get("device") is not None):
             kwargs = kwargs | dict(device=torch.device("meta"))
         return func(*args, **kwargs)
+
+
+def asks_for_meta(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a meta tensor is wanted of what is none; autograd names the device of what it converts back to another dtype."""
+    return kwargs.get("device") == torch.device("meta") and not (func is aten._to_copy.default and args[0].is_meta)
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 
 from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.hardware import GPUS
+from ditmoe_ds.distributed.topology import require_tensor_parallel
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.planning.counting import GATHERED, Count, CountOnMeta
 from ditmoe_ds.planning.fake_world import balance, fake_world
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     """
     asked = next(argument for argument in arguments if argument.startswith("dry_run="))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", module="megatron.core")  # advice about a GPU's streams
     try:
         dry_run(asked.removeprefix("dry_run="), [argument for argument in arguments if argument != asked])
     except UserError as error:
@@ -49,6 +51,7 @@ def dry_run(where: str, arguments: list[str]) -> None:
     cluster = cluster_of(where)
     recipe, job = read_job(arguments, None, None)
     plan = Plan(job, cluster, own_shape(recipe, job, cluster, stages(recipe.parallel)))
+    require_tensor_parallel(recipe.parallel.tensor)
     count = CountOnMeta(cluster.per_node)
 
     torch.set_num_threads(max(job.model.experts, 1))  # on a CPU experts are taken so many at a time, on a GPU all at once
@@ -89,7 +92,7 @@ def report(title: str, plan: Plan, count: Count) -> str:
     made = ", ".join(f"{amount / 1e9:.2f} in {name}" for name, amount in count.at_peak.items() if amount and name not in rows)
     lines.append(f"  in {count.when}; planned {plan.when}; gradients and activations made: {made}")
     lines += ["", f"{'GB that a GPU sends in a step':<34}{'dry run':>9}{'plan':>9}"]
-    words = {"reduce": "reduce gradients", "gather": "gather weights", "exchange": "exchange tokens"}
+    words = {"reduce": "reduce gradients", "gather": "gather weights", "exchange": "exchange tokens", "sum": "sum tokens"}
     for purpose, name in words.items():
         flows = [flow for flow in plan.traffic if flow.kind.startswith(purpose)]
         for link, amount in (("in node", sum(flow.in_node for flow in flows)), ("across", sum(flow.across for flow in flows))):

@@ -1,12 +1,13 @@
 """What is planned: a job, a cluster, a way to spread the one over the other."""
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from ditmoe_ds.distributed.hardware import Gpu
-from ditmoe_ds.models.dit import DiTConfig, Recompute
-from ditmoe_ds.models.sizes import parameter_shapes
+from ditmoe_ds.models.dit import DiT, DiTConfig, Recompute
+from ditmoe_ds.models.tensor_plan import tensor_plan
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Assumptions:
     mfu: float = 0.4
     """Share of the GPU's peak that the arithmetic alone reaches, without waiting for anyone."""
     overlap: float = 0.8
-    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens runs beside nothing."""
+    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens, and their sums, run beside nothing."""
     link: float = 0.7
     """Share of a link's line rate, and of the memory's, that is reached."""
     margin: float = 0.1
@@ -61,11 +62,13 @@ class Shape:
     """DeepSpeed's ``reduce_bucket_size``, in elements."""
     persistent: int = 0
     """Weights of fewer elements stay whole at stage 3."""
+    tensor: int = 1
+    """Tensor-parallel size: consecutive ranks that share every layer and see the same images."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Elements of the weights."""
+    """Elements of the weights, on a rank of a tensor-parallel group."""
 
     dense: int
     experts: int
@@ -79,12 +82,15 @@ class Layers:
 
 
 @lru_cache
-def layers(model: DiTConfig) -> Layers:
-    """Of the whole model (EP 1); nothing is allocated."""
-    sizes: dict[str, list[tuple[bool, int]]] = {}
-    for name, shape in parameter_shapes(model).items():
+def layers(model: DiTConfig, tensor: int = 1) -> Layers:
+    """Of the whole model (EP 1) that ``tensor`` ranks share; nothing is allocated."""
+    with torch.device("meta"):
+        net = DiT(model)
+    cuts, sizes = tensor_plan(net).cuts, dict[str, list[tuple[bool, int]]]()
+    for name, parameter in net.named_parameters():
         block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
-        sizes.setdefault(block, []).append(("deepspeed_experts" in name, math.prod(shape)))
+        size = parameter.numel() // (tensor if name in cuts else 1)
+        sizes.setdefault(block, []).append(("deepspeed_experts" in name, size))
     everything = [pair for block in sizes.values() for pair in block]
     largest = max((block for name, block in sizes.items() if name), key=lambda block: sum(size for _, size in block))
 

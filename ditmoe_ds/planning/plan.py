@@ -1,13 +1,13 @@
 """One way to train on one cluster: its memory, traffic and time on a rank."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ditmoe_ds.distributed.memory import Memory, training_memory
-from ditmoe_ds.models.sizes import macs, recomputed_macs
+from ditmoe_ds.models.sizes import macs, recomputed_macs, uncut_macs
 from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
-from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
+from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Layers, Shape, layers
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
 
 
@@ -22,13 +22,22 @@ class Plan:
     cuda: bool = True
 
     @property
+    def groups(self) -> int:
+        """Tensor-parallel ones, each with images of its own: as many ranks share the state of a weight, or of a part of it."""
+        return self.cluster.world // self.shape.tensor
+
+    @property
     def accumulation(self) -> int:
-        return self.job.global_batch // (self.cluster.world * self.shape.micro)
+        return self.job.global_batch // (self.groups * self.shape.micro)
+
+    @cached_property
+    def _layers(self) -> Layers:
+        return layers(self.job.model, self.shape.tensor)
 
     @property
     def batch(self) -> MicroBatch:
-        size = 2 if self.job.precision == "bf16" else 4
-        return MicroBatch(self.job.model, self.shape.micro, self.job.patches, self.job.text, self.shape.ep, size, self.cuda)
+        job, shape, size = self.job, self.shape, 2 if self.job.precision == "bf16" else 4
+        return MicroBatch(job.model, shape.micro, job.patches, job.text, shape.ep, size, self.cuda, shape.tensor)
 
     @cached_property
     def activations(self) -> Activations:
@@ -36,14 +45,14 @@ class Plan:
 
     @cached_property
     def _state(self) -> Memory:
-        found, shape = layers(self.job.model), self.shape
+        found, shape = self._layers, self.shape
         precision: Any = self.job.precision
         return training_memory(
             found.dense,
             found.experts,
             shape.stage,
             shape.ep,
-            self.cluster.world,
+            self.groups,
             precision,
             self.job.averages,
             self.accumulation,
@@ -89,13 +98,13 @@ class Plan:
     @property
     def _live(self) -> float:
         """A layer, and one tensor more, as ``engine.build`` has ZeRO-3 hold whole; and what it never shards."""
-        found, ep = layers(self.job.model), self.shape.ep
+        found, ep = self._layers, self.shape.ep
         tensor = max(found.largest[0], found.largest[1] / ep)
         return self.batch.size * (found.dense_layer + found.expert_layer / ep + tensor + self._persistent)
 
     @property
     def _persistent(self) -> int:
-        return sum(size for size in layers(self.job.model).small if size <= self.shape.persistent)
+        return sum(size for size in self._layers.small if size <= self.shape.persistent)
 
     @property
     def peak(self) -> float:
@@ -112,20 +121,30 @@ class Plan:
 
     @cached_property
     def traffic(self) -> list[Traffic]:
-        found, shape, world = layers(self.job.model), self.shape, self.cluster.world
+        found, shape, world = self._layers, self.shape, self.cluster.world
         weights: dict[str, float] = dict(dense=found.dense, experts=found.experts, whole=self._persistent)
         return step_traffic(self.batch, self.accumulation, shape.recompute, shape.stage, world, self.cluster.per_node, weights)
 
     @property
+    def _images(self) -> float:
+        """Of a step, for each rank."""
+        return self.job.global_batch / self.cluster.world
+
+    @property
     def flops(self) -> float:
-        """Of a rank's step, forward and backward, which is twice forward; 2 per multiply-accumulate."""
-        return 6.0 * sum(macs(self.job.model, self.job.patches, self.job.text)) * self.shape.micro * self.accumulation
+        """A rank's share of a step, forward and backward, which is twice forward; 2 per multiply-accumulate."""
+        return 6.0 * sum(macs(self.job.model, self.job.patches, self.job.text)) * self._images
 
     @property
     def recompute_flops(self) -> float:
         job = self.job
-        again = recomputed_macs(job.model, job.patches, job.text, self.shape.recompute)
-        return 2.0 * again * self.shape.micro * self.accumulation
+        return 2.0 * recomputed_macs(job.model, job.patches, job.text, self.shape.recompute) * self._images
+
+    @property
+    def alike_flops(self) -> float:
+        """What a rank computes beyond its share as the others of its tensor-parallel group do, for what is not cut; no progress."""
+        job, times = self.job, 8.0 if self.shape.recompute is True else 6.0
+        return times * uncut_macs(job.model, job.patches, job.text) * self._images * (self.shape.tensor - 1)
 
     @cached_property
     def seconds(self) -> dict[str, float]:
@@ -135,23 +154,41 @@ class Plan:
         forward, compute = self.flops / 3 / peak, (self.flops + self.recompute_flops) / peak
         window = {"forward": forward, "backward": compute - forward, "last backward": (compute - forward) / self.accumulation, "alone": 0.0}
         waits = dict.fromkeys(window, 0.0)
-        exchange = 0.0
+        tokens = {"exchange tokens": 0.0, "sum tokens": 0.0}
         for flow in self.traffic:
             seconds = max(flow.in_node / gpu.node_bandwidth, flow.across / gpu.network_bandwidth) / 1e9 / assumed.link
-            if flow.kind == "exchange tokens":
-                exchange += seconds
+            if flow.kind in tokens:
+                tokens[flow.kind] += seconds
             else:
                 waits[flow.phase] += seconds
         exposed = sum(max(0.0, waits[phase] - assumed.overlap * window[phase]) for phase in window)
-        return dict(arithmetic=compute, exchange=exchange, zero=exposed, optimizer=self._optimizer_seconds)
+        exchange, sums = tokens.values()
+        alike = self.alike_flops / peak + self._alike_memory_seconds
+        return dict(arithmetic=compute, alike=alike, exchange=exchange, sums=sums, zero=exposed, optimizer=self._optimizer_seconds)
+
+    @property
+    def _memory_rate(self) -> float:
+        """Bytes a second."""
+        return self.cluster.gpu.memory_bandwidth * 1e9 * self.assumptions.link
+
+    @property
+    def _alike_memory_seconds(self) -> float:
+        """Of norms, gates and the like, which tensor parallelism does not cut, beyond the rank's share, which is in ``mfu``: what they keep
+        is written and read in forward, read in backward, and so is its gradient written and read. An estimate."""
+        batch, tensor = self.batch, self.shape.tensor
+        if tensor == 1:
+            return 0.0
+        kept = activations(batch, False).kept - activations(replace(batch, tensor=1), False).kept / tensor
+        touched = 7 if self.shape.recompute is True else 5
+        return touched * kept * self.accumulation / self._memory_rate
 
     @property
     def _optimizer_seconds(self) -> float:
         """Reading and writing master, moments and averages once, reading gradients, writing weights."""
-        found, shape = layers(self.job.model), self.shape
-        local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.cluster.world
+        found, shape = self._layers, self.shape
+        local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
         touched = 8 + 16 + 4 + 8 * self.job.averages + 2 * self.batch.size
-        return local * touched / (self.cluster.gpu.memory_bandwidth * 1e9 * self.assumptions.link)
+        return local * touched / self._memory_rate
 
     @property
     def step_seconds(self) -> float:

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ditmoe_ds.distributed.engine import offloads, read_ds_config
-from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel
+from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.planning.job import Cluster, Job, Shape
-from ditmoe_ds.training.recipe import Recipe, cut_batch, named_network, read_recipe
+from ditmoe_ds.training.recipe import Recipe, check_parallel, cut_batch, named_network, read_recipe
 
 
 def read_job(arguments: list[str], image_size: int | None, text_tokens: int | None) -> tuple[Recipe, Job]:
@@ -44,7 +44,7 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
 
 
 def stages(parallel: ParallelConfig) -> dict[int, Shape]:
-    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; EP, micro-batch and recomputation are yet to choose.
+    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; TP, EP, micro-batch and recomputation are yet to choose.
 
     Raises:
         ConfigError: as ``read_ds_config``, or the optimizer is offloaded.
@@ -64,11 +64,10 @@ def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape
     """As the recipe says.
 
     Raises:
-        ConfigError: the batch or the experts do not divide by the cluster.
+        ConfigError: the batch, the experts or what tensor parallelism cuts do not divide by the cluster.
     """
-    if recipe.parallel.tensor > 1:
-        raise ConfigError("parallel.tensor", recipe.parallel.tensor, "the planner does not count tensor parallelism yet; plan with 1")
-    check_expert_parallel(recipe.parallel.expert, job.model.experts if job.model.routing != "dense" else 0, cluster.world)
-    micro = cut_batch(recipe.train, cluster.world, cluster.world).micro
+    parallel, tensor = recipe.parallel, recipe.parallel.tensor
+    check_parallel(parallel, job.model, cluster.world)
+    micro = cut_batch(recipe.train, cluster.world // tensor, cluster.world // tensor, tensor).micro
     recompute = recipe.train.activation_checkpointing
-    return replace(known[recipe.parallel.zero_stage], ep=recipe.parallel.expert, micro=micro, recompute=recompute)
+    return replace(known[parallel.zero_stage], ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)

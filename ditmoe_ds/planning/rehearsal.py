@@ -10,8 +10,9 @@ from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import BatchShape, build
-from ditmoe_ds.distributed.topology import expert_group
+from ditmoe_ds.distributed.topology import data_group, expert_group
 from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.planning.counting import Count
 from ditmoe_ds.training.recipe import Recipe
 from ditmoe_ds.training.step import Prepared, compute_loss
@@ -29,12 +30,16 @@ class Rehearsal:
     def __init__(self, recipe: Recipe, model: DiTConfig, text: int, ds_config: dict[str, Any], count: Count):
         self.recipe, self.config, self.text, self.count = recipe, model, text, count
         train, self.objective = recipe.train, make_objective(recipe.diffusion)
-        self.images = train.global_batch // (dist.get_world_size() * train.accumulation)
+        group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
+        self.images = train.global_batch // (dist.get_world_size(data_group()) * train.accumulation)
         batch = BatchShape(train.global_batch, train.accumulation, self.images)
-        group = expert_group(recipe.parallel.expert)
         with torch.device("meta"):
             net = DiT(model, ep_size=group.size)
         net.checkpoint_activations = train.activation_checkpointing
+        if recipe.parallel.tensor > 1:
+            from ditmoe_ds.distributed import tensor_parallel
+
+            tensor_parallel.cut(net, *tensor_plan(net))
         with count:
             count.kind = "buffers"  # all but what is named below
             self.engine = build(net, recipe.parallel, train.optimizer, batch, train.precision, ds_config, torch.device("cpu"))

@@ -11,11 +11,12 @@ from ditmoe_ds.planning.search import Objective, best, pareto
 RECOMPUTED: dict[Recompute, str] = {False: "nothing", "attention": "attention", True: "blocks"}
 
 
-def overrides(plan: Plan) -> str:
-    """What makes a recipe train so."""
+def overrides(plan: Plan, tensor: int = 1) -> str:
+    """What makes a recipe train so. ``tensor`` is the recipe's tensor-parallel size; 1 need not be told where it is 1."""
     shape = plan.shape
+    cut = f"parallel.tensor={shape.tensor} " if {shape.tensor, tensor} != {1} else ""
     return (
-        f"parallel.zero_stage={shape.stage} parallel.expert={shape.ep} train.accumulation={plan.accumulation} "
+        f"parallel.zero_stage={shape.stage} {cut}parallel.expert={shape.ep} train.accumulation={plan.accumulation} "
         f"train.activation_checkpointing={str(shape.recompute).lower()}"
     )
 
@@ -27,18 +28,18 @@ def as_json(plan: Plan, plans: list[Plan], objective: Objective) -> dict[str, An
         cluster=asdict(plan.cluster),
         assumptions=asdict(plan.assumptions),
         job=asdict(plan.job) | {key: describe(plan.job.model, plan.job.text)[key] for key in ("total", "active")},
-        recipe=_numbers(plan),
+        recipe=_numbers(plan, plan),
         searched=len(plans),
         fitting=len(fitting),
-        pareto=[_numbers(other) for other in pareto(fitting, objective)],
-        best=chosen and _numbers(chosen),
+        pareto=[_numbers(other, plan) for other in pareto(fitting, objective)],
+        best=chosen and _numbers(chosen, plan),
     )
 
 
-def _numbers(plan: Plan) -> dict[str, Any]:
-    keys = ("accumulation", "peak", "usable", "fits", "when", "memory", "flops", "recompute_flops", "seconds", "step_seconds")
-    numbers: dict[str, Any] = dict(asdict(plan.shape), gpus=plan.cluster.world, overrides=overrides(plan))
-    numbers |= {key: getattr(plan, key) for key in (*keys, "mfu", "images_per_second", "days", "gpu_hours")}
+def _numbers(plan: Plan, own: Plan) -> dict[str, Any]:
+    keys = ("accumulation", "peak", "usable", "fits", "when", "memory", "flops", "recompute_flops", "alike_flops", "seconds")
+    numbers: dict[str, Any] = dict(asdict(plan.shape), gpus=plan.cluster.world, overrides=overrides(plan, own.shape.tensor))
+    numbers |= {key: getattr(plan, key) for key in (*keys, "step_seconds", "mfu", "images_per_second", "days", "gpu_hours")}
     return numbers | dict(activations=plan.activations.parts, traffic=[asdict(flow) for flow in plan.traffic])
 
 
@@ -78,7 +79,7 @@ def as_comment(plan: Plan, plans: list[Plan], objective: Objective) -> str:
     ]
     chosen = best(plans, objective)
     if chosen and chosen.step_seconds < 0.99 * plan.step_seconds:
-        words.append(f"the search's best, {chosen.step_seconds:.3f} s: {overrides(chosen)}")
+        words.append(f"the search's best, {chosen.step_seconds:.3f} s: {overrides(chosen, plan.shape.tensor)}")
     return "\n".join(f"#   {line}" for line in words)
 
 
@@ -103,11 +104,14 @@ def _traffic(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    job, names = plan.job, dict(arithmetic="arithmetic", exchange="exchange of tokens", zero="ZeRO's traffic, not hidden")
+    job, names = plan.job, dict(exchange="exchange of tokens", sums="sums of tokens", zero="ZeRO's traffic, not hidden")
+    names["alike"] = "what the ranks of a TP group do alike"
+    shown = {name: seconds for name, seconds in plan.seconds.items() if name not in ("alike", "sums") or plan.shape.tensor > 1}
     lines = [f"{'seconds of a step':<42}{'':>8}"]
-    lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in plan.seconds.items()]
+    lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in shown.items()]
     lines.append(f"  {'step':<40}{plan.step_seconds:>8.3f}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
     again = f" and {plan.recompute_flops / 1e12:,.1f} again" if plan.recompute_flops else ""
+    again += f" and {plan.alike_flops / 1e12:,.1f} as others do" if plan.alike_flops else ""
     lines.append(
         f"  {plan.flops / 1e12:,.1f} TFLOP a GPU{again}; {job.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
     )
@@ -116,22 +120,23 @@ def _time(plan: Plan) -> list[str]:
 
 def _assumed(plan: Plan) -> list[str]:
     assumed = plan.assumptions
+    cut = ["Tensor parallelism: sums of tokens hidden beside nothing, narrower matrices multiplied at the same rate."]
     return [
         f"Assumed: arithmetic at {assumed.mfu:.0%} of peak (--mfu), links and memory at {assumed.link:.0%} of their rate (--link),",
         f"ZeRO's traffic hidden beside {assumed.overlap:.0%} of the arithmetic it can run beside (--overlap), an even load of experts.",
+        *(cut if plan.shape.tensor > 1 else []),
     ]
 
 
 def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
     fitting = [other for other in plans if other.fits]
     goods = "GPUs" if objective == "gpus" else "memory"
+    columns = {"stage": 5, "TP": 4, "EP": 5, "micro": 7, "accum.": 8, "recompute": 11, "GPUs": 6, "GB": 8, "step s": 9, "img/s": 8}
     lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. The fastest, and what less {goods} costs:"]
-    lines.append(
-        f"  {'stage':>5}{'EP':>5}{'micro':>7}{'accum.':>8}{'recompute':>11}{'GPUs':>6}{'GB':>8}{'step s':>9}{'img/s':>8}{'GPU-hours':>13}"
-    )
+    lines.append("  " + "".join(f"{name:>{width}}" for name, width in columns.items()) + f"{'GPU-hours':>13}")
     for other in pareto(fitting, objective):
         shape = other.shape
-        row = f"  {shape.stage:>5}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{RECOMPUTED[shape.recompute]:>11}"
+        row = f"  {shape.stage:>5}{shape.tensor:>4}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{RECOMPUTED[shape.recompute]:>11}"
         row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{other.step_seconds:>9.3f}{other.images_per_second:>8,.0f}"
         lines.append(row + f"{other.gpu_hours:>13,.0f}")
     if chosen := best(plans, objective):
@@ -140,11 +145,12 @@ def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
             "memory": "With the least memory",
             "gpus": f"The fastest on the fewest GPUs, {chosen.cluster.world}",
         }
-        return [*lines, "", f"{words[objective]}: {overrides(chosen)}", *([] if plan.fits else ["With it, the recipe fits."])]
+        told = f"{words[objective]}: {overrides(chosen, plan.shape.tensor)}"
+        return [*lines, "", told, *([] if plan.fits else ["With it, the recipe fits."])]
     if not plans:
         return [f"Nothing to search: train.global_batch={plan.job.global_batch} does not divide by {plan.cluster.world} GPUs."]
     least = min(plans, key=lambda other: other.peak)
     return [
-        f"Nothing fits. The least is {least.peak / 1e9:.1f} GB of {least.usable / 1e9:.1f}, with {overrides(least)}:",
+        f"Nothing fits. The least is {least.peak / 1e9:.1f} GB of {least.usable / 1e9:.1f}, with {overrides(least, plan.shape.tensor)}:",
         "take more nodes, GPUs with more memory, or a smaller model.",
     ]

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import gcd
 from typing import Literal, get_args
 
-from ditmoe_ds.models.dit import Recompute
+from ditmoe_ds.models.dit import DiTConfig, Recompute
+from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape
 from ditmoe_ds.planning.plan import Plan
 
@@ -12,14 +14,24 @@ Objective = Literal["time", "memory", "gpus"]
 
 
 def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shape]:
-    """Every EP, micro-batch and recomputation that divides, of ``stages``, which say the rest."""
-    experts = job.model.experts if job.model.routing != "dense" else 1
-    images = job.global_batch // cluster.world if job.global_batch % cluster.world == 0 else 0
+    """Every TP, EP, micro-batch and recomputation that divides, of ``stages``, which say the rest."""
+    experts = max(job.model.experts, 1) if job.model.routing != "dense" else 1
     for stage in stages:
-        for ep in (n for n in range(1, cluster.world + 1) if cluster.world % n == 0 and max(experts, 1) % n == 0):
-            for micro in (n for n in range(1, images + 1) if images % n == 0):
-                for recompute in get_args(Recompute):
-                    yield replace(stage, ep=ep, micro=micro, recompute=recompute)
+        for tensor in tensor_sizes(job.model, cluster):
+            groups = cluster.world // tensor
+            for ep in divisors(gcd(experts, groups)):
+                for micro in divisors(job.global_batch // groups) if job.global_batch % groups == 0 else ():
+                    for recompute in get_args(Recompute):
+                        yield replace(stage, tensor=tensor, ep=ep, micro=micro, recompute=recompute)
+
+
+def tensor_sizes(model: DiTConfig, cluster: Cluster) -> list[int]:
+    """Those that the model can be cut into and that stay inside a node: a layer's sums are not for the network."""
+    return [1] if has_biased_experts(model) else divisors(gcd(cluster.per_node, *divided(model).values()))
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def clusters(cluster: Cluster) -> list[Cluster]:

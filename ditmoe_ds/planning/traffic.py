@@ -4,8 +4,12 @@ DeepSpeed 0.19 as ``distributed.engine`` sets it up: gradients travel in the wei
 each rank keeps a part of the sum, and updated weights are gathered after the step; at stage 3 gradients are reduce-scattered and
 weights gathered, for forward and again for backward. A ring of g ranks sends (g - 1) / g of a tensor from each of them to gather it
 or to reduce and scatter it, twice that to all-reduce it. Averages of the weights travel nowhere.
+
+Under tensor parallelism, consecutive ranks all-reduce what each computed of the tokens from its part of a layer; all else travels among
+those with the same place in their groups, each with its part.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,12 +36,17 @@ def step_traffic(
     """Of all micro-batches of a step and the optimizer.
 
     Args:
-        weights: elements: ``dense``, ``experts`` (all of them), and of both together those that ZeRO-3 always keeps whole, ``whole``.
+        weights: elements on a rank of a tensor-parallel group: ``dense``, ``experts`` (all of them), and of both together those that ZeRO-3
+            always keeps whole, ``whole``.
     """
-    ep, size, found = batch.ep, batch.size, []
-    rings = [(weights["dense"], range(world), 1, "dense"), (weights["experts"] / ep, range(0, world, ep), ep, "experts")]
-    for elements, ranks, groups, kind in rings:
-        cross = crossing(ranks, groups, per_node)
+    ep, tensor, size, found = batch.ep, batch.tensor, batch.size, []
+    apart = ep * tensor
+    rings = [
+        (weights["dense"], range(0, world, tensor), range(tensor), "dense"),
+        (weights["experts"] / ep, range(0, world, apart), range(apart), "experts"),
+    ]
+    for elements, ranks, shifts, kind in rings:
+        cross = crossing(ranks, shifts, per_node)
         once = size * elements * (1 - 1 / len(ranks))  # sent when it is gathered once
 
         def add(what: str, phase: str, times: float, once: float = once, cross: float = cross, kind: str = kind) -> None:
@@ -59,19 +68,39 @@ def step_traffic(
     if ep > 1:
         times = 6 if recompute is True else 4  # forward takes tokens to their experts and back, so does backward, and what is recomputed
         rows = sum(batch.rows(layer) for layer in sparse_layers(batch.model))
-        sent = times * accumulation * size * batch.model.hidden * rows
-        near, far = exchange_shares(world, ep, per_node)
+        sent: float = times * accumulation * size * batch.model.hidden * rows
+        near, far = exchange_shares(world, ep, per_node, tensor)
         found.append(Traffic("exchange tokens", "alone", sent * near, sent * far))
+    if tensor > 1:
+        cross = crossing(range(tensor), range(0, world, tensor), per_node)
+        sent = 2 * (1 - 1 / tensor) * accumulation * summed(batch, recompute)
+        found.append(Traffic("sum tokens", "alone", sent * (1 - cross), sent * cross))
     return found
 
 
+def summed(batch: MicroBatch, recompute: Recompute) -> float:
+    """Bytes that the ranks of a tensor-parallel group all-reduce in a micro-batch, as ``distributed.tensor_parallel`` cuts the layers.
+
+    Attention to the patches, attention to the text and the feed-forward each sum their outputs in forward and their inputs' gradients in
+    backward. Backward stops computing again where it has what it needs: after attention's output, before the text's.
+    """
+    model, D, text = batch.model, batch.model.hidden, bool(batch.text)
+    forward = 2 + text
+    again = forward if recompute is True else 1 if recompute else 0
+    layer = (2 * forward + again) * batch.tokens * D
+    layer += batch.images * batch.text * D  # the gradient of what k and v of the text come from
+    layer += model.qk_norm * (1 + text) * 4 * (D // model.heads)  # those of the weights and biases of q's and k's norms
+    takings = sum(map(batch.rows, sparse_layers(model)))
+    return batch.size * model.depth * layer + 4 * takings  # a taking's weight has a gradient in fp32
+
+
 @lru_cache
-def crossing(ranks: Sequence[int], groups: int, per_node: int) -> float:
-    """Share of the hops of rings over ``ranks``, and over the same shifted by 1 to ``groups`` - 1, that leave a node."""
+def crossing(ranks: Sequence[int], shifts: Sequence[int], per_node: int) -> float:
+    """Share of the hops of rings over ``ranks``, each time shifted by one of ``shifts``, that leave a node."""
     if len(ranks) == 1:
         return 0.0
     hops = leaving = 0
-    for shift in range(groups):
+    for shift in shifts:
         nodes = [(rank + shift) // per_node for rank in ranks]
         hops += len(nodes)
         leaving += sum(here != there for here, there in zip(nodes, [*nodes[1:], nodes[0]], strict=True))
@@ -79,11 +108,13 @@ def crossing(ranks: Sequence[int], groups: int, per_node: int) -> float:
 
 
 @lru_cache
-def exchange_shares(world: int, ep: int, per_node: int) -> tuple[float, float]:
-    """Shares of a rank's rows that go to other ranks of its node and to other nodes; groups of ``ep`` consecutive, evenly loaded ranks."""
-    same = 0
-    for first in range(0, world, ep):
-        nodes = [rank // per_node for rank in range(first, first + ep)]
-        same += sum(nodes.count(node) ** 2 for node in set(nodes))
+def exchange_shares(world: int, ep: int, per_node: int, tensor: int = 1) -> tuple[float, float]:
+    """Shares of a rank's rows that go to other ranks of its node and to other nodes; groups of ``ep`` evenly loaded ranks, each ``tensor``
+    after the one before."""
+    same, apart = 0, ep * tensor
+    for first in range(0, world, apart):
+        for place in range(first, first + tensor):
+            nodes = Counter(rank // per_node for rank in range(place, place + apart, tensor))
+            same += sum(members**2 for members in nodes.values())
     inside = same / (world // ep) / ep**2
     return inside - 1 / ep, 1 - inside

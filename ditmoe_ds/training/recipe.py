@@ -14,7 +14,7 @@ from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.checkpoint import CheckpointConfig, newest_index
 from ditmoe_ds.distributed.ema import EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, offloads, read_ds_config
-from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel
+from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
 from ditmoe_ds.distributed.weights import Weights, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
@@ -224,12 +224,26 @@ def read_recipe(arguments: list[str]) -> Recipe:
     return recipe
 
 
-def cut_batch(train: TrainConfig, processes: int, begun_on: int, called: str = "processes") -> BatchShape:
+def check_parallel(parallel: ParallelConfig, model: DiTConfig, world: int) -> None:
+    """Refuse tensor- and expert-parallel sizes that do not go with a model and so many processes.
+
+    Raises:
+        ConfigError: naming sizes that fit.
+    """
+    check_tensor_parallel(parallel.tensor, divided(model), world)
+    if parallel.tensor > 1 and has_biased_experts(model):
+        fix = "experts with biases, as upcycled from a dense DiT, are not cut; set 1 and spread them with parallel.expert"
+        raise ConfigError("parallel.tensor", parallel.tensor, fix)
+    check_expert_parallel(parallel.expert, model.experts if model.routing != "dense" else 0, world, parallel.tensor)
+
+
+def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1) -> BatchShape:
     """How processes cut the global batch, where a tensor-parallel group counts as one.
 
     Args:
         begun_on: those for which ``train.accumulation`` was chosen; on others it becomes the least with which no rank computes more images
             at once than on those.
+        tensor: tensor-parallel size.
 
     Raises:
         ConfigError: the batch does not divide.
@@ -240,7 +254,7 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, called: str = "
         accumulation = next(n for n in range(1, images + 1) if images % n == 0 and images // n <= most)
     parts = processes * accumulation
     if train.global_batch % parts:
-        near = max(train.global_batch // parts, 1) * parts
+        near, called = max(train.global_batch // parts, 1) * parts, "processes" if tensor == 1 else "tensor-parallel groups"
         fix = f"must divide by {processes} {called} x {accumulation} accumulation steps; {near} does"
         raise ConfigError("train.global_batch", train.global_batch, fix)
     return BatchShape(train.global_batch, accumulation, train.global_batch // parts)
@@ -263,18 +277,14 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         ConfigError, DataError: with the key, the value and the fix.
     """
     recipe = read_recipe(arguments)
-    train = recipe.train
+    train, tensor = recipe.train, recipe.parallel.tensor
     weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
     named = _network_of(weights, recipe) if weights else named_network(recipe.model)
-    tensor = recipe.parallel.tensor
-    check_tensor_parallel(tensor, divided(named), world)
-    if tensor > 1 and has_biased_experts(named):
-        fix = "experts with biases, as upcycled from a dense DiT, are not cut; set 1 and spread them with parallel.expert"
-        raise ConfigError("parallel.tensor", tensor, fix)
-    check_expert_parallel(recipe.parallel.expert, named.experts if named.routing != "dense" else 0, world, tensor)
+    check_parallel(recipe.parallel, named, world)
+    require_tensor_parallel(tensor)
     processes = world // tensor
     begun_on = _begun_on(recipe, processes)
-    batch = cut_batch(train, processes, begun_on, "processes" if tensor == 1 else "tensor-parallel groups")
+    batch = cut_batch(train, processes, begun_on, tensor)
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
