@@ -1,6 +1,6 @@
 """Time and memory of our MoE layer, forward and backward, beside others with the same weights and beside a dense MLP of equal FLOPs.
 
-python benchmarks/moe_layer.py [--sizes S B] [--experts 8 16 32 64] [--tokens 2048] [--repeats 3] [--write]
+python benchmarks/moe_layer.py [--sizes S B] [--experts 8 16 32 64] [--tokens 2048 8192] [--repeats 3] [--write]
 
 Widths of the named sizes, SwiGLU experts 4 D wide, top-2, images of 256 tokens. Outputs and input gradients are checked equal
 first; then the layers take turns. A second table says from a profile what the floor and our layer spend their time on.
@@ -8,6 +8,7 @@ first; then the layers take turns. A second table says from a profile what the f
 """
 
 import argparse
+import itertools
 
 import torch
 from moe_peers import Weights, autoep, deepspeed, floor, loop, megatron, ours
@@ -71,39 +72,39 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--sizes", nargs="+", default=["S", "B", "XL", "G"] if cuda else ["S", "B"], choices=list(SIZES))
     parser.add_argument("--experts", nargs="+", type=int, default=[8, 16, 32, 64])
-    parser.add_argument("--tokens", type=int, default=16384 if cuda else 2048)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16384] if cuda else [2048, 8192])
     parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
     parser.add_argument("--write", action="store_true", help="put the figures into moe_layer.md")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    page = Page(__file__, arguments.write, f"{dtype}; {arguments.tokens:,} tokens, median of {arguments.repeats}")
+    page = Page(__file__, arguments.write, f"{dtype}; median of {arguments.repeats}")
     page.add("", "Milliseconds of forward and backward, each other layer's as a multiple of ours; and peak MiB beside weights and input.")
-    page.table("width", "experts", "choice", "floor", "ours", "ours / floor", *TITLES.values(), "MiB: floor", "ours", *TITLES.values())
+    page.table(
+        "width", "tokens", "experts", "choice", "floor", "ours", "ours / floor", *TITLES.values(), "MiB: floor", "ours", *TITLES.values()
+    )
     reasons: dict[tuple[str, str], str] = {}
     spent: list[tuple[object, ...]] = []
-    for size in arguments.sizes:
+    for size, tokens, experts in itertools.product(arguments.sizes, arguments.tokens, arguments.experts):
         dim = SIZES[size].hidden
-        x = torch.randn(arguments.tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
-        for experts in arguments.experts:
-            weights = random_weights(dim, experts, device, dtype)
-            for choice in ("token", "expert"):
-                layers, absent = equal_layers(choice, weights, x)
-                reasons |= {(choice, name): reason for name, reason in absent.items()}
-                figures = measure({"floor": floor(weights)} | layers, x, arguments.repeats)
-                first, own = figures["floor"][0], figures["ours"][0]
-                ratios = [f"{figures[name][0] / own:.2f}" if name in figures else "-" for name in TITLES]
-                taken = [f"{figures[name][1] / 2**20:,.0f}" if name in figures else "-" for name in ("floor", "ours", *TITLES)]
-                page.row(size, experts, choice, f"{1e3 * first:.1f}", f"{1e3 * own:.1f}", f"{own / first:.2f}", *ratios, *taken)
-                dense, sparse = (profiled(layer, x, arguments.repeats) for layer in (floor(weights), layers["ours"]))
-                moved = 3 * (weights.w1.nbytes + weights.w2.nbytes) / 1e9
-                spent.append(
-                    (size, experts, choice, *(f"{part:.1f}" for part in (*dense, *sparse)), f"{sparse[0] / dense[0]:.2f}", f"{moved:.2f}")
-                )
+        x = torch.randn(tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
+        weights = random_weights(dim, experts, device, dtype)
+        moved = 3 * (weights.w1.nbytes + weights.w2.nbytes) / 1e9
+        for choice in ("token", "expert"):
+            layers, absent = equal_layers(choice, weights, x)
+            reasons |= {(choice, name): reason for name, reason in absent.items()}
+            figures = measure({"floor": floor(weights)} | layers, x, arguments.repeats)
+            first, own = figures["floor"][0], figures["ours"][0]
+            ratios = [f"{figures[name][0] / own:.2f}" if name in figures else "-" for name in TITLES]
+            taken = [f"{figures[name][1] / 2**20:,.0f}" if name in figures else "-" for name in ("floor", "ours", *TITLES)]
+            page.row(size, f"{tokens:,}", experts, choice, f"{1e3 * first:.1f}", f"{1e3 * own:.1f}", f"{own / first:.2f}", *ratios, *taken)
+            dense, sparse = (profiled(layer, x, arguments.repeats) for layer in (floor(weights), layers["ours"]))
+            parts = [f"{part:.1f}" for part in (*dense, *sparse)]
+            spent.append((size, f"{tokens:,}", experts, choice, *parts, f"{sparse[0] / dense[0]:.2f}", f"{moved:.2f}"))
     page.add(
         "", "Milliseconds of GEMMs and of the rest; and GB of weights that ours reads in forward and in backward, and writes as gradients."
     )
-    page.table("width", "experts", "choice", "floor: GEMMs", "rest", "ours: GEMMs", "rest", "GEMMs, ours / floor", "GB")
+    page.table("width", "tokens", "experts", "choice", "floor: GEMMs", "rest", "ours: GEMMs", "rest", "GEMMs, ours / floor", "GB")
     for row in spent:
         page.row(*row)
     page.add("", *(f"- {TITLES[name]}, {choice} choice: {reason}" for (choice, name), reason in reasons.items()))
