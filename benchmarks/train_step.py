@@ -139,8 +139,7 @@ def compare_loops(page: Page, make: Callable[..., Trainer], name: str, rounds: i
     weights = {key: value.clone() for key, value in trainer.engine.module.state_dict().items()}
     taken: list[Prepared] = []
     micro = trainer.plan.batch.accumulation
-    loader = trainer.loader
-    trainer.loader = kept(loader, taken, CHECKED * micro)
+    trainer.ahead.loader = kept(trainer.loader, taken, CHECKED * micro)
     theirs = [train(trainer)["loss"] for _ in range(CHECKED)]
     batches = [batch.to(trainer.device, trainer.conditioner) for batch in taken]
     plain = Plain(trainer, weights, [batches[first : first + micro] for first in range(0, len(batches), micro)])
@@ -148,7 +147,7 @@ def compare_loops(page: Page, make: Callable[..., Trainer], name: str, rounds: i
     ours = [plain.step() for _ in range(CHECKED)]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-2 if GPU else 1e-4, atol=0)
     times = [[block(step, steps)[0] for step in (partial(train, trainer), plain.step)] for _ in range(rounds)]
-    loader.close()
+    trainer.loader.close()
     ratios = [theirs / ours for theirs, ours in times]
     medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*times)]
     page.row(name, *medians, f"{statistics.median(ratios):.3f}", " ".join(f"{ratio:.3f}" for ratio in ratios))

@@ -6,8 +6,10 @@ import torch
 from ditmoe_ds.diffusion.noise import kept_patches
 from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, RectifiedFlow
 from ditmoe_ds.diffusion.sampling import make_scheduler, sample
-from ditmoe_ds.latents.condition import Classes, Texts, padded
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.condition import Captions, Classes, Texts, padded
 from ditmoe_ds.latents.loader import Batch
+from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.step import Preparation, pixels_of, router_metrics
 
 COUNT = 2000
@@ -108,3 +110,40 @@ def test_router_metrics_of_tokens():
     found = router_metrics(torch.tensor([[4, 4], [8, 0]]), torch.tensor([[2, 4, 2], [0, 8, 0]]))
     assert found["untaken"] == [0.25, 0] and found["takers_std"] == [pytest.approx(0.5**0.5, abs=1e-6), 0]
     assert found["dead"] == [0, 0.5] and found["max_over_mean"] == [1, 2]
+
+
+class Lengths:
+    """An encoder whose tokens tell which caption they are of."""
+
+    def __call__(self, captions):
+        return [torch.full((1 + int(caption) % 3, 2), float(caption)) for caption in captions]
+
+
+def on_their_way(device, steps, then=None):
+    """Micro-batches of two epochs, with captions, taken as a step takes them."""
+    conditioner = Captions(Lengths())
+    loaded = [prepare(conditioner, dropout=0.0)(batch(epoch, 6)) for epoch in range(2 * steps)]
+
+    def loader():
+        yield from loaded
+        raise then
+
+    ahead, taken = Ahead(loader(), 2, device, conditioner), []
+    for _ in range(steps):
+        taken.append(ahead.take())
+        ahead.begin()
+    return [one.to(device, conditioner) for one in loaded], taken, ahead
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_next_step_is_brought_while_this_one_is_computed(device):
+    """Each step has its own; one that cannot be read is told when it is wanted, not in the step before."""
+    wanted, taken, ahead = on_their_way(torch.device(device), 3, then=DataError("shard.tar: ends early"))
+    assert [len(step) for step in taken] == [2, 2, 2]
+    for ours, theirs in zip((one for step in taken for one in step), wanted, strict=True):
+        assert torch.equal(ours.noise, theirs.noise) and ours.noise.device.type == device
+        assert torch.equal(ours.condition["text"], theirs.condition["text"])
+        assert ours.condition["text"][:, 0, 0].tolist() == list(range(6))
+    for _ in range(2):
+        with pytest.raises(DataError, match="ends early"):
+            ahead.take()

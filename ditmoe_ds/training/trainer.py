@@ -37,6 +37,7 @@ from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
+from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
@@ -106,6 +107,7 @@ class Trainer:
                 plan.model.patch,
             ),
         )
+        self.ahead = Ahead(self.loader, plan.batch.accumulation, self.device, self.conditioner)
         self.callbacks = self._callbacks(callbacks)
 
     def run(self) -> None:
@@ -133,14 +135,14 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # three losses, and whether this rank was asked to stop
         selections = takers = torch.zeros((), dtype=torch.int64, device=self.device)
         per_batch = []
-        loaded: list[Prepared] = [next(self.loader) for _ in range(accumulation)]
-        waited = time.monotonic() - start
-        batches = [batch.to(self.device, self.conditioner) for batch in loaded]
-        for batch in batches:
+        batches = self.ahead.take()
+        for i, batch in enumerate(batches, 1):
             with clock("forward"):
                 loss = compute_loss(self.engine, self.objective, batch, self.plan.model)
             with clock("backward"):
                 self.engine.backward(loss.total)
+            if i == accumulation and self.step + 1 < train.steps:
+                self.ahead.begin()
             with clock("optimizer"):
                 self.engine.step()
             sums[:3] += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / accumulation
@@ -164,9 +166,9 @@ class Trainer:
             z_loss=z,
             grad_norm=float(self.engine.get_global_grad_norm()) if applied else math.inf,
             lr=lr,
-            data_wait=waited / seconds,
+            data_wait=self.ahead.waited / seconds,
             epoch=self.samples_seen / len(self.dataset),
-            seconds=dict(total=seconds, data=waited) | parts,
+            seconds=dict(total=seconds, data=self.ahead.waited) | parts,
         )
         record |= throughput(
             self.plan.model,

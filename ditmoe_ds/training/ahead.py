@@ -1,0 +1,71 @@
+"""A step's micro-batches, on their way to the device while the step before is computed."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditmoe_ds.errors import UserError
+from ditmoe_ds.latents.condition import Conditioner
+from ditmoe_ds.training.step import Prepared
+
+
+class Ahead:
+    """On a GPU samples are copied, and captions encoded, by a stream of its own.
+
+    Args:
+        loader: of one rank's micro-batches.
+        accumulation: micro-batches of a step.
+    """
+
+    def __init__(self, loader: Iterator[Prepared], accumulation: int, device: torch.device, conditioner: Conditioner):
+        self.loader, self.accumulation, self.device, self.conditioner = loader, accumulation, device, conditioner
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the encoder's weights are on their way
+        self.batches: list[Prepared] | None = None
+        self.error: UserError | None = None
+        self.waited = 0.0
+        """Seconds for samples, since the last ``take``."""
+
+    def begin(self) -> None:
+        """Start to bring those of the next step. What cannot be read is told by ``take``: the step under way does not suffer."""
+        start = time.monotonic()
+        try:
+            loaded = [next(self.loader) for _ in range(self.accumulation)]
+        except UserError as error:
+            self.error = error
+            return
+        self.waited += time.monotonic() - start
+        with torch.cuda.stream(self.stream):
+            self.batches = [batch.to(self.device, self.conditioner) for batch in loaded]
+
+    def take(self) -> list[Prepared]:
+        """Those of the next step, for the current stream.
+
+        Raises:
+            UserError: as the loader's.
+        """
+        self.waited = 0.0
+        if self.batches is None and self.error is None:
+            self.begin()
+        if self.error is not None:
+            raise self.error
+        batches, self.batches = self.batches, None
+        assert batches is not None
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for tensor in _tensors(batches):
+                tensor.record_stream(current)
+        return batches
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple | dict):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(part)
