@@ -67,6 +67,13 @@ def launch(world, arguments, timeout=600, check=True):
     return Ranks(world, arguments).wait(timeout, check=check)
 
 
+def train_cases(world, cases, folder):
+    """Have so many ranks of ``shapes_worker`` train cases one after the other. Returns {name: what it recorded}, and rank 0's output."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    ended = launch(world, [ROOT / "tests" / "shapes_worker.py", folder / "cases.json", folder / "results.json"], timeout=1800)
+    return json.loads((folder / "results.json").read_text()), ended[0][1]
+
+
 def until_step(run_dir, step, job=None, timeout=400):
     """Wait until a run has written so many steps. The timeout is for two busy cores; a ``job`` (Popen) that ended is told at once."""
     file, deadline = Path(run_dir) / "metrics.jsonl", time.monotonic() + timeout

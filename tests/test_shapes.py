@@ -5,15 +5,13 @@ active, AdamW, and the balance loss on; a run that is saved and loaded, in its o
 Processes are expensive to start, so one group per world size runs all cases that can run then.
 """
 
-import json
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from latents import write_latents
-from processes import launch
+from processes import train_cases
 
 from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.engine import BatchShape
@@ -138,12 +136,8 @@ def runs(folder):
             (1, [*moved(1, {2, 4}), elastic(1, 1, 1, saved=2)]),
         ]
     ):
-        (folder / "cases.json").write_text(json.dumps(cases))
-        ended = launch(
-            world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / f"results{i}.json"], timeout=1200
-        )
-        results |= json.loads((folder / f"results{i}.json").read_text())
-        results[f"said {i}"] = ended[0][1]
+        found, said = train_cases(world, cases, folder)
+        results |= found | {f"said {i}": said}
     return results
 
 

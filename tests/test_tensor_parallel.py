@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import yaml
 from latents import write_latents, write_vae
 from models import random_weights
 from PIL import Image
-from processes import launch
+from processes import launch, train_cases
 
 from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.weights import write_weights
@@ -98,10 +97,7 @@ def start(folder):
     )
 
     def start(world, cases):
-        cases = [case | dict(recipe=str(recipe)) for case in cases]
-        (folder / "cases.json").write_text(json.dumps(cases))
-        launch(world, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / "results.json"], timeout=900)
-        return json.loads((folder / "results.json").read_text())
+        return train_cases(world, [case | dict(recipe=str(recipe)) for case in cases], folder)[0]
 
     return start
 

@@ -1,11 +1,8 @@
 """The recipe of 16.5B parameters on 8 processes: its depth, experts, precision and mix of data, of tiny width."""
 
-import json
-from pathlib import Path
-
 import pytest
 from latents import write_latents
-from processes import ROOT, launch
+from processes import ROOT, train_cases
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +33,7 @@ def runs(tmp_path_factory):
             recipe = str(ROOT / "recipes" / "dit_moe_g2_16e2a_256.yaml")
             case = dict(name=run, recipe=recipe, overrides=overrides, steps=STEPS, width=WIDTH)
             cases.append(case if begin is None else case | dict(begin=begin))
-    (folder / "cases.json").write_text(json.dumps(cases))
-    launch(8, [Path(__file__).parent / "shapes_worker.py", folder / "cases.json", folder / "results.json"], timeout=1800)
-    return json.loads((folder / "results.json").read_text())
+    return train_cases(8, cases, folder)[0]
 
 
 @pytest.mark.parametrize("name", SHAPES)
