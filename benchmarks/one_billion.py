@@ -27,6 +27,8 @@ from ditmoe_ds.planning.counting import Count
 WORLD = 2
 SMALL = case(model="DiT-MoE-Nano/2-4E2A", stage=3, ep=WORLD)
 """Trains first, so that libraries, threads and connections are not counted."""
+GIVE_BACK = dict(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_=str(2**16))
+"""glibc gives what is freed back to the system at once, so that what is resident is what somebody holds."""
 
 
 def large(experts: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def main() -> None:
         sys.exit(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free: end other work, or take fewer --experts")
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-        environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", WORLD_SIZE=str(WORLD))
+        environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", WORLD_SIZE=str(WORLD)) | GIVE_BACK
         command = [sys.executable, __file__, *sys.argv[1:], "--out", folder]
         ranks = [subprocess.Popen(command, env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(WORLD)]
         codes = [process.wait() for process in ranks]
