@@ -25,8 +25,7 @@ class Ahead:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # the encoder's weights are on their way
-        self.batches: list[Prepared] | None = None
-        self.error: UserError | None = None
+        self.ready: list[Prepared] | UserError | None = None
         self.waited = 0.0
         """Seconds for samples, since the last ``take``."""
 
@@ -36,11 +35,11 @@ class Ahead:
         try:
             loaded = [next(self.loader) for _ in range(self.accumulation)]
         except UserError as error:
-            self.error = error
+            self.ready = error
             return
         self.waited += time.monotonic() - start
         with torch.cuda.stream(self.stream):
-            self.batches = [batch.to(self.device, self.conditioner) for batch in loaded]
+            self.ready = [batch.to(self.device, self.conditioner) for batch in loaded]
 
     def take(self) -> list[Prepared]:
         """Those of the next step, for the current stream.
@@ -49,11 +48,11 @@ class Ahead:
             UserError: as the loader's.
         """
         self.waited = 0.0
-        if self.batches is None and self.error is None:
+        if self.ready is None:
             self.begin()
-        if self.error is not None:
-            raise self.error
-        batches, self.batches = self.batches, None
+        batches, self.ready = self.ready, None
+        if isinstance(batches, UserError):
+            raise batches
         assert batches is not None
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
