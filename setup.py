@@ -49,5 +49,5 @@ setup(
             MEGATRON,
         ],
     },
-    entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:main", "ditmoe-data=data_prep.cli:main"]},
+    entry_points={"console_scripts": ["ditmoe=ditmoe_ds.cli:run", "ditmoe-data=data_prep.cli:main"]},
 )

@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from typing import NoReturn
 
 from ditmoe_ds.analysis import cli as analysis
+from ditmoe_ds.ending import end
 from ditmoe_ds.errors import UserError
 from ditmoe_ds.evaluation import cli as evaluation
 from ditmoe_ds.interop import cli as interop
@@ -73,5 +75,10 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """The command itself, which may be one process of several."""
+    end(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,9 +1,9 @@
 """Train from a recipe: ``deepspeed --module ditmoe_ds.train RECIPE.yaml [key=value ...]``; also under torchrun and srun."""
 
-import signal
 import sys
 import warnings
 
+from ditmoe_ds.ending import end
 from ditmoe_ds.training.interruption import Interruption
 from ditmoe_ds.training.startup import Startup
 
@@ -46,6 +46,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun, seeing one rank fail, ends the slower ones: their codes shall stay theirs
-    sys.exit(code)
+    end(main())

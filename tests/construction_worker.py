@@ -11,6 +11,7 @@ from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA, EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import named_config
@@ -47,6 +48,7 @@ def main():
     report = dict(before=before, peak=peak, shard=sum(p.master.numel() for p in parts), local=sum(local) // 2, largest=max(local) // 2)
     out.with_suffix(f".{world.rank}").write_text(json.dumps(report))
     leave()
+    end(0)
 
 
 if __name__ == "__main__":

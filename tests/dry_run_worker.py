@@ -12,6 +12,7 @@ import torch
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.planning.counting import Count, CountOnMeta
 from ditmoe_ds.planning.recipe import read_job
 from ditmoe_ds.planning.rehearsal import Rehearsal
@@ -67,3 +68,4 @@ else:
 (folder / f"{mode}{rank}.json").write_text(json.dumps(found))
 if mode == "real":
     leave()
+    end(0)

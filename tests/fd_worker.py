@@ -4,6 +4,7 @@ import os
 import sys
 
 from ditmoe_ds import train
+from ditmoe_ds.ending import end
 from ditmoe_ds.evaluation import during_training
 
 rank, *rest = sys.argv[1:]
@@ -15,4 +16,4 @@ def decode(*_):
 
 if os.environ["RANK"] == rank:
     during_training.decode = decode
-sys.exit(train.main(rest))
+end(train.main(rest))

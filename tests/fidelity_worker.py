@@ -11,6 +11,7 @@ import torch
 
 from ditmoe_ds import cli
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.evaluation.extractors import Extractor
 from ditmoe_ds.evaluation.fidelity import Plan, run
 from ditmoe_ds.evaluation.images import open_images
@@ -45,4 +46,4 @@ def main(made, real, out):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    end(main(*sys.argv[1:]))

@@ -15,6 +15,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.training.recipe import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
@@ -39,6 +40,7 @@ def main():
     if world.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(hashes))
     leave()
+    end(0)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import sys
 
 from ditmoe_ds import train
 from ditmoe_ds.distributed import lookout
+from ditmoe_ds.ending import end
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.training import trainer
 
@@ -20,4 +21,4 @@ def train_step(self):
 
 
 trainer.Trainer.train_step = train_step
-sys.exit(train.main(rest))
+end(train.main(rest))

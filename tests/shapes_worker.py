@@ -17,6 +17,7 @@ from deepspeed.utils import groups
 from megatron.core import parallel_state
 
 from ditmoe_ds.distributed.topology import join, leave, tensor_place
+from ditmoe_ds.ending import end
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import SIZES
 from ditmoe_ds.moe import layer
@@ -112,6 +113,7 @@ def main():
     if world.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     leave()
+    end(0)
 
 
 if __name__ == "__main__":

@@ -156,3 +156,28 @@ def test_restarts_end_when_nothing_comes_of_them(tmp_path):
     assert end(1) == (True, "started again from step_00000100: ended with 1")
     mark(tmp_path, 100)
     assert end(0) == (True, "started again from step_00000100: interrupted")
+
+
+def test_a_rank_that_ends_while_gloo_lets_go_of_a_tensor(tmp_path):
+    """Python never lets gloo's thread in before it shuts down, where that thread would abort the process (exit code -6)."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("""
+import sys, time
+import torch
+import torch.distributed as dist
+from ditmoe_ds.distributed.topology import join
+from ditmoe_ds.ending import end
+world = join()
+group = dist.new_group(backend="gloo")
+dist.barrier()
+if world.rank == 0:
+    sys.setswitchinterval(100)
+    dist.all_reduce(torch.ones(4), group=group, async_op=True)
+else:
+    dist.all_reduce(torch.ones(4), group=group)
+deadline = time.monotonic() + 2
+while time.monotonic() < deadline:
+    pass
+end(3)
+""")
+    assert [code for code, _ in launch(2, [worker], check=False)] == [3, 3]

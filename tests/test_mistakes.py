@@ -58,10 +58,11 @@ def test_every_rank_leaves_with_2(recipe, mistake):
 def test_a_mistake_that_one_rank_alone_sees_ends_all(recipe):
     """The second rank finds no data: the first must not wait for it, and must say why."""
     worker = f"""
-import os, sys
+import os
 from ditmoe_ds import train
+from ditmoe_ds.ending import end
 folder = "{recipe.parent / "latents"}" if os.environ["RANK"] == "0" else "elsewhere"
-sys.exit(train.main(["{recipe}", f"data.manifest={{folder}}"]))
+end(train.main(["{recipe}", f"data.manifest={{folder}}"]))
 """
     (first, output), (second, _) = launch(2, ["-c", worker], check=False)
     assert (first, second) == (2, 2)
@@ -71,12 +72,13 @@ sys.exit(train.main(["{recipe}", f"data.manifest={{folder}}"]))
 def test_srun_starts_ranks_too(recipe):
     """One task per GPU under srun: SLURM's variables instead of a launcher's. The mistake proves that the ranks met."""
     worker = f"""
-import os, sys
+import os
 e = os.environ
 e.update(SLURM_STEP_ID="0", SLURM_PROCID=e.pop("RANK"), SLURM_NTASKS=e.pop("WORLD_SIZE"), SLURM_LOCALID=e.pop("LOCAL_RANK"))
 e.update(SLURM_LAUNCH_NODE_IPADDR=e.pop("MASTER_ADDR"), SLURM_JOB_ID=str(int(e.pop("MASTER_PORT")) % 20000))
 from ditmoe_ds import train
-sys.exit(train.main(["{recipe}", "parallel.expert=4"]))
+from ditmoe_ds.ending import end
+end(train.main(["{recipe}", "parallel.expert=4"]))
 """
     (first, output), (second, _) = launch(2, ["-c", worker], check=False)
     assert (first, second) == (2, 2)

@@ -24,7 +24,7 @@ from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 
 STEPS = 12
-POISON = "import sys; from poison import main; sys.exit(main(sys.argv[1], sys.argv[2:]))"
+POISON = "import sys; from poison import main; from ditmoe_ds.ending import end; end(main(sys.argv[1], sys.argv[2:]))"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_rank_killed_during_a_save(kills, steps, asynchronous, straight, folde
     for kill in range(kills):
         # further each time, so that no run ends before its kill
         seen = kill * (steps - 2) // kills
-        code = "import sys; from kill import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from kill import main; from ditmoe_ds.ending import end; end(main(sys.argv[1:]))"
         wait = [str(chance.randrange(2)), str(seen), str(chance.uniform(0, 0.15))]
         results = launch(2, ["-c", code, *wait, *arguments], check=False)
         assert -signal.SIGKILL in [code for code, _ in results], results[0][1][-2000:]

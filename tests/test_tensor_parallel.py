@@ -193,7 +193,8 @@ def test_gradients_and_sums_of_any_layout(tmp_path):
     """Two ranks, with tensors that are not contiguous."""
     worker = """
 import torch
-from ditmoe_ds.distributed.topology import expert_group, join, leave as end
+from ditmoe_ds.distributed.topology import expert_group, join, leave as part
+from ditmoe_ds.ending import end
 world = join()
 expert_group(1, tensor=2)
 from ditmoe_ds.distributed.tensor_parallel import enter, leave
@@ -202,7 +203,8 @@ table = torch.arange(6.0).view(3, 2) + 10 * world.rank
 (enter(x).t() * table).sum().backward()
 assert torch.equal(x.grad, (2 * torch.arange(6.0).view(3, 2) + 10).t()), x.grad
 assert torch.equal(leave((torch.arange(6.0).view(3, 2) + world.rank).t()), (2 * torch.arange(6.0).view(3, 2) + 1).t())
-end()
+part()
+end(0)
 """
     launch(2, ["-c", worker])
 

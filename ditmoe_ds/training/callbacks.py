@@ -202,6 +202,7 @@ class MetricsWriter:
         if self.tensorboard:
             for key, value in _flat(record).items():
                 self.tensorboard.add_scalar(key, value, trainer.step)
+            self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(_flat(record), step=trainer.step)
 
