@@ -9,6 +9,7 @@ from deepspeed.moe.utils import has_moe_layers, is_moe_param
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ditmoe_ds.models.dit import DenseMLP
+from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias, fastest_kernel
 from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
@@ -78,6 +79,43 @@ def test_no_shared_path():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(T, D)
     torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_shared_path_is_computed_while_tokens_are_on_their_way(monkeypatch):
+    """Forward and backward, each of the four transfers beside half of it. One rank is its own peer."""
+    events = []
+
+    class Work:
+        def __init__(self, *copy):
+            self.copy = copy
+            events.append("begin")
+
+        def wait(self):
+            self.copy[0].copy_(self.copy[1])  # not before: what is computed meanwhile cannot have used it
+            events.append("end")
+
+    def transfer(out, rows, *_, async_op=False, **__):
+        return Work(out.fill_(torch.nan), rows) if async_op else out.copy_(rows)
+
+    monkeypatch.setattr(dispatch.dist, "all_to_all_single", transfer)
+    monkeypatch.setattr(dispatch.dist, "get_world_size", lambda group: 1)
+    moe, x = layer(), torch.randn(T, D, requires_grad=True)
+    moe.deepspeed_moe.ep_size = 2
+    moe.deepspeed_moe._set_ep_group(None)
+    for name in ("w1", "w2"):
+        linear = getattr(moe.shared_mlp, name)
+        linear.register_forward_hook(lambda *_, name=name: events.append(name))
+        linear.weight.register_post_accumulate_grad_hook(lambda _, name=name: events.append(f"gradient of {name}"))
+    found = []
+    for compute in (lambda: moe(x[None])[0][0], lambda: by_loop(moe, x)):
+        out = compute()
+        moe.zero_grad()
+        x.grad = None
+        out.square().sum().backward()
+        found.append([out, x.grad, *(parameter.grad for parameter in moe.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    forward = ["begin", "w1", "end", "begin", "w2", "end"]
+    assert events[:12] == forward + ["begin", "gradient of w2", "end", "begin", "gradient of w1", "end"]
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient():

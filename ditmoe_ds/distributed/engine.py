@@ -112,7 +112,8 @@ class Engine(DeepSpeedEngine):
         for parameter in self.module.parameters():
             if is_moe_param(parameter):
                 group = groups._get_expert_parallel_group(parameter.group_name)
-            squares[int(is_model_parallel_parameter(parameter)), int(is_moe_param(parameter))] += parameter.grad.double().square().sum()
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+            squares[int(is_model_parallel_parameter(parameter)), int(is_moe_param(parameter))] += norm.double().square()
         if self.mpu is not None:
             dist.all_reduce(squares[1], group=self.mpu.get_model_parallel_group())
         squares = squares.sum(0)

@@ -58,33 +58,56 @@ class Permute(torch.autograd.Function):
 
 
 class InFlight:
-    """Rows on their way. ``wait`` returns them; what runs before it overlaps with the transfer."""
+    """Rows on their way. ``wait`` returns them; what is computed before it overlaps with the transfer, and so does its backward.
+
+    The gradient sets out where ``wait`` was and is waited for where the transfer began: autograd, which goes back through
+    what is ready in the reverse order of its making, computes the gradients of what lies between meanwhile.
+    """
 
     def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup):
-        self.sent = rows.contiguous()  # the transfer reads it until wait
-        self.work: list[dist.Work] = []
-        self.received = _AllToAll.apply(self.sent, send, receive, group, self.work)
+        self.send, self.receive, self.group = send, receive, group
+        self.under_way: tuple[dist.Work, Tensor, Tensor]
+        """With the rows, which the transfer reads until its end, and where they arrive."""
+        self.received = _Begin.apply(rows, self)
 
     def wait(self) -> Tensor:
-        with clock("all_to_all"):  # what of it the shared path did not hide
-            self.work.pop().wait()
-        del self.sent
-        return self.received
+        received = _End.apply(self.received, self)
+        del self.received
+        return received
+
+    def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        rows, out = rows.contiguous(), rows.new_empty(sum(receive), rows.shape[1])
+        work = dist.all_to_all_single(out, rows, receive, send, group=self.group, async_op=True)
+        self.under_way = work, rows, out
+        return out
+
+    def end(self) -> Tensor:
+        work, _, out = self.under_way
+        with clock("all_to_all"):  # what of it nothing hid
+            work.wait()
+        del self.under_way
+        return out
 
 
-class _AllToAll(torch.autograd.Function):
-    """Forward starts the transfer and hands its work to the caller; backward is the reverse exchange."""
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, flight):
+        ctx.flight = flight
+        return flight.begin(rows, flight.send, flight.receive)
 
     @staticmethod
-    def forward(ctx, rows, send, receive, group, work):
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        out = rows.new_empty(sum(receive), rows.shape[1])
-        work.append(dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True))
-        return out
+    def backward(ctx, unsent):
+        return ctx.flight.end(), None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, received, flight):
+        ctx.flight = flight
+        flight.end()
+        return received.view_as(received)
 
     @staticmethod
     def backward(ctx, grad):
-        out = grad.new_empty(sum(ctx.send), grad.shape[1])
-        with clock("all_to_all"):
-            dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return out, None, None, None, None
+        ctx.flight.begin(grad, ctx.flight.receive, ctx.flight.send)
+        return grad, None  # for its shape alone: ``_Begin`` returns what arrives

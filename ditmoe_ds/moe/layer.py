@@ -1,6 +1,5 @@
 """DeepSpeed's MoE layer with our router, packed experts and a shared path beside the routed one."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +61,9 @@ class RoutedExperts(MOELayer):
     def _set_ep_group(self, ep_group) -> None:
         self.ep_group = ep_group
 
-    def forward(self, x: Tensor, route_by: Tensor, meanwhile: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """Process x (B, N, D), routed by (B, N, D'); ``meanwhile`` computes the shared path while tokens are on their way.
+    def forward(self, x: Tensor, route_by: Tensor, shared: "SharedMLP | None") -> tuple[Tensor, ...]:
+        """Process x (B, N, D), routed by (B, N, D'). The shared path's first half is computed while tokens are on their way to
+        their experts, the second while they come back; so are their gradients.
 
         Returns:
             Output (B, N, D) and what ``LayerStats`` has, of this rank's tokens.
@@ -73,17 +73,19 @@ class RoutedExperts(MOELayer):
         rows = tokens.index_select(0, assignment.tokens)  # its backward adds rows; that of an index would sort them on a GPU
         experts = self.experts.deepspeed_experts[0]
         if self.ep_size == 1:
-            shared = meanwhile(x)
             rows = experts(rows, assignment.counts, assignment.equal)
+            beside = shared(x) if shared else None
         else:
             exchange = dispatch.plan(assignment, self.ep_group)
-            flight = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
-            shared = meanwhile(x)
             order, back = exchange.order, exchange.back
-            done = experts(dispatch.Permute.apply(flight.wait(), order, back), exchange.counts, assignment.equal)
-            rows = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group).wait()
-        routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens))
-        return shared + routed.to(x.dtype).view_as(x), *stats
+            outward = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
+            inner = shared.up(x) if shared else None
+            done = experts(dispatch.Permute.apply(outward.wait(), order, back), exchange.counts, assignment.equal)
+            homeward = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group)
+            beside = shared.down(inner) if shared and inner is not None else None
+            rows = homeward.wait()
+        routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens)).to(x.dtype).view_as(x)
+        return routed if beside is None else beside + routed, *stats
 
 
 class Combine(torch.autograd.Function):
@@ -115,8 +117,14 @@ class SharedMLP(nn.Module):
         self.w1 = nn.Linear(dim, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
+    def up(self, x: Tensor) -> Tensor:
+        return activate(self.w1(x), "swiglu")
+
+    def down(self, inner: Tensor) -> Tensor:
+        return self.w2(inner)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(activate(self.w1(x), "swiglu"))
+        return self.down(self.up(x))
 
 
 class MoE(DeepSpeedMoE):
@@ -165,4 +173,4 @@ class MoE(DeepSpeedMoE):
 
     def forward(self, x: Tensor, route_by: Tensor | None = None) -> tuple[Tensor, ...]:
         """Map x (B, N, D), routed by (B, N, router_dim) or by x itself; see ``RoutedExperts.forward`` for what is returned."""
-        return self.deepspeed_moe(x, x if route_by is None else route_by, self.shared_mlp or torch.zeros_like)
+        return self.deepspeed_moe(x, x if route_by is None else route_by, self.shared_mlp)
