@@ -134,9 +134,30 @@ def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str
             )
 
 
-def compare_loops(page: Page, make: Callable[..., Trainer], name: str, rounds: int, steps: int) -> None:
+def compare_loops(page: Page, make: Callable[..., Trainer], name: str, stages: Sequence[int], rounds: int, steps: int) -> None:
     """The trainer and the plain loop in turns, on the same weights and batches; their losses are compared first."""
-    trainer = make(name, {})
+    page.table("model", "ZeRO", "trainer, ms per step", "plain loop", "trainer / plain, median of rounds", "each round")
+    profiles = []
+    for stage in stages:
+        trainer = make(name, {}, stage=stage)
+        plain = same_loop(trainer)
+        times = [[block(step, steps)[0] for step in (partial(train, trainer), plain.step)] for _ in range(rounds)]
+        profiles.append([spent(step, 4) for step in (partial(train, trainer), plain.step)])
+        trainer.loader.close()
+        ratios = [framework / bare for framework, bare in times]
+        medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*times)]
+        page.row(name, str(stage), *medians, f"{statistics.median(ratios):.3f}", " ".join(f"{ratio:.3f}" for ratio in ratios))
+        del trainer, plain
+        gc.collect()
+    for stage, (theirs, ours) in zip(stages, profiles):
+        page.add("", f"The operators in which the trainer spends more at ZeRO-{stage}, by a profile:")
+        page.table("operator", "trainer, ms per step", "plain loop")
+        for operator in sorted(theirs, key=lambda operator: ours.get(operator, 0.0) - theirs[operator])[:6]:
+            page.row(f"`{operator}`", f"{theirs[operator]:.1f}", f"{ours.get(operator, 0.0):.1f}")
+
+
+def same_loop(trainer: Trainer) -> Plain:
+    """The plain loop of a trainer's weights and first batches, after steps of both whose losses agree."""
     weights = {key: value.clone() for key, value in trainer.engine.module.state_dict().items()}
     taken: list[Prepared] = []
     micro = trainer.plan.batch.accumulation
@@ -144,19 +165,9 @@ def compare_loops(page: Page, make: Callable[..., Trainer], name: str, rounds: i
     theirs = [train(trainer)["loss"] for _ in range(CHECKED)]
     batches = [batch.to(trainer.device, trainer.conditioner) for batch in taken]
     plain = Plain(trainer, weights, [batches[first : first + micro] for first in range(0, len(batches), micro)])
-    page.table("model", "trainer, ms per step", "plain loop", "trainer / plain, median of rounds", "each round")
     ours = [plain.step() for _ in range(CHECKED)]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-2 if GPU else 1e-4, atol=0)
-    times = [[block(step, steps)[0] for step in (partial(train, trainer), plain.step)] for _ in range(rounds)]
-    theirs, ours = (spent(step, steps) for step in (partial(train, trainer), plain.step))
-    trainer.loader.close()
-    ratios = [framework / bare for framework, bare in times]
-    medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*times)]
-    page.row(name, *medians, f"{statistics.median(ratios):.3f}", " ".join(f"{ratio:.3f}" for ratio in ratios))
-    page.add("", "The operators in which the trainer spends more, by a profile:")
-    page.table("operator", "trainer, ms per step", "plain loop")
-    for name in sorted(theirs, key=lambda name: ours.get(name, 0.0) - theirs[name])[:6]:
-        page.row(f"`{name}`", f"{theirs[name]:.1f}", f"{ours.get(name, 0.0):.1f}")
+    return plain
 
 
 def spent(step: Callable[[], Any], steps: int) -> dict[str, float]:
@@ -196,7 +207,7 @@ def main() -> None:
         write_latents(folder / "texts", 1, 256, text=(77, 1280) if GPU else (16, 64))
         runs = itertools.count()
 
-        def make(name: str, change: dict[str, Any], compiled: bool = False) -> Trainer:
+        def make(name: str, change: dict[str, Any], compiled: bool = False, stage: int = arguments.stage) -> Trainer:
             micro = min(MICRO[named_config(name).hidden], arguments.images) if GPU else arguments.images
             settings = {
                 "model.name": name,
@@ -205,13 +216,13 @@ def main() -> None:
                 "train.accumulation": arguments.images // micro,
                 "train.precision": precision,
                 "train.compile": compiled,
-                "parallel.zero_stage": arguments.stage,
+                "parallel.zero_stage": stage,
                 "run_dir": folder / f"run{next(runs)}",
             }
             return make_trainer(world, settings, change)
 
         if arguments.plain != "none":
-            compare_loops(page, make, arguments.plain, arguments.rounds, arguments.steps)
+            compare_loops(page, make, arguments.plain, sorted({0, arguments.stage}), arguments.rounds, arguments.steps)
         compare_models(page, make, arguments.models, arguments.rounds, arguments.steps)
         if arguments.compile:
             page.add("", "`train.compile=true`, sparse and dense:")
