@@ -115,7 +115,7 @@ def test_the_shared_path_is_computed_while_tokens_are_on_their_way(monkeypatch):
         found.append([out, x.grad, *(parameter.grad for parameter in moe.parameters())])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     forward = ["begin", "w1", "end", "begin", "w2", "end"]
-    assert events[:12] == forward + ["begin", "gradient of w2", "end", "begin", "gradient of w1", "end"]
+    assert events[:12] == [*forward, "begin", "gradient of w2", "end", "begin", "gradient of w1", "end"]
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient():
