@@ -24,6 +24,7 @@ from runs import make_trainer, train, write_latents
 from torch import Tensor
 
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.moe.routing import places
 
@@ -98,6 +99,7 @@ def work(case: dict[str, Any], out: Path) -> None:
     )
     (out / f"{world.rank}.json").write_text(json.dumps(report))
     leave()
+    end(0)
 
 
 def measure(world: int, case: dict[str, Any]) -> list[dict[str, float]]:

@@ -28,6 +28,7 @@ from ditmoe_ds.distributed.ema import EMA, EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
 from ditmoe_ds.distributed.memory import training_memory
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.training.step import Prepared, compute_loss
 
@@ -162,7 +163,8 @@ def main() -> None:
     if arguments.case:
         world = join()
         (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(**arguments.case)))
-        return leave()
+        leave()
+        end(0)
 
     results = []
     common = dict(precision=arguments.precision, accumulation=arguments.accumulation)

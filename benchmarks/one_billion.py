@@ -21,6 +21,7 @@ from planner import case, case_model, plan_of, rehearse
 from report import forget_peak, hardware, host_bytes, publish
 
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.models.sizes import describe
 from ditmoe_ds.planning.counting import Count
 
@@ -62,7 +63,8 @@ def main() -> None:
     if arguments.out:
         world = join()
         (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.experts, arguments.steps)))
-        return leave()
+        leave()
+        end(0)
     point = large(arguments.experts)
     plan, parameters = plan_of(point), describe(case_model(point))["total"]
     planned = f"{parameters / 1e9:.2f}B parameters; planned: {plan.peak / 1e9:.2f} GB a process ({plan.when})"

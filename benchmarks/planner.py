@@ -28,6 +28,7 @@ from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.hardware import GPUS
 from ditmoe_ds.distributed.topology import ParallelConfig, join, leave, tensor_group
+from ditmoe_ds.ending import end
 from ditmoe_ds.latents.loader import DataConfig
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.planning.counting import Count
@@ -197,7 +198,8 @@ def main() -> None:
     if arguments.case:
         world = join()
         (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.case)))
-        return leave()
+        leave()
+        end(0)
     points = []
     for point in POINTS[arguments.first :]:
         points.append((point, compare(point, measure(point))))

@@ -251,8 +251,8 @@ def test_within_srun(tmp_path, tasks):
     slurm = dict(SLURM_NTASKS=tasks, SLURM_LOCALID=0, SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", SLURM_JOB_ID=7, SLURM_JOB_NODELIST="n[1-3]")
     environment = os.environ | dict(PYTHONPATH=str(ROOT), PATH=f"{tmp_path}:{os.environ['PATH']}", MASTER_PORT=str(port))
     patience = 60 if tasks == 2 else 10
-    program = f"import sys; from ditmoe_ds.launching import network; network.RENDEZVOUS = {patience}.0; "
-    program += "from ditmoe_ds.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = f"from ditmoe_ds.launching import network; network.RENDEZVOUS = {patience}.0; "
+    program += "from ditmoe_ds.cli import run; run()"
     command = [sys.executable, "-c", program, "doctor", "--run-dir", str(tmp_path), "--min-free-gb", "0.5", "--ep", str(tasks)]
     environment |= {key: str(value) for key, value in slurm.items()}
     places = [dict(SLURM_STEP_ID="0", SLURM_PROCID=str(rank), SLURMD_NODENAME=f"n{rank + 1}") for rank in range(2)]

@@ -264,11 +264,12 @@ def test_ddpm_and_the_dense_model_train_in_one_process(folder, recipe):
     """``ditmoe train`` without any launcher; the other objective and the dense model run through the same loop."""
     overrides = ["train.steps=2", "train.sample_every=2", "checkpoint.every=2", "parallel.expert=1", "diffusion.objective=ddpm"]
     alone = f"""
-import os, sys
+import os
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     del os.environ[name]
 from ditmoe_ds.cli import main
-sys.exit(main(["train", "{recipe}", "model.name=DiT-Nano/2", "run_dir={folder / "dense"}", *{overrides}]))
+from ditmoe_ds.ending import end
+end(main(["train", "{recipe}", "model.name=DiT-Nano/2", "run_dir={folder / "dense"}", *{overrides}]))
 """
     launch(1, ["-c", alone])
     records = metrics(folder / "dense")
