@@ -43,7 +43,7 @@ class Assumptions:
     mfu: float = 0.4
     """Share of the GPU's peak that the arithmetic alone reaches, without waiting for anyone."""
     overlap: float = 0.8
-    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens, and their sums, run beside nothing."""
+    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens, and their sums, are counted whole."""
     link: float = 0.7
     """Share of a link's line rate, and of the memory's, that is reached."""
     margin: float = 0.1
