@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -13,6 +14,7 @@ def end(code: int) -> NoReturn:
     when another rank has ended, kills it. Either hides the exit code.
     """
     atexit._run_exitfuncs()  # what libraries have left to do (Weights & Biases)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):  # `| head` has seen enough
+            stream.flush()
     os._exit(code)
