@@ -12,6 +12,7 @@ import yaml
 from latents import write_latents, write_vae
 from PIL import Image
 from processes import ROOT, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds import config
 from ditmoe_ds.analysis.analyze import analyze
@@ -22,6 +23,7 @@ from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.pipelines.run import open_run
+from ditmoe_ds.training.callbacks import _flat
 from ditmoe_ds.training.recipe import Recipe
 
 STEPS = 8
@@ -113,7 +115,10 @@ def test_the_run_directory_describes_itself(straight, recipe):
         assert record["balance_loss"] >= 2 * 0.005 * 0.99
     assert [r["lr"] for r in records] == pytest.approx([1e-3 * min(1, i / 6) for i in range(1, STEPS + 1)])
     assert [len(r["val_loss_at_t"]) for r in records if "val_loss" in r] == [8, 8]
-    assert list((run / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    found = {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    written = {(record["step"], tag): value for record in records for tag, value in _flat(record).items()}
+    assert found == pytest.approx(written)  # to the last value of the last step
     assert Image.open(run / "samples" / "step_00000008.png").size == (5 * 32 + 4 * 2, 32)
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     assert lines[0].startswith("step 1/8") and "min left" in lines[-1]

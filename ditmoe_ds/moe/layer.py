@@ -79,10 +79,10 @@ class RoutedExperts(MOELayer):
             exchange = dispatch.plan(assignment, self.ep_group)
             order, back = exchange.order, exchange.back
             outward = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
-            inner = shared.up(x) if shared else None
+            inner: Any = shared.up(x) if shared else None
             done = experts(dispatch.Permute.apply(outward.wait(), order, back), exchange.counts, assignment.equal)
             homeward = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group)
-            beside = shared.down(inner) if shared and inner is not None else None
+            beside = shared.down(inner) if shared else None
             rows = homeward.wait()
         routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens)).to(x.dtype).view_as(x)
         return routed if beside is None else beside + routed, *stats
