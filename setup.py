@@ -40,6 +40,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "triton",  # its interpreter, for a CPU; no version: a CUDA build of torch brings its own
             "torchmetrics",
             "datasets",
             "ruff",

@@ -35,7 +35,7 @@ def one_hot(moe: MoE, x: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=1152 if torch.cuda.is_available() else 256)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the figures into expert_choice.md")
@@ -56,7 +56,7 @@ def main() -> None:
     ]
     for length in LENGTHS:
         x = torch.randn(1, length, arguments.width, device=device, dtype=dtype, requires_grad=True)
-        torch.testing.assert_close(moe(x)[0], one_hot(moe, x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+        torch.testing.assert_close(moe(x)[0], one_hot(moe, x), rtol=2e-2, atol=2e-3 if dtype == torch.bfloat16 else 1e-6)
         (ours, memory), (theirs, other) = measure(layers, x, arguments.repeats).values()
         speed = f"| {length:,} | {1e6 * ours / length:.1f} | {1e6 * theirs / length:.1f} | {ours / theirs:.2f} "
         lines.append(speed + f"| {memory / length / 1e3:.1f} | {other / length / 1e3:.1f} |")

@@ -119,8 +119,11 @@ def megatron(weights: Weights, choice: str) -> Layer:
     from megatron.core import parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.spec_utils import build_module
 
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 names it, also without Transformer Engine
+        moe_utils.te_general_gemm = None
     if choice == "expert":
         raise NotImplementedError("no expert choice")
     if not dist.is_initialized():

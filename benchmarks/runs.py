@@ -49,7 +49,8 @@ def write_latents(
 
 
 def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] | None = None) -> Trainer:
-    """A trainer that saves, validates and samples nothing, with random weights, none of them zero.
+    """A trainer that saves, validates and samples nothing, with random weights, none of them zero, that bf16 can tell: so its fp32 masters
+    are what its weights are.
 
     Args:
         settings: ``key=value`` of the recipe.
@@ -59,7 +60,7 @@ def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] 
     quiet |= {"checkpoint.every": 10**6, "parallel.expert": 1, "diffusion.objective": "rectified_flow"}
     plan = read_plan([str(RECIPE), *(f"{key}={value}" for key, value in (quiet | settings).items())], world.size)
     model: DiTConfig = replace(plan.model, **change or {})
-    weights = Weights(parameter_shapes(model), lambda name, start, out: out.normal_(std=0.02), {})
+    weights = Weights(parameter_shapes(model), lambda name, start, out: out.copy_(torch.empty_like(out).normal_(std=0.02).bfloat16()), {})
     made = Trainer(replace(plan, model=model, weights=weights), world)
     made.engine.train()
     return made

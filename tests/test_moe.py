@@ -1,18 +1,23 @@
 """Routing, packed experts, the layer in one process."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
+from processes import ROOT
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ditmoe_ds.models.dit import DenseMLP
 from ditmoe_ds.moe import dispatch
-from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, activate, add_bias, fastest_kernel
+from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, add_bias, fastest_kernel
 from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
+from ditmoe_ds.moe.rows import activate
 
 T, E, D = 50, 5, 16
 
@@ -229,7 +234,7 @@ def test_kernels_are_plain_operations(kernel, counts, activation, dtype):
         wanted.append(torch.nn.functional.linear(activate(torch.nn.functional.linear(rows, w1, b1), activation), w2, b2))
     b1, b2 = experts.b1, experts.b2
     out = ExpertFFN.apply(x.to(dtype), experts.w1, b1, experts.w2, torch.tensor(counts), kernel, activation)
-    out = add_bias(out, b2, torch.tensor(counts))
+    out = add_bias(out, b2, torch.tensor(counts), kernel == "batched")
     tolerance = dict(rtol=5e-2, atol=5e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out, torch.cat(wanted), **tolerance)
     for a, b in zip(*(torch.autograd.grad(y, leaves, upward.to(dtype)) for y in (out, torch.cat(wanted)))):
@@ -255,10 +260,17 @@ def test_a_gpu_is_never_waited_for(choice, kernel):
         rows = x.flatten(0, 1).index_select(0, assignment.tokens)
         tensors = [tensor.bfloat16() for tensor in (rows, packed.w1, packed.b1, packed.w2)]
         out = ExpertFFN.apply(*tensors, assignment.counts, kernel, "gelu")
-        add_bias(out, packed.b2, assignment.counts).sum().backward()
+        add_bias(out, packed.b2, assignment.counts, assignment.equal).sum().backward()
         assert all(p.grad.shape == p.shape for p in packed.parameters())
         with pytest.raises(DataDependentOutputException):
             ExpertFFN.apply(*tensors, assignment.counts, "each", "gelu")
+
+
+def test_kernels_of_a_gpu_are_torchs_operators():
+    """By Triton's interpreter, in a process of its own: Triton decides while it is imported whether to interpret."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "interpreted_kernels.py")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "18 passed" in done.stdout, done.stdout[-6000:]
 
 
 def test_experts_keep_no_weights_for_backward():

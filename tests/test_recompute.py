@@ -11,8 +11,9 @@ from ditmoe_ds.models.attention import Attention
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts
-from ditmoe_ds.moe.layer import Combine, Router
+from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.moe.routing import RouterConfig
+from ditmoe_ds.moe.rows import Combine, Take, by_token
 
 TINY = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=3, experts=4)
 
@@ -117,9 +118,9 @@ def test_dropless_token_choice_is_one_graph_with_a_gpus_kernel():
 
     def routed(x):
         assignment, stats = router(x)
-        rows = x.flatten(0, 1).index_select(0, assignment.tokens)
+        rows = Take.apply(x.flatten(0, 1), assignment.tokens, *by_token(assignment.tokens, 96))
         rows = ExpertFFN.apply(rows, packed.w1, None, packed.w2, assignment.counts, "grouped", "swiglu")
-        return Combine.apply(rows, assignment.tokens, assignment.weights, 96), stats.z
+        return Combine.apply(rows, assignment.tokens, assignment.weights, 96, *by_token(assignment.tokens, 96)), stats.z
 
     leaves, found = [x, *router.parameters(), *packed.parameters()], []
     torch._dynamo.reset()

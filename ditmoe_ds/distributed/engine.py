@@ -169,10 +169,31 @@ def build(
     if parallel.tensor > 1 and parallel.zero_stage == 3:
         # takes the experts' norm for one over tensor-parallel ranks, too, as in AutoEP's layers, whose expert-parallel groups hold these
         engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
+    if parallel.zero_stage in (1, 2) and not offloads(ds_config):
+        _one_pass_over_gradients(engine.optimizer)
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
     return engine
+
+
+def _one_pass_over_gradients(optimizer: Any) -> None:
+    """The gradient norm at ZeRO 1 and 2 by one kernel. DeepSpeed's copies each gradient to double first, and before that looks for values
+    that are not finite in each, a dozen small kernels for every parameter; but a norm that is not finite tells, too."""
+
+    def norm_of(gradients: list[Tensor], parameters: list[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        """Of this rank's part of a group of parameters and the others'; -1 if it is not finite, as DeepSpeed wants it told."""
+        proper = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        counted = [g for g, p in zip(proper, parameters) if is_model_parallel_parameter(p) or optimizer.model_parallel_rank == 0]
+        norms = torch._foreach_norm(counted, norm_type, dtype=torch.float32)
+        square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=optimizer.device)
+        dist.all_reduce(square, group=optimizer.dp_process_group)
+        if groups.mpu is not None:
+            dist.all_reduce(square, group=groups.mpu.get_model_parallel_group())
+        return torch.where(square.isfinite(), square.sqrt(), -1.0).float()
+
+    optimizer.get_grad_norm_direct = norm_of
+    optimizer.check_overflow = lambda partition_gradients: None
 
 
 def _gather_by_layer(model: nn.Module) -> dict[str, int]:

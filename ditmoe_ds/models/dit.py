@@ -230,6 +230,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations: Recompute = False
+        self.graphs = False
         self.x_embed = nn.Conv2d(config.in_channels, config.hidden, config.patch, stride=config.patch)
         self.t_embed = TimestepEmbedder(config.condition_width, config.frequency_shift)
         self.y_embed = LabelEmbedder(config.num_classes, config.condition_width) if config.num_classes else None
@@ -243,6 +244,7 @@ class DiT(nn.Module):
         Args:
             graphs: replay each as a CUDA graph, which saves launching its kernels one by one. For inference alone, in one shape.
         """
+        self.graphs = graphs
         for block in self.blocks:
             block.compile(mode="reduce-overhead" if graphs else None)
 
@@ -270,8 +272,10 @@ class DiT(nn.Module):
             fp32 (B, out_channels, H, W).
         """
         config = self.config
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # else every block would be free to overwrite what the one before it returned
         rows, columns = (side // config.patch for side in x.shape[2:])
-        x = self.x_embed(x.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.x_embed(x.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # every block inherits its strides
         angles = None
         if config.positions == "rope":
             angles = rotary_angles(rows, columns, config.hidden // config.heads, x.device)[None]

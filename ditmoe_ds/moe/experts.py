@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_ds.moe.rows import activate, activate_backward
+
 
 class PackedExperts(nn.Module):
     """``num_experts`` feed-forward networks of width F, run on tokens sorted by expert.
@@ -32,7 +34,7 @@ class PackedExperts(nn.Module):
             equal: all counts are M / E.
         """
         kernel = fastest_kernel(x.device, x.dtype, equal)
-        return add_bias(ExpertFFN.apply(x, self.w1, self.b1, self.w2, counts, kernel, self.activation), self.b2, counts)
+        return add_bias(ExpertFFN.apply(x, self.w1, self.b1, self.w2, counts, kernel, self.activation), self.b2, counts, equal)
 
 
 KERNELS = {"grouped": "one grouped GEMM", "batched": "one batched GEMM", "each": "one GEMM each"}
@@ -47,26 +49,13 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str
     return "grouped" if fused else "each"
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """SwiGLU halves the last dimension, silu(gate) * up; GELU (tanh) keeps it."""
-    if activation == "gelu":
-        return F.gelu(x, approximate="tanh")
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """``activate`` of x again, and the gradient of x, given that of its result."""
-    if activation == "gelu":
-        return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    gate, up = x.chunk(2, dim=-1)
-    gated = F.silu(gate)
-    return gated * up, torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * gated], dim=-1)
-
-
-def add_bias(x: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def add_bias(x: Tensor, bias: Tensor | None, counts: Tensor, equal: bool) -> Tensor:
     """Rows of x (M, N) plus their expert's row of bias (E, N), if there is one. No host sync."""
-    return x if bias is None else x + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+    if bias is None:
+        return x
+    if equal:
+        return (x.view(len(bias), len(x) // len(bias), x.shape[1]) + bias[:, None]).view_as(x)
+    return x + bias.repeat_interleave(counts, dim=0, output_size=len(x))
 
 
 class ExpertFFN(torch.autograd.Function):
@@ -87,7 +76,7 @@ class ExpertFFN(torch.autograd.Function):
         first, out = [], []
         for part in ctx.parts:
             product = multiply(x[part.rows], w1[part.experts].mT, part.ends)
-            first.append(add_bias(product, b1 if b1 is None else b1[part.experts], counts[part.experts]))
+            first.append(add_bias(product, b1 if b1 is None else b1[part.experts], counts[part.experts], part.ends is None))
             out.append(multiply(activate(first[-1], activation), w2[part.experts].mT, part.ends))
         ctx.save_for_backward(x, w1, b1, w2, counts, *first)
         return join(out)

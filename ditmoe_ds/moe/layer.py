@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_ds.moe import dispatch
-from ditmoe_ds.moe.experts import PackedExperts, activate
+from ditmoe_ds.moe.experts import PackedExperts
 from ditmoe_ds.moe.routing import Assignment, RouterConfig, count, expert_choice, token_choice
+from ditmoe_ds.moe.rows import Combine, Take, activate, by_token
 
 
 class LayerStats(NamedTuple):
@@ -70,7 +71,8 @@ class RoutedExperts(MOELayer):
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)
-        rows = tokens.index_select(0, assignment.tokens)  # its backward adds rows; that of an index would sort them on a GPU
+        listed = by_token(assignment.tokens, len(tokens))
+        rows = Take.apply(tokens, assignment.tokens, *listed)
         experts = self.experts.deepspeed_experts[0]
         if self.ep_size == 1:
             rows = experts(rows, assignment.counts, assignment.equal)
@@ -84,28 +86,8 @@ class RoutedExperts(MOELayer):
             homeward = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group)
             beside = shared.down(inner) if shared else None
             rows = homeward.wait()
-        routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens)).to(x.dtype).view_as(x)
+        routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens), *listed).view_as(x)
         return routed if beside is None else beside + routed, *stats
-
-
-class Combine(torch.autograd.Function):
-    """The weighted sum of each token's takings, in fp32: rows (M, D) of the tokens (M,), of which there are T: (T, D).
-
-    Plain operations would save the rows in fp32 twice for backward, plain and weighted; this saves them once, as they came.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, weights: Tensor, number: int) -> Tensor:
-        ctx.save_for_backward(rows, tokens, weights)
-        out = rows.new_zeros(number, rows.shape[1], dtype=torch.float32)
-        return out.index_add_(0, tokens, rows * weights[:, None])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, tokens, weights = ctx.saved_tensors
-        grad = grad.index_select(0, tokens)
-        weights_grad = (grad * rows).sum(1)
-        return grad.mul_(weights[:, None]).to(rows.dtype), None, weights_grad, None
 
 
 class SharedMLP(nn.Module):

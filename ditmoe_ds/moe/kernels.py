@@ -1,0 +1,107 @@
+"""What experts do besides GEMMs, as Triton kernels: each reads and writes every row once, where torch's operators, one after the other,
+would do so several times. All compute in fp32. Of ``rows.py`` and ``experts.py``, for tensors on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+"""Columns of a row that one program has in hand."""
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x (M, 2F), rows [gate | up]: (M, F)."""
+    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    if len(out):
+        _swiglu[_grid(out)](x, out, out.shape[1], BLOCK)
+    return out
+
+
+def swiglu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """``swiglu`` of x again, and the gradient of x, given that of its result."""
+    again, x_grad = torch.empty_like(grad), torch.empty_like(x)
+    if len(x):
+        _swiglu_backward[_grid(grad)](x, grad, again, x_grad, grad.shape[1], BLOCK)
+    return again, x_grad
+
+
+def sum_takings(rows: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
+    """For each of T tokens the sum of its rows, weighted or plain, in the order in which they are listed: the same on every run.
+
+    Args:
+        rows: (M, D).
+        weights: (M,) fp32.
+        order: (M,) numbers of rows, those of a token side by side.
+        ends: (T,) where in ``order`` each token's end.
+    """
+    out = rows.new_empty(len(ends), rows.shape[1])
+    if len(out):
+        _sum_takings[_grid(out)](rows, weights, order, ends, out, out.shape[1], weights is not None, BLOCK)
+    return out
+
+
+def weigh_backward(grad: Tensor, rows: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows (M, D) and of weights (M,), of which each token of grad (T, D) has the weighted sum of its own."""
+    rows_grad, weights_grad = torch.empty_like(rows), torch.empty_like(weights)
+    if len(rows):
+        width = rows.shape[1]
+        _weigh_backward[(len(rows),)](grad, rows, tokens, weights, rows_grad, weights_grad, width, triton.next_power_of_2(width))
+    return rows_grad, weights_grad
+
+
+def _grid(rows: Tensor) -> tuple[int, int]:
+    return len(rows), triton.cdiv(rows.shape[1], BLOCK)
+
+
+@triton.jit
+def _columns(width, BLOCK: tl.constexpr):
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return columns, columns < width
+
+
+@triton.jit
+def _swiglu(x, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns, inside = _columns(width, BLOCK)
+    gate = tl.load(x + row * 2 * width + columns, inside).to(tl.float32)
+    up = tl.load(x + row * 2 * width + width + columns, inside).to(tl.float32)
+    tl.store(out + row * width + columns, gate * tl.sigmoid(gate) * up, inside)
+
+
+@triton.jit
+def _swiglu_backward(x, grad, again, x_grad, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns, inside = _columns(width, BLOCK)
+    gate = tl.load(x + row * 2 * width + columns, inside).to(tl.float32)
+    up = tl.load(x + row * 2 * width + width + columns, inside).to(tl.float32)
+    upward = tl.load(grad + row * width + columns, inside).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    gated = gate * sigmoid
+    tl.store(again + row * width + columns, gated * up, inside)
+    tl.store(x_grad + row * 2 * width + columns, upward * up * sigmoid * (1 + gate * (1 - sigmoid)), inside)
+    tl.store(x_grad + row * 2 * width + width + columns, upward * gated, inside)
+
+
+@triton.jit
+def _sum_takings(rows, weights, order, ends, out, width, weighted: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns, inside = _columns(width, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    start = tl.load(ends + token - 1, token > 0, other=0)
+    for at in range(start, tl.load(ends + token)):
+        row = tl.load(order + at)
+        part = tl.load(rows + row * width + columns, inside).to(tl.float32)
+        total += part * tl.load(weights + row) if weighted else part
+    tl.store(out + token * width + columns, total, inside)
+
+
+@triton.jit
+def _weigh_backward(grad, rows, tokens, weights, rows_grad, weights_grad, width, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    upward = tl.load(grad + tl.load(tokens + row) * width + columns, inside, other=0.0).to(tl.float32)
+    own = tl.load(rows + row * width + columns, inside, other=0.0).to(tl.float32)
+    tl.store(rows_grad + row * width + columns, upward * tl.load(weights + row), inside)
+    tl.store(weights_grad + row, tl.sum(upward * own))

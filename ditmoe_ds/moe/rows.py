@@ -1,0 +1,108 @@
+"""From tokens to the rows that experts compute, and back: activations, gathers and weighted sums.
+
+On a GPU one Triton kernel each (``kernels.py``), also in what torch.compile makes of a block; elsewhere torch's operators.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_ds.moe.routing import count
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """SwiGLU halves the last dimension, silu(gate) * up; GELU (tanh) keeps it."""
+    if activation == "gelu":
+        return F.gelu(x, approximate="tanh")
+    if x.is_cuda:
+        return SwiGLU.apply(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``activate`` of x (M, N) again, and the gradient of x, given that of its result."""
+    if activation == "gelu":
+        return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    if x.is_cuda:
+        from ditmoe_ds.moe import kernels
+
+        return kernels.swiglu_backward(x, grad)
+    gate, up = x.chunk(2, dim=-1)
+    gated = F.silu(gate)
+    return gated * up, torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * gated], dim=-1)
+
+
+class SwiGLU(torch.autograd.Function):
+    """On a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from ditmoe_ds.moe import kernels
+
+        ctx.save_for_backward(x)
+        return kernels.swiglu(x.contiguous().flatten(0, -2)).view(*x.shape[:-1], x.shape[-1] // 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return activate_backward(x.contiguous().flatten(0, -2), grad.contiguous().flatten(0, -2), "swiglu")[1].view_as(x)
+
+
+def by_token(tokens: Tensor, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """For ``take`` and ``combine`` on a GPU: takings (M,) of the tokens (M,) sorted by token, and (T,) where those of each of ``number``
+    tokens end. So kernels add up without atomics, in the same order on every run."""
+    if not tokens.is_cuda:
+        return None, None
+    return tokens.int().argsort(stable=True), count(tokens, number).cumsum(0)  # radix sort goes through the key byte by byte
+
+
+class Take(torch.autograd.Function):
+    """Rows (M, D) of x (T, D), of the tokens (M,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, order: Tensor | None, ends: Tensor | None) -> Tensor:
+        ctx.save_for_backward(tokens, order, ends)
+        ctx.number = len(x)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, order, ends = ctx.saved_tensors
+        if order is None:
+            return grad.new_zeros(ctx.number, grad.shape[1]).index_add_(0, tokens, grad), None, None, None
+        from ditmoe_ds.moe import kernels
+
+        return kernels.sum_takings(grad.contiguous(), None, order, ends), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """The weighted sum of each token's takings, in fp32: rows (M, D) of the tokens (M,), of which there are T: (T, D).
+
+    Plain operations would save the rows in fp32 twice for backward, plain and weighted; this saves them once, as they came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, weights: Tensor, number: int, order: Tensor | None, ends: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, tokens, weights)
+        if order is None or ends is None:
+            out = rows.new_zeros(number, rows.shape[1], dtype=torch.float32)
+            return out.index_add_(0, tokens, rows * weights[:, None]).to(rows.dtype)
+        from ditmoe_ds.moe import kernels
+
+        return kernels.sum_takings(rows.contiguous(), weights, order, ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, tokens, weights = ctx.saved_tensors
+        if grad.is_cuda:
+            from ditmoe_ds.moe import kernels
+
+            rows_grad, weights_grad = kernels.weigh_backward(grad.contiguous(), rows.contiguous(), tokens, weights)
+        else:
+            upward = grad.index_select(0, tokens).float()
+            weights_grad = (upward * rows).sum(1)
+            rows_grad = upward.mul_(weights[:, None]).to(rows.dtype)
+        return rows_grad, None, weights_grad, None, None, None

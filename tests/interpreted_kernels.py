@@ -1,0 +1,48 @@
+"""Run by test_moe.py with TRITON_INTERPRET=1: our Triton kernels give the same values as torch's operators."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ditmoe_ds.moe import kernels
+
+NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("rows, width", [(5, 8), (3, 1500), (0, 8)])
+def test_swiglu(rows, width, dtype):
+    x, upward = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    leaf = x.float().requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
+    wanted = F.silu(gate) * up
+    again, x_grad = kernels.swiglu_backward(x, upward)
+    for found, plain in (
+        (kernels.swiglu(x), wanted),
+        (again, wanted),
+        (x_grad, *torch.autograd.grad(wanted, leaf, upward.float())),
+    ):
+        torch.testing.assert_close(found, plain.to(dtype), **NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("width", [8, 1500])
+@pytest.mark.parametrize("tokens", [[0, 2, 2, 5, 0, 1, 3, 3, 3, 5, 0], [5], []])  # of 6, some of which nobody takes
+def test_rows_of_tokens(tokens, width, dtype):
+    tokens = torch.tensor(tokens, dtype=torch.int64)
+    rows, weights, upward = torch.randn(len(tokens), width).to(dtype), torch.rand(len(tokens)), torch.randn(6, width).to(dtype)
+    order, ends = tokens.argsort(stable=True), torch.bincount(tokens, minlength=6).cumsum(0)
+    leaves = rows.float().requires_grad_(), weights.clone().requires_grad_()
+    weighted = torch.zeros(6, width).index_add(0, tokens, leaves[0] * leaves[1][:, None])
+    plain = torch.zeros(6, width).index_add(0, tokens, rows.float())
+    torch.testing.assert_close(kernels.sum_takings(rows, weights, order, ends), weighted.to(dtype), **NEAR[dtype])
+    torch.testing.assert_close(kernels.sum_takings(rows, None, order, ends), plain.to(dtype), **NEAR[dtype])
+    rows_grad, weights_grad = torch.autograd.grad(weighted, leaves, upward.float())
+    found = kernels.weigh_backward(upward, rows, tokens, weights)
+    torch.testing.assert_close(found[0], rows_grad.to(dtype), **NEAR[dtype])
+    torch.testing.assert_close(found[1], weights_grad, rtol=1e-4, atol=1e-4)

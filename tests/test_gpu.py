@@ -1,0 +1,107 @@
+"""On a GPU: what is faster there computes the same, and nothing waits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from latents import write_latents
+from processes import ROOT, demo_on, losses
+
+from ditmoe_ds.moe.experts import fastest_kernel
+from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.routing import RouterConfig
+
+pytestmark = pytest.mark.gpu
+
+LAYERS = {
+    "token choice": ("token", RouterConfig(), "swiglu"),
+    "token choice, biases": ("token", RouterConfig(renormalise=True), "gelu"),
+    "a capacity": ("token", RouterConfig(capacity_factor=1.0), "swiglu"),
+    "expert choice": ("expert", RouterConfig(), "gelu"),
+    "expert choice of a micro-batch": ("expert", RouterConfig(pool="microbatch"), "swiglu"),
+}
+
+
+def make_layer(name, dtype):
+    torch.manual_seed(0)
+    choice, router, activation = LAYERS[name]
+    moe = MoE(256, 8, choice, 2, 512, 0 if activation == "gelu" else 256, router, activation=activation)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.06)
+    x, upward = torch.randn(2, 4, 64, 256)
+    return moe.to("cuda", dtype), x.to("cuda", dtype).requires_grad_(), upward.to("cuda", dtype)
+
+
+def outcome(moe, x, upward):
+    out, *stats = moe(x)
+    loss = (out * upward).sum() + stats[2].square().sum()
+    return [out.detach(), *torch.autograd.grad(loss, [x, *moe.parameters()])]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_is_the_one_of_the_cpu(name, compiled):
+    moe, x, upward = make_layer(name, torch.bfloat16)
+    plain = make_layer(name, torch.bfloat16)[0].to("cpu", torch.float32)  # the same rounded weights
+    wanted = outcome(plain, x.detach().cpu().float().requires_grad_(), upward.cpu().float())
+    if compiled:
+        moe.compile()
+    for ours, theirs in zip(outcome(moe, x, upward), wanted, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.cpu().float() - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_does_not_wait_for_the_gpu(name):
+    moe, x, upward = make_layer(name, torch.bfloat16)
+    assert fastest_kernel(x.device, x.dtype, equal=False) == "grouped", "needs a GPU with a grouped GEMM"
+    outcome(moe, x, upward)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome(moe, x, upward)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS.keys() - {"token choice, biases"}))  # whose biases' gradients are sums by atomics
+def test_the_layer_rounds_the_same_on_every_run(name):
+    moe, x, upward = make_layer(name, torch.bfloat16)
+    for ours, again in zip(outcome(moe, x, upward), outcome(moe, x, upward), strict=True):
+        assert torch.equal(ours, again)
+
+
+def run(run_dir, latents, steps, *settings):
+    """A training run on the GPU; its losses."""
+    command = [sys.executable, "-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, steps), f"run_dir={run_dir}", *settings]
+    environment = os.environ | dict(PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return losses(run_dir)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return write_latents(tmp_path_factory.mktemp("data") / "latents", train=64)
+
+
+@pytest.fixture(scope="module")
+def first(latents, tmp_path_factory):
+    """Losses in bf16 without ZeRO."""
+    return run(tmp_path_factory.mktemp("first") / "run", latents, 6, "parallel.expert=1", "parallel.zero_stage=0", "train.precision=bf16")
+
+
+@pytest.mark.parametrize("stage, compiled", [(2, "false"), (3, "false"), (0, "true"), (2, "true"), (3, "true")])
+def test_every_stage_trains_alike(latents, first, tmp_path, stage, compiled):
+    how = ["parallel.expert=1", f"parallel.zero_stage={stage}", f"train.compile={compiled}", "train.precision=bf16"]
+    assert run(tmp_path / "run", latents, 6, *how) == pytest.approx(first, rel=1e-2)
+
+
+def test_a_run_goes_on_as_if_it_had_not_ended(latents, first, tmp_path):
+    how = ["parallel.expert=1", "parallel.zero_stage=0", "train.precision=bf16", "checkpoint.every=3"]
+    run(tmp_path / "run", latents, 3, *how)
+    assert run(tmp_path / "run", latents, 6, *how) == first
+    described = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert torch.cuda.get_device_name() == described["device"]
