@@ -30,6 +30,13 @@ def random_weights(dim: int, experts: int, device: str, dtype: torch.dtype) -> W
     return Weights(*(torch.randn(shape, device=device, dtype=dtype).mul_(shape[-1] ** -0.5) for shape in shapes))
 
 
+def example(size: str, tokens: int, experts: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Weights]:
+    """Input and weights."""
+    dim = SIZES[size].hidden
+    x = torch.randn(tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
+    return x, random_weights(dim, experts, device, dtype)
+
+
 def outcome(layer: Layer, x: Tensor, upward: Tensor) -> tuple[Tensor, Tensor]:
     """Output and input gradient."""
     out = layer.forward(x)
@@ -73,23 +80,20 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["S", "B", "XL", "G"] if cuda else ["S", "B"], choices=list(SIZES))
     parser.add_argument("--experts", nargs="+", type=int, default=[8, 16, 32, 64])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384] if cuda else [2048, 8192])
-    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
+    parser.add_argument("--repeats", type=int, default=4 if cuda else 3)
     parser.add_argument("--write", action="store_true", help="put the figures into moe_layer.md")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    sizes = list(itertools.product(arguments.sizes, arguments.tokens, arguments.experts))
     page = Page(__file__, arguments.write, f"{dtype}; median of {arguments.repeats}")
     page.add("", "Milliseconds of forward and backward, each other layer's as a multiple of ours; and peak MiB beside weights and input.")
     page.table(
         "width", "tokens", "experts", "choice", "floor", "ours", "ours / floor", *TITLES.values(), "MiB: floor", "ours", *TITLES.values()
     )
     reasons: dict[tuple[str, str], str] = {}
-    spent: list[tuple[object, ...]] = []
-    for size, tokens, experts in itertools.product(arguments.sizes, arguments.tokens, arguments.experts):
-        dim = SIZES[size].hidden
-        x = torch.randn(tokens // IMAGE, IMAGE, dim, device=device, dtype=dtype, requires_grad=True)
-        weights = random_weights(dim, experts, device, dtype)
-        moved = 3 * (weights.w1.nbytes + weights.w2.nbytes) / 1e9
+    for size, tokens, experts in sizes:
+        x, weights = example(size, tokens, experts, device, dtype)
         for choice in ("token", "expert"):
             layers, absent = equal_layers(choice, weights, x)
             reasons |= {(choice, name): reason for name, reason in absent.items()}
@@ -98,15 +102,17 @@ def main() -> None:
             ratios = [f"{figures[name][0] / own:.2f}" if name in figures else "-" for name in TITLES]
             taken = [f"{figures[name][1] / 2**20:,.0f}" if name in figures else "-" for name in ("floor", "ours", *TITLES)]
             page.row(size, f"{tokens:,}", experts, choice, f"{1e3 * first:.1f}", f"{1e3 * own:.1f}", f"{own / first:.2f}", *ratios, *taken)
-            dense, sparse = (profiled(layer, x, arguments.repeats) for layer in (floor(weights), layers["ours"]))
-            parts = [f"{part:.1f}" for part in (*dense, *sparse)]
-            spent.append((size, f"{tokens:,}", experts, choice, *parts, f"{sparse[0] / dense[0]:.2f}", f"{moved:.2f}"))
     page.add(
         "", "Milliseconds of GEMMs and of the rest; and GB of weights that ours reads in forward and in backward, and writes as gradients."
     )
     page.table("width", "tokens", "experts", "choice", "floor: GEMMs", "rest", "ours: GEMMs", "rest", "GEMMs, ours / floor", "GB")
-    for row in spent:
-        page.row(*row)
+    for size, tokens, experts in sizes:
+        x, weights = example(size, tokens, experts, device, dtype)
+        moved = 3 * (weights.w1.nbytes + weights.w2.nbytes) / 1e9
+        for choice in ("token", "expert"):
+            dense, sparse = (profiled(layer, x, arguments.repeats) for layer in (floor(weights), ours(weights, choice)))
+            parts = [f"{part:.1f}" for part in (*dense, *sparse)]
+            page.row(size, f"{tokens:,}", experts, choice, *parts, f"{sparse[0] / dense[0]:.2f}", f"{moved:.2f}")
     page.add("", *(f"- {TITLES[name]}, {choice} choice: {reason}" for (choice, name), reason in reasons.items()))
 
 

@@ -52,7 +52,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 class Page:
-    """What is measured: printed as it comes and, with ``write``, at once under "Measured", so that a run cut short leaves its rows.
+    """What is measured: printed as it comes and, with ``write``, at once into the page, so that a run cut short leaves its rows.
 
     Args:
         script: the benchmark's ``__file__``.
@@ -102,7 +102,9 @@ def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tupl
 
 
 def publish(script: str, figures: str) -> None:
-    """Replace what stands under "Measured" in the page of the benchmark ``script``."""
+    """Replace what stands under "Measured", or where there is a GPU under "Measured on a GPU", in the page of the benchmark ``script``."""
     page = Path(script).with_suffix(".md")
-    before, heading, _ = page.read_text().partition("## Measured\n\n")
-    page.write_text(f"{before}{heading}{figures}\n")
+    heading = f"## Measured{' on a GPU' * torch.cuda.is_available()}\n\n"
+    before, _, after = page.read_text().partition(heading)
+    _, more, others = after.partition("\n## ")
+    page.write_text(f"{before}{heading}{figures}\n{more}{others}")

@@ -35,12 +35,12 @@ class Benchmark(NamedTuple):
 
 
 ON_GPU = [
-    Benchmark("moe_layer", 30, 170),
-    Benchmark("train_step", 60, 190),
-    Benchmark("sampling", 30, 80),
-    Benchmark("scaling", 30, 60),
+    Benchmark("moe_layer", 60, 160),
+    Benchmark("train_step", 90, 210),
+    Benchmark("sampling", 60, 110),
+    Benchmark("scaling", 20, 40),
+    Benchmark("expert_choice", 20, 30),
     Benchmark("expert_parallel", 40, 120),  # on the CPU where there is one GPU
-    Benchmark("expert_choice", 15, 30),
 ]
 ON_CPU = [
     Benchmark("train_step", 60, 240),

@@ -66,6 +66,12 @@ def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] 
     return made
 
 
+def close(trainer: Trainer) -> None:
+    """End it, so that its memory is given back: DeepSpeed's hooks would hold it."""
+    trainer.loader.close()
+    trainer.engine.destroy()
+
+
 def train(trainer: Trainer) -> Record:
     """One step as ``Trainer.run`` makes it. Returns its record."""
     record = trainer.train_step()

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", default="DiT-MoE-XL/2-8E2A" if GPU else "DiT-MoE-Tiny/2-8E2A")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64] if GPU else [1, 8])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1 if GPU else 3)
     parser.add_argument("--eager", action="store_true", help="do not compile our blocks")
     parser.add_argument("--write", action="store_true", help="put the figures into sampling.md")
     arguments = parser.parse_args()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from report import Page
-from runs import make_trainer, train, write_latents
+from runs import close, make_trainer, train, write_latents
 from torch.autograd import DeviceType
 
 from ditmoe_ds.distributed.topology import join, leave
@@ -103,7 +103,7 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tup
         for each, (seconds, _) in zip(times, last):
             each.append(seconds)
     for trainer in trainers:
-        trainer.loader.close()
+        close(trainer)
     return [(statistics.median(each), record) for each, (_, record) in zip(times, last)]
 
 
@@ -145,7 +145,7 @@ def compare_loops(page: Page, make: Callable[..., Trainer], name: str, stages: S
         plain = same_loop(trainer)
         times = [[block(step, steps)[0] for step in (partial(train, trainer), plain.step)] for _ in range(rounds)]
         profiles.append([spent(step, 4) for step in (partial(train, trainer), plain.step)])
-        trainer.loader.close()
+        close(trainer)
         ratios = [framework / bare for framework, bare in times]
         medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*times)]
         page.row(name, str(stage), *medians, f"{statistics.median(ratios):.3f}", " ".join(f"{ratio:.3f}" for ratio in ratios))

@@ -52,13 +52,14 @@ def by_loop(moe, x, weights_of=lambda scores, chosen: scores.gather(1, chosen)):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
 def test_layer_is_the_loop(top_k):
-    moe, x = layer(top_k), torch.randn(T, D)
+    moe, x = layer(top_k, z_alpha=0.1), torch.randn(T, D)
     out, selections, takers, mean_scores, z = moe(x.view(2, 25, D))
     torch.testing.assert_close(out.view(T, D), by_loop(moe, x), rtol=1e-4, atol=1e-5)
     assert selections.sum() == T * top_k and takers.tolist() == [T if k == top_k else 0 for k in range(E + 1)]
     logits = x @ moe.deepspeed_moe.gate.weight.t()
     torch.testing.assert_close(mean_scores, logits.softmax(-1).mean(0))
     torch.testing.assert_close(z, logits.logsumexp(-1).square().mean())
+    assert layer(top_k)(x.view(2, 25, D))[4] == 0
 
 
 def test_renormalise_and_route_scale():

@@ -29,10 +29,10 @@ class Attention(nn.Module):
         heads = self.qkv(x).unflatten(2, (-1, self.head_dim))  # (B, N, heads, d)
         kv = heads.shape[2] // (self.group + 2)  # the heads that are here: tensor parallelism deals them out
         q, k, v = heads.split([self.group * kv, kv, kv], dim=2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.group > 1)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=self.group > 1)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -52,6 +52,6 @@ class CrossAttention(nn.Module):
         """x (B, N, D) and text (B, T, D) -> (B, N, D); ``mask`` (B, T) is true for tokens, of which each caption has one at least."""
         q = self.q(x).unflatten(2, (-1, self.head_dim))
         k, v = self.kv(text).unflatten(2, (2, -1, self.head_dim)).unbind(2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None])
         return self.proj(out.transpose(1, 2).flatten(2))

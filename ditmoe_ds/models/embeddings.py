@@ -28,8 +28,8 @@ def rotary_angles(rows: int, columns: int, dim: int, device: torch.device) -> Te
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_(i + d/2)) of x (B, heads, N, d) by ``angles`` (B or 1, N, d / 2), in fp32."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    """Turn the pairs (x_i, x_(i + d/2)) of x (B, N, heads, d) by ``angles`` (B or 1, N, d / 2), in fp32."""
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 

@@ -25,7 +25,7 @@ class LayerStats(NamedTuple):
     mean_scores: Tensor
     """(E,) mean softmax score, with gradient."""
     z: Tensor
-    """() z-loss term, with gradient."""
+    """() z-loss term, with gradient; 0 where it has no weight."""
 
 
 class Router(nn.Module):
@@ -42,18 +42,37 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Assignment, LayerStats]:
         """Route tokens x (B, N, D)."""
-        logits = F.linear(x.float(), self.weight.float())
+        logits = Logits.apply(x, self.weight)
         scores = logits.softmax(-1)
         tokens, experts = x.shape[0] * x.shape[1], len(self.weight)
         if self.choice == "expert":
             pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
             assignment = expert_choice(pools, self.experts_per_token, self.config)
-            selections = assignment.counts
+            selections, taken = assignment.counts, count(assignment.tokens, tokens)
         else:
             assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)
-            selections = count(chosen, experts)
-        takers = count(count(assignment.tokens, tokens, assignment.weights != 0), experts + 1)
-        return assignment, LayerStats(selections, takers, scores.mean((0, 1)), logits.logsumexp(-1).square().mean())
+            if self.config.capacity_factor is None:
+                selections, taken = assignment.counts, chosen.new_full((tokens,), chosen.shape[1])
+            else:
+                selections, taken = count(chosen, experts), count(assignment.tokens, tokens, assignment.weights != 0)
+        z = logits.logsumexp(-1).square().mean() if self.config.z_alpha else logits.new_zeros(())
+        return assignment, LayerStats(selections, count(taken, experts + 1), scores.mean((0, 1)), z)
+
+
+class Logits(torch.autograd.Function):
+    """x (B, N, D) times the transposed weight (E, D), in fp32: (B, N, E). Plain operations would keep x in fp32 for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.flatten(0, 1)
+        x_grad = (grad @ weight.float()).to(x.dtype).view_as(x)
+        return x_grad, (grad.t() @ x.flatten(0, 1).float()).to(weight.dtype)
 
 
 class RoutedExperts(MOELayer):

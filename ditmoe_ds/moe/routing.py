@@ -69,18 +69,19 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
     weights, chosen = best(scores, k)
     if config.renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
-    weights = weights * config.route_scale
-    flat = chosen.t().reshape(-1)
+    if config.route_scale != 1:
+        weights = weights * config.route_scale
+    flat = chosen.t().reshape(-1)  # below, gather: the backward of an index would sort
     order = flat.short().argsort(stable=True)  # a GPU sorts by one byte of the key after the other
     counts = count(flat, experts)
     weights = weights.t().reshape(-1)
     if config.capacity_factor is None:
-        return Assignment(order % tokens, weights[order], counts), chosen
+        return Assignment(order % tokens, weights.gather(0, order), counts), chosen
     place = torch.arange(room(tokens, experts, k * config.capacity_factor), device=order.device)
     taken = place < counts[:, None]  # (E, C)
-    taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1)]
-    kept = torch.where(taken, weights[taking], 0.0)
-    return Assignment((taking % tokens).view(-1), kept.view(-1), torch.full_like(counts, len(place)), equal=True), chosen
+    taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1).view(-1)]
+    kept = torch.where(taken.view(-1), weights.gather(0, taking), 0.0)
+    return Assignment(taking % tokens, kept, torch.full_like(counts, len(place)), equal=True), chosen
 
 
 def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assignment:
@@ -98,9 +99,11 @@ def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assi
     index = chosen + torch.arange(0, pools * tokens, tokens, device=scores.device)[:, None, None]
     index, weights = (part.transpose(0, 1).reshape(-1) for part in (index, weights))
     if config.renormalise:
-        weights = weights / torch.zeros_like(scores[..., 0]).view(-1).index_add(0, index, weights)[index]
+        weights = weights / torch.zeros_like(scores[..., 0]).view(-1).index_add(0, index, weights).gather(0, index)
+    if config.route_scale != 1:
+        weights = weights * config.route_scale
     counts = torch.full((experts,), len(index) // experts, device=scores.device)
-    return Assignment(index, weights * config.route_scale, counts, equal=True)
+    return Assignment(index, weights, counts, equal=True)
 
 
 _decisions: ContextVar[list[Tensor] | Iterator[Tensor] | None] = ContextVar("decisions", default=None)

@@ -88,17 +88,17 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     model, size, tensor = batch.model, batch.size, batch.tensor
     D, head = model.hidden, model.hidden // model.heads
     kv = head * (model.kv_heads or model.heads)
-    made = model.qk_norm or model.positions == "rope"  # q and k are tensors of their own, and attention's output is copied
-    # of heads: qkv, q and k, attention's output, its copy; x, its norm, qkv's input, the projection's output are whole
-    heads = size * ((D + 2 * kv) + made * (D + kv) + (1 + made) * D) + 4 * model.heads
+    made = model.qk_norm or model.positions == "rope"  # q and k are tensors of their own
+    # of heads: qkv, q and k, attention's output; x, its norm, qkv's input, the projection's output are whole
+    heads = size * ((D + 2 * kv) + made * (D + kv) + D) + 4 * model.heads
     heads += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
     attention = size * 4 * D + 8 + heads / tensor
     parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
     if model.positions == "rope":
         parts["attention"] += 4 * 2 * head * batch.patches  # cosines and sines, for q and for k
     if batch.text:
-        # of heads: q, q normed, the output, its copy; k and v, k normed; x and its norm are whole
-        per_patch = size * (2 + 2 * model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
+        # of heads: q, q normed, the output; k and v, k normed; x and its norm are whole
+        per_patch = size * (2 + model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
         per_text = size * (2 + model.qk_norm) * D + 8 * model.qk_norm * model.heads
         parts["text"] = batch.tokens * (size * 2 * D + 8 + per_patch / tensor) + batch.images * batch.text * per_text / tensor
     feed_forward = size * 3 * D + 8  # x, its norm, what the gate multiplies
@@ -107,11 +107,11 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
         return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * width / tensor))}
     decoupled = model.router.input == "decoupled"
     seen = D + decoupled * model.condition_width
-    router = 4 * seen + 8 * model.experts + 8  # its input, scores and logits in fp32
+    router = size * seen + 8 * model.experts + 8  # its input; scores and logits in fp32
     parts["feed-forward"] = batch.tokens * (feed_forward + router)
     if model.shared:
-        own_input = size == 2 or decoupled  # else the router keeps the same tensor
-        parts["shared"] = size * batch.tokens * (own_input * D + 4 * model.shared * D / tensor)
+        own_input = decoupled * D  # else the router keeps the same tensor
+        parts["shared"] = size * batch.tokens * (own_input + 4 * model.shared * D / tensor)
     hidden = (2 if model.expert_activation == "swiglu" else 1) * model.expert_width / tensor
     # its row, first product, output; token, order, choice and weight
     taking = size * (2 * D + hidden) + 28
@@ -144,10 +144,10 @@ def _working(batch: MicroBatch) -> float:
         width = model.expert_width / batch.tensor
         matrix, edge = size * D * experts * width, size * rows * D
         hidden = size * rows * width / (1 if batch.cuda else experts)  # of what is computed at once
-        # outputs weighted again in fp32; the activation again and its backward; then the gradients of both matrices and of the rows,
-        # when the outputs are gone
-        combined = 8 * rows * D + 4 * batch.tokens * D
-        activation = edge + (7 if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
+        # the gradient of outputs, but for a kernel in fp32, and weighted again; the activation again and its backward, for want of a
+        # kernel with what lies between; then the gradients of both matrices and of the rows, when the outputs are gone
+        combined = edge if batch.cuda else 8 * rows * D + 4 * batch.tokens * D
+        activation = edge + ((4 if batch.cuda else 7) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
         both = (2 + gated) * matrix + 2 * edge + (2 + gated) * hidden
         moments = [combined, activation - edge, both - edge]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
