@@ -224,8 +224,7 @@ def main() -> None:
             return make_trainer(world, settings, change)
 
         if arguments.plain != "none":
-            stages = [arguments.stage] if GPU else sorted({0, arguments.stage})
-            compare_loops(page, make, arguments.plain, stages, arguments.rounds, arguments.steps)
+            compare_loops(page, make, arguments.plain, sorted({0, arguments.stage}), arguments.rounds, arguments.steps)
         if arguments.compile:
             page.add("", "With `train.compile=true`, sparse and dense:")
         compare_models(page, partial(make, compiled=arguments.compile), arguments.models, arguments.rounds, arguments.steps)

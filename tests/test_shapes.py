@@ -33,7 +33,9 @@ VARIANTS = {
 }
 BASES = {"recomputed": "accumulated", "attention recomputed": "accumulated"}
 """With what a variant is compared, on one process without ZeRO: itself, but recomputed runs with one that keeps its activations."""
-TOLERANCE = {"bf16": 1e-2}
+ROUNDED = 1e-2
+"""In bf16 other kernels round otherwise. On one process without ZeRO-3 there are no others, but a last bit of the clipping turns a weight's
+some day."""
 CASES = [
     (variant, *shape)
     for variant in VARIANTS
@@ -147,9 +149,11 @@ def test_same_curve(runs, variant, stage, ep, world):
     base = runs[f"{BASES.get(variant, variant)}-{title(0, 1, 1)}"]["records"]
     assert [record["step"] for record in ours] == list(range(1, len(base) + 1))
     assert len(base) == (STEPS if variant == "plain" else SHORT)
+    alike = 3 if world == 1 and stage < 3 else 0
     for key in ("loss", "balance_loss", "z_loss", "grad_norm"):
         for mine, theirs in zip(ours, base, strict=True):
-            assert mine[key] == pytest.approx(theirs[key], rel=TOLERANCE.get(variant, 1e-5)), (key, mine["step"])
+            tolerance = 1e-5 if variant != "bf16" else 1e-6 if mine["step"] <= alike else ROUNDED
+            assert mine[key] == pytest.approx(theirs[key], rel=tolerance), (key, mine["step"])
     if variant != "bf16":
         assert ours[-1]["val_loss"] == pytest.approx(base[-1]["val_loss"], rel=1e-5)
         assert [r["router"] for r in ours] == [r["router"] for r in base]
