@@ -56,7 +56,8 @@ def main() -> None:
     ]
     for length in LENGTHS:
         x = torch.randn(1, length, arguments.width, device=device, dtype=dtype, requires_grad=True)
-        torch.testing.assert_close(moe(x)[0], one_hot(moe, x), rtol=2e-2, atol=2e-3 if dtype == torch.bfloat16 else 1e-6)
+        near = dict(rtol=2e-2, atol=2e-3) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moe(x)[0], one_hot(moe, x), **near)
         (ours, memory), (theirs, other) = measure(layers, x, arguments.repeats).values()
         speed = f"| {length:,} | {1e6 * ours / length:.1f} | {1e6 * theirs / length:.1f} | {ours / theirs:.2f} "
         lines.append(speed + f"| {memory / length / 1e3:.1f} | {other / length / 1e3:.1f} |")

@@ -274,6 +274,18 @@ def test_kernels_of_a_gpu_are_torchs_operators():
     assert done.returncode == 0 and "18 passed" in done.stdout, done.stdout[-6000:]
 
 
+def test_the_router_keeps_its_input_as_it_came():
+    router = Router(D, E, "token", 2, RouterConfig(z_alpha=0.1)).bfloat16()
+    torch.nn.init.normal_(router.weight)
+    x, kept = torch.randn(2, 25, D).bfloat16().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        _, stats = router(x)
+    assert [tensor.dtype for tensor in kept if tensor.numel() == x.numel()] == [torch.bfloat16]
+    plain = torch.nn.functional.linear(x.float(), router.weight.float())
+    ours, theirs = (torch.autograd.grad(z, [x, router.weight]) for z in (stats.z, plain.logsumexp(-1).square().mean()))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
 def test_experts_keep_no_weights_for_backward():
     """ZeRO-3 takes a layer's memory away after its forward and gathers it anew for its backward."""
     experts, x = PackedExperts(3, D, 4 * D), torch.randn(6, D, requires_grad=True)

@@ -52,6 +52,15 @@ def test_recomputed_activations_give_the_same_gradients(options):
         assert all(torch.equal(a, b) for a, b in zip(gradients(model), kept))
 
 
+def test_tokens_lie_side_by_side_in_every_block():
+    """Not channel by channel, as the patch convolution leaves them: all that blocks do to them would go against the grain."""
+    model, found = disturbed(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, arguments: found.append(arguments[0].is_contiguous()))
+    gradients(model)
+    assert found == [True] * len(model.blocks)
+
+
 def test_what_is_computed_again():
     """Twice the forward of all, or of attention alone."""
     model = disturbed()

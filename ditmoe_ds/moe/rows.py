@@ -52,7 +52,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 def by_token(tokens: Tensor, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """For ``take`` and ``combine`` on a GPU: takings (M,) of the tokens (M,) sorted by token, and (T,) where those of each of ``number``
+    """For ``Take`` and ``Combine`` on a GPU: takings (M,) of the tokens (M,) sorted by token, and (T,) where those of each of ``number``
     tokens end. So kernels add up without atomics, in the same order on every run."""
     if not tokens.is_cuda:
         return None, None

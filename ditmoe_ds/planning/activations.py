@@ -144,8 +144,8 @@ def _working(batch: MicroBatch) -> float:
         width = model.expert_width / batch.tensor
         matrix, edge = size * D * experts * width, size * rows * D
         hidden = size * rows * width / (1 if batch.cuda else experts)  # of what is computed at once
-        # the gradient of outputs, but for a kernel in fp32, and weighted again; the activation again and its backward, for want of a
-        # kernel with what lies between; then the gradients of both matrices and of the rows, when the outputs are gone
+        # the gradient of outputs, weighted, on a CPU in fp32 and twice; the activation again and its backward, on a CPU with every
+        # step of SwiGLU's; then the gradients of both matrices and of the rows, when the outputs are gone
         combined = edge if batch.cuda else 8 * rows * D + 4 * batch.tokens * D
         activation = edge + ((4 if batch.cuda else 7) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
         both = (2 + gated) * matrix + 2 * edge + (2 + gated) * hidden
