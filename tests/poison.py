@@ -1,4 +1,7 @@
-"""Train on data of which one sample, seen in the first epoch of 40, is not a number, or through a backward pass that overflows."""
+"""Train on data of which one sample, seen in the first epoch of 40, is not a number, or through a backward pass that overflows: everywhere,
+or in one rank's experts alone."""
+
+import os
 
 import torch
 
@@ -6,8 +9,9 @@ from ditmoe_ds import train
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.order import Order
 from ditmoe_ds.models.attention import Attention
+from ditmoe_ds.moe.experts import ExpertFFN
 
-real_item, real_attention = LatentDataset.__getitem__, Attention.forward
+real_item, real_attention, real_experts = LatentDataset.__getitem__, Attention.forward, ExpertFFN.backward
 
 
 def item(self, i):
@@ -26,9 +30,18 @@ class Overflow(torch.autograd.Function):
         return gradient * torch.inf
 
 
+def experts(ctx, grad):
+    gradients = real_experts(ctx, grad)
+    if os.environ["RANK"] == "1":
+        gradients[1].fill_(torch.inf)
+    return gradients
+
+
 def main(what, arguments):
     if what == "latents":
         LatentDataset.__getitem__ = item
+    elif what == "experts":
+        ExpertFFN.backward = staticmethod(experts)
     else:
         Attention.forward = lambda self, x, angles: real_attention(self, Overflow.apply(x), angles)
     return train.main(arguments)

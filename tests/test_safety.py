@@ -130,7 +130,7 @@ def test_deepspeeds_converters_refuse_our_checkpoints(straight, folder):
     assert done.returncode != 0 and not list((folder / "universal").rglob("*.pt")), done.stdout
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_step_without_a_finite_gradient_is_skipped(stage, folder, recipe):
     """A sample whose latent is not a number ruins its batch; the weights stay, and the message names it."""
     run = folder / f"nan-{stage}"
@@ -159,6 +159,14 @@ def test_a_run_whose_steps_all_fail_stops(stage, folder, recipe):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 1 and math.isfinite(records[0]["loss"])
     assert records[0]["skipped"].startswith("first in the gradient of the output of blocks.1."), records[0]["skipped"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_ranks_skip_what_one_ranks_experts_cannot_learn(stage, folder, recipe):
+    """The gradients of rank 1's experts alone overflow, which no other rank holds."""
+    overrides = [recipe, f"run_dir={folder / f'experts-{stage}'}", f"parallel.zero_stage={stage}", "train.max_skipped_steps=2"]
+    results = launch(2, ["-c", POISON, "experts", *overrides], check=False)
+    assert [code for code, _ in results] == [2, 2] and "train.max_skipped_steps=2" in results[0][1]
 
 
 def test_training_starts_from_upcycled_weights(folder, recipe):
