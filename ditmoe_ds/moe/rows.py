@@ -11,12 +11,20 @@ from torch.nn import functional as F
 
 from ditmoe_ds.moe.routing import count
 
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.moe import kernels
+
+
+def fused(x: Tensor) -> bool:
+    """Whether Triton kernels compute it."""
+    return x.is_cuda
+
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """SwiGLU halves the last dimension, silu(gate) * up; GELU (tanh) keeps it."""
     if activation == "gelu":
         return F.gelu(x, approximate="tanh")
-    if x.is_cuda:
+    if fused(x):
         return SwiGLU.apply(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -26,9 +34,7 @@ def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor,
     """``activate`` of x (M, N) again, and the gradient of x, given that of its result."""
     if activation == "gelu":
         return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    if x.is_cuda:
-        from ditmoe_ds.moe import kernels
-
+    if fused(x):
         return kernels.swiglu_backward(x, grad)
     gate, up = x.chunk(2, dim=-1)
     gated = F.silu(gate)
@@ -40,8 +46,6 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        from ditmoe_ds.moe import kernels
-
         ctx.save_for_backward(x)
         return kernels.swiglu(x.contiguous().flatten(0, -2)).view(*x.shape[:-1], x.shape[-1] // 2)
 
@@ -54,7 +58,7 @@ class SwiGLU(torch.autograd.Function):
 def by_token(tokens: Tensor, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """For ``Take`` and ``Combine`` on a GPU: takings (M,) of the tokens (M,) sorted by token, and (T,) where those of each of ``number``
     tokens end. So kernels add up without atomics, in the same order on every run."""
-    if not tokens.is_cuda:
+    if not fused(tokens):
         return None, None
     return tokens.int().argsort(stable=True), count(tokens, number).cumsum(0)  # radix sort goes through the key byte by byte
 
@@ -73,8 +77,6 @@ class Take(torch.autograd.Function):
         tokens, order, ends = ctx.saved_tensors
         if order is None:
             return grad.new_zeros(ctx.number, grad.shape[1]).index_add_(0, tokens, grad), None, None, None
-        from ditmoe_ds.moe import kernels
-
         return kernels.sum_takings(grad.contiguous(), None, order, ends), None, None, None
 
 
@@ -90,16 +92,12 @@ class Combine(torch.autograd.Function):
         if order is None or ends is None:
             out = rows.new_zeros(number, rows.shape[1], dtype=torch.float32)
             return out.index_add_(0, tokens, rows * weights[:, None]).to(rows.dtype)
-        from ditmoe_ds.moe import kernels
-
         return kernels.sum_takings(rows.contiguous(), weights, order, ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, tokens, weights = ctx.saved_tensors
-        if grad.is_cuda:
-            from ditmoe_ds.moe import kernels
-
+        if fused(grad):
             rows_grad, weights_grad = kernels.weigh_backward(grad.contiguous(), rows.contiguous(), tokens, weights)
         else:
             upward = grad.index_select(0, tokens).float()

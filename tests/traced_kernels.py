@@ -1,0 +1,94 @@
+"""Run by test_recompute.py: blocks that torch.compile has traced with our Triton kernels in them give the same gradients.
+
+In a process of its own, since torch is made to believe in a GPU. When a graph launches a kernel, torch's operators do what
+``interpreted_kernels.py`` has found the kernel to do.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+from test_recompute import ROUTINGS, disturbed, gradients
+from torch._C import DispatchKey
+from torch._dynamo.utils import counters
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+from torch.nn import functional as F
+from triton.backends.compiler import GPUTarget
+
+from ditmoe_ds.moe import experts, kernels, rows
+
+
+class Driver:
+    """Of a GPU that is not there. Triton asks for its kind when torch looks for what a kernel overwrites."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def swiglu(x, out, **_):
+    gate, up = x.float().chunk(2, -1)
+    out.copy_(F.silu(gate) * up)
+
+
+def swiglu_backward(x, grad, again, x_grad, **_):
+    leaf = x.float().requires_grad_()
+    with torch.enable_grad():
+        gate, up = leaf.chunk(2, -1)
+        value = F.silu(gate) * up
+    again.copy_(value)
+    x_grad.copy_(*torch.autograd.grad(value, leaf, grad.float()))
+
+
+def sum_takings(rows, order, ends, out, weights=None, **_):
+    weighted = rows.float() if weights is None else rows.float() * weights[:, None]
+    token = torch.arange(len(ends)).repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
+    out.copy_(torch.zeros(out.shape).index_add_(0, token, weighted[order.long()]))
+
+
+def weigh_backward(grad, rows, tokens, weights, rows_grad, weights_grad, **_):
+    upward = grad.float()[tokens]
+    rows_grad.copy_(upward * weights[:, None])
+    weights_grad.copy_((upward * rows.float()).sum(1))
+
+
+PLAIN = {f"_{f.__name__}": f for f in (swiglu, swiglu_backward, sum_takings, weigh_backward)}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often each kernel was launched by a graph."""
+    found = Counter()
+
+    def launch(*, kernel_idx, constant_args_idx, grid, tma_descriptor_metadata, kwargs):
+        name = kernel_side_table.get_kernel(kernel_idx).fn.__name__
+        found[name] += 1
+        PLAIN[name](**kwargs, **kernel_side_table.get_constant_args(constant_args_idx))
+
+    triton.runtime.driver.set_active(Driver())
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setitem(triton_kernel_wrapper_mutation.py_kernels, DispatchKey.CompositeExplicitAutograd, launch)
+    triton_kernel_wrapper_mutation._dispatch_cache.clear()
+    monkeypatch.setattr(rows, "kernels", kernels, raising=False)
+    monkeypatch.setattr(rows, "fused", lambda x: True)
+    monkeypatch.setattr(experts, "fastest_kernel", lambda device, dtype, equal: "batched" if equal else "grouped")
+    torch._dynamo.reset()
+    counters.clear()
+    return found
+
+
+@pytest.mark.parametrize("again", [False, "attention"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("options", ROUTINGS.values(), ids=ROUTINGS)
+def test_a_compiled_block_with_kernels_is_the_block(ran, monkeypatch, options, activation, again):
+    model = disturbed(expert_activation=activation, **options).bfloat16()
+    model.checkpoint_activations = again
+    with monkeypatch.context() as without:
+        without.setattr(rows, "fused", lambda x: False)
+        plain = gradients(model)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(gradients(model), plain, strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+    assert ran.keys() == PLAIN.keys() and counters["stats"]["unique_graphs"] == 1
