@@ -19,18 +19,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("name, stage, world", [("EC-DIT-Nano-4E", 2, 2), ("DiT-MoE-Nano/2-4E2A", 0, 1), ("DiT-MoE-Nano/2-4E2A", 3, 2)])
 def test_a_compiled_run_is_the_run(tmp_path, name, stage, world):
+    """And goes on as if it had not ended."""
     latents = write_latents(tmp_path / "latents", train=64, text=6 if name.startswith("EC") else 0)
-    records = []
-    for compiled in ("false", "true"):
-        run_dir = tmp_path / compiled
+
+    def run(directory, compiled, *steps):
         how = [f"model.name={name}", f"parallel.zero_stage={stage}", f"parallel.expert={world}", "train.precision=fp32"]
-        how += [f"train.compile={compiled}", "train.validate_every=4", f"run_dir={run_dir}"]
-        launch(world, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, 4), *how], timeout=900)
-        records.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
-    plain, ours = records
-    assert len(plain) == len(ours) == 4
+        how += [f"train.compile={compiled}", "train.validate_every=4", "checkpoint.every=2", f"run_dir={tmp_path / directory}"]
+        for until in steps:
+            launch(world, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, until), *how], timeout=900)
+        return [json.loads(line) for line in (tmp_path / directory / "metrics.jsonl").read_text().splitlines()]
+
+    plain, ours, resumed = run("plain", "false", 4), run("compiled", "true", 4), run("resumed", "true", 2, 4)
+    assert len(plain) == len(ours) == len(resumed) == 4
     for key in ("loss", "balance_loss", "grad_norm"):
         assert [record[key] for record in ours] == pytest.approx([record[key] for record in plain], rel=1e-5), key
+        assert [record[key] for record in resumed] == [record[key] for record in ours], key
     assert ours[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-5)
 
 

@@ -5,7 +5,6 @@ In a process of its own, since torch is made to believe in a GPU. When a graph l
 """
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
