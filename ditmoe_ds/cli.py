@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from ditmoe_ds.analysis import cli as analysis
 from ditmoe_ds.ending import end
-from ditmoe_ds.errors import UserError
+from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.evaluation import cli as evaluation
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
@@ -61,7 +61,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.models.sizes import describe, named_config
 
-    numbers = describe(named_config(arguments.name, input_size=arguments.image_size // 8))
+    config = named_config(arguments.name, input_size=arguments.image_size // 8)
+    if arguments.image_size < 1 or arguments.image_size % (8 * config.patch):
+        raise ConfigError(
+            "--image-size", arguments.image_size, f"a multiple of {8 * config.patch}: 8 pixels a latent, {config.patch} a patch"
+        )
+    numbers = describe(config)
     if arguments.json:
         print(json.dumps({"name": arguments.name, **numbers}))
         return 0

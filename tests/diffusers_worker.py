@@ -27,12 +27,20 @@ results = {}
 for name, folder in json.loads(sys.argv[1]).items():
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_ditmoe", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(3, *(pipe.config.latent_shape or (4, 8, 8)), generator=torch.Generator().manual_seed(1))
     for scale in (1.0, 2.5):
         out = pipe(class_labels=[0, 1, 2], num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="latent")
         results[f"{name}/{scale}"] = out.images
     drawn = [pipe([0], 1, generator=torch.Generator().manual_seed(s), output_type="latent").images for s in (0, 0, 1)]
+    assert drawn[0].shape == noise[:1].shape
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    if type(pipe.scheduler).__name__ == "DDIMScheduler":
+        try:
+            pipe([0], 3, output_type="latent")
+        except ValueError as error:
+            assert "num_inference_steps=3" in str(error)
+        else:
+            raise AssertionError("DDIM's steps are equal parts")
     if pipe.vae is not None:
         picture = pipe(class_labels=[0], num_inference_steps=1).images[0]
         assert picture.size == (32, 32) and picture.mode == "RGB"

@@ -15,7 +15,7 @@ from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.analysis.experts import answers_alike, experts_of, lift, weights_alike
 from ditmoe_ds.analysis.information import Information, entropy, information, informations, mutual_information
 from ditmoe_ds.analysis.routing import Takings, count_takings, noised, watched
-from ditmoe_ds.analysis.summary import spread, training
+from ditmoe_ds.analysis.summary import read_metrics, spread, training
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import write_weights
@@ -308,12 +308,20 @@ def test_numbers(reports):
 
 
 def test_records_of_training_become_curves(runs):
-    told = training(runs["token"] / "metrics.jsonl")
+    told = training(read_metrics(runs["token"] / "metrics.jsonl"))
     every = list(records(2))
     assert told["every"] == 3 and len(told["steps"]) == 84 and told["steps"][-1] == 250
     assert told["loss"][0].item() == pytest.approx(sum(r["loss"] for r in every[:3]) / 3)
     mean = sum(r["router"]["max_over_mean"][1] for r in every[3:6]) / 3
     assert told["router"]["max_over_mean"][1, 1].item() == pytest.approx(mean) and told["router"]["cv"].shape == (2, 84)
+
+
+def test_records_are_read_whatever_became_of_the_run(tmp_path):
+    """Skipped steps have no loss; the last line of a run that goes on, or was killed, may not be whole."""
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file) == []
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "skipped": 1}\n{"step": 3, "loss": 1.5}\n{"step": 4, "lo')
+    assert [record["step"] for record in read_metrics(file)] == [1, 3]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium (apt install chromium)")

@@ -16,7 +16,8 @@ from ditmoe_ds.diffusion.objectives import (
     gaussian_kl,
     make_objective,
 )
-from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, guided, make_scheduler, sample
+from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, guided, make_scheduler, sample, scheduled
+from ditmoe_ds.errors import ConfigError
 
 SHAPE = (2, 4, 4)
 
@@ -171,6 +172,25 @@ def test_noise_samplers_solve_the_equation(sampler):
     assert (out.mean().item(), out.std().item()) == pytest.approx((MEAN, STD), abs=0.04)
     far = (out - MEAN - STD * noise).abs().max()
     assert far > 0.5 if sampler == "ddpm" else far < 0.08, far
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS["ddpm"])
+def test_as_many_steps_as_asked_for_or_an_error(sampler):
+    """diffusers rounds some numbers of steps to one more, at time -1, and DDIM steps back further than to the next time."""
+    config, refused = DiffusionConfig("ddpm"), []
+    scheduler = make_scheduler(config, sampler)
+    for steps in range(1, 1001):
+        try:
+            times = scheduled(scheduler, config, steps).timesteps
+        except ConfigError:
+            refused.append(steps)
+            continue
+        assert len(times) == steps and times.min() >= 0 and (times.diff() < 0).all()
+        if sampler == "ddim":
+            assert steps == 1 or (times[:-1] - times[1:] == 1000 // steps).all()
+        if sampler == "ddpm" and steps > 1:
+            assert (times[0], times[-1]) == (999, 0)  # the last adds no noise
+    assert len(refused) == {"ddim": 1000 - 16, "ddpm": 0}.get(sampler, 62) and not {25, 50, 100, 250} & set(refused)
 
 
 def test_guidance_is_one_batched_call():

@@ -8,10 +8,12 @@ import yaml
 from latents import write_latents, write_vae
 from processes import ROOT, launch
 
+from ditmoe_ds.evaluation import during_training
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Moments, frechet_distance
 from ditmoe_ds.latents.vae import decode
 from ditmoe_ds.pipelines.run import open_run
+from ditmoe_ds.training.recipe import read_plan
 
 SAMPLES = 7
 
@@ -56,6 +58,17 @@ def _heldout(manifest):
     return LatentDataset([Manifest.load(manifest)], "val").batch(range(SAMPLES)).latents
 
 
+def test_the_extractor_is_asked_on_its_device(recipe, monkeypatch):
+    class Extractor:
+        def features(self, images):
+            assert images.device.type == "meta"
+            return {"pool": torch.zeros(1, 7)}
+
+    monkeypatch.setattr(during_training, "load_extractor", lambda name, device: Extractor())
+    monkeypatch.setattr(during_training, "load_vae", lambda name, device: None)
+    assert during_training.FrechetDistance(read_plan([str(recipe)], 1), torch.device("meta")).width == 7
+
+
 def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
     run = recipe.parent / "failing"
     (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", recipe, f"run_dir={run}"])
@@ -66,7 +79,11 @@ def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("train.fd_samples=1", "at least 2; held out are 7"), ("train.fd_extractor=resnet", "choose one of inception")],
+    [
+        ("train.fd_samples=1", "at least 2; held out are 7"),
+        ("train.fd_extractor=resnet", "choose one of inception"),
+        ("train.sample_steps=0", "train.sample_steps=0: from 1"),
+    ],
 )
 def test_what_cannot_be_measured_is_said_before_the_first_step(recipe, override, words):
     run = recipe.parent / override.replace("=", "-")

@@ -1,5 +1,6 @@
 """EC-DIT: expert choice, text, masks, any shape, and the published sizes."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -210,9 +211,12 @@ def test_layers_may_have_capacities_of_their_own():
     assert stats.selections.tolist() == [[2 * 16 * 1 / 4] * 4, [2 * 16 * 3 / 4] * 4]
 
 
-@pytest.mark.parametrize("routing", ["expert", "token", "dense"])
-def test_the_three_kinds_of_feed_forward_cost_the_same(routing):
-    config = tiny(routing=routing)
+CAPACITIES = [RouterConfig(), RouterConfig(capacity_factor=1.0), RouterConfig(layer_capacity=(1.0, 3.0))]
+
+
+@pytest.mark.parametrize("routing,router", [("token", CAPACITIES[0]), *itertools.product(["expert", "dense"], CAPACITIES)])
+def test_the_three_kinds_of_feed_forward_cost_the_same(routing, router):
+    config = tiny(routing=routing, router=router)
     net = model(config)
     x, t, text, mask = inputs(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the only one that it counts
@@ -221,7 +225,7 @@ def test_the_three_kinds_of_feed_forward_cost_the_same(routing):
     routers = 0 if routing == "dense" else 2 * 16 * 4 * 64
     assert counter.get_total_flops() == 2 * counted["macs"]
     assert counted["total"] == sum(parameter.numel() for parameter in net.parameters())
-    dense = describe(tiny(routing="dense"), text_tokens=5)
+    dense = describe(tiny(routing="dense", router=router), text_tokens=5)
     assert counted["macs"] - dense["macs"] == routers
 
 

@@ -108,17 +108,31 @@ def test_what_a_target_cannot_represent_is_refused(target, config, word, tmp_pat
 
 def test_commands_say_what_is_wrong(tmp_path, capsys):
     weights = str(write_weights(tmp_path / "weights", random_weights()[1]))
+    wide = str(write_weights(tmp_path / "wide", random_weights(latents=dict(shape=[4, 8, 12]))[1]))
+    for name, content in (
+        ("bare", dict(_class_name="DiTMoETransformer2DModel", hidden=32, depth=2, heads=4)),
+        ("list", []),
+        ("lacking", dict(format="ditmoe-weights/1")),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
     settings = flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8))
     for arguments, word in (
         (["export", weights, "--out", weights], "already"),
         (["export", weights, "--out", str(tmp_path / "o"), "--shard-size", "5"], "--shard-size"),
-        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds weights"),
+        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds bare, lacking, list, weights, wide"),
         (["import", "diffusers", weights, "--out", str(tmp_path / "o")], "neither"),
         (
             ["import", "reference", str(tmp_path / "no.pt"), *settings, "--out", "o"],
             "no.pt",
         ),
         (["sample", weights, "--steps", "1"], "--vae"),
+        (["sample", weights, "--weights", "master"], "ema weights alone"),
+        (["export", wide, "--to", "reference", "--out", str(tmp_path / "o")], "8x12"),
+        (["import", "diffusers", str(tmp_path / "bare"), "--out", str(tmp_path / "o")], "'diffusion' is missing"),
+        (["import", "diffusers", str(tmp_path / "list"), "--out", str(tmp_path / "o")], "not a JSON object"),
+        (["export", str(tmp_path / "lacking"), "--out", str(tmp_path / "o")], "lacks 'diffusion'"),
+        (["info", "DiT-S/2", "--image-size", "8"], "a multiple of 16"),
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
@@ -140,7 +154,9 @@ PIPELINES = {  # each another part of the shipped code
     "ddpm": (SPARSE, DDPM),
     "gelu": (GELU, DDPM),
     "dense": (replace(DENSE, learn_variance=False, frequency_shift=1), DiffusionConfig()),
+    "wide": (SPARSE, DiffusionConfig()),
 }
+LATENTS = {"flow": dict(scaling_factor=0.9, shift_factor=0.1, class_names=["a", "b", "c"]), "wide": dict(shape=[4, 8, 12])}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +165,7 @@ def pipelines(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
     vae = write_vae(root / "vae")
     for name, (config, diffusion) in PIPELINES.items():
-        latents = dict(vae=vae, scaling_factor=0.9, shift_factor=0.1, class_names=["a", "b", "c"]) if name == "flow" else {}
+        latents = LATENTS.get(name, {}) | (dict(vae=vae) if name == "flow" else {})
         write_weights(root / "weights" / name, random_weights(config, diffusion, latents=latents)[1])
         command = ["export", str(root / "weights" / name), "--to", "diffusers", "--out", str(root / "pipelines" / name)]
         assert main([*command, "--shard-size", "100KB"]) == 0
@@ -171,7 +187,7 @@ def pipelines(tmp_path_factory):
 def test_diffusers_samples_what_we_sample(name, pipelines):
     root, results = pipelines
     run = open_run(root / "weights" / name)
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(3, *run.shape, generator=torch.Generator().manual_seed(1))
     for scale in (1.0, 2.5):
         predict = guided(run.model, dict(y=torch.tensor([0, 1, 2, 3, 3, 3])), Guidance(scale), run.diffusion)
         ours = sample(predict, noise, make_scheduler(run.diffusion), run.diffusion, 4)
@@ -197,7 +213,7 @@ def test_our_pipeline_is_read_back(name, pipelines, tmp_path):
     for part in ("model", "diffusion"):
         assert after.description[part] == before.description[part]
     wanted = before.description["latents"]
-    assert after.description["latents"] == (wanted | dict(vae=str(root / "pipelines" / name / "vae")) if wanted else {})
+    assert after.description["latents"] == wanted | ({"vae": str(root / "pipelines" / name / "vae")} if "vae" in wanted else {})
     assert before.shapes == after.shapes
     assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in before.shapes)
 

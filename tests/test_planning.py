@@ -238,7 +238,7 @@ def test_time_by_hand():
     later = replace(plan, shape=replace(plan.shape, stage=1, micro=1))  # two micro-batches, gradients travel beside the second
     assert later.seconds["zero"] == pytest.approx(gathering + reducing - 0.5 * plan.flops * 2 / 3 / 50e12 / 2)
     found = layers(SPARSE)
-    assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (8 + 16 + 4 + 8 + 4) / 500e9)
+    assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (2 + 6 + 8 + 28 + 12 + 6) / 500e9)
     assert plan.days == pytest.approx(plan.step_seconds)
     assert plan.gpu_hours == pytest.approx(plan.step_seconds * 24 * 4)
 

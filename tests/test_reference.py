@@ -149,3 +149,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="weights alone"):
         load_reference(tmp_path / "evil.pt", top_k=2, num_heads=4, num_classes=10, input_size=8)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", [1, 2], {1: torch.zeros(2)}, {"x_embedder.proj.weight": torch.zeros(4)}])
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / "file.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=r"weights alone|state dict|no DiT-MoE checkpoint"):
+        load_reference(tmp_path / "file.pt", top_k=2, num_heads=4, num_classes=10, input_size=8)

@@ -222,7 +222,12 @@ def test_mistakes(weights, folder, capsys):
         (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "another objective"),
         (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "told --classes"),
         (["--num", "2", "--out", str(folder / "no"), "--classes", "3"], "0..2"),
+        (["--num", "2", "--out", str(folder / "no"), "--steps", "0"], "from 1 to 1000"),
         (["--expert-parallel", "2"], "say how many"),
+        (["--per-class", "0"], "--per-class"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--guided-channels", "9"], "have 4"),
+        (["--out", str(folder / "no.xyz")], "FILE.png"),
     ):
         assert main(["sample", path, *arguments]) == 2, arguments
         error = capsys.readouterr().err

@@ -11,6 +11,7 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.interop.upcycle import upcycle
+from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.pipelines.run import load_model, open_run
 
 CASES = {  # experts, top_k, split
@@ -50,6 +51,17 @@ def test_the_loss_is_the_dense_ones(case, dense, tmp_path):
         assert layer.any(0).sum() > experts / 2  # of 128 tokens that much resemble each other
         slices = layer.view(len(layer), -1, split)
         assert (slices == slices[..., :1]).all()  # all slices of a copy, or none
+
+
+def test_a_dense_ec_dit_becomes_one_of_token_choice():
+    """Where experts choose, tokens that none takes would lose their MLP."""
+    weights = random_weights(named_config("EC-DIT-Nano", text_width=24))[1]
+    models = [load_model(weights), load_model(upcycle(weights, experts=8, top_k=2))]
+    z, text, mask = torch.randn(2, 4, 32, 32), torch.randn(2, 5, 24), torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        before, after = (model(z, torch.tensor([10.0, 700.0]), text=text, mask=mask) for model in models)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert models[1].config.sparse_layers and before.std() > 0.1
 
 
 def test_every_expert_learns(dense):

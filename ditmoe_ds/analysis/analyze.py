@@ -13,7 +13,7 @@ from ditmoe_ds.analysis.experts import answers_alike, weights_alike
 from ditmoe_ds.analysis.plots import plot_loss, plot_shares
 from ditmoe_ds.analysis.report import write_report
 from ditmoe_ds.analysis.routing import count_takings
-from ditmoe_ds.analysis.summary import plain, summary, training
+from ditmoe_ds.analysis.summary import plain, read_metrics, summary, training
 from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import LatentDataset
@@ -58,7 +58,7 @@ def analyze(
         raise ConfigError("--prompt", list(prompts), "this model is told classes; maps of compute are for text to image")
     if samples < 2:
         raise ConfigError("--samples", samples, "at least 2: their labels are permuted")
-    data = heldout(run, dataset)
+    data, records = heldout(run, dataset), read_metrics(run_dir / "metrics.jsonl")
     pictures = adaptive(run, list(prompts), out) if prompts else {}
     number = min(samples, len(data))
     order = torch.randperm(len(data), generator=keyed_generator("analysis")).tolist()  # data may be sorted by class
@@ -68,8 +68,7 @@ def analyze(
     numbers = summary(run, counted, sides, chosen.labels, permutations)
     answers = answers_alike(run, data.batch(order[: min(number, COMPARED)]), times)
     numbers["similarity"] = dict(w1=weights_alike(run, "w1"), w2=weights_alike(run, "w2"), outputs=answers)
-    metrics = run_dir / "metrics.jsonl"
-    numbers["training"] = training(metrics) if metrics.is_file() else None
+    numbers["training"] = training(records) if records else None
 
     out.mkdir(parents=True, exist_ok=True)
     files = {"report.html": out / "report.html", "routing.json": out / "routing.json"} | pictures
@@ -77,9 +76,9 @@ def analyze(
     for axis, share in numbers["share"].items():
         files[axis] = out / f"routing_{axis}.png"
         plot_shares(share, axis, files[axis])
-    if metrics.is_file():
+    if records:
         files["loss"] = out / "loss.png"
-        plot_loss(metrics, files["loss"])
+        plot_loss(records, files["loss"])
     facts = dict(
         model=f"{config.depth} layers, {len(config.sparse_layers)} of them with {config.experts} experts; width {config.hidden}; "
         f"{config.routing} choice, {config.top_k if config.routing == 'token' else numbers['experts_per_token']:.3g} experts per token",

@@ -1,7 +1,7 @@
 """Pictures of a run: routing heat-maps and the loss curve."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -38,9 +38,8 @@ def plot_shares(share: Tensor, axis: str, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_loss(metrics: Path, path: Path) -> None:
-    """Training loss per step and validation loss, from ``metrics.jsonl``."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Training loss per step and validation loss."""
     figure, panel = plt.subplots(figsize=(6, 3.2), layout="constrained")
     panel.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=0.8, label="training")
     held_out = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]

@@ -72,9 +72,15 @@ def spread(takers: Tensor) -> dict[str, Tensor]:
     return dict(untaken=share[..., 0], std=(share @ number.square() - mean.square()).clamp(min=0).sqrt(), gini=gini)
 
 
-def training(metrics: Path) -> dict[str, Any]:
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``, without skipped steps and a last line that is not whole; none if there is no such file."""
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [record for record in records if record["loss"] is not None]
+
+
+def training(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Loss and the routers' records of a run, as means over equal stretches of steps: ``loss`` (P,), ``router`` by name (L, P)."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
     every = -(-len(records) // PLACES)
     stretches = [records[first : first + every] for first in range(0, len(records), every)]
     names = [name for name in records[-1]["router"] if all(name in record["router"] for record in records)]

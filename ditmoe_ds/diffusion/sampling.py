@@ -91,20 +91,15 @@ def sample(
     """Go from noise z (B, C, H, W) to scaled latents of the same shape.
 
     Args:
-        scheduler: of diffusers; see ``fitted``.
+        scheduler: of diffusers; see ``scheduled``.
         generator: for noise that is added on the way; one for each image makes it independent of the others.
         after: ``after(i, t, z)``, called after step i from the scheduler's time t, returns what to go on with, and whether to.
 
     Raises:
-        ConfigError: the scheduler does not go with the objective.
+        ConfigError: as ``scheduled``.
     """
     flow, channels = config.objective == "rectified_flow", z.shape[1]
-    scheduler = fitted(scheduler, config)
-    # The scheduler stays on the CPU: its numbers are read there, and a scalar may meet tensors of any device.
-    if type(scheduler).__name__ == SCHEDULERS["rectified_flow"]["euler"]:
-        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])  # its own would stop short of 0 and take a tiny step there
-    else:
-        scheduler.set_timesteps(steps)
+    scheduler = scheduled(scheduler, config, steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks for the step by its time, which some round, so that two may be equal
     random = dict(generator=generator) if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -138,6 +133,34 @@ def make_scheduler(config: DiffusionConfig, sampler: Sampler | None = None) -> A
     takes = inspect.signature(cls.__init__).parameters
     ours = dict(timestep_spacing="trailing", set_alpha_to_one=True)  # from the noisiest step to no noise
     return fitted(cls(**{key: value for key, value in ours.items() if key in takes}), config)
+
+
+def scheduled(scheduler: Any, config: DiffusionConfig, steps: int, key: str = "--steps") -> Any:
+    """``fitted``, and set to so many steps. It stays on the CPU: its numbers are read there, and a scalar may meet tensors of any device.
+
+    Args:
+        key: where ``steps`` come from.
+
+    Raises:
+        ConfigError: the scheduler does not go with the objective, or cannot take so many steps.
+    """
+    scheduler, most = fitted(scheduler, config), DDPM.steps
+    if not 1 <= steps <= most:
+        raise ConfigError(key, steps, f"from 1 to {most}")
+    name = type(scheduler).__name__
+    if name == SCHEDULERS["rectified_flow"]["euler"]:
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])  # its own would stop short of 0 and take a tiny step there
+    elif name == SCHEDULERS["ddpm"]["ddpm"]:
+        scheduler.set_timesteps(timesteps=np.linspace(most - 1, 0, steps).round().astype(int).tolist())  # ADM's: no noise in the last
+    else:
+        scheduler.set_timesteps(steps)
+    if config.objective == "ddpm":
+        if name == SCHEDULERS["ddpm"]["ddim"] and most % steps:  # it goes back most // steps each time, whatever lies between two of them
+            near = [max(n for n in range(1, steps) if most % n == 0), min(n for n in range(steps, most + 1) if most % n == 0)]
+            raise ConfigError(key, steps, f"DDIM's steps are equal parts of {most}: take {near[0]} or {near[1]}, or another sampler")
+        if len(scheduler.timesteps) != steps:  # rounding gave it one more, at time -1
+            raise ConfigError(key, steps, f"{name} cannot space so many over {most} times; take some more or less")
+    return scheduler
 
 
 def fitted(scheduler: Any, config: DiffusionConfig) -> Any:

@@ -76,7 +76,10 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
     """
     path = Path(path)
     if (path / "config.json").is_file():
-        return _open_folder(path)
+        opened = _open_folder(path)
+        if kind not in ("ema", opened.description["weights"]):
+            raise CheckpointError(f"{path}: a weights folder of {opened.description['weights']} weights alone, not {kind}")
+        return opened
     found = path if (path / "index.json").is_file() else checkpoint.newest(path / "checkpoints")
     if found is None:
         inside = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
@@ -96,6 +99,8 @@ def _open_folder(path: Path) -> Weights:
             raise CheckpointError(f"{path}: its config.json has format {found!r}, not {FORMAT!r}; is it to be imported (ditmoe import)?")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: no readable config.json ({error})") from None
+    if missing := {"model", "diffusion", "latents", "step", "weights"} - description.keys():
+        raise CheckpointError(f"{path}: its config.json lacks {min(missing)!r}")
     tensors = open_shards(path, "model")
     return Weights(tensors.shapes, tensors.read, description)
 

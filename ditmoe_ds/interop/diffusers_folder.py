@@ -73,13 +73,15 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
             scaling_factor=latents.get("scaling_factor"),
             shift_factor=latents.get("shift_factor"),
             class_names=latents.get("class_names"),
+            latent_shape=latents.get("shape"),
         )
         write_json(folder / "model_index.json", index)
     return vae is not None
 
 
 def diffusers_weights(path: Path) -> Weights:
-    """Open a pipeline folder of ours, or one of diffusers' stock DiT (``DiTTransformer2DModel``); its transformer folder will do.
+    """Open a pipeline folder of ours (an export, or what ``DiTMoEPipeline.save_pretrained`` writes), or one of diffusers' stock DiT
+    (``DiTTransformer2DModel``); its transformer folder will do.
 
     Raises:
         CheckpointError: another model, a setting that ours has not, or a damaged folder.
@@ -87,21 +89,29 @@ def diffusers_weights(path: Path) -> Weights:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     settings = _read_json(folder / "config.json")
     index = _read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-    latents: dict[str, Any] = {}
+    latents: dict[str, Any] = dict(shape=index["latent_shape"]) if index.get("latent_shape") else {}
     if (path / "vae").is_dir():
         vae = _read_json(path / "vae" / "config.json")
         names = {key: index.get(key) for key in ("scaling_factor", "shift_factor", "class_names")}
         defaults = dict(scaling_factor=vae.get("scaling_factor", 0.18215), shift_factor=vae.get("shift_factor") or 0.0)
-        latents = dict(vae=str((path / "vae").absolute())) | defaults | {key: value for key, value in names.items() if value is not None}
+        latents |= dict(vae=str((path / "vae").absolute())) | defaults | {key: value for key, value in names.items() if value is not None}
     description = dict(name=None, latents=latents, step=0, weights="diffusers")
     kind = settings.get("_class_name")
-    if kind == TRANSFORMER:
-        diffusion = settings["diffusion"]
-        model = {field.name: settings[field.name] for field in fields(DiTConfig) if field.name in settings}
-        config = configuration.build(DiTConfig, model)
-        return assemble(open_shards(folder, STEM), layout(config), description | dict(model=asdict(config), diffusion=diffusion))
-    if kind in ("DiTTransformer2DModel", "Transformer2DModel") and settings.get("norm_type") == "ada_norm_zero":
-        return _stock(folder, settings, description)
+    try:
+        if kind == TRANSFORMER:
+            model = {field.name: settings[field.name] for field in fields(DiTConfig) if field.name in settings}
+            config = configuration.build(DiTConfig, model)
+            description |= dict(model=asdict(config), diffusion=settings["diffusion"])
+            return assemble(open_shards(folder, STEM), layout(config), description)
+        if kind == "DiTMoETransformer":
+            config = configuration.build(DiTConfig, settings["model"])
+            description |= dict(model=asdict(config), diffusion=settings["diffusion"])
+            ours: Layout = {name: [(f"dit.{name}", shape)] for name, shape in parameter_shapes(config).items()}
+            return assemble(open_shards(folder, STEM), ours, description)
+        if kind in ("DiTTransformer2DModel", "Transformer2DModel") and settings.get("norm_type") == "ada_norm_zero":
+            return _stock(folder, settings, description)
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error} is missing") from None
     raise CheckpointError(f"{folder}: a {kind}, neither an export of ours nor diffusers' DiTTransformer2DModel")
 
 
@@ -171,6 +181,9 @@ def _check_equal(folder: Path, theirs: Tensors, copies: list[str]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return found

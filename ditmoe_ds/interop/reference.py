@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -86,13 +85,13 @@ def reference_weights(
     """
     theirs = _open(source)
     shapes = theirs.shapes
-    for needed in (
-        "x_embedder.proj.weight",
-        "final_layer.linear.bias",
-        "blocks.0.moe.gate.weight",
-        "blocks.0.moe.shared_experts.gate_proj.weight",
-    ):
-        if needed not in shapes:
+    for needed, dimensions in {
+        "x_embedder.proj.weight": 4,
+        "final_layer.linear.bias": 1,
+        "blocks.0.moe.gate.weight": 2,
+        "blocks.0.moe.shared_experts.gate_proj.weight": 2,
+    }.items():
+        if len(shapes.get(needed, ())) != dimensions:
             raise CheckpointError(f"{needed} is missing: this is no DiT-MoE checkpoint (its keys begin {list(shapes)[:3]})")
     hidden, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
     experts, tokens = shapes["blocks.0.moe.gate.weight"][0], (input_size // patch) ** 2
@@ -155,6 +154,9 @@ def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
     refuse_settings_without_place(config, _SETTINGS, "the reference code")
     if not config.experts or not config.shared:
         raise CheckpointError("the reference code knows sparse models with shared experts only; use --to diffusers or safetensors")
+    shape = weights.description["latents"].get("shape", (config.in_channels, config.input_size, config.input_size))
+    if tuple(shape[1:]) != (config.input_size, config.input_size):
+        raise CheckpointError(f"the reference code knows square latents only, these are {shape[1]}x{shape[2]}; use --to diffusers")
     table = position_table(config.input_size // config.patch, config.input_size // config.patch, config.hidden)[None]
     entries = [Entry("pos_embed", DTYPES[dtype], tuple(table.shape), lambda: table)]
     entries += disassemble(weights, layout(config), DTYPES[dtype])
@@ -180,13 +182,19 @@ def _open(source: str | Path | dict[str, Any]) -> Tensors:
             return Tensors(file.shapes, file.read)
         source = _load(path)
     inner: dict[str, Tensor] = next((source[name] for name in CONTAINERS if isinstance(source.get(name), dict)), source)
-    return from_memory({key.removeprefix("module."): value for key, value in inner.items()})
+    return from_memory({str(key).removeprefix("module."): value for key, value in inner.items()})
 
 
 def _load(path: Path) -> dict[str, Any]:
     # the reference's training script stores its argparse options beside the weights; a Namespace holds data only
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from None
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: not readable ({error.strerror})") from None
+        except Exception:  # of many kinds; what torch advises, to load it without weights_only, would run what the file holds
+            fix = "it is damaged, or holds more than tensors: save the state dict alone, or as safetensors"
+            raise CheckpointError(f"{path} cannot be read as weights alone: {fix}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a state dict")
+    return found

@@ -28,7 +28,8 @@ _DENSE = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias"
 
 
 def upcycle(dense: Weights, experts: int, top_k: int, split: int = 1, noise: float = 0.0, seed: int = 0) -> Weights:
-    """Weights of the sparse model; nothing is read yet.
+    """Weights of the sparse model, by token choice whatever the family: with expert choice, tokens that nobody takes would get nothing.
+    Nothing is read yet.
 
     Args:
         dense: of a DiT without experts.
@@ -48,12 +49,15 @@ def upcycle(dense: Weights, experts: int, top_k: int, split: int = 1, noise: flo
         raise ConfigError("--split", split, f"must divide the {4 * old.hidden} hidden units of the dense MLP")
     if experts < 1 or experts % split:
         raise ConfigError("--experts", experts, f"must be a multiple of --split {split}")
+    if not 0 <= noise < math.inf:
+        raise ConfigError("--noise", noise, "at least 0")
     if not 1 <= top_k <= experts or top_k % split:
         raise ConfigError("--top-k", top_k, f"must be a multiple of --split {split} and at most --experts {experts}")
     new = replace(
         old,
         experts=experts,
         top_k=top_k,
+        routing="token",
         shared=0,
         expert_activation="gelu",
         expert_hidden=4 * old.hidden // split,

@@ -129,7 +129,9 @@ def describe(config: DiTConfig, text_tokens: int = 77) -> dict[str, Any]:
         part = _part(name)
         parts[part] = parts.get(part, 0) + math.prod(shape)
     total = sum(parts.values())
-    idle = parts.get("routed_experts", 0) * (1 - config.top_k / max(config.experts, 1))
+    sparse = len(config.sparse_layers)
+    met = sum(map(config.capacity, config.sparse_layers)) / (sparse * config.experts) if sparse else 1.0
+    idle = 0 if config.routing == "dense" else parts.get("routed_experts", 0) * (1 - met)
 
     linear, attention = macs(config, config.tokens, text_tokens if config.text_width else 0)
     return dict(
@@ -153,11 +155,10 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
     """
     h, N, T, L = config.hidden, tokens, text_tokens, config.depth
     matrices = 3 if config.expert_activation == "swiglu" else 2
-    sparse = matrices * config.top_k * h * config.expert_width
-    if config.routing != "dense":
-        sparse += 3 * h * config.shared * h
     experts = len(config.sparse_layers)
-    feed_forwards = N * ((L - experts) * 8 * h * h + experts * sparse)
+    units = sum(round(config.capacity(layer) * config.expert_width) for layer in config.sparse_layers)
+    shared = 3 * h * config.shared * h if config.routing != "dense" else 0
+    feed_forwards = N * ((L - experts) * 8 * h * h + matrices * h * units + experts * shared)
     projections, products = attention_macs(config, N, T)
     return feed_forwards + projections + uncut_macs(config, N, T), products
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
+    for key, value, right, fix in (
+        ("--per-class", arguments.per_class, arguments.per_class > 0, "at least 1"),
+        ("--guided-channels", arguments.guided_channels, arguments.guided_channels is None or arguments.guided_channels > 0, "at least 1"),
+        ("--guidance", arguments.guidance, math.isfinite(arguments.guidance), "a number; 1 is none"),
+    ):
+        if not right:
+            raise ConfigError(key, value, fix)
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
 
@@ -53,6 +61,8 @@ def _grid(arguments: argparse.Namespace) -> int:
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or under_srun() or arguments.expert_parallel > 1:
         raise ConfigError("--num", None, "several processes make many images: say how many")
+    if Path(arguments.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError("--out", arguments.out, "a picture, FILE.png; many images, by --num, go into a folder or FILE.npz")
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
     images = run.sample(
@@ -71,7 +81,7 @@ def _grid(arguments: argparse.Namespace) -> int:
 
 
 def _many(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.diffusion.sampling import make_scheduler
+    from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import World, agreed, check_expert_parallel, decided, expert_group, on_all_ranks
     from ditmoe_ds.distributed.weights import open_weights
     from ditmoe_ds.pipelines.many import Target, sample_many
@@ -89,7 +99,7 @@ def _many(arguments: argparse.Namespace) -> int:
     def prepare(group: ExpertGroup | None) -> tuple[Run, Run | None, list[Any]]:
         run, weak = _open(arguments, group)
         asked = _asked(arguments, run, list(range(run.model.config.num_classes)))
-        make_scheduler(run.diffusion, arguments.sampler)
+        scheduled(make_scheduler(run.diffusion, arguments.sampler), run.diffusion, arguments.steps)
         assert run.pipeline  # or it says what is missing
         return run, weak, asked
 
@@ -136,6 +146,9 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         same = ("num_classes", "text_width", "in_channels")
         if weak.diffusion != run.diffusion or any(getattr(weak.model.config, key) != getattr(run.model.config, key) for key in same):
             raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
+    channels = run.model.config.in_channels
+    if arguments.guided_channels and arguments.guided_channels > channels:
+        raise ConfigError("--guided-channels", arguments.guided_channels, f"the latents have {channels}")
     if arguments.compile:
         for one in runs:
             one.model.compile_blocks(graphs=one.device.type == "cuda" and arguments.expert_parallel == 1)

@@ -138,7 +138,7 @@ def sample_many(
 
     Args:
         asked: classes or prompts; image i shows the one numbered i modulo their number.
-        batch: images computed together on a GPU.
+        batch: images computed together on a GPU, unless they would compete for experts.
         settings: for the description.
         options: of the pipeline.
 
@@ -147,8 +147,9 @@ def sample_many(
     """
     missing = decided(lambda: target.begin(settings, count))
     if run.device.type == "cpu":
-        batch = 1
         torch.set_num_threads(1)
+    if run.device.type == "cpu" or run.model.config.images_compete:
+        batch = 1
     batches = [missing[first : first + batch] for first in range(0, len(missing), batch)]
     turns = -(-len(batches) // world.size)  # every rank takes as many, since with expert parallelism every forward is collective
     with Behind(run) as finish, tqdm(total=len(missing), unit="img", disable=world.rank != 0) as bar:

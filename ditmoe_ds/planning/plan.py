@@ -184,10 +184,11 @@ class Plan:
 
     @property
     def _optimizer_seconds(self) -> float:
-        """Reading and writing master, moments and averages once, reading gradients, writing weights."""
+        """The memory's: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read and written;
+        masters become averages and weights."""
         found, shape = self._layers, self.shape
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
-        touched = 8 + 16 + 4 + 8 * self.job.averages + 2 * self.batch.size
+        touched = self.batch.size + (self.batch.size + 4) + 8 + (4 + 8 + 16) + 12 * self.job.averages + (4 + self.batch.size)
         return local * touched / self._memory_rate
 
     @property

@@ -11,6 +11,7 @@ import torch
 
 from ditmoe_ds import config
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
 from ditmoe_ds.distributed.checkpoint import CheckpointConfig, newest_index
 from ditmoe_ds.distributed.ema import EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, offloads, read_ds_config
@@ -140,10 +141,7 @@ class Plan:
     @property
     def shape(self) -> tuple[int, ...]:
         """The commonest (C, H, W) of the latents: what is validated on and sampled."""
-        found = Counter[tuple[int, ...]]()
-        for shard in self.manifest.splits.train.shards:
-            found[shard.shape] += shard.samples
-        return found.most_common(1)[0][0]
+        return _commonest_shape(self.manifest)
 
     def open_heldout(self) -> LatentDataset:
         """Held-out samples of the commonest shape. Raises as ``LatentDataset``."""
@@ -290,11 +288,11 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
     manifests = _load_manifests(recipe, named)
     manifest = manifests[0]
-    channels = manifest.shapes[0][0]
     for _, height, width in manifest.shapes:
         if height % named.patch or width % named.patch:
             fix = f"the data has latents of {height}x{width}, the model patches of {named.patch}"
             raise ConfigError("model.name", recipe.model.name, fix)
+    channels, height, _ = _commonest_shape(manifest)
     model = replace(named, input_size=height, in_channels=channels)
     if named.num_classes:
         model = replace(model, num_classes=manifest.num_classes)
@@ -304,10 +302,20 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
         fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
         raise ConfigError("model.weights", recipe.model.weights, fix)
+    if train.sample_every or train.fd_every:
+        scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
     plan = Plan(recipe, manifests, model, begun_on, batch, ds_config, weights)
     if weights:
         _check_encoders(plan, weights.description["latents"])
     return plan
+
+
+def _commonest_shape(manifest: Manifest) -> tuple[int, ...]:
+    """(C, H, W)."""
+    found = Counter[tuple[int, ...]]()
+    for shard in manifest.splits.train.shards:
+        found[shard.shape] += shard.samples
+    return found.most_common(1)[0][0]
 
 
 def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:

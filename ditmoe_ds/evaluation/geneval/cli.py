@@ -1,4 +1,4 @@
-"""``ditmoe eval geneval``, in one process or several (torchrun -m ditmoe_ds.cli eval geneval ...)."""
+"""``ditmoe eval geneval``, in one process or several (torchrun --module -- ditmoe_ds.cli eval geneval ...)."""
 
 from __future__ import annotations
 

@@ -17,10 +17,12 @@ class DiTMoEPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (as diffusers declares it)
 
-    def __init__(self, transformer, scheduler, vae=None, scaling_factor=None, shift_factor=None, class_names=None):
+    def __init__(self, transformer, scheduler, vae=None, scaling_factor=None, shift_factor=None, class_names=None, latent_shape=None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor, class_names=class_names)
+        self.register_to_config(
+            scaling_factor=scaling_factor, shift_factor=shift_factor, class_names=class_names, latent_shape=latent_shape
+        )
 
     @torch.no_grad()
     def __call__(
@@ -38,8 +40,8 @@ class DiTMoEPipeline(DiffusionPipeline):
         Args:
             class_labels: B classes, 0..num_classes - 1.
             guidance_scale: 1 is no guidance.
-            latents: starting noise (B, C, S, S); drawn with ``generator`` by default.
-            output_type: "pil", "np" (B, H, W, 3) in [0, 1], or "latent": scaled latents (B, C, S, S).
+            latents: starting noise (B, C, H, W); drawn with ``generator`` by default.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], or "latent": scaled latents (B, C, h, w).
         """
         config, device = self.transformer.config, self._execution_device
         wrong = [label for label in class_labels if not 0 <= label < config.num_classes]
@@ -49,8 +51,12 @@ class DiTMoEPipeline(DiffusionPipeline):
             raise ValueError(
                 "this folder holds no VAE: pass vae=AutoencoderKL.from_pretrained(...) to from_pretrained, or output_type='latent'"
             )
-        shape = (len(class_labels), config.in_channels, config.input_size, config.input_size)
-        z = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device, torch.float32)
+        shape = self.config.latent_shape or (config.in_channels, config.input_size, config.input_size)
+        z = (
+            randn_tensor((len(class_labels), *shape), generator=generator, device=device)
+            if latents is None
+            else latents.to(device, torch.float32)
+        )
         labels = torch.tensor(class_labels, device=device)
         flow = config.diffusion["objective"] == "rectified_flow"
         if flow:  # equal steps from t = 1 to 0; the scheduler counts time 0..1000
@@ -58,6 +64,9 @@ class DiTMoEPipeline(DiffusionPipeline):
             factor = config.diffusion["time_scale"] / self.scheduler.config.num_train_timesteps
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
+            ddim, times = type(self.scheduler).__name__ == "DDIMScheduler", self.scheduler.config.num_train_timesteps
+            if ddim and times % num_inference_steps:  # it goes back times // steps each time, whatever lies between two of them
+                raise ValueError(f"num_inference_steps={num_inference_steps}: DDIM takes equal parts of {times}, such as 50 and 250")
             factor = 1.0
         for t in self.progress_bar(self.scheduler.timesteps):
             out = self._guided(z, t.float() * factor, labels, guidance_scale)

@@ -190,23 +190,24 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList([Block(hidden, Attention(hidden, heads, qk_norm), mlp()) for _ in range(depth)])
         self.final = Final(hidden, patch**2 * in_channels * (2 if learn_variance else 1))
 
-    def position_table(self, device):
+    def position_table(self, rows, columns, device):
         """(N, D): first half of the channels from the column, second from the row; each [sin | cos]."""
-        side, quarter = self.config.input_size // self.config.patch, self.config.hidden // 4
+        quarter = self.config.hidden // 4
         omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-        angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+        angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * omega
         line = torch.cat([angles.sin(), angles.cos()], dim=1)
-        columns, rows = line[None, :, :].expand(side, side, -1), line[:, None, :].expand(side, side, -1)
-        return torch.cat([columns, rows], dim=-1).flatten(0, 1).float().to(device)
+        across, down = line[None, :columns].expand(rows, -1, -1), line[:rows, None].expand(-1, columns, -1)
+        return torch.cat([across, down], dim=-1).flatten(0, 1).float().to(device)
 
     def forward(self, hidden_states, timestep, class_labels, return_dict: bool = True):
-        """hidden_states (B, C, S, S), timestep (B,) on the scale the model was trained with, class_labels (B,) -> (B, C', S, S)."""
+        """hidden_states (B, C, H, W), timestep (B,) on the scale the model was trained with, class_labels (B,) -> (B, C', H, W)."""
+        patch = self.config.patch
+        rows, columns = (side // patch for side in hidden_states.shape[2:])
         x = self.x_embed(hidden_states.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        x = x + self.position_table(x.device).to(x.dtype)
+        x = x + self.position_table(rows, columns, x.device).to(x.dtype)
         c = self.t_embed(timestep) + self.y_embed(class_labels)
         for block in self.blocks:
             x = block(x, c)
-        side, patch = self.config.input_size // self.config.patch, self.config.patch
-        x = self.final(x, c).float().view(len(x), side, side, patch, patch, -1)
-        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, side * patch, side * patch)
+        x = self.final(x, c).float().view(len(x), rows, columns, patch, patch, -1)
+        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * patch, columns * patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
