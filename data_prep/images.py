@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ditmoe_ds.errors import DataError
 
@@ -51,7 +51,7 @@ def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarr
             if isinstance(image, np.ndarray):
                 return crop(Image.fromarray(image).convert("RGB"), sizes)
             with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-                return crop(rgb(opened), sizes)
+                return crop(rgb(ImageOps.exif_transpose(opened)), sizes)  # the way up that a camera noted
     except UnidentifiedImageError:
         return "empty file" if not len(image) else f"not an image ({', '.join(FORMATS)})"
     except Exception as error:  # bytes from anywhere: each format's decoder fails in its own ways

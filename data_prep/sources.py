@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from data_prep import shapes
 from ditmoe_ds.errors import ConfigError, DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 # What a tar calls an image, the first that a sample has.
 MEMBERS = ("jpg", "jpeg", "png", "webp", "image", "img")
 FLIP = "-flip"
@@ -123,15 +125,21 @@ def _shapes(name: str, unit_size: int) -> Source:
 def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
     if not root.is_dir():
         raise DataError(f"--source={name!r}: no such folder")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
-    items = []
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    items, others = [], sum(path.is_file() and not path.name.startswith(".") for path in root.iterdir())
     for label, class_name in enumerate(classes):
         for path in sorted(root.joinpath(class_name).rglob("*")):
-            if path.suffix.lower() in SUFFIXES:
+            if any(part.startswith(".") for part in path.relative_to(root).parts):  # a file manager's, a notebook's, an unfinished class
+                continue
+            if path.suffix.lower() not in SUFFIXES:
+                others += path.is_file()
+            else:
                 origin = path.relative_to(root).as_posix()
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
                 key = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=12).hexdigest()
                 items.append(Item(key, label, None, origin, path))
+    if others:
+        print(f"--source={name!r}: {others} files are no images ({', '.join(SUFFIXES)}) in a class's folder, and left out", file=sys.stderr)
     if not items:
         raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
     return tuple(classes), items
@@ -151,17 +159,42 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
     return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)
 
 
-def _tar(url: str) -> Iterator[Item]:
-    from webdataset.tariterators import tarfile_samples
+class _Whole(tarfile.TarInfo):
+    """A member of an archive that is read to its mark of the end: what is no header elsewhere ends the reading in silence."""
 
-    samples = tarfile_samples([{"url": url}])
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Whole:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the mark
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
+
+
+def _members(url: str) -> Iterator[dict[str, Any]]:
+    """The files of a tar, as ``group_by_keys`` takes them."""
+    from webdataset.gopen import gopen
+
+    with gopen(url, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Whole) as archive:
+        for member in archive:
+            if member.isreg():
+                content = archive.extractfile(member)
+                assert content
+                yield dict(fname=member.name, data=content.read(), __url__=url)
+            archive.members = []  # type: ignore[attr-defined] # else it remembers all
+
+
+def _tar(url: str) -> Iterator[Item]:
+    from webdataset.tariterators import group_by_keys
+
+    samples = group_by_keys(_members(url))
     while True:
         try:
             sample = next(samples)
         except StopIteration:
             return
         except Exception as error:  # pipes, servers and tars each fail in their own way
-            # webdataset adds its stream and the URL to what was said first
             reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
             raise DataError(
                 f"{url}: cannot be read to its end ({' '.join(str(reason).split())[:200]}); repair it or leave it out"

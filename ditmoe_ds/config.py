@@ -31,7 +31,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError("recipe", str(path), f"no readable file there ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("recipe", str(path), f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError("recipe", str(path), "the file must hold a mapping of sections")
@@ -39,7 +39,12 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
         key, sign, text = override.partition("=")
         if not sign:
             raise ConfigError("command line", override, "overrides are written key=value, for example train.steps=100")
-        _set(tree, key.lstrip("-"), yaml.safe_load(text))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            fix = f"not valid YAML ({' '.join(str(error).split())}); quote it for the shell and for YAML"
+            raise ConfigError(key, text, fix) from None
+        _set(tree, key.lstrip("-"), value)
     return build(cls, tree)
 
 

@@ -69,6 +69,14 @@ def test_mistakes_name_key_value_and_fix(tmp_path, text, overrides, words):
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
+def test_what_is_no_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"inner\.kind='\[x': not valid YAML"):
+        load(tmp_path, "name: x", "inner.kind=[x")
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(Outer, tmp_path / "recipe.yaml")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         config.load(Outer, tmp_path / "none.yaml")

@@ -95,6 +95,7 @@ def test_the_recipe_of_16_billion_is_as_planned():
         (["dry_run=8x8", "parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
         (["dry_run=8x8", "parallel.tensor=3"], "parallel.tensor=3: must divide 64 processes, 16 heads"),
         (["dry_run=64"], "dry_run='64': write NODESxGPUS"),
+        (["dry_run=8x8/500px"], "--image-size=500: must divide by 16"),
         (["dry_run=8x8@h1000"], "dry_run='8x8@h1000': write NODESxGPUS"),
         (["dry_run=8x8", "parallel.deepspeed=ds_configs/zero3_offload.json"], "parallel.deepspeed="),
     ],

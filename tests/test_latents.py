@@ -383,7 +383,7 @@ def test_a_damaged_shard_can_be_left_out(dataset):
     rest = config.open([manifest], "train")
     assert len(rest) == 6 and rest.key(0) == "k7"
     assert sorted(visits(take(rest, 3, config, global_batch=2))) == [(0, i) for i in range(6)]
-    with pytest.raises(ConfigError, match=r"data.skip_shards=\['train-9.tar'\]"):
+    with pytest.raises(ConfigError, match=r"data.skip_shards='train-9.tar'"):
         DataConfig("unused", skip_shards=("train-9.tar",)).open([manifest], "train")
 
 

@@ -96,3 +96,50 @@ def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
         Manifest.load(f"{url}/elsewhere")
     with pytest.raises(ConfigError, match="data.cache"):
         LatentDataset([manifest], "train")[0]
+
+
+def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, monkeypatch):
+    manifest, here = Manifest.load(url), LatentDataset([Manifest.load(folder)], "train")
+    cache = remote.Cache(tmp_path / "cache", 1)  # less than a shard: it keeps one, with its index
+    dataset = LatentDataset([manifest], "train", cache=cache)
+    for i in (0, 19, 7):
+        assert torch.equal(dataset[i].latent, here[i].latent)
+    for ending in ("*.tar", "*.npy", "*.*"):
+        for file in (tmp_path / "cache").glob(ending):
+            file.unlink()
+        assert torch.equal(dataset[7].latent, here[7].latent)
+
+    fetched = cache.file
+
+    def at_once_gone(*arguments, **options):
+        path = fetched(*arguments, **options)
+        path.unlink()
+        return path
+
+    monkeypatch.setattr(cache, "file", at_once_gone)
+    with pytest.raises(DataError, match=r"train-000000\.tar: deleted from the cache before it was read, 6 times.*data\.cache_gb"):
+        dataset[0]
+
+
+def test_a_cut_index_is_fetched_again(folder, url, tmp_path):
+    Handler.cutting |= {"train-000000.index.npy"}
+    dataset = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
+    assert torch.equal(dataset[3].latent, LatentDataset([Manifest.load(folder)], "train")[3].latent)
+    assert not Handler.cutting
+
+
+def test_a_shells_pipe_is_no_url():
+    assert remote.is_url("https://host/x") and remote.is_url("gs://bucket/x")
+    assert not any(map(remote.is_url, ("pipe:touch x #://", "pipe://bin/touch x", "/data/latents", "latents")))
+
+
+def test_a_shard_to_skip_is_one_shard(tmp_path):
+    for name in ("real", "made"):
+        write_latents(tmp_path / name, train=12, val=2, per_shard=6)
+    both = [Manifest.load(tmp_path / name) for name in ("real", "made")]
+    skipped = LatentDataset(both, "train", [f"{tmp_path}/made/train-000001.tar"])
+    assert [(Path(m.root).name, shard.name[-5]) for m, shard in skipped.shards] == [("real", "0"), ("real", "1"), ("made", "0")]
+    with pytest.raises(ConfigError, match=r"of several data sets: write .*/real/train-000001\.tar"):
+        LatentDataset(both, "train", ["train-000001.tar"])
+    with pytest.raises(ConfigError, match="no such train shard"):
+        LatentDataset(both, "train", ["train-000009.tar"])

@@ -169,12 +169,14 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
         "me",
         "--sbatch",
         "qos=high",
+        "--sbatch",
+        "exclusive",
         "--dry-run",
     ]
     done = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=1-2" in done.stdout
     assert "#SBATCH --ntasks-per-node=2" in done.stdout
-    assert "#SBATCH --qos=high" in done.stdout
+    assert "#SBATCH --qos=high\n#SBATCH --exclusive\n" in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from functools import partial
@@ -77,6 +78,46 @@ def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
         assert not list(tmp_path.glob(f"out-{name}/*.tar")) and not list(tmp_path.glob(f"out-{name}/units/*"))
     with pytest.raises(DataError, match="to its end"):
         run_encode(inputs, tmp_path / "false", "wds:pipe:false")
+
+
+def test_a_tar_that_ends_too_early_is_named(tmp_path):
+    """Wherever it is damaged: reading on in silence would lose all samples behind."""
+    write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
+    content = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        header = tar.getmembers()[10].offset
+    assert len(list(open_source(f"wds:{tmp_path}/whole.tar").items())) == 20
+    for name, damaged in {
+        "flipped": content[: header + 3] + b"?" + content[header + 4 :],
+        "cut between members": content[:header],
+        "cut in a header": content[: header + 100],
+        "cut in a member": content[: header + 600],
+        "no mark": content[: len(content.rstrip(b"\0")) // 512 * 512 + 512],
+    }.items():
+        (tmp_path / "damaged.tar").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"damaged\.tar: cannot be read to its end"):
+            print(name, len(list(open_source(f"wds:{tmp_path}/damaged.tar").items())))
+
+
+def test_folders_as_a_source(tmp_path, capsys):
+    for name in ("ant/1.png", "ant/2.bmp", "ant/.hidden.png", ".ant.partial/1.png", "cat/1.png", "cat/notes.txt", "loose.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ("ant", "cat")
+    assert [(item.origin, item.label) for item in source.items()] == [("ant/1.png", 0), ("ant/2.bmp", 0), ("cat/1.png", 1)]
+    assert "2 files are no images" in capsys.readouterr().err
+
+
+def test_images_stand_as_the_camera_was_held(tmp_path):
+    picture = np.zeros((16, 16, 3), dtype=np.uint8)
+    picture[:8] = 255  # white above
+    turned = Image.fromarray(np.rot90(picture).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    [found] = decode_images([tmp_path / "turned.png"], [(16, 16)])
+    assert (found == picture).all()
 
 
 def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):

@@ -295,6 +295,11 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.npy")
 
 
+def index_size(samples: int) -> int:
+    """Bytes of the index of so many samples."""
+    return len(_npy_header((samples + 1,), "int64")) + 8 * (samples + 1)
+
+
 class Sample(NamedTuple):
     """One sample as stored."""
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.format import Manifest, Shard, ShardReader, index_path, sha256
+from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardReader, index_path, index_size, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
 from ditmoe_ds.rng import keyed_generator
 
@@ -54,7 +54,7 @@ class DataConfig:
     cache_gb: float = 100.0
     """Most gigabytes there; the longest unused shards are deleted."""
     skip_shards: tuple[str, ...] = ()
-    """Names of training shards to leave out, such as one that was found damaged."""
+    """Names of training shards to leave out, such as one that was found damaged; of a mix, FOLDER/NAME where several have it."""
     text_encoder: str = ""
     """transformers folder or hub id that encodes captions in training; empty: the text in the shards."""
     text_max_tokens: int = 77
@@ -121,12 +121,12 @@ class LatentDataset:
 
     Args:
         manifests: of the data sets; sample indices count through them, within each shape.
-        skip: names of shards to leave out.
+        skip: shards to leave out, as NAME or ROOT/NAME.
         cache: where the shards of data sets behind a URL are kept.
         shape: (C, H, W) to choose the samples by.
 
     Raises:
-        ConfigError: a name to skip is no shard's.
+        ConfigError: a name to skip is no shard's, or several data sets'.
         DataError: a split is empty, or has no samples of a shape that another has.
     """
 
@@ -139,13 +139,16 @@ class LatentDataset:
         shape: tuple[int, ...] | None = None,
     ):
         self.manifests, self.cache = manifests, cache
-        shards = [
-            (m, shard) for m in manifests for shard in m.split(split).shards if shard.name not in skip and shape in (None, shard.shape)
-        ]
+        listed = [(m, shard) for m in manifests for shard in m.split(split).shards]
+        skipped = set()
+        for name in skip:
+            named = [(m.root, shard.name) for m, shard in listed if name in (shard.name, f"{m.root}/{shard.name}")]
+            if len(named) != 1:
+                fix = f"of several data sets: write {named[0][0]}/{name}" if named else f"no such {split} shard in the manifest"
+                raise ConfigError("data.skip_shards", name, fix)
+            skipped.add(named[0])
+        shards = [(m, shard) for m, shard in listed if (m.root, shard.name) not in skipped and shape in (None, shard.shape)]
         self.shards = sorted(shards, key=lambda pair: pair[1].shape)
-        unknown = set(skip) - {shard.name for m in manifests for shard in m.split(split).shards}
-        if unknown:
-            raise ConfigError("data.skip_shards", sorted(unknown), f"no such {split} shards in the manifest")
         for manifest in manifests:
             if not any(m is manifest for m, _ in shards):
                 raise DataError(f"{manifest.root}: split {split} has no samples; encode again with another --holdout")
@@ -170,9 +173,8 @@ class LatentDataset:
         Raises:
             DataError: its shard or bytes are damaged.
         """
-        reader, row = self._place(i)
-        m, sample = reader.manifest, reader.read(row)
-        label = sample.meta["label"]
+        reader, sample = self._read(i)
+        m, label = reader.manifest, sample.meta["label"]
         if label is not None and not 0 <= label < m.num_classes:
             raise DataError(f"{reader.path}: key {sample.key!r} has label {label}, the manifest has {m.num_classes} classes")
         std = sample.tensors.get("std")
@@ -190,23 +192,30 @@ class LatentDataset:
 
     def key(self, i: int) -> str:
         """The key of sample ``i``."""
-        reader, row = self._place(i)
-        return reader.read(row).key
+        return self._read(i)[1].key
 
-    def _place(self, i: int) -> tuple[ShardReader, int]:
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        reader = self._reader(shard)
-        if self.cache and not reader.path.is_file():  # another process made room
-            self._reader.cache_clear()
-            reader = self._reader(shard)
-        return reader, i - int(self._ends[shard]) + len(reader)
+    def _read(self, i: int) -> tuple[ShardReader, Sample]:
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        for _ in range(remote.ATTEMPTS):
+            path = self._path(number)
+            try:
+                reader = self._reader(number)
+                return reader, reader.read(i - int(self._ends[number]) + len(reader))
+            except (FileNotFoundError, DataError):
+                if not self.cache or (path.is_file() and index_path(path).is_file()):
+                    raise
+                self._reader.cache_clear()  # another process made room
+        manifest, shard = self.shards[number]
+        fix = "other processes need the cache's room; raise data.cache_gb"
+        raise DataError(f"{manifest.root}/{shard.name}: deleted from the cache before it was read, {remote.ATTEMPTS} times: {fix}")
 
     def _open(self, number: int) -> ShardReader:
         manifest, shard = self.shards[number]
-        path = Path(manifest.root, shard.name)
-        if remote.is_url(manifest.root):
-            path = self._download(manifest, shard)
-        return manifest.open(shard, path)
+        return manifest.open(shard, self._path(number))
+
+    def _path(self, number: int) -> Path:
+        manifest, shard = self.shards[number]
+        return self._download(manifest, shard) if remote.is_url(manifest.root) else Path(manifest.root, shard.name)
 
     def _download(self, manifest: Manifest, shard: Shard) -> Path:
         if not self.cache:
@@ -216,10 +225,14 @@ class LatentDataset:
             if sha256(path) != shard.sha256:
                 raise OSError("sha256 differs from the manifest")
 
+        def fits(path: Path) -> None:
+            if path.stat().st_size != index_size(shard.samples):
+                raise OSError(f"not the index of {shard.samples} samples")
+
         name = f"{shard.sha256[:32]}.tar"
-        tar = self.cache.file(f"{manifest.root}/{shard.name}", name, whole)
         ours, theirs = (index_path(Path(tar_name)).name for tar_name in (name, shard.name))
-        self.cache.file(f"{manifest.root}/{theirs}", ours, lambda path: None)
+        tar = self.cache.file(f"{manifest.root}/{shard.name}", name, whole)
+        self.cache.file(f"{manifest.root}/{theirs}", ours, fits, beside=name)
         return tar
 
 

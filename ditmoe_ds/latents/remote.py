@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
+import os
+import re
 import shutil
 import sys
 import time
@@ -20,8 +23,8 @@ T = TypeVar("T")
 
 
 def is_url(root: str) -> bool:
-    """Whether ``root`` is no local folder: https, gs and whatever else webdataset opens."""
-    return "://" in root
+    """Whether ``root`` is no local folder: https, gs and whatever else webdataset opens, but for ``pipe:``, which is a shell."""
+    return re.match(r"(?!pipe:)[a-z][a-z0-9]*://", root) is not None
 
 
 def read(url: str) -> bytes:
@@ -44,22 +47,26 @@ class Cache:
 
     Args:
         folder: made if it is not there.
-        limit: bytes; a file larger than this is still kept while it is the newest.
+        limit: bytes; what was asked for last is kept even if it is larger.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, url: str, name: str, check: Callable[[Path], None]) -> Path:
-        """The local copy, downloaded unless it is there; ``check`` raises OSError if a new one is damaged.
+    def file(self, url: str, name: str, check: Callable[[Path], None], beside: str = "") -> Path:
+        """The local copy, downloaded unless it is there. Another process may need its room before it is opened.
+
+        Args:
+            check: raises OSError if a new one is damaged.
+            beside: another name, which makes no room for this one.
 
         Raises:
             DataError: it cannot be had whole, also after several attempts.
         """
         path = self.folder / name
-        if path.is_file():
-            path.touch()
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
             return path
 
         def attempt() -> Path:
@@ -70,19 +77,21 @@ class Cache:
                     with open(partial, "wb") as file:
                         _copy(url, file)
                     check(partial)
-                    self._make_room(partial.stat().st_size)
+                    self._make_room(partial.stat().st_size, beside)
                     partial.replace(path)
             return path
 
         return _persist(url, attempt)
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, beside: str) -> None:
         ages, total = [], size
         for path in self.folder.iterdir():
             if path.suffix not in (".lock", ".partial"):
-                stat = path.stat()
-                ages.append((stat.st_mtime, path, stat.st_size))
-                total += stat.st_size
+                with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+                    stat = path.stat()
+                    total += stat.st_size
+                    if path.name != beside:
+                        ages.append((stat.st_mtime, path, stat.st_size))
         for _, path, freed in sorted(ages):
             if total <= self.limit:
                 break

@@ -58,7 +58,11 @@ def _add_submission(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--account")
     parser.add_argument("--partition")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch: qos=high, exclude=node7"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="any other option of sbatch: qos=high, exclusive",
     )
     parser.add_argument("--container", help="an image: FILE.sif (Apptainer), else for pyxis")
     parser.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
@@ -69,13 +73,14 @@ def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str |
     options: dict[str, str | int | None] = {key.replace("_", "-"): value for key, value in own.items()}
     options |= {key: getattr(arguments, key) for key in ("account", "partition", "time")}
     options |= {"cpus-per-task": arguments.cpus_per_task, "gpus-per-node": arguments.gpus_per_node or None}
-    return options | _pairs("--sbatch", arguments.sbatch)
+    return options | _pairs("--sbatch", arguments.sbatch, flags=True)
 
 
-def _pairs(option: str, given: list[str]) -> dict[str, str]:
+def _pairs(option: str, given: list[str], flags: bool = False) -> dict[str, str]:
+    """By key; ``flags`` may be without a value, which is then ""."""
     pairs = [setting.partition("=") for setting in given]
     for setting, (key, sign, _) in zip(given, pairs, strict=True):
-        if not sign or not key.replace("-", "_").isidentifier():
+        if not (sign or flags) or not key.replace("-", "_").isidentifier():
             raise ConfigError(option, setting, "write KEY=VALUE")
     return {key: value for key, _, value in pairs}
 
@@ -92,6 +97,9 @@ def _slurm(arguments: argparse.Namespace) -> int:
     sizes = arguments.nodes.split("-")
     if len(sizes) > 2 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[0]) > int(sizes[-1]):
         raise ConfigError("--nodes", arguments.nodes, "write a number, or the least and the most, for example 2-4")
+    if int(sizes[-1]) > int(sizes[0]) * processes:  # where tasks are counted by node, sbatch asks for the tasks of the least
+        fix = f"SLURM takes no more nodes than the least has processes, {int(sizes[0]) * processes}; raise the least"
+        raise ConfigError("--nodes", arguments.nodes, fix)
     for size in range(int(sizes[0]), int(sizes[-1]) + 1):
         plan = read_plan([arguments.recipe, *arguments.overrides], size * processes)  # now, not after a night in the queue
     run_dir = Path(plan.recipe.run_dir).absolute()

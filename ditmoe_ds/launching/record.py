@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import ditmoe_ds
+from ditmoe_ds.errors import ConfigError
 
 
 def prepare(run_dir: Path, recipe: str) -> Path:
@@ -15,12 +16,18 @@ def prepare(run_dir: Path, recipe: str) -> Path:
 
     Returns:
         The copy.
+
+    Raises:
+        ConfigError: ``run_dir`` cannot be written.
     """
     folder = run_dir / "launch"
-    folder.mkdir(parents=True, exist_ok=True)
     copy = folder / "recipe.yaml"
-    if Path(recipe).resolve() != copy.resolve():
-        shutil.copyfile(recipe, copy)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if Path(recipe).resolve() != copy.resolve():
+            shutil.copyfile(recipe, copy)
+    except OSError as error:
+        raise ConfigError("run_dir", str(run_dir), f"cannot be written ({error.strerror}); name another") from None
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True,

@@ -15,7 +15,7 @@ def fill_in(script: str, options: dict[str, str | int | None], settings: dict[st
     """A script of ours with its options, variables and arguments written into it.
 
     Args:
-        options: of sbatch, without the dashes; None leaves the script's own.
+        options: of sbatch, without the dashes; None leaves the script's own, "" is one without a value.
         settings: variables that the script reads.
         arguments: what it would get on its command line.
 
@@ -26,10 +26,10 @@ def fill_in(script: str, options: dict[str, str | int | None], settings: dict[st
     body = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     given = {key: str(value) for key, value in options.items() if value is not None}
     for key, value in given.items():
-        if not re.fullmatch(r"[\w.:@/%+=,\[\]-]+", value):
+        if not re.fullmatch(r"[\w.:@/%+=,\[\]-]*", value):
             raise ConfigError(f"--{key}", value, "an option of sbatch has no spaces, quotes or line ends")
     head = [line for line in lines[:body] if line.partition("=")[0].removeprefix("#SBATCH --") not in given]
-    head += [f"#SBATCH --{key}={value}" for key, value in given.items()]
+    head += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in given.items()]
     head += [f"export {key}={shlex.quote(value)}" for key, value in settings.items()]
     return "\n".join([*head, f"set -- {shlex.join(arguments)}", *lines[body:]]) + "\n"
 

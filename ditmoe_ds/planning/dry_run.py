@@ -6,6 +6,7 @@ is even. Not counted, as in a plan: what kernels and NCCL take for themselves, a
 
 import gc
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, or 2 after one line about a user's mistake, such as a run that does not fit.
 
     Args:
-        arguments: ``RECIPE.yaml dry_run=NODESxGPUS[@GPU] [key=value ...]``.
+        arguments: ``RECIPE.yaml dry_run=NODESxGPUS[@GPU][/PIXELSpx] [key=value ...]``.
     """
     asked = next(argument for argument in arguments if argument.startswith("dry_run="))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -48,8 +49,8 @@ def dry_run(where: str, arguments: list[str]) -> None:
     Raises:
         ConfigError: a mistake in ``where`` or the recipe, or the run does not fit.
     """
-    cluster = cluster_of(where)
-    recipe, job = read_job(arguments, None, None)
+    cluster, image_size = cluster_of(where)
+    recipe, job = read_job(arguments, image_size, None)
     plan = Plan(job, cluster, own_shape(recipe, job, cluster, stages(recipe.parallel)))
     require_tensor_parallel(recipe.parallel.tensor)
     count = CountOnMeta(cluster.per_node)
@@ -59,7 +60,7 @@ def dry_run(where: str, arguments: list[str]) -> None:
     # the ranks are alike, and compare notes with rank 0, which here only rank 0 can.
     rank = 0 if plan.shape.stage == 3 else cluster.world - 1
     with fake_world(rank, cluster.world):
-        rehearsal = Rehearsal(recipe, job.model, job.text, read_ds_config(recipe.parallel), count)
+        rehearsal = Rehearsal(recipe, job.model, job.text, read_ds_config(recipe.parallel), count, job.sides)
         balance(rehearsal.engine.module)
         rehearsal.step()  # ZeRO-3 learns the order of the layers
         gc.collect()
@@ -68,15 +69,18 @@ def dry_run(where: str, arguments: list[str]) -> None:
     print(report(f"{Path(arguments[0]).stem} as rank {rank} of {where}", plan, count))
     if count.peak > plan.usable:
         fix = f"out of memory: {count.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} usable, in {count.when}; "
-        raise ConfigError("dry_run", where, fix + f"ditmoe plan {arguments[0]} --nodes {cluster.nodes} tells what fits")
+        machines = f"--nodes {cluster.nodes} --gpus-per-node {cluster.per_node} --gpu {cluster.gpu.name}"
+        size = f" --image-size {image_size}" if image_size else ""
+        raise ConfigError("dry_run", where, fix + f"ditmoe plan {shlex.join(arguments)} {machines}{size} tells what fits")
 
 
-def cluster_of(where: str) -> Cluster:
-    """``8x8`` or ``8x8@h200-141gb``. Raises ConfigError."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@(.+))?", where)
+def cluster_of(where: str) -> tuple[Cluster, int | None]:
+    """``8x8``, ``8x8@h200-141gb`` or ``8x8@h200-141gb/512px``: GPUs, and the images' pixels if they are told. Raises ConfigError."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@([^/]+))?(?:/([1-9]\d*)px)?", where)
     if not match or (match[3] or "h100-80gb") not in GPUS:
-        raise ConfigError("dry_run", where, f"write NODESxGPUS or NODESxGPUS@GPU, as 8x8@h100-80gb; GPUs are {', '.join(GPUS)}")
-    return Cluster(GPUS[match[3] or "h100-80gb"], int(match[1]), int(match[2]))
+        fix = f"write NODESxGPUS, NODESxGPUS@GPU or NODESxGPUS@GPU/PIXELSpx, as 8x8@h100-80gb/512px; GPUs are {', '.join(GPUS)}"
+        raise ConfigError("dry_run", where, fix)
+    return Cluster(GPUS[match[3] or "h100-80gb"], int(match[1]), int(match[2])), int(match[4]) if match[4] else None
 
 
 def report(title: str, plan: Plan, count: Count) -> str:

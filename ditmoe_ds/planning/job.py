@@ -23,6 +23,8 @@ class Job:
     global_batch: int
     steps: int
     averages: int
+    sides: tuple[int, int] | None = None
+    """Rows and columns of a latent, where it is not a square of the model's ``input_size``."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From a recipe to what is planned. Its data need not be here."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     """Read ``RECIPE.yaml [key=value ...]``.
 
     Args:
-        image_size: pixels, with an f=8 VAE; None for the data's, if they are here, else the model's usual ones.
-        text_tokens: of a caption, for models with text; None for the longest of the data, if they are here, else 77.
+        image_size: pixels, with an f=8 VAE; None for the data's largest, if they are here, else the model's usual ones.
+        text_tokens: of a caption, for models with text; None for the recipe's, the longest of the data, if they are here, else 77.
 
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
@@ -26,21 +27,27 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     if recipe.model.weights is not None:
         raise ConfigError("model.weights", recipe.model.weights, "a plan goes by the network alone: give its model.name instead")
     model = named_network(recipe.model)
+    sides = [model.input_size] * 2
+    if recipe.data.text_encoder:
+        text_tokens = text_tokens or recipe.data.text_max_tokens
     if (Path(recipe.data.manifest) / "manifest.json").is_file():
         manifest = Manifest.load(recipe.data.manifest)
-        channels, side, _ = manifest.shapes[0]
-        model = replace(model, in_channels=channels, input_size=side)
+        channels, *sides = max(manifest.shapes, key=math.prod)
+        model = replace(model, in_channels=channels, input_size=sides[0])
         if model.num_classes:
             model = replace(model, num_classes=manifest.num_classes)
         elif manifest.text:
             model, text_tokens = replace(model, text_width=manifest.text.width), text_tokens or manifest.text.max_tokens
     if image_size is not None:
+        sides = [image_size // 8] * 2
         model = replace(model, input_size=image_size // 8)
         if image_size < 8 * model.patch or image_size % (8 * model.patch):
             raise ConfigError("--image-size", image_size, f"must divide by {8 * model.patch}: an f=8 VAE and patches of {model.patch}")
-    patches = model.tokens - round(model.tokens * train.mask_ratio)
+    tokens = math.prod(side // model.patch for side in sides)
+    patches = tokens - round(tokens * train.mask_ratio)
     text = (text_tokens or 77) if model.text_width else 0
-    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, len(recipe.ema.decays))
+    averages = len(recipe.ema.decays)
+    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, averages, (sides[0], sides[1]))
 
 
 def stages(parallel: ParallelConfig) -> dict[int, Shape]:

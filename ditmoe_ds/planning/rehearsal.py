@@ -1,5 +1,6 @@
 """A rank's training step as ``training.trainer`` builds and runs it, on latents that mean nothing, to be counted."""
 
+import math
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ class Rehearsal:
         ds_config: what ``read_ds_config`` returned.
     """
 
-    def __init__(self, recipe: Recipe, model: DiTConfig, text: int, ds_config: dict[str, Any], count: Count):
+    def __init__(
+        self, recipe: Recipe, model: DiTConfig, text: int, ds_config: dict[str, Any], count: Count, sides: tuple[int, int] | None = None
+    ):
         self.recipe, self.config, self.text, self.count = recipe, model, text, count
+        self.sides = sides or (model.input_size, model.input_size)
         train, self.objective = recipe.train, make_objective(recipe.diffusion)
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
         self.images = train.global_batch // (dist.get_world_size(data_group()) * train.accumulation)
@@ -67,13 +71,14 @@ class Rehearsal:
 
     def _batch(self) -> Prepared:
         model, images = self.config, self.images
-        latents = torch.randn(images, model.in_channels, model.input_size, model.input_size)
+        latents = torch.randn(images, model.in_channels, *self.sides)
         told: dict[str, Tensor] = dict(y=torch.zeros(images, dtype=torch.long))
         if model.text_width:
             text = torch.randn(images, self.text, model.text_width, dtype=torch.bfloat16)
             told = dict(text=text, mask=torch.ones(images, self.text, dtype=torch.bool))
         keep = None
         if ratio := self.recipe.train.mask_ratio:
-            kept = model.tokens - round(model.tokens * ratio)
+            tokens = math.prod(side // model.patch for side in self.sides)
+            kept = tokens - round(tokens * ratio)
             keep = torch.arange(kept).expand(images, kept)
         return Prepared(latents, told, torch.rand(images), torch.randn_like(latents), torch.zeros(images), keep)
