@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -28,7 +29,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
         ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise ConfigError("recipe", str(path), f"no readable file there ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -46,6 +47,18 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
             raise ConfigError(key, text, fix) from None
         _set(tree, key.lstrip("-"), value)
     return build(cls, tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if (key := self.construct_object(name)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice; join the two", name.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def build(cls: type[T], tree: dict[str, Any], prefix: str = "") -> T:
@@ -90,7 +103,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return _convert(options[0], value, key)
     if origin is typing.Literal:
         choices = typing.get_args(hint)
-        if value not in choices:
+        if not any(type(choice) is type(value) and choice == value for choice in choices):  # 1 == True
             raise ConfigError(key, value, f"choose one of {', '.join(map(repr, choices))}")
         return value
     if origin in (list, tuple):
@@ -103,7 +116,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return build(typing.cast(type, hint), value, f"{key}.")
     if hint is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
+            number = float(value)  # YAML 1.1 reads 1e-4 as a string
+            if not math.isfinite(number):
+                raise ConfigError(key, value, "must be finite")
+            return number
     if type(value) is not hint:
         raise ConfigError(key, value, f"expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     return value

@@ -77,6 +77,12 @@ def test_what_is_no_yaml_is_named(tmp_path):
         config.load(Outer, tmp_path / "recipe.yaml")
 
 
+def test_a_section_that_is_there_twice_is_refused(tmp_path):
+    """YAML would take the second alone."""
+    with pytest.raises(ConfigError, match=r"'inner' is there twice.*line 4"):
+        load(tmp_path, "name: x\ninner:\n  rate: 1\ninner:\n  kind: b\n")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         config.load(Outer, tmp_path / "none.yaml")

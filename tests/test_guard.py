@@ -1,10 +1,13 @@
-"""What is said of a step whose loss jumps. Steps that are skipped: test_safety.py."""
+"""What is said of a step whose loss jumps, and what of a step is read again. Steps that are skipped: test_safety.py."""
+
+import json
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ditmoe_ds.training.guard import SpikeWatch
+from ditmoe_ds.training.callbacks import _cut_after
+from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.step import Prepared
 
 
@@ -41,3 +44,30 @@ def test_the_first_steps_only_fill_the_memory():
     watch = SpikeWatch(6.0)
     assert [look(watch, loss, loss) for loss in [1.0] * 10 + [100.0] + [1.0] * 9] == [None] * 20
     assert look(watch, 1e4, 1e4)
+
+
+def test_compiled_modules_are_looked_into():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1][0].bias.fill_(torch.inf)
+    model[1].compile(backend="eager")
+    call = model[1]._compiled_call_impl
+    batch = Prepared(torch.ones(2, 4), {}, torch.tensor([0.5, 0.5]), torch.ones(2, 4), torch.tensor([3, 4]), None)
+    said = explain(model, [batch], lambda batch: model(batch.latents).sum(), "sample{}".format)
+    assert said == "first in the output of 1.0, rank 0, t 0.500 to 0.500, samples sample3, sample4"
+    assert model[1]._compiled_call_impl is call
+
+
+@pytest.mark.parametrize("step, kept", [(0, 0), (2, 2), (3, 3), (9, 3)])
+def test_records_after_the_checkpoint_are_cut_off(tmp_path, step, kept):
+    lines = [json.dumps(dict(step=number, loss=1.0)) + "\n" for number in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
+    _cut_after(tmp_path / "metrics.jsonl", step)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:kept])
+
+
+def test_there_may_be_no_records(tmp_path):
+    _cut_after(tmp_path / "metrics.jsonl", 3)
+    (tmp_path / "metrics.jsonl").write_text("")
+    _cut_after(tmp_path / "metrics.jsonl", 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -22,6 +22,32 @@ STEPS = 40
 WORKER = ROOT / "tests" / "lookout_worker.py"
 
 
+def _line(connection):
+    with connection.makefile() as file:
+        return file.readline()
+
+
+def test_rank_0_is_told_last():
+    """It ends at once, and everybody's connection with it."""
+    office = lookout._Office()
+    ranks = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(40)]
+    for rank, connection in enumerate(ranks):
+        hello = dict(token=office.token, rank=rank, host="here", step=7)
+        connection.sendall((json.dumps(hello) + "\n" + json.dumps(dict(step=7)) + "\n").encode())
+    time.sleep(0.5)
+    ranks[3].sendall((json.dumps(dict(step=7, error="shard.tar: ends early", code=2)) + "\n").encode())
+    told = [_line(connection) for connection in ranks[1:]]
+    assert set(told) == {told[0]} and "rank 3 on here failed after step 7: shard.tar: ends early" in told[0]
+    ranks[0].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        ranks[0].recv(1)
+    for connection in ranks[1:]:
+        connection.close()
+    ranks[0].setblocking(True)
+    assert _line(ranks[0]) == told[0]
+    ranks[0].close()
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interruption")

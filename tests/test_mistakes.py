@@ -121,6 +121,14 @@ def test_through_the_deepspeed_launcher(recipe):
         (["model.router.layer_capacity=[1.0, 2.0]"], ["model.router.layer_capacity", "expert choice"]),
         (["model.routing=expert", "model.router.capacity_factor=0"], ["model.router.capacity_factor", "above 0"]),
         (["train.mask_ratio=0.9"], ["train.mask_ratio=0.9", "0.75"]),
+        (["train.activation_checkpointing=1"], ["train.activation_checkpointing=1", "choose one of", "'attention'"]),
+        (["train.optimizer.warmup_steps=-5"], ["train.optimizer.warmup_steps=-5", "at least 0"]),
+        (["train.optimizer.grad_clip=-1"], ["train.optimizer.grad_clip=-1", "does not clip"]),
+        (["train.optimizer.lr=.nan"], ["train.optimizer.lr=nan", "finite"]),
+        (["train.optimizer.beta1=1.5"], ["train.optimizer.beta1=1.5", "[0, 1)"]),
+        (["train.sample_images=0"], ["train.sample_images=0", "at least 1"]),
+        (["diffusion.condition_dropout=7"], ["diffusion.condition_dropout=7", "[0, 1)"]),
+        (["run_dir=/dev/null/run"], ["run_dir='/dev/null/run'", "/dev/null is no folder"]),
         ([*OFFLOAD, "train.optimizer.name=rmsprop"], ["train.optimizer.name='rmsprop'", "adamw alone"]),
     ],
 )
@@ -175,11 +183,33 @@ def test_weights_that_were_trained_on_another_vae(recipe, tmp_path, known, words
             read_plan(arguments, world=1)
 
 
-@pytest.mark.parametrize("content, word", [("{", "not valid JSON"), (json.dumps({"bf16": {}}), "train.precision")])
+ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_optimizer=dict(device="none", ratio=1.0))
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        ("{", "not valid JSON"),
+        (dict(bf16={}), "train.precision"),
+        (dict(zero_optimization=ZERO), None),
+        (
+            dict(zero_optimization=ZERO | dict(round_robin_gradients=True)),
+            "zero_optimization.round_robin_gradients=true.* wrong ones are saved",
+        ),
+        (dict(zero_optimization=ZERO | dict(offload_optimizer=dict(device="cpu", ratio=0.5))), "offload_optimizer.ratio=0.5"),
+        (dict(zero_optimization=ZERO | dict(reduce_scatter=False)), "zero_optimization.reduce_scatter=false"),
+        (dict(zero_optimization=ZERO, torch_autocast=dict(enabled=True)), "torch_autocast.enabled=true"),
+        (dict(zero_optimization=ZERO, data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
+    ],
+)
 def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
-    (tmp_path / "ds.json").write_text(content)
-    with pytest.raises(ConfigError, match=word):
-        read_plan([str(recipe), f"parallel.deepspeed={tmp_path / 'ds.json'}"], world=1)
+    (tmp_path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    arguments = [str(recipe), f"parallel.deepspeed={tmp_path / 'ds.json'}", "parallel.zero_stage=1"]
+    if word is None:
+        assert read_plan(arguments, world=1)
+    else:
+        with pytest.raises(ConfigError, match=word):
+            read_plan(arguments, world=1)
 
 
 def test_no_recipe():

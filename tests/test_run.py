@@ -63,7 +63,7 @@ def recipe(folder):
                     validate_samples=7,
                     sample_every=4,
                     sample_images=5,
-                    sample_steps=3,
+                    sample_steps=4,
                     log_every=2,
                 ),
                 ema=dict(decays=[0.9, 0.5]),

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -21,7 +23,9 @@ from processes import ROOT, launch
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.topology import AgreedError
 from ditmoe_ds.distributed.weights import open_weights, write_weights
+from ditmoe_ds.training.trainer import Trainer
 
 STEPS = 12
 POISON = "import sys; from poison import main; from ditmoe_ds.ending import end; end(main(sys.argv[1], sys.argv[2:]))"
@@ -116,6 +120,52 @@ def test_a_full_disk(on_failure, folder, recipe):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_new_checkpoint_stays_whatever_lies_there(allowed, alone, tmp_path, monkeypatch, capsys):
+    """Later ones, of a run that went back behind them, and earlier ones that this user may not delete."""
+    saver = checkpoint.Saver(tmp_path, checkpoint.CheckpointConfig(keep=1))
+    for name in ("step_00004000", "step_00006000", "step_00005000.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00005000.partial" / "rank_00000.safetensors").write_bytes(b"some")
+    if not allowed:
+
+        def forbidden(folder):
+            if folder.exists():
+                raise PermissionError(1, "Operation not permitted", str(folder))
+
+        monkeypatch.setattr(checkpoint, "_remove", forbidden)
+    saver._publish(tmp_path / "step_00005000.partial", dict(step=5000), [(4, [])])
+    assert (tmp_path / "latest").read_text() == "step_00005000" and (tmp_path / "step_00005000" / "index.json").is_file()
+    assert (tmp_path / "step_00004000").exists() != allowed and (tmp_path / "step_00006000").exists()
+    assert ("cannot be deleted (Operation not permitted)" in capsys.readouterr().out) != allowed
+
+
+def test_a_run_that_stops_by_itself_finishes_its_checkpoint():
+    finished = []
+
+    def step():
+        raise AgreedError("so many steps in a row")
+
+    trainer = SimpleNamespace(
+        engine=torch.nn.Linear(1, 1),
+        step=0,
+        interrupted=False,
+        plan=SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(steps=1))),
+        train_step=step,
+        saver=SimpleNamespace(finish=lambda: finished.append(True)),
+    )
+    with pytest.raises(AgreedError):
+        Trainer.run(trainer)
+    assert finished
+
+
 def test_deepspeeds_converters_refuse_our_checkpoints(straight, folder):
     """On this layout they would give wrong weights without a word (ds_to_universal) or crash half-way."""
     with pytest.raises(Exception, match=r"model states file|No such file|doesn't exist|not exist|Unable to find|can't find"):
@@ -130,11 +180,13 @@ def test_deepspeeds_converters_refuse_our_checkpoints(straight, folder):
     assert done.returncode != 0 and not list((folder / "universal").rglob("*.pt")), done.stdout
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_step_without_a_finite_gradient_is_skipped(stage, folder, recipe):
-    """A sample whose latent is not a number ruins its batch; the weights stay, and the message names it."""
+@pytest.mark.parametrize("stage, routing", [(0, "token"), (1, "expert"), pytest.param(2, "token", marks=pytest.mark.slow), (3, "token")])
+def test_a_step_without_a_finite_gradient_is_skipped(stage, routing, folder, recipe):
+    """A sample whose latent is not a number ruins its batch, and its tokens what other ranks' experts return; the weights stay, and the
+    message names it."""
     run = folder / f"nan-{stage}"
     overrides = [recipe, f"run_dir={run}", f"parallel.zero_stage={stage}", "train.steps=6", "train.precision=bf16"]
+    overrides.append(f"model.routing={routing}")
     output = launch(2, ["-c", POISON, "latents", *overrides])[0][1]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     bad = [record for record in records if "skipped" in record]

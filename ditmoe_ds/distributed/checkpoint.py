@@ -66,7 +66,7 @@ class Saver:
         self.failure: Exception | None = None
         if dist.get_rank() == 0:
             for unfinished in folder.glob("*.partial"):  # of a run that was killed
-                shutil.rmtree(unfinished)
+                _discard(unfinished)
 
     def save(self, step: int, shards: list[Shard], ema: EMA, optimizer_steps: int, description: dict[str, Any]) -> None:
         """Write ``step_N``, point ``latest`` to it and delete what need not be kept.
@@ -155,9 +155,10 @@ class Saver:
         unfinished.rename(final)
         _sync(self.folder)
         _write_text(self.folder / "latest", final.name)
-        for old in sorted(self.folder.glob("step_????????"))[: -self.config.keep]:
+        # Later ones were left by a run that went back behind them, and do not count.
+        for old in sorted(path for path in self.folder.glob("step_????????") if path <= final)[: -self.config.keep]:
             if not self.config.keep_every or int(old.name[5:]) % self.config.keep_every:
-                _remove(old)
+                _discard(old)
 
     def _together(self, action: Callable[[], T]) -> T:
         def on_disk() -> T:
@@ -314,6 +315,14 @@ def _file(rank: int) -> str:
 def _make(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _discard(folder: Path) -> None:
+    """Delete what is not needed, if that is allowed."""
+    try:
+        _remove(folder)
+    except OSError as error:
+        print(f"{folder} cannot be deleted ({error.strerror}); the run goes on", flush=True)
 
 
 def _remove(folder: Path) -> None:

@@ -272,6 +272,20 @@ OWNED = {
 }
 """DeepSpeed settings that the recipe owns, and where."""
 
+FIXED = {
+    "zero_optimization.round_robin_gradients": (
+        False,
+        "DeepSpeed then tells wrongly where a weight's master lies, so that wrong ones are saved",
+    ),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "what stays on the GPU has an optimizer of its own, whose state is not saved"),
+    "zero_optimization.contiguous_gradients": (True, "DeepSpeed has no other way with experts"),
+    "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way with experts"),
+    "zero_optimization.stage3_module_granularity_threshold": (0, "weights are gathered by layer here"),
+    "zero_optimization.zero_hpz_partition_size": (1, "a second partition in the node is not saved, nor tried"),
+    "torch_autocast.enabled": (False, "train.precision says what is computed in"),
+}
+"""DeepSpeed settings that have to stay as they are here, and why."""
+
 
 def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
     """Read the DeepSpeed file that the recipe names.
@@ -299,4 +313,17 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != parallel.zero_stage:
         raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")
+    for key, (allowed, reason) in FIXED.items():
+        if (value := _setting(config, key, allowed)) != allowed:
+            raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: {reason}; remove it")
+    if stage == 1 and _setting(config, "data_types.grad_accum_dtype", None):
+        fix = "data_types.grad_accum_dtype: DeepSpeed's stage 1 cannot; remove it, or take stage 2"
+        raise ConfigError("parallel.deepspeed", str(named), fix)
     return config
+
+
+def _setting(config: dict[str, Any], key: str, default: Any) -> Any:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        config = config.get(section) or {}
+    return config.get(leaf, default)

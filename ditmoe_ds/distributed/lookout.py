@@ -188,5 +188,13 @@ class _Office:
         await asyncio.sleep(GATHER)
         silent = [lost for lost in self._lost if not lost[2]]
         rank, text, code = (silent or self._lost)[0]
-        for writer in self._present.values():
-            writer.write((json.dumps(dict(rank=rank, text=text, code=code or 1)) + "\n").encode())
+        verdict = (json.dumps(dict(rank=rank, text=text, code=code or 1)) + "\n").encode()
+        others = {present: writer for present, writer in self._present.items() if present}
+        for writer in others.values():
+            writer.write(verdict)
+        for _ in range(int(GATHER / 0.1)):  # rank 0 ends when it is told, and everybody's connection with it
+            if others.keys() <= {lost for lost, _, _ in self._lost}:
+                break
+            await asyncio.sleep(0.1)
+        if 0 in self._present:
+            self._present[0].write(verdict)

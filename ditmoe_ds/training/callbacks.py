@@ -5,11 +5,13 @@ A callback may add to the record; ``MetricsWriter`` comes last and writes it dow
 
 import json
 import math
+import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -117,11 +119,11 @@ def sample_latents(trainer: TrainerView, items: list[int], asked: list[Any]) -> 
 
 
 class SampleGrid:
-    """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images."""
+    """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images, and decode their own."""
 
-    def __init__(self, plan: Plan, conditioner: Conditioner):
+    def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
         self.asked = plan.asked_for(plan.recipe.train.sample_images, conditioner)
-        self.vae = load_vae(plan.manifest.vae, "cpu") if dist.get_rank() == 0 else None
+        self.vae = load_vae(plan.manifest.vae, device)
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         train = trainer.plan.recipe.train
@@ -132,18 +134,28 @@ class SampleGrid:
         with trainer.ema.applied(trainer.engine):
             latents = sample_latents(trainer, items, [self.asked[i] for i in items])
         trainer.engine.train()
-        everyone = [torch.empty_like(latents) for _ in range(dist.get_world_size(data_group()))]
-        dist.all_gather(everyone, latents, group=data_group())
-        if self.vae is None:
+        everyone: list[Any] = [None] * dist.get_world_size(data_group())
+        dist.all_gather_object(everyone, self._decoded(trainer, latents), group=data_group())
+        if dist.get_rank():
             return
         try:
-            self._save(trainer, torch.stack(everyone, dim=1).flatten(0, 1)[: train.sample_images])
+            if failed := next((part for part in everyone if isinstance(part, str)), None):
+                raise RuntimeError(failed)
+            self._save(trainer, torch.from_numpy(np.stack(everyone, axis=1)).flatten(0, 1)[: train.sample_images])
         except Exception as error:  # a full disk, for one: no reason to stop a run
-            print(f"no sample grid of step {trainer.step}: {type(error).__name__}: {error}", flush=True)
+            print(f"no sample grid of step {trainer.step}: {error}", flush=True)
 
-    def _save(self, trainer: TrainerView, latents: torch.Tensor) -> None:
+    def _decoded(self, trainer: TrainerView, latents: torch.Tensor) -> np.ndarray | str:
+        """uint8 images (B, H, W, 3); or why there are none, which is no reason for the other ranks to wait."""
+        manifest = trainer.plan.manifest
+        try:  # one by one: a VAE needs more memory for an image than a step has left
+            images = [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor).cpu() for one in latents]
+            return torch.cat(images).numpy()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _save(self, trainer: TrainerView, images: torch.Tensor) -> None:
         plan = trainer.plan
-        images = decode(self.vae, latents.cpu(), plan.manifest.scaling_factor, plan.manifest.shift_factor)
         path = trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png"
         save_grid(images, path, columns=min(10, plan.model.num_classes or 10, plan.recipe.train.sample_images))
 
@@ -183,9 +195,7 @@ class MetricsWriter:
 
     def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
         self.file = run_dir / "metrics.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
-        self.file.write_text("".join(line + "\n" for line in kept))  # steps after the checkpoint are run again
+        _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
         self.tensorboard = self.wandb = None
         if plan.recipe.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -205,6 +215,21 @@ class MetricsWriter:
             self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(_flat(record), step=trainer.step)
+
+
+def _cut_after(metrics: Path, step: int) -> None:
+    """Cut off the records after ``step``, and a last line that is not whole, without reading the rest, which may be gigabytes."""
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    with metrics.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while end:
+                start = content.rfind(b"\n", 0, end - 1) + 1
+                if json.loads(content[start:end])["step"] <= step:
+                    break
+                end = start
+        file.truncate(end)
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What went wrong in a step: where a loss or gradient stopped being finite, and which samples made the loss jump."""
 
+import itertools
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,20 +28,24 @@ def explain(model: nn.Module, batches: list[Prepared], forward: Callable[[Prepar
         forward: computes the loss of one, as the step did.
 
     Returns:
-        The first module (in the order of computation) whose output is not finite, on the first rank that has one, with the
-        range of t and the samples of its micro-batch. If all are finite, the same of the gradients in the backward pass.
+        The first module (in the order of computation) whose output is not finite, with its rank, the range of t and the samples of its
+        micro-batch: experts hand on to other ranks what is not finite. If all are finite, the same of the gradients in backward.
     """
     for first_bad, what in ((_first_bad_output, "the output of"), (_first_bad_gradient, "the gradient of the output of")):
-        mine = None
-        for batch in batches:
-            module = first_bad(model, partial(forward, batch))
-            if mine is None and module is not None:
-                where = f"{what} {module}" if batch.latents.isfinite().all() else "the latents"
-                mine = f"first in {where}, {_describe(batch, key)}"
-        everyone: list[str | None] = [None] * dist.get_world_size()
+        mine: list[tuple[int, int, int, str]] = []
+        for number, batch in enumerate(batches):
+            bad = first_bad(model, partial(forward, batch))
+            if bad is not None:
+                place, module = bad
+                if not batch.latents.isfinite().all():
+                    place, where = -1, "the latents"
+                else:
+                    where = f"{what} {module}"
+                mine.append((number, place, dist.get_rank(), f"first in {where}, {_describe(batch, key)}"))
+        everyone: list[list[Any]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        if found := next((found for found in everyone if found), None):
-            return found
+        if found := min(itertools.chain.from_iterable(everyone), default=None):
+            return found[3]
     return "in the gradient of a weight: every output and its gradient is finite"
 
 
@@ -82,14 +87,15 @@ def _describe(batch: Prepared, key: Key) -> str:
 
 
 @torch.no_grad()
-def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
+    """The how manieth, and its name."""
     finite: list[tuple[str, Tensor]] = []
     with _watched(model, lambda name, args, out: finite.append((name, out.isfinite().all()))):
         run()
-    return next((name for name, good in finite if not good), None)
+    return next(((place, name) for place, (name, good) in enumerate(finite) if not good), None)
 
 
-def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
     finite: list[tuple[str, Tensor]] = []
     sources: list[Tensor] = []  # where backward ends if no weight's gradient is asked for
 
@@ -102,7 +108,7 @@ def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | No
     with _watched(model, look):
         loss = run()
     torch.autograd.grad(loss, sources, allow_unused=True)
-    return next((name for name, good in finite if not good), None)
+    return next(((place, name) for place, (name, good) in enumerate(finite) if not good), None)
 
 
 @contextmanager
@@ -115,8 +121,13 @@ def _watched(model: nn.Module, look: Callable[[str, Any, Tensor], None]) -> Iter
                 look(name, args, tensor)
 
     handles = [module.register_forward_hook(partial(hook, name)) for name, module in model.named_modules() if name]
+    compiled = [(module, module._compiled_call_impl) for module in model.modules()]  # compiled blocks call no hooks
+    for module, _ in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
         for handle in handles:
             handle.remove()

@@ -1,7 +1,9 @@
 """A recipe: everything that defines a run, and the checks that it can run at all."""
 
 import hashlib
+import importlib.util
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -191,7 +193,7 @@ class Plan:
 
 
 AT_LEAST_1 = dict(
-    train=("steps", "global_batch", "accumulation", "max_skipped_steps", "log_every"),
+    train=("steps", "global_batch", "accumulation", "max_skipped_steps", "log_every", "sample_images", "validate_samples"),
     data=("prefetch", "weight", "window"),
     ema=("every",),
     checkpoint=("every", "keep"),
@@ -212,6 +214,23 @@ def read_recipe(arguments: list[str]) -> Recipe:
             value = getattr(getattr(recipe, section), key)
             if value < 1:
                 raise ConfigError(f"{section}.{key}", value, "must be at least 1")
+    optimizer, diffusion = recipe.train.optimizer, recipe.diffusion
+    for name, number, right, fix in (
+        ("train.optimizer.lr", optimizer.lr, optimizer.lr >= 0, "at least 0"),
+        ("train.optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "in [0, 1)"),
+        ("train.optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "in [0, 1)"),
+        ("train.optimizer.eps", optimizer.eps, optimizer.eps > 0, "above 0"),
+        ("train.optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "at least 0"),
+        ("train.optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "at least 0"),
+        ("train.optimizer.grad_clip", optimizer.grad_clip, optimizer.grad_clip >= 0, "at least 0, which does not clip"),
+        ("diffusion.time_shift", diffusion.time_shift, diffusion.time_shift > 0, "above 0"),
+        ("diffusion.time_scale", diffusion.time_scale, diffusion.time_scale > 0, "above 0"),
+        ("diffusion.condition_dropout", diffusion.condition_dropout, 0 <= diffusion.condition_dropout < 1, "in [0, 1)"),
+    ):
+        if not right:
+            raise ConfigError(name, number, f"must be {fix}")
+    if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("train.wandb", True, "needs package wandb; pip install wandb")
     if recipe.data.workers < 0:
         raise ConfigError("data.workers", recipe.data.workers, "must be at least 0, which loads in the training process")
     if not 0 <= recipe.train.mask_ratio <= 0.75:
@@ -276,6 +295,10 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     """
     recipe = read_recipe(arguments)
     train, tensor = recipe.train, recipe.parallel.tensor
+    wanted = Path(recipe.run_dir).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
     weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
     named = _network_of(weights, recipe) if weights else named_network(recipe.model)
     check_parallel(recipe.parallel, named, world)

@@ -7,6 +7,8 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from ditmoe_ds import __version__, config
 from ditmoe_ds.clock import clock
-from ditmoe_ds.diffusion.objectives import make_objective
+from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
@@ -33,7 +35,7 @@ from ditmoe_ds.distributed.topology import (
 )
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.loader import LatentLoader
-from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
@@ -114,9 +116,14 @@ class Trainer:
         """Train to ``train.steps``, or until any rank is asked to stop: then save and leave word."""
         self.engine.train()
         while self.step < self.plan.recipe.train.steps and not self.interrupted:
-            record = self.train_step()
-            for callback in self.callbacks:
-                callback(self, record)
+            try:
+                record = self.train_step()
+                for callback in self.callbacks:
+                    callback(self, record)
+            except AgreedError:  # of all ranks: what is being written can still be finished
+                with suppress(CheckpointError):  # which has been said
+                    self.saver.finish()
+                raise
         self.loader.close()
         self.saver.finish()
         if self.interrupted and self.world.rank == 0:
@@ -243,10 +250,11 @@ class Trainer:
                 print(f"{begun}: train.accumulation {before} -> {batch.accumulation}, {kept}", flush=True)
 
     def _check_same_run(self, reader: checkpoint.Reader) -> None:
-        for part in ("model", "diffusion"):
-            ours = json.loads(json.dumps(self.plan.describe()[part]))
-            if ours != reader.index[part]:
-                changed = {key: (reader.index[part].get(key), value) for key, value in ours.items() if reader.index[part].get(key) != value}
+        for part, kind in dict(model=DiTConfig, diffusion=DiffusionConfig).items():
+            ours, saved = self.plan.describe()[part], asdict(config.build(kind, reader.index[part]))
+            saved["input_size"] = ours.get("input_size")  # which of the data's sizes is called its own does not matter
+            changed = {key: (saved[key], value) for key, value in ours.items() if saved[key] != value}
+            if changed:
                 raise CheckpointError(
                     f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: (saved, now) {changed}; "
                     "choose another run_dir or the old settings"
@@ -268,7 +276,7 @@ class Trainer:
         if train.validate_every:
             callbacks.append(agreed(lambda: Validation(self.plan)))
         if train.sample_every:
-            callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner)))
+            callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner, self.device)))
         callbacks += [*others, Progress(self.step)]
         if train.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
