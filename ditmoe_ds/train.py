@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
                 callbacks.append(agreed(lambda: FrechetDistance(plan, world.device)))
             trainer = Trainer(plan, world, interruption, callbacks)
+            lookout.before_end = trainer.saver.wait
             startup.lap("build")
             trainer.run()
 

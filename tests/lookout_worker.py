@@ -1,15 +1,18 @@
-"""Train with a lookout of little patience. RANK STEP ERROR RECIPE ...: that rank raises that error (a key of ERRORS) after that step."""
+"""Train with a lookout of little patience and a slow disk. RANK STEP ERROR RECIPE ...: that rank raises that error (a key of ERRORS) after
+that step."""
 
+import os
 import sys
+import time
 
 from ditmoe_ds import train
-from ditmoe_ds.distributed import lookout
+from ditmoe_ds.distributed import checkpoint, lookout
 from ditmoe_ds.ending import end
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.training import trainer
 
 ERRORS = {"failure": RuntimeError("the card fell off the bus"), "mistake": DataError("shard.tar: ends early")}
-lookout.BEAT, lookout.SILENCE = 0.5, 4.0
+lookout.BEAT, lookout.SILENCE, lookout.GATHER = 0.5, 4.0, 0.2
 rank, step, error, *rest = sys.argv[1:]
 real_step = trainer.Trainer.train_step
 
@@ -20,5 +23,11 @@ def train_step(self):
     return real_step(self)
 
 
+def slow_write(*arguments):
+    time.sleep(float(os.environ.get("SLOW_DISK", "0")))
+    return real_write(*arguments)
+
+
 trainer.Trainer.train_step = train_step
+real_write, checkpoint.write = checkpoint.write, slow_write
 end(train.main(rest))

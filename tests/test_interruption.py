@@ -141,13 +141,16 @@ def test_a_silent_rank_is_named(recipe):
     ("error", "exits", "line"),
     [("failure", 1, "RuntimeError: the card fell off the bus"), ("mistake", 2, "shard.tar: ends early")],
 )
-def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe):
-    command = [WORKER, "1", "3", error, recipe, f"run_dir={recipe.parent / error}"]
+def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe, monkeypatch):
+    """And the checkpoint that is being written meanwhile is finished."""
+    monkeypatch.setenv("SLOW_DISK", "3")
+    command = [WORKER, "1", "3", error, recipe, f"run_dir={recipe.parent / error}", "checkpoint.every=2", "checkpoint.asynchronous=true"]
     (code, output), (failed, its) = Ranks(2, command).wait(check=False)
     assert (code, failed) == (exits, exits), output + its
     assert re.findall(r"^error: (.*)", output, re.M) == [f"rank 1 on {os.uname().nodename} failed after step 3: {line}"]
     assert ("Traceback" in its) == (error == "failure")
     assert "Traceback" not in output
+    assert (recipe.parent / error / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 def test_a_rank_that_fails_because_another_is_gone_is_not_blamed(monkeypatch):

@@ -38,6 +38,10 @@ READABLE = ("ditmoe-checkpoint/3", FORMAT)
 T = TypeVar("T")
 
 
+PATIENCE = 300.0
+"""Seconds that a run which has failed waits for the checkpoint that is being written."""
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
@@ -115,6 +119,11 @@ class Saver:
         failure, self.failure = self.failure, None
         if failure and (self.config.on_failure == "stop" or not isinstance(failure, UserError)):
             raise failure
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there, if that takes no longer than ``PATIENCE``; not collective."""
+        if self.thread:
+            self.thread.join(PATIENCE)
 
     def _host_copy(self, key: str, values: Tensor) -> Tensor:
         if key not in self.buffers:

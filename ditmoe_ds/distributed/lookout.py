@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +41,8 @@ class Lookout:
         self.world = world
         self.step = 0
         """The last finished one."""
+        self.before_end: Callable[[], object] = lambda: None
+        """Called before an error of one rank ends all, whose processes are all there yet: finishes what threads are writing together."""
         self._closing = False
         self._answered = threading.Event()
         self._sending = threading.Lock()
@@ -72,7 +75,8 @@ class Lookout:
             mistake = isinstance(error, UserError)
             text = str(error) if mistake else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             self._send(error=text, code=2 if mistake else 1)
-            self._answered.wait(2 * BEAT)  # comes back only where this error is the cause
+            if self._answered.wait(2 * BEAT):  # comes back only where this error is the cause
+                self.before_end()
             if not mistake:
                 traceback.print_exception(error)
             sys.stderr.flush()
@@ -109,14 +113,16 @@ class Lookout:
             self._say(verdict["text"])
             self._answered.set()
         else:
-            self._end(verdict["text"], verdict["code"])
+            self._end(verdict["text"], verdict["code"], verdict["alive"])
 
     def _say(self, text: str) -> None:
         if self.world.local_rank == 0:
             print(f"error: {text}", file=sys.stderr, flush=True)
 
-    def _end(self, text: str, code: int) -> None:
+    def _end(self, text: str, code: int, alive: bool = False) -> None:
         self._say(text)
+        if alive:
+            self.before_end()
         sys.stdout.flush()
         os._exit(code)  # the main thread may be in a collective that never returns
 
@@ -188,7 +194,7 @@ class _Office:
         await asyncio.sleep(GATHER)
         silent = [lost for lost in self._lost if not lost[2]]
         rank, text, code = (silent or self._lost)[0]
-        verdict = (json.dumps(dict(rank=rank, text=text, code=code or 1)) + "\n").encode()
+        verdict = (json.dumps(dict(rank=rank, text=text, code=code or 1, alive=bool(code))) + "\n").encode()
         others = {present: writer for present, writer in self._present.items() if present}
         for writer in others.values():
             writer.write(verdict)
