@@ -234,6 +234,8 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     assert [code for code, _ in results] == [2, 2] and "leave out model.name" in results[0][1]
     results = train(folder / "sparse.yaml", 2, "diffusion.time_scale=1.0", check=False)
     assert [code for code, _ in results] == [2, 2] and "diffusion.time_scale=1.0" in results[0][1]
+    (folder / "sparse").rename(folder / "moved")
+    assert "resumed at step 1" in train(folder / "sparse.yaml", 2, "train.steps=2")[0][1], "a run that goes on needs no others' weights"
 
 
 def test_every_experts_every_tensor_is_in_the_export(folder, recipe):

@@ -299,7 +299,10 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
-    weights = open_weights(recipe.model.weights) if recipe.model.weights is not None else None
+    source = recipe.model.weights
+    if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
+        source = recipe.run_dir  # a run that goes on needs no others
+    weights = open_weights(source) if source is not None else None
     named = _network_of(weights, recipe) if weights else named_network(recipe.model)
     check_parallel(recipe.parallel, named, world)
     require_tensor_parallel(tensor)
