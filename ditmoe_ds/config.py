@@ -26,7 +26,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
     """Read a YAML file into dataclass ``cls``, then apply ``key=value`` overrides (dotted keys, YAML values).
 
     Raises:
-        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type.
+        ConfigError: the file is missing or no mapping, a key is unknown, a value has the wrong type or is not finite.
     """
     try:
         tree = yaml.load(Path(path).read_text(), _Loader)
@@ -46,7 +46,9 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
             fix = f"not valid YAML ({' '.join(str(error).split())}); quote it for the shell and for YAML"
             raise ConfigError(key, text, fix) from None
         _set(tree, key.lstrip("-"), value)
-    return build(cls, tree)
+    config = build(cls, tree)
+    _check_finite(dataclasses.asdict(config), "")  # type: ignore[call-overload]
+    return config
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,6 +96,14 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
+def _check_finite(value: Any, key: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, value, "must be finite")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, part in parts:
+        _check_finite(part, f"{key}.{name}".lstrip("."))
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -116,10 +126,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return build(typing.cast(type, hint), value, f"{key}.")
     if hint is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
-            number = float(value)  # YAML 1.1 reads 1e-4 as a string
-            if not math.isfinite(number):
-                raise ConfigError(key, value, "must be finite")
-            return number
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) is not hint:
         raise ConfigError(key, value, f"expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     return value
