@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from latents import write_latents
+from latents import write_latents, write_vae
+from PIL import Image
 from processes import ROOT, demo_on, losses
 
 from ditmoe_ds.moe.experts import fastest_kernel
@@ -99,9 +100,19 @@ def test_every_stage_trains_alike(latents, first, tmp_path, stage, compiled):
     assert run(tmp_path / "run", latents, 6, *how) == pytest.approx(first, rel=1e-2)
 
 
-def test_a_run_goes_on_as_if_it_had_not_ended(latents, first, tmp_path):
-    how = ["parallel.expert=1", "parallel.zero_stage=0", "train.precision=bf16", "checkpoint.every=3"]
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_run_goes_on_as_if_it_had_not_ended(latents, first, tmp_path, compiled):
+    how = ["parallel.expert=1", "parallel.zero_stage=0", "train.precision=bf16", "checkpoint.every=3", f"train.compile={compiled}"]
+    straight = first if compiled == "false" else run(tmp_path / "straight", latents, 6, *how)
     run(tmp_path / "run", latents, 3, *how)
-    assert run(tmp_path / "run", latents, 6, *how) == first
+    assert run(tmp_path / "run", latents, 6, *how) == straight
     described = json.loads((tmp_path / "run" / "env.json").read_text())
     assert torch.cuda.get_device_name() == described["device"]
+
+
+def test_sample_grids_are_decoded_there(tmp_path):
+    latents = write_latents(tmp_path / "latents", train=64, vae=write_vae(tmp_path / "vae"))
+    how = ["parallel.expert=1", "parallel.zero_stage=2", "train.precision=bf16", "train.sample_every=2", "train.sample_images=6"]
+    run(tmp_path / "run", latents, 2, *how)
+    grid = Image.open(tmp_path / "run" / "samples" / "step_00000002.png")
+    assert grid.size[0] > grid.size[1] and max(high - low for low, high in grid.getextrema()) > 20
