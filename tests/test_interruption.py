@@ -27,14 +27,16 @@ def _line(connection):
         return file.readline()
 
 
-def test_rank_0_is_told_last():
+def test_rank_0_is_told_last(monkeypatch):
     """It ends at once, and everybody's connection with it."""
+    monkeypatch.setattr(lookout, "GATHER", 5.0)  # the others have as long to end
     office = lookout._Office()
     ranks = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(40)]
     for rank, connection in enumerate(ranks):
         hello = dict(token=office.token, rank=rank, host="here", step=7)
         connection.sendall((json.dumps(hello) + "\n" + json.dumps(dict(step=7)) + "\n").encode())
-    time.sleep(0.5)
+    while len(office._present) < len(ranks):
+        time.sleep(0.01)
     ranks[3].sendall((json.dumps(dict(step=7, error="shard.tar: ends early", code=2)) + "\n").encode())
     told = [_line(connection) for connection in ranks[1:]]
     assert set(told) == {told[0]} and "rank 3 on here failed after step 7: shard.tar: ends early" in told[0]
