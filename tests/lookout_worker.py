@@ -12,7 +12,7 @@ from ditmoe_ds.errors import DataError
 from ditmoe_ds.training import trainer
 
 ERRORS = {"failure": RuntimeError("the card fell off the bus"), "mistake": DataError("shard.tar: ends early")}
-lookout.BEAT, lookout.SILENCE, lookout.GATHER = 0.5, 4.0, 0.2
+lookout.BEAT, lookout.SILENCE, lookout.GATHER = 1.5, 6.0, 0.2
 rank, step, error, *rest = sys.argv[1:]
 real_step = trainer.Trainer.train_step
 

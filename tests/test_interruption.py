@@ -136,7 +136,7 @@ def test_a_silent_rank_is_named(recipe):
         assert ranks.processes[0].wait(120) == 1
     finally:
         (_, output), _ = ranks.wait(0, check=False)
-    assert re.search(r"^error: rank 1 on \S+ was not heard for 4 s, after step \d+", output, re.M), output
+    assert re.search(r"^error: rank 1 on \S+ was not heard for 6 s, after step \d+", output, re.M), output
 
 
 @pytest.mark.parametrize(
