@@ -55,11 +55,11 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: list[Any] = []  # a key may be what no set holds, which YAML refuses in its own words
         for name, _ in node.value:
             if (key := self.construct_object(name)) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice; join the two", name.start_mark)
-            seen.add(key)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 

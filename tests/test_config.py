@@ -72,6 +72,8 @@ def test_mistakes_name_key_value_and_fix(tmp_path, text, overrides, words):
 def test_what_is_no_yaml_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"inner\.kind='\[x': not valid YAML"):
         load(tmp_path, "name: x", "inner.kind=[x")
+    with pytest.raises(ConfigError, match="not valid YAML.*unhashable key"):
+        load(tmp_path, "? [a]\n: b\n")
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not valid YAML"):
         config.load(Outer, tmp_path / "recipe.yaml")

@@ -24,8 +24,10 @@ from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.planning.activations import MicroBatch, activations
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Shape, layers
 from ditmoe_ds.planning.plan import Plan
+from ditmoe_ds.planning.recipe import read_job
 from ditmoe_ds.planning.search import best, clusters, pareto, search, tensor_sizes
 from ditmoe_ds.planning.traffic import crossing, exchange_shares, step_traffic, summed
+from ditmoe_ds.training.recipe import read_plan
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 import planner
@@ -241,6 +243,16 @@ def test_time_by_hand():
     assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (2 + 6 + 8 + 28 + 12 + 6) / 500e9)
     assert plan.days == pytest.approx(plan.step_seconds)
     assert plan.gpu_hours == pytest.approx(plan.step_seconds * 24 * 4)
+
+
+def test_the_data_say_the_tokens(tmp_path):
+    """Of the largest image, whatever its sides; and of a caption the recipe."""
+    wide = write_latents(tmp_path / "wide", train=8, val=2, shape=(4, 8, 12))
+    _, job = read_job(["recipes/digits.yaml", f"data.manifest={wide}", "model.name=DiT-MoE-S/2-8E2A"], None, None)
+    assert (job.patches, job.sides) == (24, (8, 12))
+    arguments = ["recipes/ec_dit_xl_8e.yaml", "data.text_encoder=somewhere", "data.text_max_tokens=200"]
+    assert read_job(arguments, None, None)[1].text == 200 and read_job(arguments, None, 50)[1].text == 50
+    assert read_plan(["recipes/digits.yaml", f"data.manifest={wide}", f"run_dir={tmp_path}/run"], 2).model.input_size == 8
 
 
 def test_a_rank_of_a_tensor_parallel_group():

@@ -227,6 +227,7 @@ def test_mistakes(weights, folder, capsys):
         (["--per-class", "0"], "--per-class"),
         (["--guidance", "nan"], "--guidance"),
         (["--guided-channels", "9"], "have 4"),
+        (["--guided-channels", "0"], "have 4"),
         (["--out", str(folder / "no.xyz")], "FILE.png"),
     ):
         assert main(["sample", path, *arguments]) == 2, arguments

@@ -180,3 +180,6 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
     assert "#SBATCH --qos=high\n#SBATCH --exclusive\n" in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
     assert not (tmp_path / "run").exists()
+    options[1] = "1-4"  # SLURM would never take more nodes than the least has tasks
+    refused = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / 'run'}")
+    assert refused.returncode == 2 and "--nodes='1-4'" in refused.stderr and "raise the least" in refused.stderr

@@ -45,13 +45,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    for key, value, right, fix in (
-        ("--per-class", arguments.per_class, arguments.per_class > 0, "at least 1"),
-        ("--guided-channels", arguments.guided_channels, arguments.guided_channels is None or arguments.guided_channels > 0, "at least 1"),
-        ("--guidance", arguments.guidance, math.isfinite(arguments.guidance), "a number; 1 is none"),
-    ):
-        if not right:
-            raise ConfigError(key, value, fix)
+    if arguments.per_class < 1:
+        raise ConfigError("--per-class", arguments.per_class, "at least 1")
+    if not math.isfinite(arguments.guidance):
+        raise ConfigError("--guidance", arguments.guidance, "a number; 1 is none")
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
 
@@ -147,7 +144,7 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         if weak.diffusion != run.diffusion or any(getattr(weak.model.config, key) != getattr(run.model.config, key) for key in same):
             raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
     channels = run.model.config.in_channels
-    if arguments.guided_channels and arguments.guided_channels > channels:
+    if arguments.guided_channels is not None and not 1 <= arguments.guided_channels <= channels:
         raise ConfigError("--guided-channels", arguments.guided_channels, f"the latents have {channels}")
     if arguments.compile:
         for one in runs:
