@@ -11,8 +11,11 @@ from processes import ROOT, launch
 from ditmoe_ds.evaluation import during_training
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Moments, frechet_distance
+from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.vae import decode
 from ditmoe_ds.pipelines.run import open_run
+from ditmoe_ds.training.callbacks import Validation
 from ditmoe_ds.training.recipe import read_plan
 
 SAMPLES = 7
@@ -42,20 +45,23 @@ def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     extractor = load_extractor("efficientnet-lite0")
     vae, scaling = opened.pipeline.vae, opened.latents["scaling_factor"]
     made, real = Moments(1280), Moments(1280)
-    made.add(extractor.features(opened.sample(range(SAMPLES), steps=3, guidance=1.5))["pool"])
-    heldout = torch.stack(list(_heldout(opened.latents["manifest"])))
-    real.add(extractor.features(decode(vae, heldout, scaling, opened.latents["shift_factor"]))["pool"])
+    heldout = _heldout(opened.latents["manifest"])
+    made.add(extractor.features(opened.sample(heldout.labels.tolist(), steps=3, guidance=1.5))["pool"])
+    real.add(extractor.features(decode(vae, heldout.latents, scaling, opened.latents["shift_factor"]))["pool"])
     expected = frechet_distance(made.gaussian(), real.gaussian())
     assert expected > 0
     assert record(run)["fd"] == pytest.approx(expected, rel=1e-3)
     assert record(recipe.parent / "run-2")["fd"] == pytest.approx(expected, rel=1e-3)
 
 
-def _heldout(manifest):
-    from ditmoe_ds.latents.format import Manifest
-    from ditmoe_ds.latents.loader import LatentDataset
+def test_a_validation_loss_is_of_samples_from_everywhere(recipe):
+    plan = read_plan([str(recipe), "train.validate_samples=3"], 1)
+    assert Validation(plan).samples == plan.open_heldout().spread(3)
 
-    return LatentDataset([Manifest.load(manifest)], "val").batch(range(SAMPLES)).latents
+
+def _heldout(manifest):
+    dataset = LatentDataset([Manifest.load(manifest)], "val")
+    return dataset.batch(dataset.spread(SAMPLES))
 
 
 def test_the_extractor_is_asked_on_its_device(recipe, monkeypatch):

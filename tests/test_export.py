@@ -218,6 +218,15 @@ def test_our_pipeline_is_read_back(name, pipelines, tmp_path):
     assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in before.shapes)
 
 
+def test_a_vae_elsewhere_keeps_its_scaling(tmp_path):
+    """As of a VAE on a hub, which no export brings along."""
+    known = dict(vae="org/vae", scaling_factor=0.5, shift_factor=0.25, class_names=["a", "b", "c"], shape=[4, 8, 8])
+    weights = write_weights(tmp_path / "weights", random_weights(replace(SPARSE, num_classes=3), latents=known)[1])
+    assert main(["export", str(weights), "--to", "diffusers", "--out", str(tmp_path / "pipeline")]) == 0
+    assert main(["import", "diffusers", str(tmp_path / "pipeline"), "--out", str(tmp_path / "back")]) == 0
+    assert open_weights(tmp_path / "back").description["latents"] == {key: value for key, value in known.items() if key != "vae"}
+
+
 def stock_dit(folder, equal=True, **settings):
     """diffusers' dense DiT with random weights."""
     from diffusers import DiTTransformer2DModel

@@ -63,6 +63,12 @@ def test_samples_come_back_scaled(dataset):
         assert (sample.label, dataset.key(i)) == (i % 3, f"k{i}")
 
 
+def test_a_few_samples_are_from_everywhere(tmp_path):
+    """Shards of a folder of images are sorted by class."""
+    few = (dataset := LatentDataset([write_data(tmp_path, (60, 40))], "train")).spread(10)
+    assert sum(i < 50 for i in few) in range(3, 8) and dataset.spread(100)[:10] == few and sorted(dataset.spread(200)) == list(range(100))
+
+
 def test_the_manifest_comes_back(tmp_path):
     manifest = write_data(tmp_path)
     assert Manifest.load(tmp_path / "manifest.json") == manifest

@@ -101,6 +101,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["model.name=DiT-MoE-XXL/2-8E2A"], ["model.name", "DiT-MoE-XXL/2-8E2A", "Nano, Tiny, S"]),
         (["model.name=DiT-MoE-Nano/2-3E2A", "parallel.expert=2"], ["parallel.expert=2", "3 experts", "[1]"]),
         (["train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["train.profile=true"], ["train.steps=2", "train.profile", "at least 6"]),
         (["data.prefetch=0"], ["data.prefetch=0", "at least 1"]),
         (["data.workers=-1"], ["data.workers=-1", "at least 0"]),
         (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shapes: ((4, 12, 12),) -> ((4, 8, 8),)"]),

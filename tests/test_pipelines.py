@@ -106,8 +106,12 @@ def test_outputs(runs):
     torch.testing.assert_close(out["pt"], (decoded / 2 + 0.5).clamp(0, 1))
     (tuple_out,) = pipe([1, 2], num_inference_steps=2, generator=generators(3, 4), output_type="latent", return_dict=False)
     assert torch.equal(tuple_out, out["latent"])
-    with pytest.raises(ConfigError, match="0..2"):
-        pipe([3])
+    for labels in (np.array([1, 2]), torch.tensor([1, 2])):
+        again = pipe(labels, num_inference_steps=2, generator=generators(3, 4), output_type="latent").images
+        assert torch.equal(again, out["latent"])
+    for labels in ([3], [0.5], -1, np.int64(3)):
+        with pytest.raises(ConfigError, match=r"class_labels=.*0\.\.2"):
+            pipe(labels)
 
 
 @pytest.mark.parametrize("kind,sampler", [("flow", "euler"), ("ddpm", "ddpm"), ("text", "unipc")])

@@ -245,6 +245,22 @@ def test_time_by_hand():
     assert plan.gpu_hours == pytest.approx(plan.step_seconds * 24 * 4)
 
 
+def test_places_that_no_token_takes():
+    """Under a capacity factor experts compute as many rows as it says, taken or not."""
+
+    def plan(factor):
+        model = replace(SPARSE, router=replace(SPARSE.router, capacity_factor=factor))
+        job = Job(model, 16, 0, "bf16", global_batch=8, steps=1, averages=1)
+        return Plan(job, Cluster(GPUS["h100-80gb"], 1, 4), Shape(2, 2, 2, True), Assumptions())
+
+    free, tight, even, wide = map(plan, (None, 0.5, 1.0, 1.5))
+    experts = 2 * 16 * 2 * SPARSE.top_k * 3 * 32 * 128  # of two images and two layers, in multiply-accumulates
+    assert (free.flops, free.empty_flops) == (even.flops, even.empty_flops) == (wide.flops, 0)
+    assert free.flops - tight.flops == pytest.approx(6 * experts / 2) and tight.empty_flops == 0
+    assert wide.empty_flops == pytest.approx(8 * experts / 2)
+    assert wide.seconds["arithmetic"] / free.seconds["arithmetic"] == pytest.approx(1 + wide.empty_flops / (free.flops * 4 / 3))
+
+
 def test_the_data_say_the_tokens(tmp_path):
     """Of the largest image, whatever its sides; and of a caption the recipe."""
     wide = write_latents(tmp_path / "wide", train=8, val=2, shape=(4, 8, 12))

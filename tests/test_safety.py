@@ -244,7 +244,7 @@ def test_every_experts_every_tensor_is_in_the_export(folder, recipe):
     overrides = [f"run_dir={run}", "model.name=DiT-MoE-Nano/2-8E2A", "parallel.expert=4", "train.steps=2"]
     launch(4, [ROOT / "tests" / "gather_worker.py", folder / "hashes.json", recipe, *overrides])
     gathered = json.loads((folder / "hashes.json").read_text())
-    assert main(["export", str(run), "--weights", "raw", "--out", str(out)]) == 0
+    assert main(["export", str(run), "--weights", "master", "--out", str(out)]) == 0
     exported = open_weights(out)
     hashes = {}
     for name in exported.shapes:

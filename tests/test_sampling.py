@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +206,22 @@ def test_autoguidance(weights, folder, one):
     assert main(["sample", path, "--out", str(folder / "none"), *common, "--guidance", "1"]) == 0
     assert pictures(folder / "weak") == pictures(folder / "none")
     said = json.loads((folder / "weak" / "samples.json").read_text())
+    moved = folder / "moved"
+    shutil.copytree(path, moved)  # the same weights: whoever goes on may find them elsewhere
+    assert main(["sample", str(moved), "--out", str(folder / "weak"), *common, "--guidance", "3", "--autoguidance", str(moved)]) == 0
     assert said["autoguidance"]["checkpoint"] == path and said["autoguidance"]["weights_sha256"] == said["weights_sha256"]
+
+
+def test_autoguidance_by_a_model_of_other_latents(folder, capsys):
+    """The dropout of its conditions is its own affair."""
+    for name, dropout, scaling in (("strong", 0.1, 0.9), ("early", 0.2, 0.9), ("elsewhere", 0.1, 0.5)):
+        weights = random_weights(SPARSE, latents=dict(vae=str(folder / "vae"), scaling_factor=scaling))[1]
+        weights.description["diffusion"]["condition_dropout"] = dropout
+        write_weights(folder / name, weights)
+    command = ["sample", str(folder / "strong"), "--classes", "0", "--per-class", "1", "--steps", "1", "--out", str(folder / "g.png")]
+    assert main([*command, "--autoguidance", str(folder / "early")]) == 0
+    assert main([*command, "--autoguidance", str(folder / "elsewhere")]) == 2
+    assert "its model was trained otherwise; scaling_factor: 0.9 -> 0.5" in capsys.readouterr().err
 
 
 def test_mistakes(weights, folder, capsys):
@@ -219,13 +235,14 @@ def test_mistakes(weights, folder, capsys):
         (["--num", "2", "--out", str(folder / "ep"), "--expert-parallel", "2"], "one of [1]"),
         (["--num", "2", "--out", str(folder / "no"), "--sampler", "ddim"], "euler"),
         (["--num", "2", "--out", str(folder / "no"), "--guidance-interval", "0.8,0.1"], "LOW,HIGH"),
-        (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "another objective"),
+        (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "objective: rectified_flow -> ddpm"),
         (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "told --classes"),
         (["--num", "2", "--out", str(folder / "no"), "--classes", "3"], "0..2"),
         (["--num", "2", "--out", str(folder / "no"), "--steps", "0"], "from 1 to 1000"),
         (["--expert-parallel", "2"], "say how many"),
         (["--per-class", "0"], "--per-class"),
         (["--guidance", "nan"], "--guidance"),
+        (["--compile", "--offload-experts"], "--compile=True"),
         (["--guided-channels", "9"], "have 4"),
         (["--guided-channels", "0"], "have 4"),
         (["--out", str(folder / "no.xyz")], "FILE.png"),

@@ -105,6 +105,11 @@ def test_numbers_that_do_not_go_together(arguments, word, dense, tmp_path, capsy
 
 
 def test_a_sparse_model_is_refused(tmp_path, capsys):
-    sparse = write_weights(tmp_path / "sparse", random_weights(replace(SPARSE, depth=1))[1])
-    assert main(["upcycle", str(sparse), "--out", str(tmp_path / "x")]) == 2
-    assert "4 experts already" in capsys.readouterr().err
+    plain = dict(depth=1, expert_activation="gelu", shared=0)
+    for name, model, word in (
+        ("sparse", replace(SPARSE, depth=1), "4 experts already"),
+        ("twin", replace(SPARSE, **plain, routing="dense"), "the dense twin of a sparse one"),
+    ):
+        weights = write_weights(tmp_path / name, random_weights(model)[1])
+        assert main(["upcycle", str(weights), "--out", str(tmp_path / "x")]) == 2
+        assert word in capsys.readouterr().err

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ditmoe_ds.analysis.adaptive import adaptive
 from ditmoe_ds.analysis.experts import answers_alike, weights_alike
 from ditmoe_ds.analysis.plots import plot_loss, plot_shares
@@ -19,7 +17,6 @@ from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.pipelines.run import Run
-from ditmoe_ds.rng import keyed_generator
 
 COMPARED = 32
 """Samples on which experts' answers are compared."""
@@ -60,9 +57,9 @@ def analyze(
         raise ConfigError("--samples", samples, "at least 2: their labels are permuted")
     data, records = heldout(run, dataset), read_metrics(run_dir / "metrics.jsonl")
     pictures = adaptive(run, list(prompts), out) if prompts else {}
-    number = min(samples, len(data))
-    order = torch.randperm(len(data), generator=keyed_generator("analysis")).tolist()  # data may be sorted by class
-    chosen = data.batch(sorted(order[:number]))
+    order = data.spread(samples)
+    number = len(order)
+    chosen = data.batch(sorted(order))
     counted = count_takings(run, chosen, times)
     sides = (run.shape[1] // config.patch, run.shape[2] // config.patch)
     numbers = summary(run, counted, sides, chosen.labels, permutations)

@@ -64,6 +64,16 @@ class Weights(Tensors):
         return digest.hexdigest()
 
 
+def differently_encoded(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """How two descriptions of latents differ, as far as both know: ``key: ours -> theirs``; None if they go together."""
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in ("scaling_factor", "shift_factor", "vae_sha256")}
+    pairs["text.sha256"] = ours.get("text", {}).get("sha256"), theirs.get("text", {}).get("sha256")
+    for key, (mine, other) in pairs.items():
+        if None not in (mine, other) and mine != other:
+            return f"{key}: {mine} -> {other}"
+    return None
+
+
 def open_weights(path: str | Path, kind: str = "ema") -> Weights:
     """Open a run directory (its newest checkpoint), a checkpoint folder ``step_N`` or a weights folder.
 

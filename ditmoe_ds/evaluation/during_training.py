@@ -9,14 +9,16 @@ from torch import Tensor
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
+from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.training.callbacks import Record, TrainerView, due, sample_latents, share_out
 from ditmoe_ds.training.recipe import Plan
 
 
 class FrechetDistance:
-    """``fd`` of EMA's samples to held-out data, both decoded by the VAE: what the VAE cannot draw does not count. The ranks share the
-    work. It is biased by the number of images: compare it between steps and runs of the same ``train.fd_samples``, with nothing else.
+    """``fd`` of EMA's samples to held-out data, both decoded by the VAE: what the VAE cannot draw does not count. The samples are asked
+    to show what the held-out ones do, in turn. The ranks share the work. It is biased by the number of images: compare it between steps
+    and runs of the same ``train.fd_samples``, with nothing else.
 
     Where it cannot be computed, rank 0 says so and training goes on.
 
@@ -29,6 +31,7 @@ class FrechetDistance:
         self.dataset = plan.open_heldout()
         if min(train.fd_samples, len(self.dataset)) < 2:
             raise ConfigError("train.fd_samples", train.fd_samples, f"at least 2; held out are {len(self.dataset)}, at least 2 are needed")
+        self.samples = self.dataset.spread(train.fd_samples)
         self.extractor = load_extractor(train.fd_extractor, device)
         self.width = self.extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))["pool"].shape[1]
         self.vae = load_vae(plan.manifest.vae, device)
@@ -48,14 +51,16 @@ class FrechetDistance:
 
     def _sampled(self, trainer: TrainerView) -> Iterator[Tensor]:
         """Latents of this rank's images. Collective, with as many parts on every rank."""
-        asked = trainer.plan.asked_for(trainer.plan.recipe.train.fd_samples, trainer.conditioner)
-        items, answered = share_out(len(asked))
-        for part, counted in self._parts(trainer, items, answered):
-            yield sample_latents(trainer, part, [asked[i] for i in part])[:counted]
+        for part, counted in self._parts(trainer, *share_out(trainer.plan.recipe.train.fd_samples)):
+            asked = trainer.conditioner.told(self._shown(part))
+            yield sample_latents(trainer, part, list(asked))[:counted]
 
     def _heldout(self, trainer: TrainerView) -> Iterator[Tensor]:
-        for part, counted in self._parts(trainer, *share_out(min(trainer.plan.recipe.train.fd_samples, len(self.dataset)))):
-            yield self.dataset.batch(part).latents[:counted].to(trainer.device)
+        for part, counted in self._parts(trainer, *share_out(len(self.samples))):
+            yield self._shown(part).latents[:counted].to(trainer.device)
+
+    def _shown(self, items: list[int]) -> Batch:
+        return self.dataset.batch([self.samples[i % len(self.samples)] for i in items])
 
     def _parts(self, trainer: TrainerView, items: list[int], answered: int) -> Iterator[tuple[list[int], int]]:
         """Micro-batches, and how many of each this rank answers for."""

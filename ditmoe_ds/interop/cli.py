@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.arguments import add_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -16,7 +17,7 @@ def add_commands(commands: Any) -> None:
     export.set_defaults(command=_export)
     export.add_argument("run", help="a run directory, a checkpoint folder or a weights folder")
     export.add_argument("--to", choices=["safetensors", "diffusers", "reference"], default="safetensors")
-    export.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's weights")
+    add_weights(export)
     _add_output(export, "a new folder; for --to reference also a file NAME.pt")
 
     importing = commands.add_parser("import", help="make a weights folder of others' weights").add_subparsers(required=True)
@@ -42,7 +43,7 @@ def add_commands(commands: Any) -> None:
     upcycle.add_argument("--split", type=int, default=1, help="slices per copy of the dense MLP, each an expert")
     upcycle.add_argument("--noise", type=float, default=0.0, help="standard deviation, relative to each matrix's")
     upcycle.add_argument("--seed", type=int, default=0, help="of router and noise")
-    upcycle.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's weights")
+    add_weights(upcycle)
     _add_output(upcycle)
 
 
@@ -53,11 +54,11 @@ def _add_output(parser: argparse.ArgumentParser, out: str = "a new folder") -> N
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.distributed.weights import write_weights
+    from ditmoe_ds.distributed.weights import open_weights, write_weights
     from ditmoe_ds.interop.diffusers_folder import export_diffusers
     from ditmoe_ds.interop.reference import export_reference
 
-    weights, out, how = _open(arguments.run, arguments.weights), Path(arguments.out), (arguments.dtype, _shard_bytes(arguments))
+    weights, out, how = open_weights(arguments.run, arguments.weights), Path(arguments.out), (arguments.dtype, _shard_bytes(arguments))
     notes = []
     if arguments.to == "safetensors":
         write_weights(out, weights, *how)
@@ -94,17 +95,12 @@ def _import_diffusers(arguments: argparse.Namespace) -> int:
 
 
 def _upcycle(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.distributed.weights import open_weights
     from ditmoe_ds.interop.upcycle import upcycle
 
     top_k = arguments.top_k or (arguments.split if arguments.split > 1 else 2)
-    dense = _open(arguments.dense, arguments.weights)
+    dense = open_weights(arguments.dense, arguments.weights)
     return _write(arguments, upcycle(dense, arguments.experts, top_k, arguments.split, arguments.noise, arguments.seed))
-
-
-def _open(path: str, which: str) -> Any:
-    from ditmoe_ds.distributed.weights import open_weights
-
-    return open_weights(path, {"ema": "ema", "raw": "master"}[which])
 
 
 def _write(arguments: argparse.Namespace, weights: Any) -> int:

@@ -89,12 +89,13 @@ def diffusers_weights(path: Path) -> Weights:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     settings = _read_json(folder / "config.json")
     index = _read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-    latents: dict[str, Any] = dict(shape=index["latent_shape"]) if index.get("latent_shape") else {}
+    latents: dict[str, Any] = {}
     if (path / "vae").is_dir():
         vae = _read_json(path / "vae" / "config.json")
-        names = {key: index.get(key) for key in ("scaling_factor", "shift_factor", "class_names")}
-        defaults = dict(scaling_factor=vae.get("scaling_factor", 0.18215), shift_factor=vae.get("shift_factor") or 0.0)
-        latents |= dict(vae=str((path / "vae").absolute())) | defaults | {key: value for key, value in names.items() if value is not None}
+        latents = dict(scaling_factor=vae.get("scaling_factor", 0.18215), shift_factor=vae.get("shift_factor") or 0.0)
+        latents["vae"] = str((path / "vae").absolute())
+    named = dict(scaling_factor="scaling_factor", shift_factor="shift_factor", class_names="class_names", shape="latent_shape")
+    latents |= {ours: index[theirs] for ours, theirs in named.items() if index.get(theirs) is not None}
     description = dict(name=None, latents=latents, step=0, weights="diffusers")
     kind = settings.get("_class_name")
     try:

@@ -39,10 +39,12 @@ def upcycle(dense: Weights, experts: int, top_k: int, split: int = 1, noise: flo
         seed: of router and noise.
 
     Raises:
-        CheckpointError: ``dense`` is sparse already.
+        CheckpointError: ``dense`` is sparse already, or the dense twin of a sparse model.
         ConfigError: numbers that do not go together.
     """
     old = configuration.build(DiTConfig, dense.description["model"])
+    if old.experts and old.routing == "dense":
+        raise CheckpointError("the model to upcycle is the dense twin of a sparse one, with MLPs of other widths; give a plain DiT")
     if old.experts:
         raise CheckpointError(f"the model to upcycle has {old.experts} experts already; give a dense one")
     if split < 1 or 4 * old.hidden % split:

@@ -190,6 +190,10 @@ class LatentDataset:
         """These samples, of one shape, outside of any epoch."""
         return collate([self[i] for i in items], torch.zeros(len(items), dtype=torch.int64), torch.tensor(items))
 
+    def spread(self, count: int) -> list[int]:
+        """So many samples, or all, the same each time, in no order: shards may be sorted by class, and their first samples show few."""
+        return torch.randperm(len(self), generator=keyed_generator("spread"))[:count].tolist()
+
     def key(self, i: int) -> str:
         """The key of sample ``i``."""
         return self._read(i)[1].key

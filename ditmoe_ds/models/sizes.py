@@ -154,13 +154,20 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
         text_tokens: of its caption; 0 for models without text.
     """
     h, N, T, L = config.hidden, tokens, text_tokens, config.depth
-    matrices = 3 if config.expert_activation == "swiglu" else 2
     experts = len(config.sparse_layers)
-    units = sum(round(config.capacity(layer) * config.expert_width) for layer in config.sparse_layers)
     shared = 3 * h * config.shared * h if config.routing != "dense" else 0
-    feed_forwards = N * ((L - experts) * 8 * h * h + matrices * h * units + experts * shared)
+    feed_forwards = N * ((L - experts) * 8 * h * h + experts * shared) + expert_macs(config, N)
     projections, products = attention_macs(config, N, T)
     return feed_forwards + projections + uncut_macs(config, N, T), products
+
+
+def expert_macs(config: DiTConfig, tokens: int) -> int:
+    """Of ``macs``, those of routed experts, or of their dense twins: of the tokens' choices, or as many as a capacity factor leaves."""
+    matrices, left = 3 if config.expert_activation == "swiglu" else 2, 1.0
+    if config.routing == "token" and config.router.capacity_factor:
+        left = min(config.router.capacity_factor, 1.0)
+    units = sum(round(left * config.capacity(layer) * config.expert_width) for layer in config.sparse_layers)
+    return matrices * config.hidden * units * tokens
 
 
 def uncut_macs(config: DiTConfig, tokens: int, text_tokens: int) -> int:

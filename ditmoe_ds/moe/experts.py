@@ -34,7 +34,7 @@ class PackedExperts(nn.Module):
             equal: all counts are M / E.
         """
         kernel = fastest_kernel(x.device, x.dtype, equal)
-        return add_bias(ExpertFFN.apply(x, self.w1, self.b1, self.w2, counts, kernel, self.activation), self.b2, counts, equal)
+        return ExpertFFN.apply(x, self.w1, self.b1, self.w2, self.b2, counts, kernel, self.activation)
 
 
 KERNELS = {"grouped": "one grouped GEMM", "batched": "one batched GEMM", "each": "one GEMM each"}
@@ -47,15 +47,6 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str
         return "batched"
     fused = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return "grouped" if fused else "each"
-
-
-def add_bias(x: Tensor, bias: Tensor | None, counts: Tensor, equal: bool) -> Tensor:
-    """Rows of x (M, N) plus their expert's row of bias (E, N), if there is one. No host sync."""
-    if bias is None:
-        return x
-    if equal:
-        return (x.view(len(bias), len(x) // len(bias), x.shape[1]) + bias[:, None]).view_as(x)
-    return x + bias.repeat_interleave(counts, dim=0, output_size=len(x))
 
 
 class ExpertFFN(torch.autograd.Function):
@@ -71,29 +62,40 @@ class ExpertFFN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, counts: Tensor, kernel: str, activation: str) -> Tensor:
-        ctx.parts, ctx.activation = split(x, counts, kernel), activation
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        counts: Tensor,
+        kernel: str,
+        activation: str,
+    ) -> Tensor:
+        ctx.parts, ctx.activation, ctx.biased = split(x, counts, kernel), activation, b1 is not None
         first, out = [], []
         for part in ctx.parts:
-            product = multiply(x[part.rows], w1[part.experts].mT, part.ends)
-            first.append(add_bias(product, b1 if b1 is None else b1[part.experts], counts[part.experts], part.ends is None))
-            out.append(multiply(activate(first[-1], activation), w2[part.experts].mT, part.ends))
-        ctx.save_for_backward(x, w1, b1, w2, counts, *first)
+            first.append(add_bias(multiply(x[part.rows], w1[part.experts].mT, part.ends), b1, part, counts))
+            out.append(add_bias(multiply(activate(first[-1], activation), w2[part.experts].mT, part.ends), b2, part, counts))
+        ctx.save_for_backward(x, w1, w2, counts, *first)
         return join(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, counts, *first = ctx.saved_tensors
+        x, w1, w2, counts, *first = ctx.saved_tensors
         grad = grad.contiguous()
-        x_grads, b1_grads, w1_grad, w2_grad = [], [], None, None
+        x_grads, b1_grads, b2_grads, w1_grad, w2_grad = [], [], [], None, None
         for part, before in zip(ctx.parts, first, strict=True):
             inner, before_grad = activate_backward(before, multiply(grad[part.rows], w2[part.experts], part.ends), ctx.activation)
             w2_grad = fill(w2_grad, w2, part, grad[part.rows], inner)
             w1_grad = fill(w1_grad, w1, part, before_grad, x[part.rows])
             x_grads.append(multiply(before_grad, w1[part.experts], part.ends))
-            if b1 is not None:
+            if ctx.biased:
                 b1_grads.append(sum_rows(before_grad, part, counts))
-        return join(x_grads), w1_grad, join(b1_grads) if b1_grads else None, w2_grad, None, None, None
+                b2_grads.append(sum_rows(grad[part.rows], part, counts))
+        b1_grad, b2_grad = (join(grads) if ctx.biased else None for grads in (b1_grads, b2_grads))
+        return join(x_grads), w1_grad, b1_grad, w2_grad, b2_grad, None, None, None
 
 
 class Part(NamedTuple):
@@ -139,13 +141,24 @@ def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x
     return weight_grad
 
 
+def add_bias(x: Tensor, bias: Tensor | None, part: Part, counts: Tensor) -> Tensor:
+    """Rows of x (M, N) of the part's experts plus their expert's row of bias (E, N), if there is one. No host sync."""
+    if bias is None:
+        return x
+    bias, counts = bias[part.experts], counts[part.experts]
+    if part.ends is None:
+        return (x.view(len(bias), len(x) // len(bias), x.shape[1]) + bias[:, None]).view_as(x)
+    return x + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+
+
 def sum_rows(x: Tensor, part: Part, counts: Tensor) -> Tensor:
-    """Rows of x (M, N) of the part's experts, summed over each expert's: (experts, N)."""
+    """Rows of x (M, N) of the part's experts, summed over each expert's: (experts, N). Added up in fp32, however many they are."""
     counts = counts[part.experts]
     if part.ends is None:
         return x.view(len(counts), len(x) // len(counts), x.shape[1]).sum(1)
-    experts = torch.arange(len(counts), device=x.device).repeat_interleave(counts, output_size=len(x))
-    return x.new_zeros(len(counts), x.shape[1]).index_add_(0, experts, x)
+    each = torch.arange(len(counts), device=x.device)
+    own = each[:, None] == each.repeat_interleave(counts, output_size=len(x))
+    return own.to(x.dtype) @ x  # a GPU's index_add would round every single sum to bf16
 
 
 def per_expert(x: Tensor, matrices: Tensor) -> Tensor:

@@ -96,10 +96,11 @@ def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assi
     """
     pools, tokens, experts = scores.shape
     weights, chosen = best(scores.transpose(1, 2), places(tokens, experts, capacity))  # (P, E, C)
+    if config.renormalise:
+        kept = torch.zeros_like(scores.transpose(1, 2)).scatter(2, chosen, weights)
+        weights = weights / kept.sum(1, keepdim=True).expand_as(kept).gather(2, chosen)  # an index_add rounds anew on every run of a GPU
     index = chosen + torch.arange(0, pools * tokens, tokens, device=scores.device)[:, None, None]
     index, weights = (part.transpose(0, 1).reshape(-1) for part in (index, weights))
-    if config.renormalise:
-        weights = weights / torch.zeros_like(scores[..., 0]).view(-1).index_add(0, index, weights).gather(0, index)
     if config.route_scale != 1:
         weights = weights * config.route_scale
     counts = torch.full((experts,), len(index) // experts, device=scores.device)

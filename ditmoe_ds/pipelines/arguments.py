@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 def add_opening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
     parser.add_argument("--text-encoder", help="likewise")
-    parser.add_argument("--weights", default="ema", help="ema, master (the raw weights) or one average by name: ema_0.999")
+    add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", default="ema", help="of a run: ema, master (the raw weights) or one average by name: ema_0.999")
 
 
 def open_named(arguments: argparse.Namespace) -> "Run":

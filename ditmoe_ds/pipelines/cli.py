@@ -133,16 +133,22 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
     Raises:
         ConfigError: the two do not go together; and as ``open_run``.
     """
+    from ditmoe_ds.distributed.weights import differently_encoded
     from ditmoe_ds.pipelines.run import open_run
 
+    if arguments.compile and arguments.offload_experts:
+        raise ConfigError("--compile", True, "compiled blocks cannot wait for weights from the host; leave it or --offload-experts out")
     how = dict(text_encoder=arguments.text_encoder, vae=arguments.vae, dtype=arguments.dtype, offload_experts=arguments.offload_experts)
     paths = [arguments.run_dir, *filter(None, [arguments.autoguidance])]
     runs = [open_run(path, arguments.weights, group=group, **how) for path in paths]
     run, weak = runs[0], runs[1] if len(runs) > 1 else None
     if weak:
-        same = ("num_classes", "text_width", "in_channels")
-        if weak.diffusion != run.diffusion or any(getattr(weak.model.config, key) != getattr(run.model.config, key) for key in same):
-            raise ConfigError("--autoguidance", arguments.autoguidance, "trained with another objective, VAE or condition")
+        pairs = {name: (getattr(run.diffusion, name), getattr(weak.diffusion, name)) for name in ("objective", "time_scale")}
+        for name in ("num_classes", "text_width", "in_channels"):
+            pairs[name] = getattr(run.model.config, name), getattr(weak.model.config, name)
+        differences = [f"{name}: {ours} -> {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+        if difference := next(iter(differences), None) or differently_encoded(run.latents, weak.latents):
+            raise ConfigError("--autoguidance", arguments.autoguidance, f"its model was trained otherwise; {difference}")
     channels = run.model.config.in_channels
     if arguments.guided_channels is not None and not 1 <= arguments.guided_channels <= channels:
         raise ConfigError("--guided-channels", arguments.guided_channels, f"the latents have {channels}")

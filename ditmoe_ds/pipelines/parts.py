@@ -18,6 +18,7 @@ def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> Non
     """Write into the file ``note`` what the images of ``place`` are; where it is there already, compare.
 
     Args:
+        settings: a ``checkpoint`` among them is the path of weights that are known by their sha256, and not compared.
         key: what the user calls ``place``.
 
     Raises:
@@ -27,7 +28,7 @@ def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> Non
     if note.is_file():
         found = json.loads(note.read_text())
         for name, value in settings.items():
-            if found.get(name) != value:
+            if _without_paths(found.get(name)) != _without_paths(value) and name != "checkpoint":
                 fix = f"begun with {name} {found.get(name)!r}, not {value!r}; repeat its settings or choose another"
                 raise ConfigError(key, str(place), fix)
     elif place.is_file() or (place.is_dir() and any(place.iterdir())):
@@ -35,6 +36,10 @@ def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> Non
     else:
         note.parent.mkdir(parents=True, exist_ok=True)
         write(note, json.dumps(settings, indent=1) + "\n")
+
+
+def _without_paths(setting: Any) -> Any:
+    return {key: value for key, value in setting.items() if key != "checkpoint"} if isinstance(setting, dict) else setting
 
 
 def write(path: Path, text: str) -> None:

@@ -140,11 +140,10 @@ class DiTMoEPipeline(_Pipeline):
 
     def __call__(self, class_labels: int | Sequence[int], **options: Any) -> Any:
         """Sample one image per label, of 0..num_classes - 1; options and errors as ``_sample``."""
-        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-        classes = self.transformer.dit.config.num_classes
-        if wrong := [label for label in labels if not isinstance(label, int) or not 0 <= label < classes]:
-            raise ConfigError("--classes", wrong[0], f"classes are 0..{classes - 1}")
-        return self._sample(labels, **options)
+        labels, classes = torch.as_tensor(class_labels), self.transformer.dit.config.num_classes
+        if labels.is_floating_point() or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
+            raise ConfigError("class_labels", class_labels, f"classes are 0..{classes - 1}")
+        return self._sample(labels.view(-1).tolist(), **options)
 
 
 class ECDiTPipeline(_Pipeline):

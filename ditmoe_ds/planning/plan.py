@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from ditmoe_ds.distributed.memory import Memory, training_memory
-from ditmoe_ds.models.sizes import macs, recomputed_macs, uncut_macs
+from ditmoe_ds.models.sizes import expert_macs, macs, recomputed_macs, uncut_macs
 from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Layers, Shape, layers
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
@@ -141,6 +141,13 @@ class Plan:
         return 2.0 * recomputed_macs(job.model, job.patches, job.text, self.shape.recompute) * self._images
 
     @property
+    def empty_flops(self) -> float:
+        """Of a rank's experts, for places that no token takes: what token choice computes for a capacity factor above 1; no progress."""
+        job, model, times = self.job, self.job.model, 8.0 if self.shape.recompute is True else 6.0
+        factor = model.router.capacity_factor if model.routing == "token" else None
+        return times * expert_macs(model, job.patches) * max((factor or 1.0) - 1, 0.0) * self._images
+
+    @property
     def alike_flops(self) -> float:
         """What a rank computes beyond its share as the others of its tensor-parallel group do, for what is not cut; no progress."""
         job, times = self.job, 8.0 if self.shape.recompute is True else 6.0
@@ -151,7 +158,7 @@ class Plan:
         """Of one step, by part; they add up to ``step_seconds``."""
         gpu, assumed = self.cluster.gpu, self.assumptions
         peak = gpu.tflops * 1e12 * assumed.mfu * (1 if self.job.precision == "bf16" else 0.5)
-        forward, compute = self.flops / 3 / peak, (self.flops + self.recompute_flops) / peak
+        forward, compute = self.flops / 3 / peak, (self.flops + self.recompute_flops + self.empty_flops) / peak
         window = {"forward": forward, "backward": compute - forward, "last backward": (compute - forward) / self.accumulation, "alone": 0.0}
         waits = dict.fromkeys(window, 0.0)
         tokens = {"exchange tokens": 0.0, "sum tokens": 0.0}

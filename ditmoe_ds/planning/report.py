@@ -37,7 +37,7 @@ def as_json(plan: Plan, plans: list[Plan], objective: Objective) -> dict[str, An
 
 
 def _numbers(plan: Plan, own: Plan) -> dict[str, Any]:
-    keys = ("accumulation", "peak", "usable", "fits", "when", "memory", "flops", "recompute_flops", "alike_flops", "seconds")
+    keys = ("accumulation", "peak", "usable", "fits", "when", "memory", "flops", "recompute_flops", "empty_flops", "alike_flops", "seconds")
     numbers: dict[str, Any] = dict(asdict(plan.shape), gpus=plan.cluster.world, overrides=overrides(plan, own.shape.tensor))
     numbers |= {key: getattr(plan, key) for key in (*keys, "step_seconds", "mfu", "images_per_second", "days", "gpu_hours")}
     return numbers | dict(activations=plan.activations.parts, traffic=[asdict(flow) for flow in plan.traffic])
@@ -111,6 +111,7 @@ def _time(plan: Plan) -> list[str]:
     lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in shown.items()]
     lines.append(f"  {'step':<40}{plan.step_seconds:>8.3f}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
     again = f" and {plan.recompute_flops / 1e12:,.1f} again" if plan.recompute_flops else ""
+    again += f" and {plan.empty_flops / 1e12:,.1f} for places that no token takes" if plan.empty_flops else ""
     again += f" and {plan.alike_flops / 1e12:,.1f} as others do" if plan.alike_flops else ""
     lines.append(
         f"  {plan.flops / 1e12:,.1f} TFLOP a GPU{again}; {job.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"

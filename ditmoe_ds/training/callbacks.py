@@ -69,28 +69,28 @@ class Validation:
 
     def __init__(self, plan: Plan):
         self.dataset = plan.open_heldout()
-        self.count = min(plan.recipe.train.validate_samples, len(self.dataset))
+        self.samples = self.dataset.spread(plan.recipe.train.validate_samples)
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.validate_every, train.steps):
             return
-        items, answered = share_out(self.count)
+        items, answered = share_out(len(self.samples))
         sums = torch.zeros(len(VALIDATION_TIMES), dtype=torch.float64, device=trainer.device)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine), torch.no_grad():
             for first in range(0, len(items), trainer.plan.batch.micro):
                 part = items[first : first + trainer.plan.batch.micro]
                 counts = (torch.arange(first, first + len(part)) < answered).double()
-                sums += (self._losses(trainer, part).cpu() * counts).sum(1).to(sums.device)
+                sums += (self._losses(trainer, [self.samples[i] for i in part]).cpu() * counts).sum(1).to(sums.device)
         trainer.engine.train()
         dist.all_reduce(sums)
-        record["val_loss_at_t"] = (sums / self.count).tolist()
+        record["val_loss_at_t"] = (sums / len(self.samples)).tolist()
         record["val_loss"] = sum(record["val_loss_at_t"]) / len(sums)
 
-    def _losses(self, trainer: TrainerView, items: list[int]) -> torch.Tensor:
-        """(times, items) losses."""
-        batch = self.dataset.batch(items)
+    def _losses(self, trainer: TrainerView, samples: list[int]) -> torch.Tensor:
+        """(times, samples) losses."""
+        batch = self.dataset.batch(samples)
         x0 = batch.latents.to(trainer.device)
         told = trainer.conditioner
         condition = told.unpack(told.pack(told.told(batch)), trainer.device)
@@ -100,8 +100,8 @@ class Validation:
 
         rows = []
         for k, t in enumerate(VALIDATION_TIMES):
-            noise = torch.stack([torch.randn(x0.shape[1:], generator=keyed_generator("validation", i, k)) for i in items])
-            rows.append(trainer.objective.loss(predict, x0, x0.new_full((len(items),), t), noise.to(x0.device)))
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=keyed_generator("validation", i, k)) for i in samples])
+            rows.append(trainer.objective.loss(predict, x0, x0.new_full((len(samples),), t), noise.to(x0.device)))
         return torch.stack(rows)
 
 

@@ -18,7 +18,7 @@ from ditmoe_ds.distributed.checkpoint import CheckpointConfig, newest_index
 from ditmoe_ds.distributed.ema import EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
-from ditmoe_ds.distributed.weights import Weights, open_weights
+from ditmoe_ds.distributed.weights import Weights, differently_encoded, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
@@ -169,7 +169,8 @@ class Plan:
         if self.model.num_classes:
             return [i % self.model.num_classes for i in range(count)]
         heldout = self.open_heldout()
-        return list(conditioner.told(heldout.batch([i % len(heldout) for i in range(count)])))
+        samples = heldout.spread(count)
+        return list(conditioner.told(heldout.batch([samples[i % len(samples)] for i in range(count)])))
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
@@ -231,6 +232,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
             raise ConfigError(name, number, f"must be {fix}")
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb", True, "needs package wandb; pip install wandb")
+    if recipe.train.profile and recipe.train.steps < 6:
+        raise ConfigError("train.steps", recipe.train.steps, "train.profile traces the fourth to the sixth step; set at least 6")
     if recipe.data.workers < 0:
         raise ConfigError("data.workers", recipe.data.workers, "must be at least 0, which loads in the training process")
     if not 0 <= recipe.train.mask_ratio <= 0.75:
@@ -346,13 +349,9 @@ def _commonest_shape(manifest: Manifest) -> tuple[int, ...]:
 
 def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:
     """Refuse data of another VAE or text encoder than the starting weights', as far as those know theirs."""
-    ours = plan.describe()["latents"]
-    pairs = {key: (ours[key], theirs.get(key)) for key in ("scaling_factor", "shift_factor", "vae_sha256")}
-    pairs["text.sha256"] = ours.get("text", {}).get("sha256"), theirs.get("text", {}).get("sha256")
-    for key, (mine, known) in pairs.items():
-        if None not in (mine, known) and mine != known:
-            fix = f"{key}: {mine} -> {known} of model.weights={plan.recipe.model.weights!r}; encode as the data that they were trained on"
-            raise ConfigError("data.manifest", plan.recipe.data.manifest, fix)
+    if difference := differently_encoded(plan.describe()["latents"], theirs):
+        fix = f"{difference} of model.weights={plan.recipe.model.weights!r}; encode as the data that they were trained on"
+        raise ConfigError("data.manifest", plan.recipe.data.manifest, fix)
 
 
 def named_network(given: ModelConfig) -> DiTConfig:
