@@ -18,7 +18,7 @@ SOURCE = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a user's mistake or a full disk, told in one line on stderr."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
     try:
         # Imported once the arguments are known to be right: torch and diffusers take seconds.
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of everything that ``ditmoe-data`` takes."""
     parser = argparse.ArgumentParser(prog="ditmoe-data", description="Prepare latents for training.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--text-max-tokens", type=_positive, default=77, help="longer captions are cut")
     encode.add_argument("--classes", type=_positive, help="of wds and hf: number of classes; None counts to the largest label")
     encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")
-    encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: a SLURM array's task, a torchrun rank, 0/1")
+    encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: a SLURM array's task, a process's rank")
     rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of images that may be unreadable")
     encode.add_argument("--max-rejected", **rejected)
 

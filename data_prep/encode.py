@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from data_prep.ahead import ahead
 from data_prep.finalize import finalize
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
-from data_prep.units import Rejection, Request, UnitWriter, claim, load_record, worker_from_environment, write_text
+from data_prep.units import Rejection, Request, UnitWriter, claim, device_of_rank, load_record, worker_from_environment, write_text
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, sha256
 from ditmoe_ds.latents.text import load_text_encoder
@@ -205,8 +204,7 @@ class _Encoder:
 
     def __init__(self, request: Request):
         self.request = request
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        self.device = device_of_rank()
         self.vae = load_vae(request.vae, self.device)
         self.text = load_text_encoder(request.text, request.text_max_tokens, self.device) if request.text else None
         self.text_width = self.text.width if self.text else 0

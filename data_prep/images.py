@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ditmoe_ds.errors import DataError
 
@@ -19,6 +19,22 @@ Size = tuple[int, int]
 
 # A list, since Pillow would hand PostScript to an interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
+
+_UPRIGHT = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+    )
+)
 
 
 def size_names(sizes: Sequence[Size]) -> str:
@@ -51,12 +67,18 @@ def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarr
             if isinstance(image, np.ndarray):
                 return crop(Image.fromarray(image).convert("RGB"), sizes)
             with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-                return crop(rgb(ImageOps.exif_transpose(opened)), sizes)  # the way up that a camera noted
+                return crop(rgb(upright(opened)), sizes)
     except UnidentifiedImageError:
         return "empty file" if not len(image) else f"not an image ({', '.join(FORMATS)})"
     except Exception as error:  # bytes from anywhere: each format's decoder fails in its own ways
         # The same words on each run: no addresses.
         return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The way up that a camera noted. Pillow's own function writes all of the note anew, and fails where another line of it is odd."""
+    way = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if way is None else image.transpose(way)
 
 
 def rgb(image: Image.Image) -> Image.Image:

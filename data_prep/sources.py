@@ -20,6 +20,8 @@ from ditmoe_ds.errors import ConfigError, DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 # What a tar calls an image, the first that a sample has.
 MEMBERS = ("jpg", "jpeg", "png", "webp", "image", "img")
+LABELS = 1_000_000
+"""Most classes: a manifest lists them all, and an id of another kind would fill the memory."""
 FLIP = "-flip"
 """Ends the key of a mirrored copy."""
 
@@ -132,14 +134,17 @@ def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
             if any(part.startswith(".") for part in path.relative_to(root).parts):  # a file manager's, a notebook's, an unfinished class
                 continue
             if path.suffix.lower() not in SUFFIXES:
-                others += path.is_file()
+                others += path.is_file() or path.is_symlink()
             else:
                 origin = path.relative_to(root).as_posix()
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
                 key = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=12).hexdigest()
                 items.append(Item(key, label, None, origin, path))
     if others:
-        print(f"--source={name!r}: {others} files are no images ({', '.join(SUFFIXES)}) in a class's folder, and left out", file=sys.stderr)
+        print(
+            f"--source={name!r}: {others} files are no images ({', '.join(SUFFIXES)}) in a class's folder, or linked folders; left out",
+            file=sys.stderr,
+        )
     if not items:
         raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
     return tuple(classes), items
@@ -182,7 +187,12 @@ def _members(url: str) -> Iterator[dict[str, Any]]:
                 content = archive.extractfile(member)
                 assert content
                 yield dict(fname=member.name, data=content.read(), __url__=url)
+            elif member.islnk() or member.issym():
+                raise tarfile.ReadError(f"{member.name} is a link; write the tar with --dereference --hard-dereference")
             archive.members = []  # type: ignore[attr-defined] # else it remembers all
+        while behind := archive.fileobj.read(1 << 20):  # type: ignore[union-attr]
+            if behind.strip(b"\0"):
+                raise tarfile.ReadError("it goes on behind its mark of the end, as joined tars do; name them one by one")
 
 
 def _tar(url: str) -> Iterator[Item]:
@@ -247,7 +257,7 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
 
 
 def _check(label: object, caption: object, where: str) -> None:
-    if label is not None and (type(label) is not int or label < 0):
-        raise DataError(f"{where} has label {label!r}; labels are whole numbers from 0")
+    if label is not None and (type(label) is not int or not 0 <= label < LABELS):
+        raise DataError(f"{where} has label {label!r}; labels are whole numbers from 0 to {LABELS - 1}")
     if caption is not None and not isinstance(caption, str):
         raise DataError(f"{where} has a caption of type {type(caption).__name__}; a caption is one string")

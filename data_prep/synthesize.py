@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from data_prep.progress import Progress
-from data_prep.units import claim, worker_from_environment
+from data_prep.units import claim, device_of_rank, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.rng import keyed_generator
 
@@ -67,12 +67,12 @@ def synthesize(
     if not todo:
         print(f"{out}: already complete")
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of_rank()
     made, score = _load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None
     candidates = math.ceil(per_class / keep)
     with Progress("synthesize", "images", candidates * len(todo)) as progress:
         for folder in todo:
-            text = prompt.format(names[folder])
+            text = prompt.replace("{}", names[folder])
             images: list[Image.Image] = []
             scores: list[float | None] = []
             for first in range(0, candidates, batch):

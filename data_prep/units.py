@@ -242,20 +242,29 @@ def write_text(path: Path, text: torch.Tensor) -> None:
 
 
 def worker_from_environment() -> tuple[int, int]:
-    """(i, n) of a SLURM array's task or a torchrun rank; (0, 1) if this process is alone.
+    """(i, n) of a SLURM array's task, of a rank of torchrun or srun, or of such a rank in a task; (0, 1) if this process is alone.
 
     Raises:
         ConfigError: the numbers of an array's tasks have gaps.
     """
-    environment = os.environ
+    environment, worker, count = os.environ, 0, 1
     if "SLURM_ARRAY_TASK_COUNT" in environment:
         number, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
         first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", 0)), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
         worker = (number - first) // step
         if not 0 <= worker < count:
             raise ConfigError("SLURM_ARRAY_TASK_ID", number, f"the array has gaps; give --worker i/{count}")
-        return worker, count
-    return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    names = ("RANK", "WORLD_SIZE") if "RANK" in environment or "SLURM_STEP_ID" not in environment else ("SLURM_PROCID", "SLURM_NTASKS")
+    rank, ranks = (int(environment.get(name, default)) for name, default in zip(names, (0, 1), strict=True))
+    return worker * ranks + rank, count * ranks
+
+
+def device_of_rank() -> str:
+    """The GPU of this process among those of its node, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def _process() -> str:

@@ -18,6 +18,10 @@ class ConfigError(UserError):
         super().__init__(f"{key}={value!r}: {fix}")
         self.key, self.value, self.fix = key, value, fix
 
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        """For a loader's process, which hands it to the rank."""
+        return type(self), (self.key, self.value, self.fix)
+
 
 class DataError(UserError):
     """A latent folder, shard or image source that is missing, damaged or unsafe."""

@@ -213,7 +213,13 @@ def test_the_worker_is_found_in_the_environment(monkeypatch):
     assert worker_from_environment() == (3, 4)
     for name, value in (("ID", 6), ("COUNT", 3), ("MIN", 2), ("STEP", 2)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert worker_from_environment() == (11, 12)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
     assert worker_from_environment() == (2, 3)
+    for name, value in (("STEP_ID", 0), ("PROCID", 1), ("NTASKS", 2)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert worker_from_environment() == (5, 6)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "9")
     with pytest.raises(ConfigError, match="gaps"):
         worker_from_environment()
@@ -229,6 +235,14 @@ def test_a_data_folder_moves_together_with_its_vae(inputs, tmp_path):
         assert Manifest.load(tmp_path / "moved" / "data" / "manifest.json").vae == str(tmp_path / "moved" / "vae")
     finally:
         (tmp_path / "moved" / "vae").rename(inputs / "vae")
+
+
+def test_a_folder_called_by_a_dot(inputs, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(inputs / "vae", tmp_path / "vae")
+    monkeypatch.chdir(tmp_path / "data")
+    encode(f"folder:{inputs / 'images'}", str(tmp_path / "vae"), ".", **SETTINGS)
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["vae"] == "../vae"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -308,7 +322,9 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_continues(inputs, encoded, 
 def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind, capsys):
     write_text_encoder(tmp_path / kind, kind)
     captions = ["a red square", "", "a a a a a a a a a a"]
+    half_an_emoji = b'{"caption": "red \\ud83d"}'
     entries = [{"__key__": f"k{i}", "png": png(i), "txt": captions[i % 3].encode()} for i in range(9)]
+    entries.append({"__key__": "k9", "png": png(9), "json": half_an_emoji})
     write_tar(tmp_path / "in.tar", entries)
     out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path / 'in.tar'}", text=str(tmp_path / kind), text_max_tokens=8, flip_copies=True)
     said = capsys.readouterr().out
@@ -337,6 +353,8 @@ def write_text_encoder(folder: Path, kind: str) -> None:
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, eos_token_id=1, pad_token_id=0))
     elif kind == "bert":
         model = transformers.BertModel(transformers.BertConfig(**size))
+    elif kind == "roberta":
+        model = transformers.RobertaModel(transformers.RobertaConfig(**size, pad_token_id=1))
     else:
         model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=6, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     model.save_pretrained(folder)
@@ -346,6 +364,10 @@ def test_too_many_tokens_for_a_text_encoder(inputs, tmp_path):
     write_text_encoder(tmp_path / "bert", "bert")
     with pytest.raises(ConfigError, match="at most 16"):
         load_text_encoder(str(tmp_path / "bert"), 17, "cpu")
+    write_text_encoder(tmp_path / "roberta", "roberta")
+    with pytest.raises(ConfigError, match="at most 14"):
+        load_text_encoder(str(tmp_path / "roberta"), 15, "cpu")
+    assert len(load_text_encoder(str(tmp_path / "roberta"), 14, "cpu")(["a " * 20])[0]) == 14
     with pytest.raises(DataError, match="readable text encoder"):
         load_text_encoder(str(inputs / "vae"), 8, "cpu")
 

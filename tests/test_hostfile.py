@@ -14,7 +14,10 @@ from hosts import NETWORK, hosts, missing
 from latents import write_latents
 from processes import ROOT, demo_on, losses, until_step
 
+from ditmoe_ds.cli import main
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.launching import hosts as hosts_of_launching
+from ditmoe_ds.launching.hostfile import _repeat
 from ditmoe_ds.launching.hosts import read_hostfile
 
 STEPS = 30
@@ -149,6 +152,46 @@ def test_hosts_that_cannot_be_used_are_told(start, overrides, tmp_path):
     assert "host hots2: ssh cannot reach it: ssh: Could not resolve hostname hots2" in output
     assert f"host {NETWORK}.99: ssh cannot reach it: ssh: connect to host {NETWORK}.99 port 22" in output
     assert not (tmp_path / "run").exists()
+    (tmp_path / "hostfile").write_text("host1 slots=1\n")
+    lock = tmp_path / "extensions" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    job = start(tmp_path / "run", "--env", f"TORCH_EXTENSIONS_DIR={tmp_path / 'extensions'}", *overrides)
+    output, _ = job.communicate(timeout=300)  # what a host says of itself is of the environment that it will have
+    assert job.returncode == 2 and f"host1: {lock} is left" in output, output
+
+
+@pytest.mark.parametrize("reader", ["listens", "has gone"])
+def test_any_output_of_a_host_is_read_to_its_end(reader, monkeypatch, capsys):
+    """Its processes would stand still otherwise."""
+
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    worker = "import sys; sys.stdout.buffer.write(b'caf\\xe9\\n' + b'x' * 300_000 + b'\\nend\\n')"
+    process = hosts_of_launching.start(None, [sys.executable, "-c", worker], {})
+    if reader == "has gone":
+        monkeypatch.setattr(sys, "stdout", Closed())
+    _repeat("here", process)
+    assert process.wait(30) == 0
+    if reader == "listens":
+        said = capsys.readouterr().out.splitlines()
+        assert (said[0], said[-1]) == ("here: caf\ufffd", "here: end")
+
+
+def test_a_launch_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "hostfile").write_text("host1 slots=1\n")
+    command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", str(tmp_path / "hostfile")]
+    for arguments, says in (
+        (["--min-nodes", "2"], "--min-nodes=2: the hostfile has 1"),
+        (["--env", "CUDA_VISIBLE_DEVICES=2"], "first GPUs"),
+    ):
+        assert main([*command, *arguments]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_a_command_that_does_not_end_when_asked_is_killed(tmp_path):

@@ -182,6 +182,9 @@ def test_restarts_end_when_nothing_comes_of_them(tmp_path):
     assert not again
     assert "3 starts in a row ended at no checkpoint" in why
     assert end(1, job="8")[0]  # another job begins anew
+    with (tmp_path / "restarts.jsonl").open("a") as file:
+        file.write('{"job": "8", "sav')  # the node ended in the midst of it
+    assert end(1, job="8")[0]
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step_00000100")
     assert end(1) == (True, "started again from step_00000100: ended with 1")

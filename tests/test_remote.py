@@ -121,6 +121,32 @@ def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, mo
         dataset[0]
 
 
+def test_other_files_in_the_caches_folder_stay(folder, url, tmp_path):
+    (tmp_path / "cache" / "more").mkdir(parents=True)
+    (tmp_path / "cache" / "thesis.tex").write_text("years of work")
+    os.utime(tmp_path / "cache" / "thesis.tex", (0, 0))
+    dataset = LatentDataset([Manifest.load(f"{url}/")], "train", cache=remote.Cache(tmp_path / "cache", 1))
+    assert len({dataset.key(i) for i in range(20)}) == 20 and len(list((tmp_path / "cache").glob("*.tar"))) == 1
+    assert (tmp_path / "cache" / "thesis.tex").is_file() and (tmp_path / "cache" / "more").is_dir()
+
+
+def test_a_damaged_copy_is_fetched_again(folder, url, tmp_path):
+    """As after a power cut; once. What is damaged where it comes from is refused as before."""
+    here = LatentDataset([Manifest.load(folder)], "train")
+    for pattern, size in (("*.tar", 0), ("*.npy", 3)):
+        dataset = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
+        assert dataset.key(0)
+        for file in (tmp_path / "cache").glob(pattern):
+            os.truncate(file, size)
+        again = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
+        assert torch.equal(again[0].latent, here[0].latent)
+        for file in (tmp_path / "cache").glob(pattern):
+            os.truncate(file, size)
+        again._reader.cache_clear()
+        with pytest.raises(DataError):
+            again[0]
+
+
 def test_a_cut_index_is_fetched_again(folder, url, tmp_path):
     Handler.cutting |= {"train-000000.index.npy"}
     dataset = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))

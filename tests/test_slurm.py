@@ -14,6 +14,7 @@ from latents import write_latents
 from processes import ROOT, demo_on, launch, losses, until_step
 from slurm import cluster, missing, state
 
+from ditmoe_ds.cli import main
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in
 
@@ -128,6 +129,15 @@ def test_an_array_encodes_and_can_be_finalized(slurm, inputs, tmp_path):
     job = re.search(r"^job (\d+): 2 workers", done.stdout)[1]
     wait_for(job, slurm, "COMPLETED")
     wait_for(f"{job}_1", slurm, "COMPLETED")
+    before = sorted(path.name for path in (out / "units").iterdir())
+    (out / "manifest.json").unlink(missing_ok=True)
+    lost = before[1]  # of the second worker, which alone is submitted again
+    (out / "units" / lost).unlink()
+    command = ["sbatch", "--parsable", "--array=1", str(tmp_path / "scripts" / "encode_array.sbatch")]
+    job = subprocess.run(command, env=slurm, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    wait_for(f"{job}_1", slurm, "COMPLETED")
+    assert sorted(path.name for path in (out / "units").iterdir()) == before
+    assert "worker 1 of 2" in (tmp_path / "scripts" / f"encode-{job}_1.log").read_text()
     finalized = subprocess.run(
         [sys.executable, "-m", "data_prep.cli", "finalize", str(out)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -146,8 +156,24 @@ def test_a_filled_in_script_is_the_plain_one_with_its_arguments():
     first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
     assert text.endswith(plain[plain.index("set -uo pipefail") :])
-    with pytest.raises(ConfigError, match="--account"):
-        fill_in(plain, {"account": "x\n#SBATCH --wrap=evil"}, {}, [])
+    assert "#SBATCH --constraint=a100|h100" in fill_in(plain, {"constraint": "a100|h100"}, {}, []).splitlines()
+    for bad in ("x\n#SBATCH --wrap=evil", "two words", 'a"', "a#b"):
+        with pytest.raises(ConfigError, match="--account"):
+            fill_in(plain, {"account": bad}, {}, [])
+
+
+def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
+    train = ["launch", "slurm", "recipes/digits.yaml", "--nodes", "1"]
+    for arguments, says in (
+        ([*train, "--gpus-per-node", "-2"], "--gpus-per-node=-2: at least 0"),
+        ([*train, "--gpus-per-node", "1", "--signal-seconds", "-5"], "--signal-seconds=-5: at least 1"),
+        (["launch", "slurm-array", "--workers", "0", "--", "--source"], "--workers=0: at least 1"),
+    ):
+        assert main(arguments) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["launch", "slurm-array", "--workers", "2", "--out", str(tmp_path / "x"), "--", "--sourc", "folder:a", "--vea", "b"])
+    assert "--vae" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_containers():
@@ -171,13 +197,15 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
         "qos=high",
         "--sbatch",
         "exclusive",
+        "--sbatch",
+        "mem_per_cpu=4G",
         "--dry-run",
     ]
     done = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=1-2" in done.stdout
     assert "#SBATCH --ntasks-per-node=2" in done.stdout
-    assert "#SBATCH --qos=high\n#SBATCH --exclusive\n" in done.stdout
+    assert "#SBATCH --qos=high\n#SBATCH --exclusive\n#SBATCH --mem-per-cpu=4G\n" in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
     assert not (tmp_path / "run").exists()
     options[1] = "1-4"  # SLURM would never take more nodes than the least has tasks

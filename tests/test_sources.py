@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -60,6 +61,7 @@ def test_tars_as_a_source(inputs, tmp_path):
 def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
     write_tar(tmp_path / "no-image.tar", [{"__key__": "a", "cls": b"1"}])
     write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
+    write_tar(tmp_path / "huge-label.tar", [{"__key__": "a", "png": png(), "cls": b"20000000"}])
     write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
     write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
     write_tar(tmp_path / "captions.tar", [{"__key__": "a", "png": png(), "json": b'{"caption": ["one", "two"]}'}])
@@ -67,6 +69,7 @@ def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
     mistakes = {
         "no-image.tar": "has no image",
         "odd-label.tar": "label -1",
+        "huge-label.tar": "label 20000000; labels are whole numbers from 0 to 999999",
         "no-label.tar": "cannot be read",
         "cut.tar": "to its end",
         "captions.tar": "one string",
@@ -99,6 +102,23 @@ def test_a_tar_that_ends_too_early_is_named(tmp_path):
             print(name, len(list(open_source(f"wds:{tmp_path}/damaged.tar").items())))
 
 
+def test_a_tar_that_would_lose_samples_is_named(tmp_path):
+    write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(3)])
+    content = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "joined.tar").write_bytes(content * 2)
+    with pytest.raises(DataError, match="behind its mark of the end"):
+        list(open_source(f"wds:{tmp_path}/joined.tar").items())
+    (tmp_path / "padded.tar").write_bytes(content + bytes(3_000_000))
+    assert len(list(open_source(f"wds:{tmp_path}/padded.tar").items())) == 3
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "linked.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+        tar.add(tmp_path / "b.png", "b.png")
+    with pytest.raises(DataError, match="b.png is a link"):
+        list(open_source(f"wds:{tmp_path}/linked.tar").items())
+
+
 def test_folders_as_a_source(tmp_path, capsys):
     for name in ("ant/1.png", "ant/2.bmp", "ant/.hidden.png", ".ant.partial/1.png", "cat/1.png", "cat/notes.txt", "loose.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -107,17 +127,26 @@ def test_folders_as_a_source(tmp_path, capsys):
     assert source.class_names == ("ant", "cat")
     assert [(item.origin, item.label) for item in source.items()] == [("ant/1.png", 0), ("ant/2.bmp", 0), ("cat/1.png", 1)]
     assert "2 files are no images" in capsys.readouterr().err
+    (tmp_path / "ant" / "linked").symlink_to(tmp_path / "cat")
+    assert len(list(open_source(f"folder:{tmp_path}").items())) == 3
+    assert "3 files are no images" in capsys.readouterr().err
 
 
 def test_images_stand_as_the_camera_was_held(tmp_path):
     picture = np.zeros((16, 16, 3), dtype=np.uint8)
     picture[:8] = 255  # white above
+    picture[8:, :8] = 90  # and no axis of symmetry
     turned = Image.fromarray(np.rot90(picture).copy())
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    turned.save(tmp_path / "turned.png", exif=exif)
-    [found] = decode_images([tmp_path / "turned.png"], [(16, 16)])
-    assert (found == picture).all()
+    for way in range(1, 9):
+        entries = struct.pack(">HHIHxx", 0x0112, 3, 1, way) + struct.pack(">HHI4s", 0x011A, 2, 4, b"odd")  # a resolution that is none
+        turned.save(tmp_path / f"{way}.png", exif=b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4))
+    ways = decode_images([tmp_path / f"{way}.png" for way in range(1, 9)], [(16, 16)])
+    assert (ways[5] == picture).all()  # turned by 90 degrees clockwise
+    plain = np.asarray(turned)
+    for way, image in enumerate(ways, 1):  # as exif.org names them: where the first row and column of what is stored belong
+        stored = {1: plain, 2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.transpose(1, 0, 2)}
+        stored |= {6: np.rot90(plain, -1), 7: np.rot90(plain, 2).transpose(1, 0, 2), 8: np.rot90(plain)}
+        assert (image == stored[way]).all()
 
 
 def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):

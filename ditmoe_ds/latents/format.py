@@ -129,7 +129,7 @@ class Manifest:
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
         """
         there = remote.is_url(str(path))
-        file = str(path) if str(path).endswith(".json") else f"{path}/manifest.json"
+        file = str(path) if str(path).endswith(".json") else f"{str(path).rstrip('/')}/manifest.json"
         root = file.rpartition("/")[0] if there else str(Path(file).parent.resolve())
         try:
             tree = json.loads(remote.read(file) if there else Path(file).read_text())
@@ -161,11 +161,8 @@ class Manifest:
 
     def save(self) -> None:
         """Write ``manifest.json`` into ``root``, in one rename: a folder with a manifest is finished."""
-        root = Path(self.root)
-        beside = root.resolve().parent
-        near = self._with_folders(
-            lambda folder: os.path.relpath(folder, beside / root.name) if Path(folder).is_relative_to(beside) else folder
-        )
+        root = Path(self.root).resolve()
+        near = self._with_folders(lambda folder: os.path.relpath(folder, root) if Path(folder).is_relative_to(root.parent) else folder)
         tree = dataclasses.asdict(near)
         del tree["root"]
         partial = root / "manifest.json.partial"
@@ -323,16 +320,18 @@ class ShardReader:
         self.path, self.manifest, self.shape = path, manifest, shape
         index = index_path(path)
         try:
-            raw = index.read_bytes()
+            raw, size = index.read_bytes(), path.stat().st_size
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: is not there; {REMAKE}") from None
         except OSError as error:
-            raise DataError(f"{index}: no readable index ({error.strerror}); {REMAKE}") from None
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
         # As of tensors, the header is compared and not believed.
         count = (len(raw) - len(_npy_header((0,), "int64"))) // 8
         header = _npy_header((max(count, 0),), "int64")
         if count < 1 or raw[: len(header)] != header or len(raw) != len(header) + 8 * count:
             raise DataError(f"{index}: does not hold the starts of samples; {REMAKE}")
         starts = np.frombuffer(raw, "<i8", offset=len(header))
-        if starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] > path.stat().st_size:
+        if starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] > size:
             raise DataError(f"{index}: does not fit {path.name}; {REMAKE}")
         self.starts = starts
 
@@ -356,6 +355,8 @@ class ShardReader:
             finally:
                 os.close(file)
             return self._parse(raw)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # bytes from anywhere: each parser of them fails in its own ways
             raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {REMAKE}") from None
 

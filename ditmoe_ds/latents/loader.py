@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ class LatentDataset:
         listed = [(m, shard) for m in manifests for shard in m.split(split).shards]
         skipped = set()
         for name in skip:
-            named = [(m.root, shard.name) for m, shard in listed if name in (shard.name, f"{m.root}/{shard.name}")]
+            called = {name, os.path.realpath(name)}
+            named = [(m.root, shard.name) for m, shard in listed if called & {shard.name, f"{m.root}/{shard.name}"}]
             if len(named) != 1:
                 fix = f"of several data sets: write {named[0][0]}/{name}" if named else f"no such {split} shard in the manifest"
                 raise ConfigError("data.skip_shards", name, fix)
@@ -162,6 +164,7 @@ class LatentDataset:
                         f"{manifest.root}: split {split} has no latents of shape {shape}, which it is mixed with; encode it alike"
                     )
         self._ends = np.cumsum([shard.samples for _, shard in self.shards])
+        self._fetched_again: set[int] = set()
         self._reader = functools.lru_cache(maxsize=256)(self._open)
 
     def __len__(self) -> int:
@@ -206,9 +209,15 @@ class LatentDataset:
                 reader = self._reader(number)
                 return reader, reader.read(i - int(self._ends[number]) + len(reader))
             except (FileNotFoundError, DataError):
-                if not self.cache or (path.is_file() and index_path(path).is_file()):
+                if not (self.cache and remote.is_url(self.shards[number][0].root)):
                     raise
-                self._reader.cache_clear()  # another process made room
+                if path.is_file() and index_path(path).is_file():  # else another process made room
+                    if number in self._fetched_again:
+                        raise
+                    self._fetched_again.add(number)  # a copy may be damaged, as by a power cut; the download is checked
+                    path.unlink(missing_ok=True)
+                    index_path(path).unlink(missing_ok=True)
+                self._reader.cache_clear()
         manifest, shard = self.shards[number]
         fix = "other processes need the cache's room; raise data.cache_gb"
         raise DataError(f"{manifest.root}/{shard.name}: deleted from the cache before it was read, {remote.ATTEMPTS} times: {fix}")

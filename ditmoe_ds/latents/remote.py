@@ -19,6 +19,9 @@ from ditmoe_ds.errors import DataError
 ATTEMPTS = 6
 """With pauses of 1, 2, 4, 8 and 16 seconds."""
 
+_OURS = re.compile(r"[0-9a-f]{32}\.(tar|index\.npy)")
+"""What a cache holds, and may delete; its folder may have other files."""
+
 T = TypeVar("T")
 
 
@@ -58,6 +61,7 @@ class Cache:
         """The local copy, downloaded unless it is there. Another process may need its room before it is opened.
 
         Args:
+            name: 32 hexadecimal digits and .tar or .index.npy.
             check: raises OSError if a new one is damaged.
             beside: another name, which makes no room for this one.
 
@@ -86,7 +90,7 @@ class Cache:
     def _make_room(self, size: int, beside: str) -> None:
         ages, total = [], size
         for path in self.folder.iterdir():
-            if path.suffix not in (".lock", ".partial"):
+            if _OURS.fullmatch(path.name):
                 with contextlib.suppress(FileNotFoundError):  # another process makes room, too
                     stat = path.stat()
                     total += stat.st_size

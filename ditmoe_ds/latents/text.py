@@ -53,6 +53,8 @@ def load_text_encoder(
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
     positions = getattr(model.config, "max_position_embeddings", max_tokens)
+    if "roberta" in model.config.model_type:  # whose first position is the one behind the padding's
+        positions -= model.config.pad_token_id + 1
     if max_tokens > positions:
         raise ConfigError(keys[1], max_tokens, f"at most {positions} with this encoder")
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer, max_tokens, path_or_id, keys[1])
@@ -74,6 +76,7 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> list[Tensor]:
         """For each caption (tokens, width) bfloat16 on the CPU, without padding; an empty caption has its special tokens."""
+        captions = [caption.encode(errors="replace").decode() for caption in captions]  # some were cut in the middle of an emoji
         tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt").to(
             self.model.device
         )

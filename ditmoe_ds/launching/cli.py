@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli import parser as data_parser
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, submit
@@ -73,7 +74,7 @@ def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str |
     options: dict[str, str | int | None] = {key.replace("_", "-"): value for key, value in own.items()}
     options |= {key: getattr(arguments, key) for key in ("account", "partition", "time")}
     options |= {"cpus-per-task": arguments.cpus_per_task, "gpus-per-node": arguments.gpus_per_node or None}
-    return options | _pairs("--sbatch", arguments.sbatch, flags=True)
+    return options | {key.replace("_", "-"): value for key, value in _pairs("--sbatch", arguments.sbatch, flags=True).items()}
 
 
 def _pairs(option: str, given: list[str], flags: bool = False) -> dict[str, str]:
@@ -85,6 +86,13 @@ def _pairs(option: str, given: list[str], flags: bool = False) -> dict[str, str]
     return {key: value for key, _, value in pairs}
 
 
+def _check_least(arguments: argparse.Namespace, **least: int) -> None:
+    for name, number in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < number:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {number}")
+
+
 def _python(arguments: argparse.Namespace) -> dict[str, str]:
     image = container(arguments.container)
     return dict(PYTHON="python3" if image else sys.executable, CONTAINER=image)
@@ -93,6 +101,7 @@ def _python(arguments: argparse.Namespace) -> dict[str, str]:
 def _slurm(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.training.recipe import read_plan
 
+    _check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
     sizes = arguments.nodes.split("-")
     if len(sizes) > 2 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[0]) > int(sizes[-1]):
@@ -129,11 +138,12 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _slurm_array(arguments: argparse.Namespace) -> int:
     words = arguments.encode[1:] if arguments.encode[:1] == ["--"] else arguments.encode
-    if arguments.workers < 1 or not words:
-        raise ConfigError("--workers", arguments.workers, "at least 1, and after -- what ditmoe-data encode takes")
+    _check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
+    data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
     folder = Path(arguments.out).absolute()
     options = _options(arguments, array=f"0-{arguments.workers - 1}", output=str(folder / "encode-%A_%a.log"))
-    text = fill_in((SCRIPTS / "encode_array.sbatch").read_text(), options, _python(arguments), words)
+    settings = _python(arguments) | dict(WORKERS=str(arguments.workers))
+    text = fill_in((SCRIPTS / "encode_array.sbatch").read_text(), options, settings, words)
     if arguments.dry_run:
         print(text, end="")
         return 0
@@ -149,7 +159,13 @@ def _hostfile(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.launching.hosts import read_hostfile
 
     slots = read_hostfile(arguments.hostfile)
+    _check_least(arguments, max_restarts=0, min_nodes=1)
+    if (arguments.min_nodes or 1) > len(slots):
+        raise ConfigError("--min-nodes", arguments.min_nodes, f"the hostfile has {len(slots)}")
     environment = _pairs("--env", arguments.env)
+    if devices := environment.get("CUDA_VISIBLE_DEVICES"):
+        fix = "DeepSpeed's launcher overwrites it: the processes of a host take its first GPUs, as many as it has slots"
+        raise ConfigError("--env", f"CUDA_VISIBLE_DEVICES={devices}", fix)
     environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     return Job(
         arguments.recipe,

@@ -77,12 +77,12 @@ def _check_ep(ep: int, world: int) -> None:
         raise ConfigError("--ep", ep, f"must divide the {world} processes")
 
 
-def ask(slots: dict[str, int], run_dir: str) -> tuple[list[Node], list[Problem]]:
-    """What the hosts of a hostfile say of themselves, all asked at once, and why some say nothing."""
+def ask(slots: dict[str, int], run_dir: str, environment: dict[str, str]) -> tuple[list[Node], list[Problem]]:
+    """What the hosts of a hostfile say of themselves in this environment, all asked at once, and why some say nothing."""
     nodes = [Node(host, count) for host, count in slots.items()]
     problems = []
     command = _python("facts", run_dir)
-    ends = _run([(node.host, command, {}) for node in nodes], FACTS_SECONDS, FACTS_SECONDS)
+    ends = _run([(node.host, command, environment) for node in nodes], FACTS_SECONDS, FACTS_SECONDS)
     for node, (code, output) in zip(nodes, ends, strict=True):
         node.facts = heard(output) or None
         if not node.facts:
@@ -91,7 +91,7 @@ def ask(slots: dict[str, int], run_dir: str) -> tuple[list[Node], list[Problem]]
 
 
 def _over_ssh(slots: dict[str, int], run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
-    nodes, problems = ask(slots, run_dir)
+    nodes, problems = ask(slots, run_dir, {})
     there = [node for node in nodes if node.facts]
     if there:
         assert there[0].facts
@@ -208,7 +208,7 @@ def _run(jobs: list[tuple[Any, list[str], dict[str, str]]], seconds: float, late
     """
     with contextlib.ExitStack() as stack:
         # files, since a pipe that nobody reads would block its process
-        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in jobs]
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in jobs]
         processes = [stack.enter_context(_ended(start(*job, output))) for job, output in zip(jobs, outputs, strict=True)]
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

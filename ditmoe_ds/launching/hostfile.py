@@ -4,6 +4,7 @@ Not through pdsh, which pastes a recipe's overrides unquoted into a shell line, 
 """
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -57,7 +58,7 @@ class Job:
         """
         plan = read_plan([self.recipe, *self.overrides], sum(self.slots.values()))
         run_dir = Path(plan.recipe.run_dir).absolute()
-        nodes, faults = survey(self.slots, run_dir)
+        nodes, faults = survey(self.slots, run_dir, self.environment)
         if faults:
             raise UserError(faults)
         recipe = prepare(run_dir, self.recipe)
@@ -80,7 +81,7 @@ class Job:
                 print(why, flush=True)
             if not again:
                 return code
-            nodes, faults = survey(self.slots, run_dir)
+            nodes, faults = survey(self.slots, run_dir, self.environment)
             if len(nodes) < self.min_nodes:
                 raise UserError(f"{len(nodes)} hosts are left, --min-nodes is {self.min_nodes}; {faults}")
             if faults:
@@ -125,9 +126,9 @@ class Job:
         self.received = self.received or number
 
 
-def survey(slots: dict[str, int], run_dir: Path) -> tuple[list[Node], str]:
+def survey(slots: dict[str, int], run_dir: Path, environment: dict[str, str]) -> tuple[list[Node], str]:
     """The hosts that can be used, and in one line what is wrong with the others."""
-    nodes, problems = ask(slots, str(run_dir))
+    nodes, problems = ask(slots, str(run_dir), environment)
     problems += [problem for problem in compare(nodes, min_free_gb=0.0) if not problem.warning]
     faulty = {problem.host for problem in problems}
     return [node for node in nodes if node.host not in faulty], "; ".join(f"host {problem}" for problem in problems)
@@ -135,5 +136,6 @@ def survey(slots: dict[str, int], run_dir: Path) -> tuple[list[Node], str]:
 
 def _repeat(host: str, process: "subprocess.Popen[str]") -> None:
     assert process.stdout
-    for line in process.stdout:
-        print(f"{host}: {line}", end="", flush=True)
+    for line in process.stdout:  # to its end: a host whose output nobody reads stands still
+        with contextlib.suppress(OSError):  # whoever read ours has gone
+            print(f"{host}: {line}", end="", flush=True)

@@ -58,6 +58,7 @@ def start(
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",  # a banner or a library may write anything
         start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
     )
     assert process.stdin

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-GRACE = 120.0
+GRACE = 300.0
 """Seconds: what a rank needs to end its step and save."""
 
 

@@ -28,7 +28,8 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
         return False, "done"
     if code == MISTAKE:
         return False, "not started again: the error above would come again"
-    ends = [json.loads(line) for line in history.read_text().splitlines()] if history.is_file() else []
+    lines = history.read_text().splitlines() if history.is_file() else []
+    ends = [json.loads(line) for line in lines if line.endswith("}")]  # a node or a disk may end in the midst of one
     fruitless = 0
     for end in reversed([end for end in ends if end["job"] == job]):
         if end["saved"] != saved:

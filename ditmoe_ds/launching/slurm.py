@@ -26,8 +26,8 @@ def fill_in(script: str, options: dict[str, str | int | None], settings: dict[st
     body = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     given = {key: str(value) for key, value in options.items() if value is not None}
     for key, value in given.items():
-        if not re.fullmatch(r"[\w.:@/%+=,\[\]-]*", value):
-            raise ConfigError(f"--{key}", value, "an option of sbatch has no spaces, quotes or line ends")
+        if re.search(r"[\s\"'#\\]", value):
+            raise ConfigError(f"--{key}", value, "an option of sbatch has no spaces, quotes, # or backslashes")
     head = [line for line in lines[:body] if line.partition("=")[0].removeprefix("#SBATCH --") not in given]
     head += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in given.items()]
     head += [f"export {key}={shlex.quote(value)}" for key, value in settings.items()]

@@ -382,8 +382,6 @@ def _text_width(data: DataConfig, manifest: Manifest) -> int:
 def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
     data = recipe.data
     first = Manifest.load(data.manifest)
-    if remote.is_url(first.root) and not data.cache:
-        raise ConfigError("data.cache", "", f"data.manifest={data.manifest!r} is remote: name a local folder for its shards")
     if model.num_classes and not first.num_classes:
         raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
     others = []
@@ -396,6 +394,9 @@ def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
             if theirs != ours:
                 raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
         others.append(manifest)
+    for manifest in (first, *others):
+        if remote.is_url(manifest.root) and not data.cache:
+            raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
     return first, *others
 
 
