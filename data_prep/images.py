@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -21,7 +22,7 @@ Size = tuple[int, int]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
-_UPRIGHT = dict(
+_UPRIGHT: dict[Any, Image.Transpose] = dict(
     zip(
         range(2, 9),
         (

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from latents import write_latents
 from models import SPARSE, random_weights
@@ -14,6 +16,8 @@ from processes import ROOT, launch
 
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.latents.condition import Classes
+from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.training.recipe import read_plan
 
 OFFLOAD = ["parallel.zero_stage=3", "parallel.deepspeed=ds_configs/zero3_offload.json"]
@@ -201,16 +205,31 @@ ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_opt
         (dict(zero_optimization=ZERO | dict(reduce_scatter=False)), "zero_optimization.reduce_scatter=false"),
         (dict(zero_optimization=ZERO, torch_autocast=dict(enabled=True)), "torch_autocast.enabled=true"),
         (dict(zero_optimization=ZERO, data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
+        (dict(zero_optimization=dict(stage=0), data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
+        (dict(zero_optimization=dict(stage=1, offload_optimizer=None)), None),
+        ([1], "no JSON object"),
     ],
 )
 def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
     (tmp_path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    arguments = [str(recipe), f"parallel.deepspeed={tmp_path / 'ds.json'}", "parallel.zero_stage=1"]
+    stage = content.get("zero_optimization", ZERO)["stage"] if isinstance(content, dict) else 1
+    arguments = [str(recipe), f"parallel.deepspeed={tmp_path / 'ds.json'}", f"parallel.zero_stage={stage}"]
     if word is None:
         assert read_plan(arguments, world=1)
     else:
         with pytest.raises(ConfigError, match=word):
             read_plan(arguments, world=1)
+
+
+def test_samples_without_a_class(recipe, tmp_path):
+    """Held-out ones alone may be without: they are told none."""
+    data = Path(write_latents(tmp_path / "latents", train=8, val=2))
+    content = json.loads((data / "manifest.json").read_text())
+    content["class_histogram"][3] -= 1
+    (data / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="1 of 8 training samples have no class"):
+        read_plan([str(recipe), f"data.manifest={data}"], world=1)
+    assert Classes(10).told(Batch(torch.zeros(2), torch.tensor([-1, 2]), *[None] * 5)) == [10, 2]
 
 
 def test_no_recipe():

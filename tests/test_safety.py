@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.topology import AgreedError
 from ditmoe_ds.distributed.weights import open_weights, write_weights
+from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.training.callbacks import MetricsWriter
+from ditmoe_ds.training.recipe import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
 STEPS = 12
@@ -108,16 +112,52 @@ def test_a_full_disk(on_failure, folder, recipe):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", disk], check=True)  # one checkpoint of 5.6 MB fits, not two
     try:
-        overrides = [f"run_dir={disk / 'run'}", f"checkpoint.on_failure={on_failure}", "checkpoint.every=3", "train.steps=6"]
+        overrides = [f"run_dir={disk / 'run'}", f"checkpoint.on_failure={on_failure}", "checkpoint.every=3", "train.steps=8"]
         results = train(recipe, 2, *overrides, check=False)
         output = results[0][1]
         assert "checkpoint of step 6 was not written" in output and "No space left on device" in output
-        assert [code for code, _ in results] == ([0, 0] if on_failure == "continue" else [2, 2]), output
+        assert [code for code, _ in results] == [2, 2], output
+        assert ("its last checkpoint could not be written" in output) == (on_failure == "continue")
+        assert len(losses(disk / "run")) == (8 if on_failure == "continue" else 6)
         assert "Traceback" not in output + results[1][1]
         assert checkpoint.newest(disk / "run" / "checkpoints").name == "step_00000003"
         assert not list((disk / "run" / "checkpoints").glob("*.partial"))
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_metrics_that_cannot_be_written_are_left_out(tmp_path, capsys):
+    """Whole lines: what is written later does not begin in the midst of one."""
+    settings = SimpleNamespace(tensorboard=False, wandb=False, log_every=1, steps=9)
+    trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=settings)), step=0)
+    writer, limits = MetricsWriter(trainer.plan, tmp_path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for trainer.step in range(1, 6):
+        if trainer.step in (3, 4):  # as a disk with room for a part of it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (writer.file.stat().st_size + 5, limits[1]))
+        try:
+            writer(trainer, dict(step=trainer.step, loss=1.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [json.loads(line)["step"] for line in writer.file.read_text().splitlines()] == [1, 2, 5]
+    assert capsys.readouterr().out.count("metrics cannot be written") == 1
+
+
+def test_what_a_run_may_not_change(recipe, folder):
+    """Its order of samples, of which every part is named."""
+    turned = write_latents(folder / "turned", train=40, val=6, shape=(4, 4, 8), turned=True, per_shard=10)
+
+    def plan(*overrides):
+        return read_plan([str(recipe), f"data.manifest={turned}", "parallel.expert=1", *overrides], 1)
+
+    index = json.loads(json.dumps(plan().describe()))
+    check = lambda now: Trainer._check_same_run(SimpleNamespace(plan=now, run_dir=folder), SimpleNamespace(index=index))  # noqa: E731
+    check(plan())
+    for override, words in (
+        ("train.seed=9", "train.seed=9: .* by 0; keep that"),
+        ("train.global_batch=4", "or another train.global_b"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            check(plan(override))
 
 
 @pytest.fixture
@@ -153,15 +193,19 @@ def test_a_run_that_stops_by_itself_finishes_its_checkpoint():
     def step():
         raise AgreedError("so many steps in a row")
 
+    def finish():
+        finished.append(True)
+        raise AgreedError("no space left")
+
     trainer = SimpleNamespace(
         engine=torch.nn.Linear(1, 1),
         step=0,
         interrupted=False,
         plan=SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(steps=1))),
         train_step=step,
-        saver=SimpleNamespace(finish=lambda: finished.append(True)),
+        saver=SimpleNamespace(finish=finish),
     )
-    with pytest.raises(AgreedError):
+    with pytest.raises(AgreedError, match="so many"):
         Trainer.run(trainer)
     assert finished
 

@@ -68,6 +68,8 @@ class Saver:
         self.buffers: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
+        self.lost = False
+        """Whether the last one could not be written."""
         if dist.get_rank() == 0:
             for unfinished in folder.glob("*.partial"):  # of a run that was killed
                 _discard(unfinished)
@@ -83,6 +85,7 @@ class Saver:
             CheckpointError: this one (asynchronous: the one before) could not be written and the configuration says stop.
         """
         self.finish()
+        self.lost = False
         if self.group is None:  # its own, so that a background thread never meets the training's collectives
             self.group = dist.new_group(backend="gloo")
         entries, pieces = [], []
@@ -117,6 +120,7 @@ class Saver:
             self.thread.join()
             self.thread = None
         failure, self.failure = self.failure, None
+        self.lost = self.lost or failure is not None
         if failure and (self.config.on_failure == "stop" or not isinstance(failure, UserError)):
             raise failure
 

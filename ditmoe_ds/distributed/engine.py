@@ -85,7 +85,6 @@ class Engine(DeepSpeedEngine):
         zero = self._config.zero_config
         for key, wrong in (
             ("zero_quantized_gradients", self.zero_quantized_gradients()),
-            ("zero_hpz_partition_size", zero.zero_hpz_partition_size > 1),
             ("offload_optimizer.device nvme", zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme"),
             ("sequence_parallel_size", self.sequence_parallel_size != 1),
         ):
@@ -257,7 +256,7 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, par
 
 def offloads(ds_config: dict[str, Any]) -> bool:
     """Whether the optimizer's state lies in host memory."""
-    return ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    return _setting(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
 
 
 OWNED = {
@@ -307,17 +306,19 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError("parallel.deepspeed", str(named), f"not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError("parallel.deepspeed", str(named), "no JSON object of DeepSpeed's settings")
     for key in config:
         if key in OWNED:
             raise ConfigError("parallel.deepspeed", str(named), f"remove {key!r}; the recipe sets it as {OWNED[key]}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = _setting(config, "zero_optimization.stage", 0)
     if stage != parallel.zero_stage:
         raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")
     for key, (allowed, reason) in FIXED.items():
         if (value := _setting(config, key, allowed)) != allowed:
             raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: {reason}; remove it")
-    if stage == 1 and _setting(config, "data_types.grad_accum_dtype", None):
-        fix = "data_types.grad_accum_dtype: DeepSpeed's stage 1 cannot; remove it, or take stage 2"
+    if stage < 2 and _setting(config, "data_types.grad_accum_dtype", None):
+        fix = f"data_types.grad_accum_dtype: DeepSpeed's stage {stage} cannot; remove it, or take stage 2"
         raise ConfigError("parallel.deepspeed", str(named), fix)
     return config
 

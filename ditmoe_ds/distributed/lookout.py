@@ -54,10 +54,16 @@ class Lookout:
         port, token = meeting[0]
         self._socket = agreed(lambda: _connect(world.rank, port))
         self._socket.settimeout(BEAT)
-        os.register_at_fork(after_in_child=self._socket.close)  # a loader's process must not keep a dead rank's connection open
+        os.register_at_fork(after_in_child=self._forget)
         self._send(token=token, rank=world.rank, host=host_name())
         threading.Thread(target=self._stand, daemon=True, name="lookout").start()
         dist.barrier()
+
+    def _forget(self) -> None:
+        """In a loader's process, which must not keep a dead rank's connections open."""
+        self._socket.close()
+        if self.world.rank == 0:
+            self._office.forget()
 
     def __call__(self, trainer: Any, record: dict[str, Any]) -> None:
         """A callback: tells the step."""
@@ -94,34 +100,39 @@ class Lookout:
             self._socket.sendall((json.dumps(dict(step=self.step) | message) + "\n").encode())
 
     def _stand(self) -> None:
-        received = b""
+        received, missed = b"", 0
         while not received.endswith(b"\n"):
             try:
                 part = self._socket.recv(4096)
             except TimeoutError:
+                missed += 1  # not the time: a process that was suspended has missed nothing
+                if missed * BEAT >= SILENCE:
+                    self._end(f"rank 0 on {os.environ['MASTER_ADDR']} was not heard for {SILENCE:.0f} s, after step {self.step} here", 1, 0)
                 self._send()
                 continue
             except OSError:
                 part = b""
             if not part:
                 if not self._closing:
-                    self._end(f"rank 0 on {os.environ['MASTER_ADDR']} ended without a word, after step {self.step} here", 1)
+                    self._end(f"rank 0 on {os.environ['MASTER_ADDR']} ended without a word, after step {self.step} here", 1, 0)
                 return
-            received += part
+            missed = 0
+            received = (received + part).lstrip(b"\n")  # an empty line answers ours
         verdict = json.loads(received)
         if verdict["rank"] == self.world.rank:
             self._say(verdict["text"])
             self._answered.set()
         else:
-            self._end(verdict["text"], verdict["code"], verdict["alive"])
+            self._end(verdict["text"], verdict["code"], None if verdict["alive"] else verdict["rank"])
 
-    def _say(self, text: str) -> None:
-        if self.world.local_rank == 0:
+    def _say(self, text: str, dead: int | None = None) -> None:
+        """Once on every host: by its first rank, or the second where that is dead."""
+        if self.world.local_rank == 0 or (self.world.local_rank == 1 and dead == self.world.rank - 1):
             print(f"error: {text}", file=sys.stderr, flush=True)
 
-    def _end(self, text: str, code: int, alive: bool = False) -> None:
-        self._say(text)
-        if alive:
+    def _end(self, text: str, code: int, dead: int | None) -> None:
+        self._say(text, dead)
+        if dead is None:
             self.before_end()
         sys.stdout.flush()
         os._exit(code)  # the main thread may be in a collective that never returns
@@ -168,7 +179,8 @@ class _Office:
         rank, who, step = hello["rank"], f"rank {hello['rank']} on {hello['host']}", 0
         self._present[rank] = writer
         try:
-            while line := await asyncio.wait_for(reader.readline(), SILENCE):
+            while line := await _next(reader):
+                writer.write(b"\n")  # so that they miss rank 0, too
                 message = json.loads(line)
                 step = message["step"]
                 if "bye" in message:
@@ -184,6 +196,13 @@ class _Office:
             self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {step}", 0)
         except ConnectionError:
             self._lose(rank, f"{who} ended without a word after step {step} (its connection broke)", 0)
+
+    def forget(self) -> None:
+        """Let go of all connections, in a process that was forked."""
+        with open(os.devnull) as nothing:  # in their place: whoever holds a number does not find another file behind it
+            for connection in (self._listener, *(writer.get_extra_info("socket") for writer in self._present.values())):
+                if connection.fileno() >= 0:
+                    os.dup2(nothing.fileno(), connection.fileno())
 
     def _lose(self, rank: int, text: str, code: int) -> None:
         self._lost.append((rank, text, code))
@@ -204,3 +223,15 @@ class _Office:
             await asyncio.sleep(0.1)
         if 0 in self._present:
             self._present[0].write(verdict)
+
+
+async def _next(reader: asyncio.StreamReader) -> bytes:
+    """The next line; empty at the end.
+
+    Raises:
+        asyncio.TimeoutError: none came for ``SILENCE``, counted in beats: a process that was suspended has missed at most one.
+    """
+    for _ in range(round(SILENCE / BEAT) - 1):
+        with contextlib.suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(reader.readline(), BEAT)
+    return await asyncio.wait_for(reader.readline(), BEAT)

@@ -45,7 +45,7 @@ class Classes(_Packed):
         self.null = num_classes
 
     def told(self, batch: Batch) -> list[int]:
-        return batch.labels.tolist()
+        return [self.null if label < 0 else label for label in batch.labels.tolist()]  # held-out samples may have none
 
     def pack(self, told: Sequence[int]) -> Condition:
         return {"y": torch.tensor(told)}

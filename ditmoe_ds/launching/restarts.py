@@ -1,6 +1,7 @@
 """Whether a run that ended should be started again; launchers/slurm/train.sbatch asks by ``python -m ditmoe_ds.launching.restarts``."""
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -29,7 +30,10 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
     if code == MISTAKE:
         return False, "not started again: the error above would come again"
     lines = history.read_text().splitlines() if history.is_file() else []
-    ends = [json.loads(line) for line in lines if line.endswith("}")]  # a node or a disk may end in the midst of one
+    ends = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a node or a disk may end in the midst of one
+            ends.append(json.loads(line))
     fruitless = 0
     for end in reversed([end for end in ends if end["job"] == job]):
         if end["saved"] != saved:

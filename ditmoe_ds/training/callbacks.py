@@ -3,6 +3,8 @@
 A callback may add to the record; ``MetricsWriter`` comes last and writes it down.
 """
 
+import errno
+import hashlib
 import json
 import math
 import mmap
@@ -191,12 +193,15 @@ class Progress:
 
 
 class MetricsWriter:
-    """``metrics.jsonl``, one object per optimizer step, and TensorBoard and Weights & Biases if asked for. Rank 0 only."""
+    """``metrics.jsonl``, one object per optimizer step; of those that are printed or special, TensorBoard and Weights & Biases if asked
+    for. Rank 0 only. What cannot be written is left out: whether a full disk ends the run is the checkpoint's to say."""
 
     def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
         self.file = run_dir / "metrics.jsonl"
         _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
-        self.tensorboard = self.wandb = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        self.failed = False
         if plan.recipe.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -204,17 +209,42 @@ class MetricsWriter:
         if plan.recipe.train.wandb:
             import wandb
 
-            self.wandb = wandb.init(project="ditmoe_ds", dir=str(run_dir), id=run_dir.name, resume="allow")
+            own = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
+            self.wandb = wandb.init(project="ditmoe_ds", dir=str(run_dir), name=run_dir.name, id=f"{run_dir.name}-{own}", resume="allow")
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
-        if self.tensorboard:
-            for key, value in _flat(record).items():
-                self.tensorboard.add_scalar(key, value, trainer.step)
-            self.tensorboard.flush()
-        if self.wandb:
-            self.wandb.log(_flat(record), step=trainer.step)
+        train = trainer.plan.recipe.train
+        self._try(lambda: _append(self.file, json.dumps(_finite(record)) + "\n"))
+        if due(trainer.step, train.log_every, train.steps) or record.keys() & {"val_loss", "fd", "skipped", "spike"}:
+            if self.tensorboard:
+                self._try(lambda: self._tell_tensorboard(trainer.step, record))
+            if self.wandb:
+                self.wandb.log(_flat(record), step=trainer.step)
+
+    def _tell_tensorboard(self, step: int, record: Record) -> None:
+        for key, value in _flat(record).items():
+            self.tensorboard.add_scalar(key, value, step)
+        self.tensorboard.flush()
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self.failed:
+                print(f"metrics cannot be written ({error.strerror or error}); the run goes on", flush=True)
+            self.failed = True
+
+
+def _append(path: Path, line: str) -> None:
+    """All of the line, or nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if (written := file.write(line.encode())) < len(line.encode()):
+                raise OSError(errno.ENOSPC, f"{written} bytes fitted")
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _cut_after(metrics: Path, step: int) -> None:

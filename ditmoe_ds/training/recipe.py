@@ -395,6 +395,10 @@ def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
                 raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
         others.append(manifest)
     for manifest in (first, *others):
+        samples, classified = manifest.splits.train.samples, sum(manifest.class_histogram)
+        if model.num_classes and classified < samples:
+            fix = f"{samples - classified} of {samples} training samples have no class; encode those that have, or train text to image"
+            raise ConfigError("data.manifest", manifest.root, fix)
         if remote.is_url(manifest.root) and not data.cache:
             raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
     return first, *others

@@ -33,7 +33,7 @@ from ditmoe_ds.distributed.topology import (
     hosts_of_ranks,
     mean_over_ranks,
 )
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
@@ -121,11 +121,13 @@ class Trainer:
                 for callback in self.callbacks:
                     callback(self, record)
             except AgreedError:  # of all ranks: what is being written can still be finished
-                with suppress(CheckpointError):  # which has been said
+                with suppress(UserError):  # which has been said
                     self.saver.finish()
                 raise
         self.loader.close()
         self.saver.finish()
+        if self.saver.lost and not self.interrupted:
+            raise AgreedError(f"run_dir={str(self.run_dir)!r}: its last checkpoint could not be written; make room and start again")
         if self.interrupted and self.world.rank == 0:
             mark(self.run_dir, self.step)
             latest = self.saver.folder / "latest"
@@ -263,10 +265,14 @@ class Trainer:
         before, now = reader.index["recipe"]["train"]["optimizer"].get("name", "adamw"), self.plan.recipe.train.optimizer.name
         if before != now:
             raise CheckpointError(f"train.optimizer.name={now!r}: run_dir={str(self.run_dir)!r} was trained with {before}; keep that")
+        seeded, seed = reader.index["recipe"]["train"].get("seed", 0), self.plan.recipe.train.seed
+        if seeded != seed:
+            raise CheckpointError(f"train.seed={seed}: run_dir={str(self.run_dir)!r} has its order of samples by {seeded}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
+            batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(
                 f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
-                f"({reader.index['latents']['manifest']}), or another data.mix, weight or window, which changes the order; "
+                f"({reader.index['latents']['manifest']}), or another data.mix, weight or window{batch}, which changes the order; "
                 "choose a new run_dir and start it from these weights with model.weights"
             )
 
