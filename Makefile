@@ -29,7 +29,7 @@ demo-text: install
 	$(BIN)/ditmoe analyze emoji/run $(EMOJI) --out emoji/analysis
 
 test: install lint
-	$(BIN)/pytest -q -n 2 --dist loadfile  # two files of tests at a time: many wait for SLURM, ssh or start-ups
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time: many tests wait for SLURM, ssh or start-ups
 
 lint: install
 	$(BIN)/ruff check .

@@ -73,20 +73,23 @@ def synthesize(
     with Progress("synthesize", "images", candidates * len(todo)) as progress:
         for folder in todo:
             text = prompt.replace("{}", names[folder])
-            images: list[Image.Image] = []
+            partial = _begin(root, folder)
             scores: list[float | None] = []
             for first in range(0, candidates, batch):
                 numbers = range(first, min(first + batch, candidates))
                 generators = [keyed_generator(seed, "synthesize", folder, i) for i in numbers]
                 options = dict(generator=generators, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance)
                 part = made([text] * len(numbers), **options).images
-                images += part
+                for i, image in zip(numbers, part, strict=True):
+                    image.save(partial / f"{i:06d}.png")
                 scores += score(part, text) if score else [None] * len(part)
                 progress.update(len(part))
-            best = sorted(range(candidates), key=lambda i: (-(scores[i] or 0), i))[:per_class]
-            kept = {f"{folder}/{i:06d}.png": i for i in sorted(best)}
-            records = [dict(file=file, prompt=text, number=i, score=scores[i], **settings) for file, i in kept.items()]
-            _write(root, folder, {file: images[i] for file, i in kept.items()}, records, pipeline)
+            ranked = sorted(range(candidates), key=lambda i: (-(scores[i] or 0), i))
+            for i in ranked[per_class:]:
+                (partial / f"{i:06d}.png").unlink()
+            kept = sorted(ranked[:per_class])
+            about = dict(prompt=text, **settings, pipeline=pipeline)
+            _finish(root, folder, [dict(file=f"{folder}/{i:06d}.png", number=i, score=scores[i], **about) for i in kept])
     print(f"{out}: {per_class} images of each of {len(todo)} classes")
 
 
@@ -106,16 +109,19 @@ def _classes(file: str) -> dict[str, str]:
     return names
 
 
-def _write(root: Path, folder: str, images: dict[str, Image.Image], records: list[dict[str, Any]], pipeline: str) -> None:
-    partial, final = root / f".{folder}.partial", root / folder
-    for leftover in (partial, final):  # of a process that was killed: the record, which is written last, is not there
+def _begin(root: Path, folder: str) -> Path:
+    """Where a class's images are written."""
+    partial = root / f".{folder}.partial"
+    for leftover in (partial, root / folder):  # of a process that was killed: the record, which is written last, is not there
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
-    for file, image in images.items():
-        image.save(partial / Path(file).name)
-    partial.rename(final)
+    return partial
+
+
+def _finish(root: Path, folder: str, records: list[dict[str, Any]]) -> None:
+    (root / f".{folder}.partial").rename(root / folder)
     note = root / f".{folder}.jsonl.partial"
-    note.write_text("".join(json.dumps(record | dict(pipeline=pipeline)) + "\n" for record in records))
+    note.write_text("".join(json.dumps(record) + "\n" for record in records))
     note.replace(root / f"{folder}.jsonl")
 
 

@@ -4,6 +4,26 @@ import os
 
 import pytest
 
+LONGEST = (
+    "safety",
+    "run",
+    "shapes",
+    "slurm",
+    "interruption",
+    "during_training",
+    "dry_run",
+    "hostfile",
+    "recompute",
+    "telemetry",
+    "sampling",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes begin first, so that none of them is left alone at the end."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
