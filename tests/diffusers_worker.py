@@ -34,6 +34,14 @@ for name, folder in json.loads(sys.argv[1]).items():
     drawn = [pipe([0], 1, generator=torch.Generator().manual_seed(s), output_type="latent").images for s in (0, 0, 1)]
     assert drawn[0].shape == noise[:1].shape
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(pipe(0, 1, generator=torch.Generator().manual_seed(0), output_type="latent").images, drawn[0])
+    for wrong in (dict(output_type="jpg"), dict(num_inference_steps=0), dict(generator=[torch.Generator()] * 3)):
+        try:
+            pipe([0], **dict(num_inference_steps=1, output_type="latent") | wrong)
+        except ValueError as error:
+            assert str(error).startswith(next(iter(wrong)))
+        else:
+            raise AssertionError(wrong)
     if type(pipe.scheduler).__name__ == "DDIMScheduler":
         try:
             pipe([0], 3, output_type="latent")
@@ -44,6 +52,10 @@ for name, folder in json.loads(sys.argv[1]).items():
     if pipe.vae is not None:
         picture = pipe(class_labels=[0], num_inference_steps=1).images[0]
         assert picture.size == (32, 32) and picture.mode == "RGB"
+        torch.testing.assert_close(
+            pipe([0, 1], 4, latents=noise[:2], output_type="pt").images.permute(0, 2, 3, 1).numpy(),
+            pipe([0, 1], 4, latents=noise[:2], output_type="np").images,
+        )
         results["image"] = torch.from_numpy(pipe([0, 1, 2], 4, 2.5, latents=noise, output_type="np").images)
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)  # model_index.json names the code, too
         assert type(pipe).__name__ == "DiTMoEPipeline"

@@ -218,6 +218,17 @@ def test_our_pipeline_is_read_back(name, pipelines, tmp_path):
     assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in before.shapes)
 
 
+def test_a_small_vae_is_called_by_its_name(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny().save_pretrained(tmp_path / "vae")
+    latents = dict(vae=str(tmp_path / "vae"), scaling_factor=1.0)
+    weights = write_weights(tmp_path / "weights", random_weights(replace(SPARSE, num_classes=3), latents=latents)[1])
+    assert main(["export", str(weights), "--to", "diffusers", "--out", str(tmp_path / "pipeline")]) == 0
+    assert json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
+    assert diffusers_weights(tmp_path / "pipeline").description["latents"]["scaling_factor"] == 1.0
+
+
 def test_a_vae_elsewhere_keeps_its_scaling(tmp_path):
     """As of a VAE on a hub, which no export brings along."""
     known = dict(vae="org/vae", scaling_factor=0.5, shift_factor=0.25, class_names=["a", "b", "c"], shape=[4, 8, 8])
@@ -261,6 +272,15 @@ def test_a_stock_dit_that_is_not_ours_is_refused(tmp_path):
     stock_dit(tmp_path / "other", activation_fn="gelu")
     with pytest.raises(CheckpointError, match="activation_fn='gelu'"):
         diffusers_weights(tmp_path / "other" / "transformer")
+    stock_dit(tmp_path / "scheduled")
+    (tmp_path / "scheduled" / "scheduler").mkdir()
+    for settings, says in ((dict(prediction_type="v_prediction"), "prediction_type='v_prediction'"), (dict(beta_end=0.02), None)):
+        (tmp_path / "scheduled" / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+        if says:
+            with pytest.raises(CheckpointError, match=says):
+                diffusers_weights(tmp_path / "scheduled")
+        else:
+            assert diffusers_weights(tmp_path / "scheduled").shapes
 
 
 @pytest.mark.parametrize("hidden, depth", [pytest.param(256, 8, id="60M"), pytest.param(768, 6, id="0.4B", marks=pytest.mark.slow)])

@@ -202,6 +202,7 @@ ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_opt
             "zero_optimization.round_robin_gradients=true.* wrong ones are saved",
         ),
         (dict(zero_optimization=ZERO | dict(offload_optimizer=dict(device="cpu", ratio=0.5))), "offload_optimizer.ratio=0.5"),
+        (dict(zero_optimization=dict(stage=3, offload_param=dict(device="cpu"))), "offload_param.device=.cpu.*not tried"),
         (dict(zero_optimization=ZERO | dict(reduce_scatter=False)), "zero_optimization.reduce_scatter=false"),
         (dict(zero_optimization=ZERO, torch_autocast=dict(enabled=True)), "torch_autocast.enabled=true"),
         (dict(zero_optimization=ZERO, data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),

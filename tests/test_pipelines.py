@@ -109,6 +109,8 @@ def test_outputs(runs):
     for labels in (np.array([1, 2]), torch.tensor([1, 2])):
         again = pipe(labels, num_inference_steps=2, generator=generators(3, 4), output_type="latent").images
         assert torch.equal(again, out["latent"])
+    with pytest.raises(ConfigError, match="as many as images: 2"):
+        pipe([1, 2], generator=generators(3))
     for labels in ([3], [0.5], -1, np.int64(3)):
         with pytest.raises(ConfigError, match=r"class_labels=.*0\.\.2"):
             pipe(labels)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from latents import write_latents
 from megatron.core import parallel_state
-from models import DENSE, SPARSE
+from models import DENSE, SPARSE, random_weights
 from processes import ROOT, launch
 from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import tensor_parallel
+from ditmoe_ds.distributed.checkpoint import FORMAT
 from ditmoe_ds.distributed.hardware import GPUS, peak_tflops
+from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.sizes import macs, named_config, uncut_macs
 from ditmoe_ds.models.tensor_plan import tensor_plan
@@ -27,7 +29,7 @@ from ditmoe_ds.planning.plan import Plan
 from ditmoe_ds.planning.recipe import read_job
 from ditmoe_ds.planning.search import best, clusters, pareto, search, tensor_sizes
 from ditmoe_ds.planning.traffic import crossing, exchange_shares, step_traffic, summed
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.recipe import read_plan, read_recipe
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 import planner
@@ -258,6 +260,7 @@ def test_places_that_no_token_takes():
     assert (free.flops, free.empty_flops) == (even.flops, even.empty_flops) == (wide.flops, 0)
     assert free.flops - tight.flops == pytest.approx(6 * experts / 2) and tight.empty_flops == 0
     assert wide.empty_flops == pytest.approx(8 * experts / 2)
+    assert plan(2.0).empty_flops == plan(8.0).empty_flops  # an expert cannot take more than all tokens
     assert wide.seconds["arithmetic"] / free.seconds["arithmetic"] == pytest.approx(1 + wide.empty_flops / (free.flops * 4 / 3))
 
 
@@ -414,6 +417,46 @@ def test_latents_that_are_here_decide(capsys, tmp_path):
     assert said["job"]["model"]["num_classes"] == len(shape["class_names"])
     shutil.rmtree(data)
     assert plan_json(capsys, "recipes/digits.yaml", f"data.manifest={data}", "--gpus-per-node", "2")["job"]["patches"] == 256
+
+
+def test_data_that_the_trainer_refuses_are_not_planned(capsys, tmp_path):
+    odd = write_latents(tmp_path / "odd", train=8, shape=(4, 9, 9))
+    for command in (["plan", "recipes/digits.yaml", f"data.manifest={odd}"], ["plan", "recipes/emoji.yaml", f"data.manifest={odd}"]):
+        assert main([*command, "--gpus-per-node", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "latents of 9x9, the model patches of 2" in said and said.count("error:") == 2
+
+
+def test_starting_weights_are_planned_as_the_network_that_they_are(capsys, tmp_path):
+    gelu = replace(SPARSE, shared=0, expert_activation="gelu", expert_hidden=48)
+    weights = write_weights(tmp_path / "weights", random_weights(gelu)[1])
+    settings = ["model.name=null", f"model.weights={weights}", "data.manifest=none"]
+    said = plan_json(capsys, "recipes/digits.yaml", *settings, "--gpus-per-node", "2")
+    assert said["job"]["model"]["expert_hidden"] == 48
+
+
+def test_a_run_that_goes_on_is_planned_on_other_processes(capsys, tmp_path):
+    """As the trainer cuts the batch then."""
+    recipe = read_recipe(["recipes/digits.yaml", "train.global_batch=32", "train.accumulation=4", f"run_dir={tmp_path}"])
+    index = dict(format=FORMAT, recipe=json.loads(json.dumps(asdict(recipe))), processes=8)
+    checkpoint = tmp_path / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "index.json").write_text(json.dumps(index))
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    settings = ["train.global_batch=32", "train.accumulation=4", "parallel.expert=1", f"run_dir={tmp_path}"]
+    for gpus, micro in ((16, 1), (4, 1), (8, 1)):
+        shape = plan_json(capsys, "recipes/digits.yaml", *settings, "--gpus-per-node", str(gpus))["plan"]["shape"]
+        assert shape["micro"] == micro
+    alone = plan_json(capsys, "recipes/digits.yaml", *settings[:-1], f"run_dir={tmp_path}/new", "--gpus-per-node", "4")
+    assert alone["plan"]["shape"]["micro"] == 2
+
+
+def test_other_stages_may_be_without_settings(capsys, tmp_path):
+    (tmp_path / "zero3.json").write_text((ROOT / "ds_configs" / "zero3.json").read_text())
+    settings = [f"parallel.deepspeed={tmp_path}/zero{{zero_stage}}.json", "parallel.zero_stage=3"]
+    assert main(["plan", "recipes/digits.yaml", *settings, "--gpus-per-node", "2"]) == 0
+    assert main(["plan", "recipes/digits.yaml", *settings[:1], "parallel.zero_stage=1", "--gpus-per-node", "2"]) == 2
+    assert "zero1.json" in capsys.readouterr().err
 
 
 def test_devices_by_their_drivers_name():

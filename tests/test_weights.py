@@ -83,7 +83,7 @@ def test_a_bad_file_is_refused(tmp_path, how):
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.ones(4)}, path)
     damage(path, how)
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="no safetensors file that can be read"):
         TensorFile(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         TensorFile(tmp_path / "nothing")
@@ -148,5 +148,29 @@ def test_a_value_too_large_for_fp16_is_refused(tmp_path):
     parameters["final.linear.bias"][0] = 1e5
     with pytest.raises(CheckpointError, match="final.linear.bias.*1e\\+05.*bf16"):
         write_weights(tmp_path / "out", weights, "fp16")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
     write_weights(tmp_path / "out", weights, "bf16")
+
+
+def test_a_folder_by_any_name(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    write_weights(tmp_path / "link", random_weights()[1])
+    assert (tmp_path / "here" / "config.json").is_file() and (tmp_path / "link").is_symlink()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    write_weights(".", random_weights()[1])
+    assert open_weights(tmp_path / "empty").shapes
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (b"[" * 200_000, "no safetensors file"),
+        (b'{"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}', "x has dtype F8_E4M3; "),
+    ],
+)
+def test_headers_that_cannot_be_read(tmp_path, header, says):
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(CheckpointError, match=says):
+        TensorFile(tmp_path / "x.safetensors")

@@ -277,6 +277,7 @@ FIXED = {
         "DeepSpeed then tells wrongly where a weight's master lies, so that wrong ones are saved",
     ),
     "zero_optimization.offload_optimizer.ratio": (1.0, "what stays on the GPU has an optimizer of its own, whose state is not saved"),
+    "zero_optimization.offload_param.device": ("none", "weights on the host were not tried with experts"),
     "zero_optimization.contiguous_gradients": (True, "DeepSpeed has no other way with experts"),
     "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way with experts"),
     "zero_optimization.stage3_module_granularity_threshold": (0, "weights are gathered by layer here"),

@@ -105,6 +105,8 @@ class TensorFile:
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for key, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"{key} has dtype {entry['dtype']}; {', '.join(DTYPES)} are read")
                 dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
                 start, end = entry["data_offsets"]
                 if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
@@ -114,8 +116,8 @@ class TensorFile:
                 self.shapes[key], self.dtypes[key], self._starts[key] = shape, dtype, 8 + length + start
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a header can have wrong
-            raise CheckpointError(f"{path}: no whole safetensors file ({' '.join(str(error).split())[:200]})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # whatever a header can have wrong
+            raise CheckpointError(f"{path}: no safetensors file that can be read ({' '.join(str(error).split())[:200]})") from None
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, any dtype and device) with the elements of the flattened tensor from ``start`` on."""

@@ -161,14 +161,18 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: there is something at ``target``.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(f"{target}: something is there already; choose a new or empty folder")
     unfinished = target.with_name(target.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    unfinished.rename(target)
+    try:
+        yield unfinished
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def write_shards(folder: Path, stem: str, entries: Sequence[Entry], shard_bytes: int) -> None:

@@ -15,6 +15,7 @@ from ditmoe_ds.diffusion.sampling import make_scheduler
 from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_json, write_shards
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, refuse_settings_without_place
+from ditmoe_ds.latents.vae import latent_space
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import parameter_shapes
 
@@ -51,7 +52,7 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
         CheckpointError: the model has something that the shipped code has not, or ``out`` is not empty.
     """
     config = configuration.build(DiTConfig, weights.description["model"])
-    refuse_settings_without_place(config, _SETTINGS, "the diffusers model")
+    refuse_settings_without_place(config, _SETTINGS, "the diffusers model (another way: docs/weights.md)")
     diffusion = configuration.build(DiffusionConfig, weights.description["diffusion"])
     latents = weights.description["latents"]
     vae = Path(latents["vae"]) if "vae" in latents and Path(latents["vae"]).is_dir() else None
@@ -69,7 +70,7 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
             _class_name=["pipeline_ditmoe", PIPELINE],
             transformer=["transformer_ditmoe", TRANSFORMER],
             scheduler=["diffusers", type(scheduler).__name__],
-            vae=["diffusers", "AutoencoderKL"] if vae else [None, None],
+            vae=["diffusers", _read_json(vae / "config.json")["_class_name"]] if vae else [None, None],
             scaling_factor=latents.get("scaling_factor"),
             shift_factor=latents.get("shift_factor"),
             class_names=latents.get("class_names"),
@@ -91,9 +92,11 @@ def diffusers_weights(path: Path) -> Weights:
     index = _read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
     latents: dict[str, Any] = {}
     if (path / "vae").is_dir():
-        vae = _read_json(path / "vae" / "config.json")
-        latents = dict(scaling_factor=vae.get("scaling_factor", 0.18215), shift_factor=vae.get("shift_factor") or 0.0)
-        latents["vae"] = str((path / "vae").absolute())
+        vae = str((path / "vae").absolute())
+        space = latent_space(vae)
+        latents = dict(vae=vae, scaling_factor=space.scaling_factor, shift_factor=space.shift_factor)
+    if "max_tokens" in index:  # of a text encoder that is cut in two there, so that it has to be named
+        latents["text"] = dict(encoder=None, max_tokens=index["max_tokens"], sha256=None)
     named = dict(scaling_factor="scaling_factor", shift_factor="shift_factor", class_names="class_names", shape="latent_shape")
     latents |= {ours: index[theirs] for ours, theirs in named.items() if index.get(theirs) is not None}
     description = dict(name=None, latents=latents, step=0, weights="diffusers")
@@ -166,6 +169,10 @@ def _stock(folder: Path, settings: dict[str, Any], description: dict[str, Any]) 
         piece = (shape[0] // len(renamed[ours]), *shape[1:])
         layout[name] = [(key + name.removeprefix(ours), piece) for key in renamed[ours]]
     tensors = open_shards(folder, STEM)
+    scheduler = _read_json(folder.parent / "scheduler" / "scheduler_config.json") if (folder.parent / "scheduler").is_dir() else {}
+    for key, value in dict(prediction_type="epsilon", beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None).items():
+        if scheduler.get(key, value) != value:
+            raise CheckpointError(f"{folder.parent}: the scheduler's {key}={scheduler[key]!r} cannot be represented, only {value!r}")
     copies = [key for key in tensors.shapes if re.match(r"transformer_blocks\.[1-9]\d*\.norm1\.emb\.", key)]
     _check_equal(folder, tensors, copies)
     diffusion = DiffusionConfig(objective="ddpm")

@@ -77,13 +77,15 @@ class TextEncoder:
     def __call__(self, captions: list[str]) -> list[Tensor]:
         """For each caption (tokens, width) bfloat16 on the CPU, without padding; an empty caption has its special tokens."""
         captions = [caption.encode(errors="replace").decode() for caption in captions]  # some were cut in the middle of an emoji
-        tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt").to(
-            self.model.device
-        )
+        tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         mask = tokens["attention_mask"]
+        if self.model.device.type != "meta":  # as while accelerate holds the weights, and sends what is handed in after them
+            tokens = tokens.to(self.model.device)
         self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
-        states = self.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.to(torch.bfloat16).cpu()
-        found = [state[valid] for state, valid in zip(states, mask.bool().cpu())]
+        states = (
+            self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state.to(torch.bfloat16).cpu()
+        )
+        found = [state[valid] for state, valid in zip(states, mask.bool())]
         if not all(map(len, found)):
             raise DataError(f"text encoder {self.name!r} has no token for an empty caption; choose another")
         return found

@@ -49,6 +49,11 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str
     return "grouped" if fused else "each"
 
 
+def leaves_gaps(device: torch.device) -> bool:
+    """Whether a grouped GEMM's weight gradient is left as memory was where an expert has no rows: on Blackwell (pytorch issue 172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
 class ExpertFFN(torch.autograd.Function):
     """Rows of x (M, D), sorted by expert, through their expert's first matrix, activation and second matrix: (M, D).
 
@@ -131,7 +136,11 @@ def multiply(x: Tensor, matrices: Tensor, ends: Tensor | None) -> Tensor:
 def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of weight (E, N, K), with the part of these experts: grad (M, N), transposed, times x (M, K)."""
     if part.ends is not None:
-        return F.grouped_mm(grad.t(), x, offs=part.ends)
+        found = F.grouped_mm(grad.t(), x, offs=part.ends)
+        if leaves_gaps(x.device):
+            empty = part.ends.diff(prepend=part.ends.new_zeros(1)) == 0
+            found.masked_fill_(empty[:, None, None], 0.0)
+        return found
     weight_grad = torch.empty_like(weight) if weight_grad is None else weight_grad
     own = weight_grad[part.experts]
     if len(own) == 1:

@@ -75,8 +75,10 @@ class _Pipeline(DiffusionPipeline):
                 ``pipe._interrupt`` ends the sampling.
 
         Raises:
-            ConfigError: no VAE, or a scheduler that does not go with the transformer's objective.
+            ConfigError: no VAE, a scheduler that does not go with the transformer's objective, or not a generator for each image.
         """
+        if isinstance(generator, list) and len(generator) != len(asked):
+            raise ConfigError("generator", len(generator), f"one, or as many as images: {len(asked)}")
         if output_type != "latent" and self.vae is None:
             raise ConfigError("vae", None, "this pipeline has no VAE: pass one to from_pretrained, or output_type='latent'")
         device = self._execution_device

@@ -53,7 +53,7 @@ class Run:
         if self.model.config.num_classes:
             return Classes(self.model.config.num_classes)
         text = self.latents.get("text")
-        if not text:
+        if not text or not text["encoder"]:
             raise ConfigError("--text-encoder", None, "these weights do not say what encoded their text; name a folder or hub id")
         encoder = load_text_encoder(text["encoder"], text["max_tokens"], self.device, ("--text-encoder", "text_max_tokens"))
         if encoder.width != self.model.config.text_width:

@@ -143,9 +143,12 @@ class Plan:
     @property
     def empty_flops(self) -> float:
         """Of a rank's experts, for places that no token takes: what token choice computes for a capacity factor above 1; no progress."""
-        job, model, times = self.job, self.job.model, 8.0 if self.shape.recompute is True else 6.0
-        factor = model.router.capacity_factor if model.routing == "token" else None
-        return times * expert_macs(model, job.patches) * max((factor or 1.0) - 1, 0.0) * self._images
+        model, layers = self.job.model, self.job.model.sparse_layers
+        if model.routing != "token" or not layers:
+            return 0.0
+        filled = sum(map(self.batch.rows, layers)) / (self.batch.tokens * sum(map(model.capacity, layers)))
+        times = 8.0 if self.shape.recompute is True else 6.0
+        return times * expert_macs(model, self.job.patches) * max(filled - 1, 0.0) * self._images
 
     @property
     def alike_flops(self) -> float:

@@ -9,7 +9,17 @@ from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.planning.job import Cluster, Job, Shape
-from ditmoe_ds.training.recipe import Recipe, check_parallel, cut_batch, named_network, read_recipe
+from ditmoe_ds.training.recipe import (
+    Recipe,
+    begun_on,
+    check_parallel,
+    cut_batch,
+    fitted,
+    named_network,
+    network_of,
+    read_recipe,
+    starting_weights,
+)
 
 
 def read_job(arguments: list[str], image_size: int | None, text_tokens: int | None) -> tuple[Recipe, Job]:
@@ -24,20 +34,18 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     """
     recipe = read_recipe(arguments)
     train = recipe.train
-    if recipe.model.weights is not None:
-        raise ConfigError("model.weights", recipe.model.weights, "a plan goes by the network alone: give its model.name instead")
-    model = named_network(recipe.model)
+    weights = starting_weights(recipe)
+    model = network_of(weights, recipe) if weights else named_network(recipe.model)
     sides = [model.input_size] * 2
     if recipe.data.text_encoder:
         text_tokens = text_tokens or recipe.data.text_max_tokens
     if (Path(recipe.data.manifest) / "manifest.json").is_file():
         manifest = Manifest.load(recipe.data.manifest)
-        channels, *sides = max(manifest.shapes, key=math.prod)
-        model = replace(model, in_channels=channels, input_size=sides[0])
-        if model.num_classes:
-            model = replace(model, num_classes=manifest.num_classes)
-        elif manifest.text:
-            model, text_tokens = replace(model, text_width=manifest.text.width), text_tokens or manifest.text.max_tokens
+        model = fitted(model, recipe, manifest)
+        _, *sides = max(manifest.shapes, key=math.prod)
+        model = replace(model, input_size=sides[0])
+        if manifest.text:
+            text_tokens = text_tokens or manifest.text.max_tokens
     if image_size is not None:
         sides = [image_size // 8] * 2
         model = replace(model, input_size=image_size // 8)
@@ -54,13 +62,18 @@ def stages(parallel: ParallelConfig) -> dict[int, Shape]:
     """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; TP, EP, micro-batch and recomputation are yet to choose.
 
     Raises:
-        ConfigError: as ``read_ds_config``, or the optimizer is offloaded.
+        ConfigError: of the recipe's own stage: as ``read_ds_config``, or the optimizer is offloaded.
     """
     found = {}
     for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else (parallel.zero_stage,):
-        settings = read_ds_config(replace(parallel, zero_stage=stage))
-        if offloads(settings):
-            raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
+        try:
+            settings = read_ds_config(replace(parallel, zero_stage=stage))
+            if offloads(settings):
+                raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
+        except ConfigError:
+            if stage == parallel.zero_stage:
+                raise
+            continue
         zero = settings.get("zero_optimization", {})
         bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if stage else 0
         found[stage] = Shape(stage, 1, 1, False, bucket, int(zero.get("stage3_param_persistence_threshold", 100_000)))
@@ -75,6 +88,7 @@ def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape
     """
     parallel, tensor = recipe.parallel, recipe.parallel.tensor
     check_parallel(parallel, job.model, cluster.world)
-    micro = cut_batch(recipe.train, cluster.world // tensor, cluster.world // tensor, tensor).micro
+    processes = cluster.world // tensor
+    micro = cut_batch(recipe.train, processes, begun_on(recipe, processes), tensor).micro
     recompute = recipe.train.activation_checkpointing
     return replace(known[parallel.zero_stage], ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)

@@ -10,12 +10,12 @@ from torch import Tensor
 from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA
-from ditmoe_ds.distributed.engine import BatchShape, build
+from ditmoe_ds.distributed.engine import build
 from ditmoe_ds.distributed.topology import data_group, expert_group
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.planning.counting import Count
-from ditmoe_ds.training.recipe import Recipe
+from ditmoe_ds.training.recipe import Recipe, begun_on, cut_batch
 from ditmoe_ds.training.step import Prepared, compute_loss
 
 
@@ -35,8 +35,8 @@ class Rehearsal:
         self.sides = sides or (model.input_size, model.input_size)
         train, self.objective = recipe.train, make_objective(recipe.diffusion)
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
-        self.images = train.global_batch // (dist.get_world_size(data_group()) * train.accumulation)
-        batch = BatchShape(train.global_batch, train.accumulation, self.images)
+        processes = dist.get_world_size(data_group())
+        self.batch = cut_batch(train, processes, begun_on(recipe, processes), recipe.parallel.tensor)
         with torch.device("meta"):
             net = DiT(model, ep_size=group.size)
         net.checkpoint_activations = train.activation_checkpointing
@@ -46,7 +46,7 @@ class Rehearsal:
             tensor_parallel.cut(net, *tensor_plan(net))
         with count:
             count.kind = "buffers"  # all but what is named below
-            self.engine = build(net, recipe.parallel, train.optimizer, batch, train.precision, ds_config, torch.device("cpu"))
+            self.engine = build(net, recipe.parallel, train.optimizer, self.batch, train.precision, ds_config, torch.device("cpu"))
             self.shards = shards.collect(self.engine, group)
             self.ema = EMA(self.shards, recipe.ema)
             self.engine.train()
@@ -58,7 +58,7 @@ class Rehearsal:
     def step(self) -> None:
         """One optimizer step: every micro-batch forward and backward, the optimizer, the averages."""
         with self.count:
-            for _ in range(self.recipe.train.accumulation):
+            for _ in range(self.batch.accumulation):
                 self.count.kind = "forward"
                 loss = compute_loss(self.engine, self.objective, self._batch(), self.config).total
                 self.count.kind = "backward"
@@ -70,7 +70,7 @@ class Rehearsal:
             self.ema.update()
 
     def _batch(self) -> Prepared:
-        model, images = self.config, self.images
+        model, images = self.config, self.batch.micro
         latents = torch.randn(images, model.in_channels, *self.sides)
         told: dict[str, Tensor] = dict(y=torch.zeros(images, dtype=torch.long))
         if model.text_width:

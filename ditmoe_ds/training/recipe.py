@@ -280,7 +280,7 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
     return BatchShape(train.global_batch, accumulation, train.global_batch // parts)
 
 
-def _begun_on(recipe: Recipe, processes: int) -> int:
+def begun_on(recipe: Recipe, processes: int) -> int:
     """Processes for which the recipe's accumulation was chosen: those that a run began on, unless the recipe now cuts another way."""
     saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
     if saved is None or "processes" not in saved:
@@ -302,21 +302,51 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
-    source = recipe.model.weights
-    if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
-        source = recipe.run_dir  # a run that goes on needs no others
-    weights = open_weights(source) if source is not None else None
-    named = _network_of(weights, recipe) if weights else named_network(recipe.model)
+    weights = starting_weights(recipe)
+    named = network_of(weights, recipe) if weights else named_network(recipe.model)
     check_parallel(recipe.parallel, named, world)
     require_tensor_parallel(tensor)
     processes = world // tensor
-    begun_on = _begun_on(recipe, processes)
-    batch = cut_batch(train, processes, begun_on, tensor)
+    begun = begun_on(recipe, processes)
+    batch = cut_batch(train, processes, begun, tensor)
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
     manifests = _load_manifests(recipe, named)
-    manifest = manifests[0]
+    model = fitted(named, recipe, manifests[0])
+    if weights and model != replace(named, input_size=model.input_size):
+        theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
+        fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
+        raise ConfigError("model.weights", recipe.model.weights, fix)
+    if train.sample_every or train.fd_every:
+        scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
+    plan = Plan(recipe, manifests, model, begun, batch, ds_config, weights)
+    if weights:
+        _check_encoders(plan, weights.description["latents"])
+    return plan
+
+
+def starting_weights(recipe: Recipe) -> Weights | None:
+    """What the recipe starts from, or goes on with. Nothing is read yet. Raises as ``open_weights``."""
+    source = recipe.model.weights
+    if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
+        source = recipe.run_dir  # a run that goes on needs no others
+    return open_weights(source) if source is not None else None
+
+
+def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:
+    """The network as the data make it: size and channels of their latents, classes or width of their texts.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    data = recipe.data
+    if named.num_classes and not manifest.num_classes:
+        raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
+    samples, classified = manifest.splits.train.samples, sum(manifest.class_histogram)
+    if named.num_classes and classified < samples:
+        fix = f"{samples - classified} of {samples} training samples have no class; encode those that have, or train text to image"
+        raise ConfigError("data.manifest", data.manifest, fix)
     for _, height, width in manifest.shapes:
         if height % named.patch or width % named.patch:
             fix = f"the data has latents of {height}x{width}, the model patches of {named.patch}"
@@ -324,19 +354,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     channels, height, _ = _commonest_shape(manifest)
     model = replace(named, input_size=height, in_channels=channels)
     if named.num_classes:
-        model = replace(model, num_classes=manifest.num_classes)
-    else:
-        model = replace(model, text_width=_text_width(recipe.data, manifest))
-    if weights and model != replace(named, input_size=height):
-        theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
-        fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
-        raise ConfigError("model.weights", recipe.model.weights, fix)
-    if train.sample_every or train.fd_every:
-        scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
-    plan = Plan(recipe, manifests, model, begun_on, batch, ds_config, weights)
-    if weights:
-        _check_encoders(plan, weights.description["latents"])
-    return plan
+        return replace(model, num_classes=manifest.num_classes)
+    return replace(model, text_width=_text_width(data, manifest))
 
 
 def _commonest_shape(manifest: Manifest) -> tuple[int, ...]:
@@ -382,8 +401,6 @@ def _text_width(data: DataConfig, manifest: Manifest) -> int:
 def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
     data = recipe.data
     first = Manifest.load(data.manifest)
-    if model.num_classes and not first.num_classes:
-        raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
     others = []
     for i, other in enumerate(data.mix):
         if other.weight < 1:
@@ -395,16 +412,12 @@ def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
                 raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
         others.append(manifest)
     for manifest in (first, *others):
-        samples, classified = manifest.splits.train.samples, sum(manifest.class_histogram)
-        if model.num_classes and classified < samples:
-            fix = f"{samples - classified} of {samples} training samples have no class; encode those that have, or train text to image"
-            raise ConfigError("data.manifest", manifest.root, fix)
         if remote.is_url(manifest.root) and not data.cache:
             raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
     return first, *others
 
 
-def _network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
+def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
     given = recipe.model
     if given != ModelConfig(weights=given.weights):
         raise ConfigError(

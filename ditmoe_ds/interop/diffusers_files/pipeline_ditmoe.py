@@ -27,7 +27,7 @@ class DiTMoEPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: int | list[int],
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -41,8 +41,15 @@ class DiTMoEPipeline(DiffusionPipeline):
             class_labels: B classes, 0..num_classes - 1.
             guidance_scale: 1 is no guidance.
             latents: starting noise (B, C, H, W); drawn with ``generator`` by default.
-            output_type: "pil", "np" (B, H, W, 3) in [0, 1], or "latent": scaled latents (B, C, h, w).
+            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": scaled latents (B, C, h, w).
         """
+        class_labels = [class_labels] if isinstance(class_labels, int) else class_labels
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r}: choose pil, np, pt or latent")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: at least 1")
+        if isinstance(generator, list) and len(generator) != len(class_labels):
+            raise ValueError(f"generator: {len(generator)} of them for {len(class_labels)} images")
         config, device = self.transformer.config, self._execution_device
         wrong = [label for label in class_labels if not 0 <= label < config.num_classes]
         if wrong:
@@ -85,7 +92,10 @@ class DiTMoEPipeline(DiffusionPipeline):
 
     def _decode(self, z, output_type):
         scaling = self.vae.config.scaling_factor if self.config.scaling_factor is None else self.config.scaling_factor
-        shift = self.vae.config.shift_factor if self.config.shift_factor is None else self.config.shift_factor
+        shift = self.vae.config.get("shift_factor") if self.config.shift_factor is None else self.config.shift_factor
         images = self.vae.decode((z / scaling + (shift or 0.0)).to(self.vae.dtype)).sample
-        images = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        images = (images.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
