@@ -8,12 +8,15 @@ import pytest
 import torch
 from browser import CHROMIUM, browser
 from latents import write_latents
+from matplotlib.axes import Axes
 from models import DENSE, SPARSE, random_weights
 from torch import nn
 
+from ditmoe_ds.analysis import summary as summary_of
 from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.analysis.experts import answers_alike, experts_of, lift, weights_alike
 from ditmoe_ds.analysis.information import Information, entropy, information, informations, mutual_information
+from ditmoe_ds.analysis.plots import plot_shares
 from ditmoe_ds.analysis.routing import Takings, count_takings, noised, watched
 from ditmoe_ds.analysis.summary import read_metrics, spread, training
 from ditmoe_ds.cli import main
@@ -68,7 +71,7 @@ def test_counts_are_those_of_a_loop(network, latents):
         if isinstance(module, Router):
             module.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     counted = count_takings(run, samples, TIMES)
-    takings = iter(seen)
+    takings, at = iter(seen), lambda time, image: (time + image * network.images_compete) % TIMES  # those that compete have different times
     for time in range(TIMES):  # all samples fit into one forward
         for layer in range(layers):
             assignment, who = next(takings), {}
@@ -77,12 +80,12 @@ def test_counts_are_those_of_a_loop(network, latents):
                 if weight == 0:
                     continue  # a place that nobody took
                 image, position = divmod(token, positions)
-                by_time[image, time, layer, expert] += 1
+                by_time[image, at(time, image), layer, expert] += 1
                 by_position[image, position, layer, expert] += 1
                 who.setdefault(token, set()).add(expert)
             for token in range(5 * positions):
                 group = who.get(token, set())
-                takers[time, layer, len(group)] += 1
+                takers[at(time, token // positions), layer, len(group)] += 1
                 for one in group:
                     for other in group:
                         together[layer, one, other] += 1
@@ -91,12 +94,28 @@ def test_counts_are_those_of_a_loop(network, latents):
     assert torch.equal(counted.together.float(), together) and by_time.sum() > 0
 
 
+def test_a_long_run_is_thinned(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary_of, "RECORDS", 50)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(2, 250)))
+    steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    validated = [record["step"] for record in records(2, 250) if "val_loss" in record]
+    assert len(steps) < 60 and {*validated, 1} <= {*steps} and steps == sorted(steps)
+
+
+def test_layers_are_called_by_their_numbers(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    plot_shares(torch.full((2, 3, 4), 0.25), "class", [1, 3], tmp_path / "share.png")
+    assert titles == ["layer 1", "layer 3"]
+
+
 def test_a_sample_is_noised_alike_in_any_company(latents):
     run = opened(TOKEN)
     every, some = count_takings(run, batch(latents), TIMES), count_takings(run, batch(latents, 7), TIMES)
     assert torch.equal(every.by_time[:7], some.by_time)
     with watched(run.model) as taken:
-        assert list(noised(run, batch(latents, 7), TIMES, size=3))[-1] == (6, TIMES - 1)
+        first, times = list(noised(run, batch(latents, 7), TIMES, size=3))[-1]
+        assert (first, times.tolist()) == (6, [TIMES - 1])
     assert torch.equal(taken[2].view(3, 16, -1).sum(1), every.by_time[:3, 1, 0])
 
 
@@ -109,7 +128,7 @@ def test_counting_needs_no_value_on_the_host(choice):
         with watched(routers) as taken:
             for router in routers:
                 router(torch.empty(5, 16, 8))
-        counted.add(taken, 1, 2)
+        counted.add(taken, 1, torch.full((5,), 2))
     assert counted.by_position.is_meta and taken[0].shape == (80, 4)
     with pytest.raises(NotImplementedError):
         counted.on_cpu()
@@ -125,7 +144,7 @@ def test_counting_does_not_wait_for_the_gpu(choice):
     try:
         with watched(router) as taken:
             router(x)
-        counted.add(taken, 0, 1)
+        counted.add(taken, 0, torch.ones(len(counted.by_time), dtype=torch.long, device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert counted.on_cpu().by_time.sum() == 5 * 16 * 2

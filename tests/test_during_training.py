@@ -77,10 +77,18 @@ def test_the_extractor_is_asked_on_its_device(recipe, monkeypatch):
 
 def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
     run = recipe.parent / "failing"
-    (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", recipe, f"run_dir={run}"])
+    (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "decode", recipe, f"run_dir={run}"])
     assert "no Fréchet distance of step 2: MemoryError: no memory left" in output
     assert record(run)["step"] == 2
     assert "fd" not in record(run)
+
+
+def test_a_rank_that_cannot_validate_is_named(recipe):
+    """While the others compute with EMA's weights, which all gather together: it must not try to give them back."""
+    settings = [f"run_dir={recipe.parent / 'reading'}", "train.fd_every=0", "train.validate_every=2", "parallel.zero_stage=3"]
+    (code, output), (other, _) = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "read", recipe, *settings], timeout=120, check=False)
+    assert (code, other) == (2, 2), output
+    assert "failed after step 1: val-000003.tar: cannot be read" in output
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,12 @@ def test_folders(tmp_path):
     (tmp_path / "1" / "004.jpg").write_bytes(b"nothing")
     with pytest.raises(DataError, match="004.jpg: cannot be read"):
         list(open_images(tmp_path).batches(0, 7, 8))
+    (tmp_path / "1" / "004.jpg").unlink()
+    (tmp_path / "3").symlink_to(tmp_path / "0")
+    assert len(open_images(tmp_path)) == 9
+    (tmp_path / "samples.json").write_text('{"format": "ditmoe-samples/1", "num": 50000}')
+    with pytest.raises(DataError, match="9 of 50000 images; let ditmoe sample finish"):
+        read_plan("is", str(tmp_path), device=CPU)
     (empty := tmp_path / "2").mkdir()
     with pytest.raises(DataError, match="no pictures"):
         open_images(empty)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_ds.analysis.routing import watched
+from ditmoe_ds.analysis.summary import plain
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.pipelines.run import Run
@@ -101,7 +102,7 @@ def adaptive(run: Run, prompts: list[str], out: Path, *, steps: int = 25, guidan
         objects=on_objects(images, takers),
         takers=takers.double().mean(1).round(decimals=3).tolist(),
     )
-    files["adaptive.json"].write_text(json.dumps(report))
+    files["adaptive.json"].write_text(json.dumps(plain(report), allow_nan=False))
     thirds = [slice(0, steps // 3), slice(steps // 3, 2 * steps // 3), slice(2 * steps // 3, steps)]
     last = len(takers) - 1
     panels = {

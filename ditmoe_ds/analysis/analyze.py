@@ -59,7 +59,7 @@ def analyze(
     pictures = adaptive(run, list(prompts), out) if prompts else {}
     order = data.spread(samples)
     number = len(order)
-    chosen = data.batch(sorted(order))
+    chosen = data.batch(order)
     counted = count_takings(run, chosen, times)
     sides = (run.shape[1] // config.patch, run.shape[2] // config.patch)
     numbers = summary(run, counted, sides, chosen.labels, permutations)
@@ -72,7 +72,7 @@ def analyze(
     files["routing.json"].write_text(json.dumps(plain(numbers), allow_nan=False))
     for axis, share in numbers["share"].items():
         files[axis] = out / f"routing_{axis}.png"
-        plot_shares(share, axis, files[axis])
+        plot_shares(share, axis, config.sparse_layers, files[axis])
     if records:
         files["loss"] = out / "loss.png"
         plot_loss(records, files["loss"])

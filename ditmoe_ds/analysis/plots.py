@@ -1,5 +1,6 @@
 """Pictures of a run: routing heat-maps and the loss curve."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 LABELS = {"timestep": "time (0 image, 1 noise)", "position": "patch position", "class": "class"}
 
 
-def plot_shares(share: Tensor, axis: str, path: Path) -> None:
-    """One panel per layer: share of selections (L, rows, E) as expert x row; white is the uniform share."""
+def plot_shares(share: Tensor, axis: str, numbers: Sequence[int], path: Path) -> None:
+    """One panel per layer: share of selections (L, rows, E) as expert x row; white is the uniform share. ``numbers`` are the layers'."""
     layers, rows, experts = share.shape
     columns = min(layers, 6)
     height = -(-layers // columns)
@@ -25,7 +26,7 @@ def plot_shares(share: Tensor, axis: str, path: Path) -> None:
             panel.axis("off")
             continue
         image = panel.imshow(share[layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * uniform, interpolation="nearest")
-        panel.set_title(f"layer {layer}", fontsize=8)
+        panel.set_title(f"layer {numbers[layer]}", fontsize=8)
         panel.set_xticks([0, rows - 1], ["0", "1"] if axis == "timestep" else ["0", str(rows - 1)], fontsize=7)
         panel.set_yticks(range(experts) if experts <= 8 else [0, experts - 1])
         panel.tick_params(labelsize=7)

@@ -70,15 +70,16 @@ class Takings:
             zeros(layers, experts, experts).double(),
         )
 
-    def add(self, taken: list[Tensor], first: int, time: int) -> None:
-        """Count one forward of B samples, of which ``first`` is the first: L times (B * N, E), as ``watched`` gives. No host sync."""
+    def add(self, taken: list[Tensor], first: int, times: Tensor) -> None:
+        """Count one forward of B samples at times (B,), of which ``first`` is the first: L times (B * N, E), as ``watched`` gives. No
+        host sync."""
         positions, experts = self.by_position.shape[1], self.by_position.shape[3]
         hits = torch.stack(taken, dim=1).view(-1, positions, len(taken), experts)  # (B, N, L, E)
-        rows = slice(first, first + len(hits))
-        self.by_time[rows, time] += hits.sum(1, dtype=torch.int32)
-        self.by_position[rows] += hits
+        rows = torch.arange(first, first + len(hits), device=hits.device)
+        self.by_time[rows, times] += hits.sum(1, dtype=torch.int32)
+        self.by_position[first : first + len(hits)] += hits
         number = torch.arange(experts + 1, device=hits.device)
-        self.takers[time] += (hits.sum(3)[..., None] == number).sum((0, 1), dtype=torch.int32)
+        self.takers.index_add_(0, times, (hits.sum(3)[..., None] == number).sum(1, dtype=torch.int32))
         flat = hits.flatten(0, 1).transpose(0, 1).float()  # (L, B * N, E): sums below 2^24 are exact
         self.together += flat.transpose(1, 2) @ flat
 
@@ -86,11 +87,14 @@ class Takings:
         return Takings(*(part.cpu() for part in (self.by_time, self.by_position, self.takers, self.together)))
 
 
-def noised(run: Run, samples: Batch, times: int, size: int = 64) -> Iterator[tuple[int, int]]:
+def noised(run: Run, samples: Batch, times: int, size: int = 64) -> Iterator[tuple[int, Tensor]]:
     """Forward each sample, noised to the middle of each of ``times`` equal parts of [0, 1], ``size`` samples together.
 
+    Where images compete, those of a forward have different times, as in training: experts take as many tokens of all together.
+
     Yields:
-        After each forward the number of its first sample, and of the time. The noise depends on the sample's index and the time alone.
+        After each forward the number of its first sample, and those of its times (B,). The noise depends on the sample's index and
+        the time alone.
     """
     objective, told = make_objective(run.diffusion), run.conditioner
     asked = told.told(samples)
@@ -99,10 +103,13 @@ def noised(run: Run, samples: Batch, times: int, size: int = 64) -> Iterator[tup
         condition = told.unpack(told.pack(asked[first : first + size]), run.device)
         for k in range(times):
             keys = samples.samples[first : first + size].tolist()
-            draws = [torch.randn(x0.shape[1:], generator=keyed_generator("analysis", i, k)) for i in keys]
-            t = x0.new_full((len(x0),), (k + 0.5) / times)
+            each = (k + torch.arange(len(keys)) * run.model.config.images_compete) % times
+            draws = [
+                torch.randn(x0.shape[1:], generator=keyed_generator("analysis", *key)) for key in zip(keys, each.tolist(), strict=True)
+            ]
+            t = ((each + 0.5) / times).to(x0)
             objective.loss(lambda z, s: run.model(z, s, **condition), x0, t, torch.stack(draws).to(run.device))  # noqa: B023
-            yield first, k
+            yield first, each.to(run.device)
 
 
 @torch.no_grad()
@@ -113,7 +120,7 @@ def count_takings(run: Run, samples: Batch, times: int) -> Takings:
     layers, experts = len(model.config.sparse_layers), model.config.experts
     counted = Takings.none(len(samples.latents), times, layers, positions, experts, run.device)
     with watched(model) as taken:
-        for first, k in noised(run, samples, times):
-            counted.add(taken, first, k)
+        for first, each in noised(run, samples, times):
+            counted.add(taken, first, each)
             taken.clear()
     return counted.on_cpu()

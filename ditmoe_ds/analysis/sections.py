@@ -10,6 +10,8 @@ from ditmoe_ds.analysis.summary import Numbers
 
 TIME = ("image (t = 0)", "noise (t = 1)")
 SIGNIFICANT = 0.05
+FEW = 10
+"""Samples of a class: with fewer, what its permutations tell of each image hides much of what it tells."""
 
 
 def by_layer(numbers: Numbers, values: Tensor, draw: Callable[[Tensor, str], str], width: int = 150) -> str:
@@ -29,7 +31,9 @@ def dependence(numbers: Numbers) -> str:
         if axis in numbers["fixed"]:
             words.append(f"the {axis} explains none, by construction: every expert takes equally many tokens of every image")
             continue
-        words.append(f"the {axis} explains {above if last['p'] < SIGNIFICANT else 'none beyond chance'} (p\u00a0=\u00a0{p})")
+        few = axis == "class" and numbers["samples"] < FEW * numbers["classes"]  # shuffled labels, too, then tell images apart
+        least = f"at least {above}, of so few samples ({numbers['samples']}) of {numbers['classes']} classes," if few else above
+        words.append(f"the {axis} explains {least if last['p'] < SIGNIFICANT else 'none beyond chance'} (p\u00a0=\u00a0{p})")
         chart = bars(found["bits"][:-1], found["baseline_high"][:-1], layers, (layers[0], layers[-1]), f"information of the {axis}", "bit")
         charts.append(f"<div><h3>{axis}</h3>{chart}</div>")
     most, permutations = numbers["information"]["position"]["experts"][-1], numbers["permutations"]

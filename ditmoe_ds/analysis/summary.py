@@ -14,6 +14,8 @@ from ditmoe_ds.analysis.routing import Takings
 from ditmoe_ds.pipelines.run import Run
 
 Numbers = dict[str, Any]
+RECORDS = 20_000
+"""Most steps that are read."""
 PLACES = 100
 """Most points of a curve over training."""
 
@@ -34,6 +36,7 @@ def summary(run: Run, counted: Takings, sides: tuple[int, int], labels: Tensor, 
     return dict(
         step=run.step,
         samples=samples,
+        classes=len(labels.unique()),
         experts=experts,
         top_k=config.top_k,
         routing=config.routing,
@@ -73,9 +76,17 @@ def spread(takers: Tensor) -> dict[str, Tensor]:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, without skipped steps and a last line that is not whole; none if there is no such file."""
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
+    """The records of ``metrics.jsonl``, without skipped steps and a last line that is not whole; none if there is no such file.
+
+    Of more than ``RECORDS`` steps every second, third, ... and those that were validated: a file may be larger than the memory.
+    """
+    if not metrics.is_file():
+        return []
+    with metrics.open() as file:
+        every = sum(1 for _ in file) // RECORDS + 1
+    with metrics.open() as file:
+        lines = [line for number, line in enumerate(file) if number % every == 0 or '"val_loss"' in line]
+    records = [json.loads(line) for line in lines if line.rstrip("\n").endswith("}")]
     return [record for record in records if record["loss"] is not None]
 
 

@@ -55,12 +55,13 @@ class EMA:
 
     @contextmanager
     def applied(self, engine: Engine) -> Iterator[None]:
-        """Compute with the first average inside the block. Collective; no second copy of the model is made."""
+        """Compute with the first average inside the block. Collective; no second copy of the model is made.
+
+        An error leaves it so: whoever it meets ends, and must not wait for the others here, which are elsewhere.
+        """
         self._swap(engine)
-        try:
-            yield
-        finally:
-            self._swap(engine)
+        yield
+        self._swap(engine)
 
     @torch.no_grad()
     def _swap(self, engine: Engine) -> None:

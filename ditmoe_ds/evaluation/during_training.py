@@ -20,7 +20,7 @@ class FrechetDistance:
     to show what the held-out ones do, in turn. The ranks share the work. It is biased by the number of images: compare it between steps
     and runs of the same ``train.fd_samples``, with nothing else.
 
-    Where it cannot be computed, rank 0 says so and training goes on.
+    Where images cannot be decoded or looked at, rank 0 says so and training goes on.
 
     Raises:
         ConfigError, DataError: the VAE or the extractor cannot be loaded, or there are too few held-out samples.

@@ -107,7 +107,7 @@ def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
 def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
     from transformers import AutoModel
 
-    network: nn.Module = AutoModel.from_pretrained(value, use_safetensors=True)
+    network: nn.Module = AutoModel.from_pretrained(value, weights_only=True)
     look, forward = Look.of_processor(value), _frozen(network, device)
 
     def features(images: Tensor) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
 def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
     from transformers import AutoTokenizer, CLIPModel
 
-    network: Any = CLIPModel.from_pretrained(value, use_safetensors=True)
+    network: Any = CLIPModel.from_pretrained(value, weights_only=True)
     look, tokenizer = Look.of_processor(value), AutoTokenizer.from_pretrained(value)
     _frozen(network, device)
 

@@ -3,6 +3,7 @@ and how well they fit their captions: CLIP score."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ditmoe_ds.distributed.topology import decided
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.evaluation.extractors import CLIP, Extractor, load_extractor
 from ditmoe_ds.evaluation.features import summarise
-from ditmoe_ds.evaluation.images import MEMBER, Images, npz_members, open_images, published_statistics
+from ditmoe_ds.evaluation.images import MEMBER, FolderImages, Images, npz_members, open_images, published_statistics
 from ditmoe_ds.evaluation.metrics import cmmd, kid, precision_recall
 from ditmoe_ds.evaluation.moments import Gaussian, frechet_distance
 from ditmoe_ds.evaluation.ranks import share, total
@@ -79,6 +80,13 @@ def read_plan(
     if measure == "fid":
         asked = ("fid", "sfid", "is", "precision-recall") if name == "inception" else ("fd", "precision-recall")
     made = _enough(open_images(samples))
+    described = made.description()
+    if isinstance(described, dict) and str(described.get("format")).startswith("ditmoe-samples") and described["num"] != len(made):
+        raise DataError(f"{samples}: {len(made)} of {described['num']} images; let ditmoe sample finish them")
+    first = os.environ.get("RANK", "0") == "0"
+    if first and "is" in asked and isinstance(made, FolderImages) and len({file.parent for file in made.files}) > 1:
+        fix = "if they hold a class each, its splits of 5,000 in a row show few classes"
+        print(f"{samples}: the Inception Score is of pictures in the order of their paths, through sub-folders; {fix}", file=sys.stderr)
     lines = _captions(captions, len(made)) if measure == "clip-score" else None
     path, real = None, None
     statistics: dict[str, Gaussian] = {}
@@ -88,8 +96,8 @@ def read_plan(
         path = Path(reference)
         real, statistics = _reference(path, asked, name)
         if real is None and measure == "fid":
-            asked = tuple(one for one in asked if one != "precision-recall")
-    return Plan(asked, made, made.description(), path, real, statistics, load_extractor(name, device, inception), lines)
+            asked = tuple(one for one in asked if one != "precision-recall" and (one != "sfid" or "spatial" in statistics))
+    return Plan(asked, made, described, path, real, statistics, load_extractor(name, device, inception), lines)
 
 
 def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
@@ -166,7 +174,7 @@ def _reference(path: Path, asked: tuple[str, ...], extractor: str) -> tuple[Imag
     pairs = [measure for measure in asked if measure in OF_PAIRS]
     if path.is_dir() or MEMBER in npz_members(path):
         return (_enough(open_images(path)) if missing or pairs else None), statistics
-    if missing or not statistics:
+    if (missing and not (missing == ["sfid"] and "fid" in asked)) or not statistics:  # many hold those of FID alone
         needs = ", ".join(missing or pairs)
         raise ConfigError("--reference", str(path), f"has no images ({', '.join(npz_members(path))}), which {needs} needs here")
     return None, statistics
@@ -182,7 +190,7 @@ def _captions(path: str | None, count: int) -> list[str]:
     if path is None:
         raise ConfigError("--captions", None, "name a file with a caption per line, in the order of the samples")
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text().removesuffix("\n").split("\n")  # a caption may have other ends of lines, of Unicode
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--captions", path, f"cannot be read ({error})") from None
     if len(lines) != count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -104,7 +105,8 @@ class FolderImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        below = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
+        self.files = sorted(file for file in below if file.suffix.lower() in SUFFIXES)
         if not self.files:
             raise DataError(f"{path}: no pictures ({', '.join(SUFFIXES)})")
         self.shape = list(self._read(self.files[0]).shape)

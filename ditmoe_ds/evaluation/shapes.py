@@ -46,14 +46,16 @@ def evaluate(
     Raises:
         ConfigError: images of another size, or a model of classes; and as ``Run.sample``.
     """
+    if images < 1:
+        raise ConfigError("--images", images, "at least 1 of each prompt")
     asked = [scene for scene in prompts(not seen) for _ in range(images)]
     pictures = []
     for first in range(0, len(asked), batch):
         part = [scene.caption for scene in asked[first : first + batch]]
         pictures.append(run.sample(part, steps=steps, guidance=guidance, seed=seed, first=first))
+        if tuple(found := pictures[-1].shape[1:3]) != (SIZE, SIZE):
+            raise ConfigError("run", list(found), f"the benchmark is for pictures of {SIZE} pixels: train on sample:shapes")
     sampled = torch.cat(pictures)
-    if tuple(sampled.shape[1:3]) != (SIZE, SIZE):
-        raise ConfigError("run", list(sampled.shape[1:3]), f"the benchmark is for pictures of {SIZE} pixels: train on sample:shapes")
     right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
     for scene, picture in zip(asked, sampled.numpy(), strict=True):
         right[scene.category].append(shows(detect(picture), scene))

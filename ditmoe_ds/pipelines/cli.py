@@ -179,7 +179,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     lines: list[str] = []
     if arguments.prompts:
         try:
-            lines = [line.strip() for line in Path(arguments.prompts).read_text().splitlines()]
+            lines = [line.strip() for line in Path(arguments.prompts).read_text().split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("--prompts", arguments.prompts, f"not a readable text file ({error})") from None
     found = [*(arguments.prompt or []), *filter(None, lines)]

@@ -69,9 +69,8 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     if arguments.run:
         run = agreed(lambda: _open(arguments))
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
-        missing = decided(
-            lambda: settle(folder, run.identity(arguments.run) | dict(vae=run.latents.get("vae")) | sampling, prompts, arguments.images)
-        )
+        parts = dict(vae=run.latents.get("vae"), text_encoder=run.latents.get("text", {}).get("encoder"))
+        missing = decided(lambda: settle(folder, run.identity(arguments.run) | parts | sampling, prompts, arguments.images))
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
         agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
     if not arguments.detector:
