@@ -133,14 +133,28 @@ def test_through_the_deepspeed_launcher(recipe):
         (["train.optimizer.beta1=1.5"], ["train.optimizer.beta1=1.5", "[0, 1)"]),
         (["train.sample_images=0"], ["train.sample_images=0", "at least 1"]),
         (["diffusion.condition_dropout=7"], ["diffusion.condition_dropout=7", "[0, 1)"]),
+        (["train.sample_every=-1"], ["train.sample_every=-1", "0, which is never"]),
+        (["checkpoint.keep_every=-1"], ["checkpoint.keep_every=-1", "at least 0"]),
+        (["data.cache_gb=0"], ["data.cache_gb=0", "above 0"]),
+        (["model.router.balance_alpha=-1"], ["model.router.balance_alpha=-1", "at least 0"]),
+        (["data.text_encoder=somewhere"], ["data.text_encoder", "conditioned on classes"]),
+        (["diffusion.objective=ddpm", "diffusion.time_shift=2", "train.sample_steps=50"], ["diffusion.time_shift=2", "rectified flow"]),
+        (["data.manifest={gone}"], ["data.manifest", "its VAE is not at /somewhere", "train.sample_every=0"]),
+        (["data.manifest={whole}"], ["data.manifest", "no sample to validate on", "--holdout"]),
+        (["data.skip_shards=[train-000000.tar]"], ["data.skip_shards leaves none"]),
         (["run_dir=/dev/null/run"], ["run_dir='/dev/null/run'", "/dev/null is no folder"]),
         ([*OFFLOAD, "train.optimizer.name=rmsprop"], ["train.optimizer.name='rmsprop'", "adamw alone"]),
     ],
 )
 def test_other_mistakes(recipe, overrides, words):
-    odd = write_latents(recipe.parent / "odd", train=1, val=1, shape=(4, 12, 12))
+    data = dict(
+        odd=write_latents(recipe.parent / "odd", train=1, val=1, shape=(4, 12, 12)),
+        gone=write_latents(recipe.parent / "gone", train=1, val=1, vae="/somewhere"),
+        whole=write_latents(recipe.parent / "whole", train=1, val=0),
+    )
     with pytest.raises(UserError) as caught:
-        read_plan([str(recipe), *(override.format(odd=odd) for override in overrides)], world=1)
+        plan = read_plan([str(recipe), *(override.format(**data) for override in overrides)], world=1)
+        plan.recipe.data.open(plan.manifests, "train")
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
@@ -180,7 +194,7 @@ def test_weights_that_were_trained_on_another_vae(recipe, tmp_path, known, words
     _, weights = random_weights(replace(SPARSE, num_classes=10), latents=known)
     write_weights(tmp_path / "weights", weights, "fp32")
     data = write_latents(tmp_path / "latents", train=8, val=2, vae="/somewhere")
-    arguments = [str(recipe), "model.name=null", f"model.weights={tmp_path / 'weights'}", f"data.manifest={data}"]
+    arguments = [str(recipe), "model.name=null", f"model.weights={tmp_path / 'weights'}", f"data.manifest={data}", "train.sample_every=0"]
     if words is None:
         assert read_plan(arguments, world=1).weights
     else:

@@ -112,7 +112,14 @@ def test_a_full_disk(on_failure, folder, recipe):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", disk], check=True)  # one checkpoint of 5.6 MB fits, not two
     try:
-        overrides = [f"run_dir={disk / 'run'}", f"checkpoint.on_failure={on_failure}", "checkpoint.every=3", "train.steps=8"]
+        # with a loader's process, which ignores SIGTERM: the end must not wait for it
+        overrides = [
+            "data.workers=1",
+            f"run_dir={disk / 'run'}",
+            f"checkpoint.on_failure={on_failure}",
+            "checkpoint.every=3",
+            "train.steps=8",
+        ]
         results = train(recipe, 2, *overrides, check=False)
         output = results[0][1]
         assert "checkpoint of step 6 was not written" in output and "No space left on device" in output

@@ -153,7 +153,8 @@ class LatentDataset:
         self.shards = sorted(shards, key=lambda pair: pair[1].shape)
         for manifest in manifests:
             if not any(m is manifest for m, _ in shards):
-                raise DataError(f"{manifest.root}: split {split} has no samples; encode again with another --holdout")
+                fix = "data.skip_shards leaves none" if skip else "encode again with another --holdout"
+                raise DataError(f"{manifest.root}: split {split} has no samples; {fix}")
         self.sets: dict[tuple[int, ...], list[list[int]]] = {}
         """Of each shape: of each data set: samples of each shard."""
         for shape in sorted({shard.shape for _, shard in shards}):

@@ -162,6 +162,6 @@ def sample_many(
                 finish(latents, [target.image(number) for number in numbers])
             bar.update(sum(map(len, batches[turn * world.size : (turn + 1) * world.size])))
     dist.barrier()
-    if target.npz and not target.out.is_file():
+    if target.npz:
         labels = [int(asked[i % len(asked)]) for i in range(count)] if run.model.config.num_classes else None
-        decided(lambda: target.pack(count, labels))
+        decided(lambda: None if target.out.is_file() else target.pack(count, labels))

@@ -201,6 +201,10 @@ AT_LEAST_1 = dict(
 )
 
 
+NEVER = ("validate_every", "sample_every", "fd_every", "spike_threshold")
+"""Of ``train``: 0 switches them off."""
+
+
 def read_recipe(arguments: list[str]) -> Recipe:
     """Read ``RECIPE.yaml [key=value ...]`` and check what needs neither data nor processes.
 
@@ -215,8 +219,16 @@ def read_recipe(arguments: list[str]) -> Recipe:
             value = getattr(getattr(recipe, section), key)
             if value < 1:
                 raise ConfigError(f"{section}.{key}", value, "must be at least 1")
-    optimizer, diffusion = recipe.train.optimizer, recipe.diffusion
+    optimizer, diffusion, router = recipe.train.optimizer, recipe.diffusion, recipe.model.router
     for name, number, right, fix in (
+        *((f"train.{key}", (number := getattr(recipe.train, key)), number >= 0, "at least 0, which is never") for key in NEVER),
+        ("checkpoint.keep_every", recipe.checkpoint.keep_every, recipe.checkpoint.keep_every >= 0, "at least 0"),
+        ("train.guidance", recipe.train.guidance, recipe.train.guidance >= 0, "at least 0"),
+        ("data.cache_gb", recipe.data.cache_gb, recipe.data.cache_gb > 0, "above 0"),
+        ("data.text_max_tokens", recipe.data.text_max_tokens, recipe.data.text_max_tokens > 0, "above 0"),
+        ("model.router.balance_alpha", router.balance_alpha, router.balance_alpha >= 0, "at least 0"),
+        ("model.router.z_alpha", router.z_alpha, router.z_alpha >= 0, "at least 0"),
+        ("model.router.route_scale", router.route_scale, router.route_scale > 0, "above 0"),
         ("train.optimizer.lr", optimizer.lr, optimizer.lr >= 0, "at least 0"),
         ("train.optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "in [0, 1)"),
         ("train.optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "in [0, 1)"),
@@ -230,6 +242,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
     ):
         if not right:
             raise ConfigError(name, number, f"must be {fix}")
+    if diffusion.objective == "ddpm" and diffusion.time_shift != 1:
+        raise ConfigError("diffusion.time_shift", diffusion.time_shift, "is of rectified flow; leave it at 1 with ddpm")
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb", True, "needs package wandb; pip install wandb")
     if recipe.train.profile and recipe.train.steps < 6:
@@ -320,6 +334,13 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         raise ConfigError("model.weights", recipe.model.weights, fix)
     if train.sample_every or train.fd_every:
         scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
+    manifest = manifests[0]
+    if (train.validate_every or train.fd_every) and not manifest.splits.val.samples:
+        fix = "holds out no sample to validate on: encode again with --holdout, or set train.validate_every=0 and train.fd_every=0"
+        raise ConfigError("data.manifest", recipe.data.manifest, fix)
+    if (train.sample_every or train.fd_every) and manifest.vae_sha256 and not Path(manifest.vae).is_dir():
+        fix = f"its VAE is not at {manifest.vae}, which sample grids need: put it there, or set train.sample_every=0 and train.fd_every=0"
+        raise ConfigError("data.manifest", recipe.data.manifest, fix)
     plan = Plan(recipe, manifests, model, begun, batch, ds_config, weights)
     if weights:
         _check_encoders(plan, weights.description["latents"])
@@ -341,6 +362,8 @@ def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:
         ConfigError: they do not go together.
     """
     data = recipe.data
+    if named.num_classes and data.text_encoder:
+        raise ConfigError("data.text_encoder", data.text_encoder, "this model is conditioned on classes; leave it out")
     if named.num_classes and not manifest.num_classes:
         raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
     samples, classified = manifest.splits.train.samples, sum(manifest.class_histogram)

@@ -39,6 +39,8 @@ def geneval(arguments: argparse.Namespace) -> int:
 
     if not arguments.run and not arguments.detector:
         raise ConfigError("--run", None, "name a run whose pictures are to be made, a --detector that scores what is there, or both")
+    if arguments.images < 1:
+        raise ConfigError("--images", arguments.images, "at least 1 of each prompt")
     if arguments.run and not arguments.prompts:
         raise ConfigError("--prompts", None, "name prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval")
     return on_all_ranks(lambda world: _evaluate(arguments, world))
