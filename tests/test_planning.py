@@ -445,10 +445,10 @@ def test_a_run_that_goes_on_is_planned_on_other_processes(capsys, tmp_path):
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     settings = ["train.global_batch=32", "train.accumulation=4", "parallel.expert=1", f"run_dir={tmp_path}"]
     for gpus, micro in ((16, 1), (4, 1), (8, 1)):
-        shape = plan_json(capsys, "recipes/digits.yaml", *settings, "--gpus-per-node", str(gpus))["recipe"]["shape"]
-        assert shape["micro"] == micro
+        own = plan_json(capsys, "recipes/digits.yaml", *settings, "--gpus-per-node", str(gpus))["recipe"]
+        assert own["micro"] == micro
     alone = plan_json(capsys, "recipes/digits.yaml", *settings[:-1], f"run_dir={tmp_path}/new", "--gpus-per-node", "4")
-    assert alone["recipe"]["shape"]["micro"] == 2
+    assert alone["recipe"]["micro"] == 2
 
 
 def test_other_stages_may_be_without_settings(capsys, tmp_path):
