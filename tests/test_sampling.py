@@ -199,6 +199,25 @@ def test_offloaded_experts_lie_on_the_host(weights):
     assert (run.sample([0, 1], **how).int() - images.int()).abs().max() <= 1
 
 
+def test_a_rank_that_comes_late_packs_with_the_others(weights, folder):
+    """The first may have packed everything by then; whether it has is asked together."""
+    late = """
+import os, sys, time
+import torch.distributed as dist
+from ditmoe_ds.cli import main
+from ditmoe_ds.ending import end
+together = dist.barrier
+def barrier():
+    together()
+    time.sleep(2 * int(os.environ["RANK"]))
+dist.barrier = barrier
+end(main(sys.argv[1:]))
+"""
+    out = folder / "late.npz"
+    launch(2, ["-c", late, "sample", weights["rectified_flow"], "--out", out, "--num", 2, "--steps", 1], timeout=120)
+    assert out.is_file()
+
+
 def test_autoguidance(weights, folder, one):
     """From itself: without guidance; the weak run is described."""
     path, common = weights["rectified_flow"], ["--steps", "2", "--num", "3"]
