@@ -254,8 +254,9 @@ def worker_from_environment() -> tuple[int, int]:
         worker = (number - first) // step
         if not 0 <= worker < count:
             raise ConfigError("SLURM_ARRAY_TASK_ID", number, f"the array has gaps; give --worker i/{count}")
-    names = ("RANK", "WORLD_SIZE") if "RANK" in environment or "SLURM_STEP_ID" not in environment else ("SLURM_PROCID", "SLURM_NTASKS")
-    rank, ranks = (int(environment.get(name, default)) for name, default in zip(names, (0, 1), strict=True))
+    by_srun = "RANK" not in environment and "SLURM_STEP_ID" in environment
+    rank = int(environment.get("SLURM_PROCID" if by_srun else "RANK", 0))
+    ranks = int(environment.get("SLURM_NTASKS" if by_srun else "WORLD_SIZE", 1))
     return worker * ranks + rank, count * ranks
 
 

@@ -18,6 +18,7 @@ from ditmoe_ds.analysis.experts import answers_alike, experts_of, lift, weights_
 from ditmoe_ds.analysis.information import Information, entropy, information, informations, mutual_information
 from ditmoe_ds.analysis.plots import plot_shares
 from ditmoe_ds.analysis.routing import Takings, count_takings, noised, watched
+from ditmoe_ds.analysis.sections import dependence
 from ditmoe_ds.analysis.summary import read_metrics, spread, training
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -100,6 +101,28 @@ def test_a_long_run_is_thinned(tmp_path, monkeypatch):
     steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     validated = [record["step"] for record in records(2, 250) if "val_loss" in record]
     assert len(steps) < 60 and {*validated, 1} <= {*steps} and steps == sorted(steps)
+
+
+def test_few_samples_of_a_class_hide_what_it_says():
+    """Each of 50 classes has an expert that it prefers. Of one sample each permuted labels still tell images apart."""
+    found = {}
+    for each in (1, 20):
+        labels = torch.arange(50).repeat_interleave(each)
+        units = torch.full((len(labels), 1, 4), 10.0)
+        units[torch.arange(len(labels)), 0, labels % 4] = 70.0
+        shuffle = lambda generator, labels=labels: labels[torch.randperm(len(labels), generator=generator)]  # noqa: E731
+        found[each] = information(units, labels, 50, shuffle, 50).report()["share"][0]
+    assert found[1] < 0.01 and found[20] > 0.25
+    numbers = dict(
+        layers=[0],
+        information={
+            axis: {key: [0.04, 0.04] for key in ("bits", "baseline", "baseline_high", "experts", "share", "p", "z")}
+            for axis in ("position", "class")
+        },
+    )
+    numbers |= dict(fixed=[], permutations=99, classes=50)
+    assert "at least 4.00 %, of so few samples (50) of 50 classes" in dependence(numbers | dict(samples=50))
+    assert "at least" not in dependence(numbers | dict(samples=500))
 
 
 def test_layers_are_called_by_their_numbers(tmp_path, monkeypatch):

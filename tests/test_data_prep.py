@@ -360,6 +360,22 @@ def write_text_encoder(folder: Path, kind: str) -> None:
     model.save_pretrained(folder)
 
 
+def test_a_text_encoder_whose_weights_are_elsewhere(tmp_path):
+    """As while accelerate offloads it: its hooks send the inputs after the weights."""
+    write_text_encoder(tmp_path / "bert", "bert")
+    encoder = load_text_encoder(str(tmp_path / "bert"), 8, "cpu")
+    wanted, model = encoder(["a red", "a"]), encoder.model
+
+    class Hooked:
+        device, config = torch.device("meta"), model.config
+
+        def __call__(self, **inputs):
+            return model(**inputs)
+
+    encoder.model = Hooked()
+    assert all(torch.equal(a, b) for a, b in zip(encoder(["a red", "a"]), wanted, strict=True))
+
+
 def test_too_many_tokens_for_a_text_encoder(inputs, tmp_path):
     write_text_encoder(tmp_path / "bert", "bert")
     with pytest.raises(ConfigError, match="at most 16"):

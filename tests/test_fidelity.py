@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,24 @@ def clip(tmp_path_factory):
     return folder
 
 
+def test_clip_from_a_file_of_torch(clip, tmp_path, monkeypatch):
+    """Some are on the hub as nothing else; what runs code in it is not loaded."""
+    import transformers
+
+    images = pictures(4, 24, 24)
+    wanted = load_extractor(f"clip:{clip}").features(images)
+    shutil.copytree(clip, tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    torch.save(transformers.CLIPModel.from_pretrained(clip).state_dict(), tmp_path / "clip" / "pytorch_model.bin")
+    found = load_extractor(f"clip:{tmp_path / 'clip'}").features(images)
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Harmful()}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_extractor(f"clip:{tmp_path / 'clip'}")
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_clip(clip, tmp_path, alone):
     import transformers
 
@@ -326,6 +345,11 @@ def test_statistics_alone(tmp_path, inception, alone):
             read_plan(name, samples, **given)
     with pytest.raises(ConfigError, match="no images.*fd"):
         read_plan("fid", samples, reference=str(reference), extractor="efficientnet-lite0", device=CPU)
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))  # as pytorch-fid writes them
+    plan = read_plan("fid", samples, **given)
+    assert plan.asked == ("fid", "is") and plan.statistics.keys() == {"pool"}
+    with pytest.raises(ConfigError, match="no images.*sfid"):
+        read_plan("sfid", samples, **given)
     np.savez(reference, mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(7), sigma_s=np.eye(7))
     with pytest.raises(DataError, match="2048"):
         read_plan("fid", samples, **given)
@@ -430,6 +454,7 @@ def test_folders(tmp_path):
         ("clip-score", {}, "--captions=None"),
         ("clip-score", dict(captions="{a}"), "--captions=.*cannot be read"),
         ("clip-score", dict(captions="{lines}"), "has 2 lines for 6 samples"),
+        ("clip-score", dict(captions="{unicode}"), "has 2 lines for 6 samples"),
         ("kid", dict(reference="{a}", inception="{lines}"), "--inception=.*no weights of Inception"),
         ("kid", dict(reference="{a}", inception="{harmful}"), "--inception=.*no weights of Inception"),
         ("kid", dict(reference="{a}", inception="nowhere.pth"), "--inception='nowhere.pth'"),
@@ -439,8 +464,10 @@ def test_folders(tmp_path):
 def test_mistakes(tmp_path, monkeypatch, name, given, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lines").write_text("one\ntwo\n")
+    (tmp_path / "unicode").write_text("one\u2028more\ntwo\n")
     (tmp_path / "harmful").write_bytes(pickle.dumps(Harmful()))
     names = dict(a=write_npz(tmp_path / "a.npz", pictures(6)), lines=tmp_path / "lines", harmful=tmp_path / "harmful")
+    names["unicode"] = tmp_path / "unicode"
     with pytest.raises(UserError, match=words) as caught:
         read_plan(name, names["a"], **{key: value.format(**names) for key, value in given.items()}, device=CPU)
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()

@@ -393,6 +393,13 @@ def test_a_damaged_shard_can_be_left_out(dataset):
         DataConfig("unused", skip_shards=("train-9.tar",)).open([manifest], "train")
 
 
+def test_a_shard_to_skip_by_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    write_data(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    assert len(LatentDataset([Manifest.load("here")], "train", skip=["here/train-000001.tar"])) == 7
+
+
 def test_a_mix_reads_from_both(tmp_path):
     manifests = []
     for name, sizes in (("real", (4,)), ("made", (5, 6))):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -242,9 +243,16 @@ def test_samples_without_a_class(recipe, tmp_path):
     content = json.loads((data / "manifest.json").read_text())
     content["class_histogram"][3] -= 1
     (data / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="1 of 8 training samples have no class"):
-        read_plan([str(recipe), f"data.manifest={data}"], world=1)
+    for settings in ([f"data.manifest={data}"], [f"data.mix=[{{manifest: {data}}}]"]):
+        with pytest.raises(ConfigError, match="1 of 8 training samples have no class"):
+            read_plan([str(recipe), *settings], world=1)
     assert Classes(10).told(Batch(torch.zeros(2), torch.tensor([-1, 2]), *[None] * 5)) == [10, 2]
+
+
+def test_errors_cross_processes():
+    """From a loader's to its rank."""
+    error = pickle.loads(pickle.dumps(ConfigError("data.cache", "", "name a folder")))
+    assert (type(error), str(error), error.fix) == (ConfigError, "data.cache='': name a folder", "name a folder")
 
 
 def test_no_recipe():

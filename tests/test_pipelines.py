@@ -19,6 +19,7 @@ from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, fitted, guided, make_scheduler
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.interop.diffusers_folder import diffusers_weights
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import load_model, open_run
@@ -81,6 +82,8 @@ for kind, asked in {ASKED!r}.items():
         pipe_of(runs, kind).save_pretrained(folder / f"saved-{kind}", max_shard_size="50KB")
         assert len(list((folder / f"saved-{kind}" / "transformer").glob("*.safetensors"))) > 1
     assert not list(folder.rglob("*.bin"))
+    told = diffusers_weights(folder / "saved-text").description["latents"]["text"]
+    assert (told["encoder"], told["max_tokens"]) == (None, pipe_of(runs, "text").config.max_tokens)
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
 """A data set behind a URL, served by a real HTTP server that now and then fails."""
 
+import errno
 import functools
 import http.server
 import os
@@ -15,6 +16,7 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
+from ditmoe_ds.training.recipe import read_plan
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -130,6 +132,13 @@ def test_other_files_in_the_caches_folder_stay(folder, url, tmp_path):
     assert (tmp_path / "cache" / "thesis.tex").is_file() and (tmp_path / "cache" / "more").is_dir()
 
 
+def test_any_part_of_a_mix_wants_a_cache(folder, url, tmp_path):
+    settings = ["recipes/digits.yaml", f"data.manifest={folder}", f"data.mix=[{{manifest: '{url}'}}]", f"run_dir={tmp_path}/run"]
+    with pytest.raises(ConfigError, match="data.cache=.*is remote: name a local folder"):
+        read_plan(settings, world=2)
+    assert read_plan([*settings, f"data.cache={tmp_path}/cache"], world=2)
+
+
 def test_a_damaged_copy_is_fetched_again(folder, url, tmp_path):
     """As after a power cut; once. What is damaged where it comes from is refused as before."""
     here = LatentDataset([Manifest.load(folder)], "train")
@@ -152,6 +161,17 @@ def test_a_cut_index_is_fetched_again(folder, url, tmp_path):
     dataset = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
     assert torch.equal(dataset[3].latent, LatentDataset([Manifest.load(folder)], "train")[3].latent)
     assert not Handler.cutting
+
+
+def test_a_disk_that_fails_is_not_called_damage(folder, monkeypatch):
+    dataset = LatentDataset([Manifest.load(folder)], "train")
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(DataError, match=r"train-000000.tar: cannot be read \(Stale file handle\)$"):
+        dataset[0]
 
 
 def test_a_shells_pipe_is_no_url():

@@ -176,6 +176,17 @@ def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
     assert "--vae" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+def test_a_rendezvous_of_another_launcher_is_forgotten(tmp_path):
+    """What called sbatch may have had ranks of its own; a user's MASTER_ADDR stays."""
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "rank ${RANK:-none} of ${MASTER_ADDR:-none}"\n')
+    (tmp_path / "srun").chmod(0o755)
+    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "MASTER_ADDR")}
+    environment = plain | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", MASTER_ADDR="node7", SLURM_JOB_ID="1")
+    for more, said in (({}, "rank none of node7"), (dict(RANK="3", WORLD_SIZE="4"), "rank none of none")):
+        done = subprocess.run(["bash", SCRIPTS / "train.sbatch", "recipe", "run"], env=environment | more, capture_output=True, text=True)
+        assert done.stdout.splitlines()[0] == said, done.stderr
+
+
 def test_containers():
     assert container("image.sif") == "apptainer exec --nv image.sif"
     assert container("team/image:1").startswith("--container-image=team/image:1 --container-mounts=" + os.getcwd())

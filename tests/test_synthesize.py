@@ -84,6 +84,9 @@ def test_the_best_are_kept_and_a_stopped_run_goes_on(inputs, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments(inputs, tmp_path / "b")) == 0
     assert "already complete" in capsys.readouterr().out
+    assert main([*arguments(inputs, tmp_path / "c"), "--prompt", "a {} in {place}"]) == 0
+    record = json.loads(next((tmp_path / "c").glob("*.jsonl")).read_text().splitlines()[0])
+    assert record["prompt"].endswith(" in {place}")
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,9 @@ def test_sampling_by_prompt(online, tmp_path, capsys):
     assert main(arguments) == 2 and "told --prompt" in capsys.readouterr().err
     assert main(["eval", "shapes", str(online), "--out", str(tmp_path)]) == 2
     assert "is for pictures of 64 pixels" in capsys.readouterr().err
+    for kind in (["shapes", str(online), "--out", str(tmp_path)], ["geneval", str(tmp_path), "--run", str(online), "--prompts", "none"]):
+        assert main(["eval", *kind, "--images", "0"]) == 2
+        assert "--images=0: at least 1" in capsys.readouterr().err
     other = open_run(online, text_encoder=str(online.parent / "encoder"))
     other.model.config = replace(other.model.config, text_width=13)
     with pytest.raises(ConfigError, match="tokens are 12 wide, the model was trained with 13"):

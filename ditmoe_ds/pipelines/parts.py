@@ -27,8 +27,9 @@ def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> Non
     settings = json.loads(json.dumps(settings))
     if note.is_file():
         found = json.loads(note.read_text())
+        found, settings = _without_paths(found), _without_paths(settings)
         for name, value in settings.items():
-            if _without_paths(found.get(name)) != _without_paths(value) and name != "checkpoint":
+            if found.get(name) != value:
                 fix = f"begun with {name} {found.get(name)!r}, not {value!r}; repeat its settings or choose another"
                 raise ConfigError(key, str(place), fix)
     elif place.is_file() or (place.is_dir() and any(place.iterdir())):
@@ -38,8 +39,8 @@ def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> Non
         write(note, json.dumps(settings, indent=1) + "\n")
 
 
-def _without_paths(setting: Any) -> Any:
-    return {key: value for key, value in setting.items() if key != "checkpoint"} if isinstance(setting, dict) else setting
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_paths(value) if isinstance(value, dict) else value for key, value in settings.items() if key != "checkpoint"}
 
 
 def write(path: Path, text: str) -> None:

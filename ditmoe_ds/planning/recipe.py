@@ -1,6 +1,7 @@
 """From a recipe to what is planned. Its data need not be here."""
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,20 +65,20 @@ def stages(parallel: ParallelConfig) -> dict[int, Shape]:
     Raises:
         ConfigError: of the recipe's own stage: as ``read_ds_config``, or the optimizer is offloaded.
     """
-    found = {}
-    for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else (parallel.zero_stage,):
-        try:
-            settings = read_ds_config(replace(parallel, zero_stage=stage))
-            if offloads(settings):
-                raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
-        except ConfigError:
-            if stage == parallel.zero_stage:
-                raise
-            continue
-        zero = settings.get("zero_optimization", {})
-        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if stage else 0
-        found[stage] = Shape(stage, 1, 1, False, bucket, int(zero.get("stage3_param_persistence_threshold", 100_000)))
+    found: dict[int, Shape] = {parallel.zero_stage: _of_stage(parallel)}
+    for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else ():
+        with suppress(ConfigError):
+            found[stage] = _of_stage(replace(parallel, zero_stage=stage))
     return found
+
+
+def _of_stage(parallel: ParallelConfig) -> Shape:
+    settings = read_ds_config(parallel)
+    if offloads(settings):
+        raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
+    zero = settings.get("zero_optimization", {})
+    bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if parallel.zero_stage else 0
+    return Shape(parallel.zero_stage, 1, 1, False, bucket, int(zero.get("stage3_param_persistence_threshold", 100_000)))
 
 
 def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape]) -> Shape:

@@ -5,7 +5,9 @@ import importlib.util
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,16 +195,35 @@ class Plan:
         )
 
 
-AT_LEAST_1 = dict(
-    train=("steps", "global_batch", "accumulation", "max_skipped_steps", "log_every", "sample_images", "validate_samples"),
-    data=("prefetch", "weight", "window"),
-    ema=("every",),
-    checkpoint=("every", "keep"),
+BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "train.steps train.global_batch train.accumulation train.max_skipped_steps train.log_every train.sample_images "
+        "train.validate_samples data.prefetch data.weight data.window data.text_max_tokens ema.every checkpoint.every checkpoint.keep",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "train.optimizer.lr train.optimizer.weight_decay train.optimizer.warmup_steps train.guidance checkpoint.keep_every "
+        "model.router.balance_alpha model.router.z_alpha",
+    ),
+    (
+        "at least 0, which is never",
+        lambda value: value >= 0,
+        "train.validate_every train.sample_every train.fd_every train.spike_threshold",
+    ),
+    ("at least 0, which does not clip", lambda value: value >= 0, "train.optimizer.grad_clip"),
+    ("at least 0, which loads in the training process", lambda value: value >= 0, "data.workers"),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "train.optimizer.eps diffusion.time_shift diffusion.time_scale data.cache_gb model.router.route_scale",
+    ),
+    ("in [0, 1)", lambda value: 0 <= value < 1, "train.optimizer.beta1 train.optimizer.beta2 diffusion.condition_dropout"),
+    ("from 0 to 0.75", lambda value: 0 <= value <= 0.75, "train.mask_ratio"),
 )
-
-
-NEVER = ("validate_every", "sample_every", "fd_every", "spike_threshold")
-"""Of ``train``: 0 switches them off."""
+"""What single numbers of a recipe must be."""
 
 
 def read_recipe(arguments: list[str]) -> Recipe:
@@ -214,44 +235,17 @@ def read_recipe(arguments: list[str]) -> Recipe:
     if not arguments:
         raise ConfigError("recipe", None, "name a recipe, for example recipes/digits.yaml")
     recipe = config.load(Recipe, arguments[0], arguments[1:])
-    for section, keys in AT_LEAST_1.items():
-        for key in keys:
-            value = getattr(getattr(recipe, section), key)
-            if value < 1:
-                raise ConfigError(f"{section}.{key}", value, "must be at least 1")
-    optimizer, diffusion, router = recipe.train.optimizer, recipe.diffusion, recipe.model.router
-    for name, number, right, fix in (
-        *((f"train.{key}", (number := getattr(recipe.train, key)), number >= 0, "at least 0, which is never") for key in NEVER),
-        ("checkpoint.keep_every", recipe.checkpoint.keep_every, recipe.checkpoint.keep_every >= 0, "at least 0"),
-        ("train.guidance", recipe.train.guidance, recipe.train.guidance >= 0, "at least 0"),
-        ("data.cache_gb", recipe.data.cache_gb, recipe.data.cache_gb > 0, "above 0"),
-        ("data.text_max_tokens", recipe.data.text_max_tokens, recipe.data.text_max_tokens > 0, "above 0"),
-        ("model.router.balance_alpha", router.balance_alpha, router.balance_alpha >= 0, "at least 0"),
-        ("model.router.z_alpha", router.z_alpha, router.z_alpha >= 0, "at least 0"),
-        ("model.router.route_scale", router.route_scale, router.route_scale > 0, "above 0"),
-        ("train.optimizer.lr", optimizer.lr, optimizer.lr >= 0, "at least 0"),
-        ("train.optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "in [0, 1)"),
-        ("train.optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "in [0, 1)"),
-        ("train.optimizer.eps", optimizer.eps, optimizer.eps > 0, "above 0"),
-        ("train.optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "at least 0"),
-        ("train.optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "at least 0"),
-        ("train.optimizer.grad_clip", optimizer.grad_clip, optimizer.grad_clip >= 0, "at least 0, which does not clip"),
-        ("diffusion.time_shift", diffusion.time_shift, diffusion.time_shift > 0, "above 0"),
-        ("diffusion.time_scale", diffusion.time_scale, diffusion.time_scale > 0, "above 0"),
-        ("diffusion.condition_dropout", diffusion.condition_dropout, 0 <= diffusion.condition_dropout < 1, "in [0, 1)"),
-    ):
-        if not right:
-            raise ConfigError(name, number, f"must be {fix}")
+    for wanted, holds, keys in BOUNDS:
+        for key in keys.split():
+            if not holds(value := attrgetter(key)(recipe)):
+                raise ConfigError(key, value, f"must be {wanted}")
+    diffusion = recipe.diffusion
     if diffusion.objective == "ddpm" and diffusion.time_shift != 1:
         raise ConfigError("diffusion.time_shift", diffusion.time_shift, "is of rectified flow; leave it at 1 with ddpm")
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb", True, "needs package wandb; pip install wandb")
     if recipe.train.profile and recipe.train.steps < 6:
         raise ConfigError("train.steps", recipe.train.steps, "train.profile traces the fourth to the sixth step; set at least 6")
-    if recipe.data.workers < 0:
-        raise ConfigError("data.workers", recipe.data.workers, "must be at least 0, which loads in the training process")
-    if not 0 <= recipe.train.mask_ratio <= 0.75:
-        raise ConfigError("train.mask_ratio", recipe.train.mask_ratio, "must be from 0 to 0.75")
     decays = recipe.ema.decays
     if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
         raise ConfigError("ema.decays", list(decays), "list different decays in [0, 1), at least one, for example [0.9999, 0.999]")
@@ -327,7 +321,7 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     if train.optimizer.name != "adamw" and offloads(ds_config):
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
     manifests = _load_manifests(recipe, named)
-    model = fitted(named, recipe, manifests[0])
+    model, *_ = (fitted(named, recipe, manifest) for manifest in manifests)
     if weights and model != replace(named, input_size=model.input_size):
         theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
         fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
@@ -365,11 +359,11 @@ def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:
     if named.num_classes and data.text_encoder:
         raise ConfigError("data.text_encoder", data.text_encoder, "this model is conditioned on classes; leave it out")
     if named.num_classes and not manifest.num_classes:
-        raise ConfigError("data.manifest", data.manifest, "its samples have no classes; this model is conditioned on classes")
+        raise ConfigError("data.manifest", manifest.root, "its samples have no classes; this model is conditioned on classes")
     samples, classified = manifest.splits.train.samples, sum(manifest.class_histogram)
     if named.num_classes and classified < samples:
         fix = f"{samples - classified} of {samples} training samples have no class; encode those that have, or train text to image"
-        raise ConfigError("data.manifest", data.manifest, fix)
+        raise ConfigError("data.manifest", manifest.root, fix)
     for _, height, width in manifest.shapes:
         if height % named.patch or width % named.patch:
             fix = f"the data has latents of {height}x{width}, the model patches of {named.patch}"
@@ -441,6 +435,7 @@ def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
 
 
 def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
+    """The network that starting weights are. Raises ConfigError: the recipe names one too, or another objective."""
     given = recipe.model
     if given != ModelConfig(weights=given.weights):
         raise ConfigError(

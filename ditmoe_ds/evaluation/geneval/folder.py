@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from data_prep.images import FORMATS, upright
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
@@ -125,8 +126,8 @@ def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: C
 
 def _open(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(file, formats=FORMATS) as image:
+            return upright(image).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{file}: no readable picture ({error})") from None
 

@@ -55,13 +55,13 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: it cannot be read, or a line is no prompt; names the line.
     """
     try:
-        *lines, last = path.read_text().split("\n")
+        lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); the published prompts are prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval"
         ) from None
     prompts = []
-    for number, line in enumerate([*lines, *filter(None, [last])], 1):
+    for number, line in enumerate(lines, 1):
         try:
             prompts.append(_prompt(line))
         except ValueError as error:
