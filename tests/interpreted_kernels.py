@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from masters import stepped_alike
 from torch.nn import functional as F
 
 from ditmoe_ds.moe import kernels
@@ -46,3 +47,7 @@ def test_rows_of_tokens(tokens, width, dtype):
     found = kernels.weigh_backward(upward, rows, tokens, weights)
     torch.testing.assert_close(found[0], rows_grad.to(dtype), **NEAR[dtype])
     torch.testing.assert_close(found[1], weights_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_adamw():
+    stepped_alike("cpu", rounding=2**-7)  # the interpreter rounds towards zero

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from latents import write_latents, write_vae
+from masters import stepped_alike
 from PIL import Image
 from processes import ROOT, demo_on, losses
 
@@ -73,6 +74,10 @@ def test_the_layer_rounds_the_same_on_every_run(name):
     moe, x, upward = make_layer(name, torch.bfloat16)
     for ours, again in zip(outcome(moe, x, upward), outcome(moe, x, upward), strict=True):
         assert torch.equal(ours, again)
+
+
+def test_one_kernel_steps_all_weights():
+    stepped_alike("cuda", rounding=0)
 
 
 def run(run_dir, latents, steps, *settings):

@@ -7,7 +7,7 @@ def test_by_hand():
     # 100 dense weights and 400 of experts on 4 ranks in 2 expert groups: 300 live on a rank, 125 are its part, 100 of them experts
     zero0, zero1, zero2, zero3 = (training_memory(100, 400, stage, ep=2, world=4, accumulation=2) for stage in range(4))
     assert (zero0.weights, zero0.master, zero0.moments, zero0.averages, zero0.gradients) == (600, 1200, 2400, 1200, 0)
-    assert zero0.peak == zero0.kept + (2 + 4) * 300
+    assert zero0.peak == zero0.kept + 2 * 300 + 4 * 200
     assert (zero1.weights, zero1.master, zero1.moments, zero1.averages, zero1.gradients) == (600, 500, 1000, 500, 0)
     assert zero1.kept == zero2.kept
     assert (zero1.backward, zero2.backward) == (2 * (300 + 125), 2 * (125 + 125))
@@ -25,6 +25,7 @@ def test_fp32_weights_are_their_own_master_without_zero():
 
 def test_experts_are_stepped_in_groups():
     assert training_memory(0, 100 * EXPERT_GROUP, stage=3, ep=10, world=20).step == (2 + 4) * EXPERT_GROUP / 2
+    assert training_memory(0, 100 * EXPERT_GROUP, stage=0, ep=10, world=20).step == (2 * 10 + 4) * EXPERT_GROUP
 
 
 def test_buckets():

@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.distributed.adamw import adamw, blocks_of
+
 SUPPORTED = (Version("0.19.4"), Version("0.20"))
 """DeepSpeed from, and below: 0.19.4 brought the sparse gate protocol; newer releases are untried."""
 
@@ -177,6 +180,8 @@ def build(
         _one_pass_over_gradients(engine.optimizer)
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
+        if device.type == "cuda" and optimizer.name == "adamw":
+            engine.optimizer.step = partial(_step_masters_at_once, engine, [blocks_of(group) for group in engine.optimizer.fp32_groups])
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
@@ -207,7 +212,7 @@ def _square_sum(gradients: list[Tensor]) -> Tensor:
 
 
 def _step_masters(engine: Engine) -> None:
-    """The optimizer's step at stage 0 in bf16, all parameters at once. DeepSpeed's takes a dozen small kernels for each."""
+    """The optimizer's step at stage 0 in bf16, by groups of weights. DeepSpeed's takes a dozen small kernels for each weight."""
     optimizer = engine.optimizer
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         gradients = [torch.empty_like(master) for master in high]
@@ -216,11 +221,34 @@ def _step_masters(engine: Engine) -> None:
             torch._foreach_mul_(gradients, engine.clip)
         for master, gradient in zip(high, gradients, strict=True):
             master.grad = gradient
-    optimizer.optimizer.step()
-    for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        torch._foreach_copy_([parameter.data for parameter in low], [master.data for master in high])
+        optimizer.optimizer.step()  # the other groups have no gradients
         for master in high:
             master.grad = None
+        torch._foreach_copy_([parameter.data for parameter in low], [master.data for master in high])
+
+
+def _step_masters_at_once(engine: Engine, blocks: list[Tensor]) -> None:
+    """``_step_masters`` of AdamW on a GPU, given ``blocks_of`` each group of weights."""
+    optimizer = engine.optimizer
+    adam = optimizer.optimizer
+    number = int(next(iter(adam.state.values()))["step"]) + 1
+    for low, high, group, places in zip(optimizer.fp16_groups, optimizer.fp32_groups, adam.param_groups, blocks, strict=True):
+        states = [adam.state[master] for master in high]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        adamw(
+            [parameter.grad for parameter in low],
+            high,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            low,
+            places,
+            number,
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            engine.clip,
+        )
 
 
 def _gather_by_layer(model: nn.Module) -> dict[str, int]:

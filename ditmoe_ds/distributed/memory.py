@@ -63,7 +63,8 @@ def training_memory(
     group = max(dense / world, min(experts / ep, EXPERT_GROUP) * ep / world)  # the largest that is stepped at once
     step = (size + wide) * group  # its gradient, flattened and then in fp32
     if stage == 0:  # backward: the all-reduce has a copy
-        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, 2 * size * local, (size + wide) * local)
+        step = size * local + wide * max(dense, min(experts / ep, EXPERT_GROUP))
+        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, 2 * size * local, step)
     if stage == 3:
         kept = size * (part + bucket)
         return Memory(size * part, 4 * part, 8 * part, 4 * averages * part, kept, size * bucket, step)

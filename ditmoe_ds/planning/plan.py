@@ -195,11 +195,11 @@ class Plan:
     @property
     def _optimizer_seconds(self) -> float:
         """The memory's: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read and written;
-        masters become averages and weights."""
-        found, shape = self._layers, self.shape
+        masters become averages and weights. At stage 0 one kernel does all but the norm and the averages (``distributed.adamw``)."""
+        found, shape, size = self._layers, self.shape, self.batch.size
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
-        touched = self.batch.size + (self.batch.size + 4) + 8 + (4 + 8 + 16) + 12 * self.job.averages + (4 + self.batch.size)
-        return local * touched / self._memory_rate
+        step = 28 if shape.stage == 0 and size == 2 else (size + 4) + 8 + 28 + (4 + size)
+        return local * (size + step + 12 * self.job.averages) / self._memory_rate
 
     @property
     def step_seconds(self) -> float:
