@@ -35,14 +35,14 @@ def write_latents(
                     tensors["text"] = torch.randn(text).bfloat16()
                 writer.write(f"{number}-{i}", {"label": i % CLASSES, "class": "", "source": ""}, **tensors)
         written.append(Shard(path.name, per_shard, path.stat().st_size, "unchecked", shape))
-    told = None
+    told, classes = None, tuple(shards * len(range(c, per_shard, CLASSES)) for c in range(CLASSES))
     if text:
         safetensors.torch.save_file({"text": torch.randn(1, text[1]).bfloat16()}, folder / EMPTY_TEXT)
         told = Text("none", None, text[1], text[0], sha256(folder / EMPTY_TEXT))
     Manifest(
         root=str(folder), format=FORMAT, version=VERSION, source="random", vae="none", vae_sha256=None, scaling_factor=1.0,
         shift_factor=0.0, downsample=8, dtype="float16", store="mean", text=told, mean=(0.0,) * 4, std=(1.0,) * 4, num_classes=CLASSES,
-        class_names=tuple(map(str, range(CLASSES))), class_histogram=(0,) * CLASSES, rejected=0,
+        class_names=tuple(map(str, range(CLASSES))), class_histogram=classes, rejected=0,
         splits=Splits(Split(shards * per_shard, tuple(written)), Split(0, ())),
     ).save()  # fmt: skip
     return Manifest.load(folder)

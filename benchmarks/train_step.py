@@ -9,6 +9,7 @@ One process, the real trainer on random latents. Without a GPU the models are sm
 import argparse
 import gc
 import itertools
+import re
 import statistics
 import tempfile
 import time
@@ -37,6 +38,16 @@ MODELS = (
 )
 MICRO = {384: 128, 768: 128, 1024: 64, 1152: 32} if LARGE else {384: 128, 768: 64, 1024: 32, 1152: 16}
 """Images of a micro-batch on a GPU, by the width of the model."""
+KINDS = {
+    "attention": "flash|fmha|sdpa|attention",
+    "GEMMs": "gemm|cutlass|nvjet|xmma|cublas|splitk|aten::(mm|bmm|addmm|_grouped_mm)$",
+    "SwiGLU": "swiglu|silu",
+    "routing, gathers, sums": "sort|topk|scan|histogram|takings|_weigh|index|gather|scatter",
+    "optimizer, averages": "adam|multi_tensor|lerp|vector_norm",
+    "compiled": "triton_",
+    "the rest": "",
+}
+"""Of kernels, or without a GPU of operators, by what their names contain: the first that fits."""
 CHECKED = 3
 """Steps whose losses must agree before the plain loop is timed."""
 
@@ -93,8 +104,8 @@ def block(step: Callable[[], Any], steps: int) -> tuple[float, Any]:
     return (time.perf_counter() - start) / steps, result
 
 
-def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tuple[float, Record]]:
-    """For each trainer the median seconds of a step, and its last record."""
+def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tuple[float, Record, dict[str, float]]]:
+    """For each trainer the median seconds of a step, its last record, and what a step is ``spent`` on."""
     times: list[list[float]] = [[] for _ in trainers]
     for trainer in trainers:
         block(partial(train, trainer), 2)  # warm-up
@@ -102,15 +113,17 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tup
         last = [block(partial(train, trainer), steps) for trainer in trainers]
         for each, (seconds, _) in zip(times, last):
             each.append(seconds)
+    profiles = [spent(partial(train, trainer), 2, kernels=GPU) for trainer in trainers]
     for trainer in trainers:
         close(trainer)
-    return [(statistics.median(each), record) for each, (_, record) in zip(times, last)]
+    return [(statistics.median(each), record, profile) for each, (_, record), profile in zip(times, last, profiles)]
 
 
 def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str], rounds: int, steps: int) -> None:
     """Each sparse model and its dense twin. Without a GPU they take turns; on one they follow each other, as memory is short."""
     parts = ("forward", "backward", "optimizer", "ema")
     page.table("model", "ms per step", "img/s", "of dense", "TFLOP/s", "MFU", *parts, "rest", *(["GB"] if GPU else []))
+    profiles = []
     for name in names:
         changes, done = ({}, dense_twin(named_config(name))), []
         for group in [[change] for change in changes] if GPU else [changes]:
@@ -119,9 +132,10 @@ def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str
             if GPU:
                 torch.cuda.reset_peak_memory_stats()
             done += take_turns([make(name, change) for change in group], rounds, steps)
-        flops = [record["tflops"] * record["seconds"]["total"] for _, record in done]
+        flops = [record["tflops"] * record["seconds"]["total"] for _, record, _ in done]
         assert abs(flops[1] / flops[0] - 1) < 0.02, (name, flops)  # routers have no counterpart
-        for title, (wall, record), share in zip((name, "its dense twin"), done, (f"{done[1][0] / done[0][0]:.2f}", "")):
+        for title, (wall, record, profile), share in zip((name, "its dense twin"), done, (f"{done[1][0] / done[0][0]:.2f}", "")):
+            profiles.append((title, wall, profile))
             total = record["seconds"]["total"]
             shares = [record["seconds"][part] / total for part in parts]
             page.row(
@@ -134,6 +148,17 @@ def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str
                 *(f"{value:.1%}" for value in (*shares, 1 - sum(shares))),
                 *([f"{record['peak_memory_gb']:.1f}"] if GPU else []),
             )
+    page.add("", f"Milliseconds of a step by {'kernels; `nothing`: none ran' if GPU else 'operators, by a profile'}.")
+    page.table("model", *KINDS, *(["nothing"] if GPU else []), "longest of the rest")
+    for title, wall, profile in profiles:
+        kinds: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+        for name, ms in profile.items():
+            kinds[next(kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))][name] = ms
+        longest = sorted(kinds["the rest"], key=kinds["the rest"].__getitem__)[-1:-4:-1]
+        cells = [sum(kind.values()) for kind in kinds.values()]
+        if GPU:
+            cells.append(1e3 * wall - sum(cells))
+        page.row(title, *(f"{ms:.1f}" for ms in cells), ", ".join(f"`{name.removeprefix('void at::native::')[:60]}`" for name in longest))
 
 
 def compare_loops(page: Page, make: Callable[..., Trainer], name: str, stages: Sequence[int], rounds: int, steps: int) -> None:
@@ -172,12 +197,13 @@ def same_loop(trainer: Trainer) -> Plain:
     return plain
 
 
-def spent(step: Callable[[], Any], steps: int) -> dict[str, float]:
-    """Milliseconds of a step by operator: each one's own, on a GPU its kernels'."""
+def spent(step: Callable[[], Any], steps: int, kernels: bool = False) -> dict[str, float]:
+    """Milliseconds of a step by operator, each one's own, on a GPU those of its kernels; or by kernel."""
     with torch.profiler.profile() as profile:
         block(step, steps)
-    events = [event for event in profile.key_averages() if event.device_type == DeviceType.CPU]  # not the kernels once more
-    return {event.key: getattr(event, "self_device_time_total" if GPU else "self_cpu_time_total") / steps / 1e3 for event in events}
+    time, kind = "self_device_time_total" if GPU else "self_cpu_time_total", DeviceType.CUDA if kernels else DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == kind and not (kernels and event.is_user_annotation)]
+    return {event.key: getattr(event, time) / steps / 1e3 for event in events}
 
 
 def kept(batches: Iterator[Prepared], taken: list[Prepared], count: int) -> Iterator[Prepared]:

@@ -16,6 +16,7 @@ LONGEST = (
     "recompute",
     "telemetry",
     "sampling",
+    "benchmarks",
 )
 
 
