@@ -86,6 +86,8 @@ def adaptive(run: Path) -> str:
     """How much more compute objects get, on one picture of each new caption."""
     captions = [scene.caption for scene in prompts()]
     found = on_objects(*sample_with_takers(open_run(run), captions, steps=25, guidance=3.0))
+    if not found["images"]:
+        return "No object stands out in any picture of expert choice, seed 0."
     low, high = found["ci95"]
     layers, steps = (", ".join(f"{ratio:.2f}" for ratio in found[f"ratio_by_{axis}"]) for axis in ("layer", "step"))
     return (
