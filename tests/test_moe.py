@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ditmoe_ds.models.dit import DenseMLP
 from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe import experts as experts_of
+from ditmoe_ds.moe import rows as rows_of
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, fastest_kernel
 from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
@@ -286,6 +287,15 @@ def test_kernels_of_a_gpu_are_torchs_operators():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "interpreted_kernels.py")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "19 passed" in done.stdout, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(5, 4, 1), (37, 8, 2), (16, 4, 3)])
+def test_takings_of_each_token_are_found_without_sorting(monkeypatch, tokens, experts, k):
+    monkeypatch.setattr(rows_of, "fused", lambda x: True)
+    assignment, _ = token_choice(torch.randn(tokens, experts).softmax(-1), k, RouterConfig())
+    for order, ends in (rows_of.by_token(assignment, tokens), rows_of.by_token(assignment._replace(order=None), tokens)):
+        assert torch.equal(assignment.tokens[order], torch.arange(tokens).repeat_interleave(k))
+        assert torch.equal(order.sort().values, torch.arange(tokens * k)) and torch.equal(ends, torch.arange(k, tokens * k + 1, k))
 
 
 def test_the_router_keeps_its_input_as_it_came():

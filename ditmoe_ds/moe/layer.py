@@ -48,15 +48,17 @@ class Router(nn.Module):
         if self.choice == "expert":
             pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
             assignment = expert_choice(pools, self.experts_per_token, self.config)
-            selections, taken = assignment.counts, count(assignment.tokens, tokens)
+            selections, takers = assignment.counts, count(count(assignment.tokens, tokens), experts + 1)
         else:
             assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)
             if self.config.capacity_factor is None:
-                selections, taken = assignment.counts, chosen.new_full((tokens,), chosen.shape[1])
+                selections, takers = assignment.counts, assignment.counts.new_zeros(experts + 1)
+                takers[chosen.shape[1]].fill_(tokens)
             else:
-                selections, taken = count(chosen, experts), count(assignment.tokens, tokens, assignment.weights != 0)
+                selections = count(chosen, experts)
+                takers = count(count(assignment.tokens, tokens, assignment.weights != 0), experts + 1)
         z = logits.logsumexp(-1).square().mean() if self.config.z_alpha else logits.new_zeros(())
-        return assignment, LayerStats(selections, count(taken, experts + 1), scores.mean((0, 1)), z)
+        return assignment, LayerStats(selections, takers, scores.mean((0, 1)), z)
 
 
 class Logits(torch.autograd.Function):
@@ -90,7 +92,7 @@ class RoutedExperts(MOELayer):
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)
-        listed = by_token(assignment.tokens, len(tokens))
+        listed = by_token(assignment, len(tokens))
         rows = Take.apply(tokens, assignment.tokens, *listed)
         experts = self.experts.deepspeed_experts[0]
         if self.ep_size == 1:

@@ -51,6 +51,8 @@ class Assignment(NamedTuple):
     """(E,) takings of each expert."""
     equal: bool = False
     """Whether all counts are one number, and the same on every rank: then nobody needs to ask for them."""
+    order: Tensor | None = None
+    """Where all tokens have K takings, (M,) the number of each among all first choices, then all second choices, and so on."""
 
 
 def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignment, Tensor]:
@@ -76,7 +78,7 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
     counts = count(flat, experts)
     weights = weights.t().reshape(-1)
     if config.capacity_factor is None:
-        return Assignment(order % tokens, weights.gather(0, order), counts), chosen
+        return Assignment(order % tokens, weights.gather(0, order), counts, order=order), chosen
     place = torch.arange(room(tokens, experts, k * config.capacity_factor), device=order.device)
     taken = place < counts[:, None]  # (E, C)
     taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1).view(-1)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditmoe_ds.moe.routing import count
+from ditmoe_ds.moe.routing import Assignment, count
 
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
     from ditmoe_ds.moe import kernels
@@ -55,11 +55,15 @@ class SwiGLU(torch.autograd.Function):
         return activate_backward(x.contiguous().flatten(0, -2), grad.contiguous().flatten(0, -2), "swiglu")[1].view_as(x)
 
 
-def by_token(tokens: Tensor, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """For ``Take`` and ``Combine`` on a GPU: takings (M,) of the tokens (M,) sorted by token, and (T,) where those of each of ``number``
-    tokens end. So kernels add up without atomics, in the same order on every run."""
+def by_token(assignment: Assignment, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """For ``Take`` and ``Combine`` on a GPU: the M takings sorted by token, and (T,) where those of each of ``number`` tokens end. So
+    kernels add up without atomics, in the same order on every run."""
+    tokens, order = assignment.tokens, assignment.order
     if not fused(tokens):
         return None, None
+    if order is not None:  # the inverse permutation; nothing to sort
+        places, each = torch.arange(len(order), device=order.device), len(order) // number
+        return torch.empty_like(order).scatter_(0, order, places).view(each, number).t().reshape(-1), places[each - 1 :: each] + 1
     return tokens.int().argsort(stable=True), count(tokens, number).cumsum(0)  # radix sort goes through the key byte by byte
 
 
