@@ -1,6 +1,25 @@
 """The memory formula by hand; ``benchmarks/memory.md`` holds it against measured runs."""
 
-from ditmoe_ds.distributed.memory import EXPERT_GROUP, training_memory
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from ditmoe_ds.distributed.engine import Engine
+from ditmoe_ds.distributed.memory import EXPERT_GROUP, TRAVELLING, training_memory
+
+
+def test_gradients_that_nobody_shares_stay_where_they_are(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        for ranks, wanted in ((1, [4.0, 8.0]), (4, [1.0, 2.0])):
+            bucket = [torch.full((3,), 4.0), torch.full((2, 2), 8.0)]
+            places = [gradient.data_ptr() for gradient in bucket]
+            Engine.allreduce_no_retain(SimpleNamespace(), bucket, dist.group.WORLD, 500, dp_world_size=ranks)
+            assert [gradient.unique().tolist() for gradient in bucket] == [[value] for value in wanted]
+            assert [gradient.data_ptr() for gradient in bucket] == places
+    finally:
+        dist.destroy_process_group()
 
 
 def test_by_hand():
@@ -21,6 +40,12 @@ def test_fp32_weights_are_their_own_master_without_zero():
     zero0, zero3 = (training_memory(100, 400, stage, ep=4, world=4, precision="fp32", averages=2) for stage in (0, 3))
     assert (zero0.weights, zero0.master, zero0.averages) == (4 * 200, 0, 8 * 200)
     assert (zero3.weights, zero3.master, zero3.averages) == (4 * 125, 4 * 125, 8 * 125)
+
+
+def test_without_zero_gradients_travel_as_copies():
+    backward = lambda *spread: training_memory(100, 400, 0, *spread).backward  # noqa: E731, of EP and processes
+    assert backward(1, 1) == 2 * 500 and backward(4, 4) == 2 * 200 + 2 * 100 and backward(2, 4) == 2 * 300 + 2 * 200
+    assert training_memory(0, 9 * TRAVELLING, 0, 1, 2).backward == 2 * 10 * TRAVELLING
 
 
 def test_experts_are_stepped_in_groups():

@@ -94,6 +94,13 @@ class Engine(DeepSpeedEngine):
             if wrong:
                 raise ConfigError("parallel.deepspeed", key, "DeepSpeed's ZeRO-3 does not support this with experts; remove it")
 
+    def allreduce_no_retain(self, bucket: list[Tensor], dp_group: Any, numel_per_bucket: int = 0, dp_world_size: float = 1) -> None:
+        """At stage 0: gradients that this rank shares with no other stay where they are, instead of being copied into a bucket and back."""
+        if dist.get_world_size(dp_group) > 1:
+            super().allreduce_no_retain(bucket, dp_group, numel_per_bucket, dp_world_size)
+        elif dp_world_size != 1:  # of experts, whose tokens came from so many ranks
+            torch._foreach_mul_(bucket, 1 / dp_world_size)
+
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if self.zero_optimization():
             super()._take_model_step(lr_kwargs)

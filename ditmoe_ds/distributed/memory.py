@@ -7,6 +7,10 @@ EXPERT_GROUP = 178_956_971
 """DeepSpeed steps the local experts in groups of at most this many elements, and the dense weights in one."""
 
 
+TRAVELLING = 500_000_000
+"""Gradients that DeepSpeed all-reduces at once at stage 0, in elements; a tensor may exceed it."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. Activations, and at stage 3 the layers gathered at the moment, come on top."""
@@ -62,9 +66,11 @@ def training_memory(
     part = (dense + experts) / world
     group = max(dense / world, min(experts / ep, EXPERT_GROUP) * ep / world)  # the largest that is stepped at once
     step = (size + wide) * group  # its gradient, flattened and then in fp32
-    if stage == 0:  # backward: the all-reduce has a copy
-        step = size * local + wide * max(dense, min(experts / ep, EXPERT_GROUP))
-        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, 2 * size * local, step)
+    if stage == 0:  # gradients travel as copies: dense ones, then experts'
+        copied = min(max(dense * (world > 1), experts / ep * (world > ep)), TRAVELLING)
+        step = wide * max(dense, min(experts / ep, EXPERT_GROUP))
+        gradients = size * local
+        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, gradients + size * copied, gradients + step)
     if stage == 3:
         kept = size * (part + bucket)
         return Memory(size * part, 4 * part, 8 * part, 4 * averages * part, kept, size * bucket, step)

@@ -67,8 +67,8 @@ class Plan:
         moments = [("in the optimizer's step", state.step, 0.0, 0.0)]
         if self.shape.stage:  # the rank that owns the last weights allots its part of the gradients as backward begins
             moments.append(("in backward", state.backward, everything, acts.working))
-        else:  # gradients come as activations go, and then travel as a copy
-            whole = state.backward / 2
+        else:  # gradients, as large as the weights, come as activations go, and then travel as copies
+            whole = state.weights
             moments.append(("in backward", whole if self.accumulation > 1 else 0.0, everything, acts.working))
             moments.append(("in backward", whole, acts.recomputed or acts.kept / self.job.model.depth, acts.working))
             moments.append(("as gradients travel", state.backward, 0.0, 0.0))
