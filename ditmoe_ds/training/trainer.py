@@ -191,7 +191,7 @@ class Trainer:
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
-            record["router"] = router_metrics(selections, takers)
+            record["router"] = router_metrics(selections.cpu(), takers.cpu())  # a device would be waited for by each of them
         if applied:
             self.skipped_in_a_row = 0
             if spike := self.spikes(diffusion, per_batch, batches, self.dataset.key):
