@@ -75,7 +75,7 @@ def run(benchmark: Benchmark, seconds: float, write: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=540, help="seconds")
-    parser.add_argument("--only", nargs="+", help="names of benchmarks")
+    parser.add_argument("--only", nargs="+", choices=[benchmark.name for benchmark in ON_GPU], help="names of benchmarks")
     parser.add_argument("--write", action="store_true", help="put the figures into the benchmarks' pages")
     arguments = parser.parse_args()
     end, endings = time.monotonic() + arguments.budget, []

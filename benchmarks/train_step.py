@@ -39,12 +39,12 @@ MODELS = (
 MICRO = {384: 128, 768: 128, 1024: 64, 1152: 32} if LARGE else {384: 128, 768: 64, 1024: 32, 1152: 16}
 """Images of a micro-batch on a GPU, by the width of the model."""
 KINDS = {
+    "compiled": "^triton_",
     "attention": "flash|fmha|sdpa|attention",
     "GEMMs": "gemm|cutlass|nvjet|xmma|cublas|splitk|aten::(mm|bmm|addmm|_grouped_mm)$",
     "SwiGLU": "swiglu|silu",
     "routing, gathers, sums": "sort|topk|scan|histogram|takings|_weigh|index|gather|scatter",
     "optimizer, averages": "adam|multi_tensor|lerp|vector_norm",
-    "compiled": "triton_",
     "the rest": "",
 }
 """Of kernels, or without a GPU of operators, by what their names contain: the first that fits."""

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train in one process (several: deepspeed --module ditmoe_ds.train)")
     train.set_defaults(command=_train)
     train.add_argument("recipe")
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
     info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)

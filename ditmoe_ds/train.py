@@ -1,5 +1,6 @@
 """Train from a recipe: ``deepspeed --module ditmoe_ds.train RECIPE.yaml [key=value ...]``; also under torchrun and srun."""
 
+import os
 import sys
 import warnings
 
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument.startswith("dry_run=") for argument in arguments):
         from ditmoe_ds.planning.dry_run import main as dry_run
 
-        return dry_run(arguments)
+        return dry_run(arguments) if int(os.environ.get("RANK", 0)) == 0 else 0
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import psutil
@@ -16,8 +17,10 @@ from processes import ROOT, Ranks, launch, losses, until_step
 
 from ditmoe_ds.distributed import lookout
 from ditmoe_ds.distributed.topology import describe_placement
+from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.restarts import should_restart
 from ditmoe_ds.training.interruption import MARKER, mark
+from ditmoe_ds.training.lock import claim
 
 STEPS = 40
 WORKER = ROOT / "tests" / "lookout_worker.py"
@@ -88,6 +91,37 @@ def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe):
     launch(2, command)
     assert not (run_dir / MARKER).exists()
     assert losses(run_dir) == losses(whole)
+
+
+def test_ctrl_c_reaches_every_process_and_saves(recipe):
+    run_dir = recipe.parent / "ctrl-c"
+    ranks = Ranks(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}", "train.steps=100000"])
+    until_step(run_dir, 3)
+    for rank in ranks.processes:
+        for process in [*psutil.Process(rank.pid).children(recursive=True), psutil.Process(rank.pid)]:  # as a terminal does
+            process.send_signal(signal.SIGINT)
+    output = ranks.wait(60)[0][1]
+    stopped = json.loads((run_dir / MARKER).read_text())["step"]
+    assert (run_dir / "checkpoints" / f"step_{stopped:08d}").is_dir() and "Traceback" not in output
+
+
+def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):
+    run_dir = tmp_path / "new" / "run"
+    keep = (
+        "import sys, time, pathlib; from ditmoe_ds.training import lock; k = lock.claim(pathlib.Path(sys.argv[1])); print(); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-uc", keep, run_dir], cwd=ROOT, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    who = f"process {holder.pid} on {socket.gethostname()}"
+    with pytest.raises(ConfigError, match=re.escape(f"{who} is training there; end it")):
+        claim(run_dir, patience=0.2)
+    assert f"{who} is training there; waiting" in capsys.readouterr().out
+    holder.kill()
+    holder.wait()
+    with claim(run_dir, patience=0.2):
+        assert (run_dir / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        claim(run_dir / "lock" / "run")
 
 
 def test_placement():

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ditmoe_ds.distributed.engine import Engine
-from ditmoe_ds.distributed.memory import EXPERT_GROUP, TRAVELLING, training_memory
+from ditmoe_ds.distributed.memory import EXPERT_GROUP, TRAVELLING, touched, training_memory
 
 
 def test_gradients_that_nobody_shares_stay_where_they_are(tmp_path):
@@ -46,6 +46,15 @@ def test_without_zero_gradients_travel_as_copies():
     backward = lambda *spread: training_memory(100, 400, 0, *spread).backward  # noqa: E731, of EP and processes
     assert backward(1, 1) == 2 * 500 and backward(4, 4) == 2 * 200 + 2 * 100 and backward(2, 4) == 2 * 300 + 2 * 200
     assert training_memory(0, 9 * TRAVELLING, 0, 1, 2).backward == 2 * 10 * TRAVELLING
+
+
+def test_gradients_are_kept_whole_of_which_a_part_is_the_ranks():
+    assert touched((4, 4, 4, 4), 4) == (4, 4, 4, 4)  # a tensor each
+    assert touched((6, 6), 4) == (6, 6, 6, 6)  # half of one
+    assert touched((4, 6, 2), 3) == (4, 6, 8)  # elements 0 to 3, 4 to 7, 8 to 11
+    assert touched((5, 5, 1), 2, group=6) == (5 + 5, 5 + 5 + 1)  # of the groups (5,) and (5, 1)
+    part, whole = (training_memory(0, 400, 2, ep=1, world=4, whole=own) for own in (None, 300))
+    assert whole.backward - part.backward == 2 * (300 - 100) == whole.step - part.step
 
 
 def test_experts_are_stepped_in_groups():

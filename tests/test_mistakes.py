@@ -117,7 +117,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["parallel.deepspeed=none.json"], ["parallel.deepspeed", "none.json", "no such file"]),
         (["parallel.deepspeed=ds_configs/zero3.json", "parallel.zero_stage=1"], ["parallel.zero_stage=1", "stage 3"]),
         (["model.name=DiT-MoE-Nano/8-4E2A", "data.manifest={odd}"], ["model.name", "12x12", "patches of 8"]),
-        (["model.name=EC-DIT-Nano-4E"], ["data.manifest", "captions alone", "--text", "data.text_encoder"]),
+        (["model.name=EC-DIT-Nano-4E"], ["data.manifest", "no encoded text", "--text", "data.text_encoder"]),
         (["model.name=EC-DIT-Nano-4E", "data.text_encoder=nowhere"], ["data.text_encoder='nowhere'", "hub id"]),
         (["model.name=EC-DIT-4XL-4E"], ["model.name", "EC-DIT-4XL-4E", "XL, XXL, 3XL, M"]),
         (["model.name=EC-DIT-Nano-1E"], ["model.name", "no choice"]),

@@ -287,7 +287,7 @@ def test_a_rank_of_a_tensor_parallel_group():
     assert (one.dense - part.dense, one.experts) == (cut / 2, 2 * part.experts)
     assert (part.dense_layer, part.expert_layer) == (one.dense_layer - cut / 4, one.expert_layer / 2)
     assert part.largest == (6 * D * D, 4 * 8 * D * D / 2)  # adaLN's matrix is not cut, the experts' is
-    assert one.small.count(3 * D) == part.small.count(3 * D // 2) == 2  # the biases of qkv
+    assert one.dense_tensors.count(3 * D) == part.dense_tensors.count(3 * D // 2) == 2  # the biases of qkv
     assert plan.memory["weights"] == 2 * (part.dense + part.experts) / 2
     assert plan.flops == whole.flops == 6 * sum(macs(model, 16, 0)) * 2
     assert (whole.alike_flops, plan.alike_flops) == (0, 8 * uncut_macs(model, 16, 0) * 2)
@@ -391,7 +391,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
         (["--nodes", "3", "parallel.expert=8"], "train.global_batch=1024: must divide by 24 processes x 1"),
         (["--nodes", "0"], "--nodes=0"),
         (["--mfu", "40"], "--mfu=40.0: is a share"),
-        (["--gpu-memory", "-1"], "--gpu-memory=-1.0: must be above 0"),
+        (["--gpu-memory", "-1"], "--gpu-memory=-1.0: must be a number above 0"),
         (["parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
         (["parallel.tensor=3"], "parallel.tensor=3: must divide 8 processes, 16 heads"),
         (["parallel.tensor=2", "parallel.expert=8"], "parallel.expert=8: must divide the 16 experts and the 4 tensor-parallel groups"),

@@ -165,7 +165,7 @@ def test_bf16_resumes_exactly(folder, recipe):
 @pytest.mark.slow
 def test_steps_may_be_raised(straight, folder, recipe):
     run = copy_to(straight[0], folder, "longer", STEPS)
-    train(recipe, 2, f"run_dir={run}", "train.steps=10", "checkpoint.keep=2", "checkpoint.keep_every=4", "ema.decays=[0.9, 0.99]")
+    train(recipe, 2, f"run_dir={run}", "train.steps=10", "checkpoint.keep=2", "checkpoint.keep_every=4", "ema.decays=[0.9, 0.5, 0.99]")
     assert [r["step"] for r in metrics(run)] == list(range(1, 11))
     kept = [f"step_{step:08d}" for step in (4, 8, 9, 10)]
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == kept
@@ -173,8 +173,16 @@ def test_steps_may_be_raised(straight, folder, recipe):
     for name in (name for kind, name in before if kind == "master"):  # the new average began at the weights of step 8
         warm = 9 / 18
         torch.testing.assert_close(after["ema_0.99", name], warm * before["master", name] + (1 - warm) * after["master", name])
-    output = train(recipe, 2, f"run_dir={run}", "train.steps=10")[0][1]  # done already
-    assert "resumed at step 10" in output and len(metrics(run)) == 10
+    assert len(metrics(run)) == 10
+
+
+def test_a_run_that_is_done_says_so_and_keeps_its_averages(straight, folder, recipe):
+    run = copy_to(straight[0], folder, "done", STEPS)
+    output = train(recipe, 2, f"run_dir={run}", "ema.decays=[0.9, 0.5, 0.99]")[0][1]
+    assert f"resumed at step {STEPS}" in output and "ema_0.99 begins here" in output
+    assert f"train.steps={STEPS}: nothing is left to do after step {STEPS}" in output and len(metrics(run)) == STEPS
+    (code, output), _ = train(recipe, 2, f"run_dir={run}", "ema.decays=[0.9]", check=False)
+    assert code == 2 and "error: ema.decays=[0.9]: the checkpoint's ema_0.5 would be lost" in output
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.5])

@@ -1,6 +1,9 @@
 """What training costs a rank in memory, from the size of the model and how it is spread."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 EXPERT_GROUP = 178_956_971
@@ -38,6 +41,30 @@ class Memory:
         return self.kept + max(self.backward, self.step)
 
 
+@lru_cache
+def touched(tensors: Sequence[int], ranks: int, group: float = math.inf) -> tuple[int, ...]:
+    """Elements of the gradients that each of ``ranks`` keeps at stages 1 and 2. DeepSpeed cuts groups of tensors into a part for each rank,
+    which keeps those whole of which its part has any: of groups with fewer tensors than ranks, one or two instead of a part.
+
+    Args:
+        tensors: their sizes, in the order of the model.
+        group: DeepSpeed's largest group, in elements.
+    """
+    groups: list[list[int]] = [[]]
+    for size in tensors:
+        if sum(groups[-1]) + size > group:
+            groups.append([])
+        groups[-1].append(size)
+    kept = [0] * ranks
+    for sizes in groups:
+        part, start = -(-sum(sizes) // ranks), 0
+        for size in sizes:
+            for rank in range(start // part, (start + size - 1) // part + 1):
+                kept[rank] += size
+            start += size
+    return tuple(kept)
+
+
 def training_memory(
     dense: float,
     experts: float,
@@ -48,6 +75,7 @@ def training_memory(
     averages: int = 1,
     accumulation: int = 1,
     bucket: float = 0,
+    whole: float | None = None,
 ) -> Memory:
     """Memory of training on DeepSpeed 0.19 with AdamW, as ``distributed.engine`` sets it up. ``benchmarks/memory.md`` measures it.
 
@@ -60,6 +88,7 @@ def training_memory(
         averages: exponential moving averages kept.
         accumulation: micro-batches of a step.
         bucket: DeepSpeed's ``reduce_bucket_size``, in elements.
+        whole: the most that is ``touched``, in elements; None for tensors that are small beside a part.
     """
     size, wide = (2, 4) if precision == "bf16" else (4, 0)  # bytes of a weight, and of its fp32 copy
     local = dense + experts / ep
@@ -74,7 +103,8 @@ def training_memory(
     if stage == 3:
         kept = size * (part + bucket)
         return Memory(size * part, 4 * part, 8 * part, 4 * averages * part, kept, size * bucket, step)
-    # from one micro-batch to the next stage 1 keeps every gradient, stage 2 its part; the last one's part comes beside it
-    earlier = 0 if accumulation == 1 else local if stage == 1 else part
-    backward = size * (earlier + part + 3 * bucket)
-    return Memory(size * local, 4 * part, 8 * part, 4 * averages * part, 0, backward, size * part + step)
+    # from one micro-batch to the next stage 1 keeps every gradient, stage 2 its own; the last one's own come beside them
+    own = part if whole is None else whole
+    earlier = 0 if accumulation == 1 else local if stage == 1 else own
+    backward = size * (earlier + own + 3 * bucket)
+    return Memory(size * local, 4 * part, 8 * part, 4 * averages * part, 0, backward, size * own + step)

@@ -345,6 +345,6 @@ class _Failure(NamedTuple):
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """SLURM sends them to all processes of a job; a rank that saves on SIGTERM needs its loaders until then, and ends them itself."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """SLURM, and a terminal, send them to all processes of a job; a rank that saves then needs its loaders, and ends them itself."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

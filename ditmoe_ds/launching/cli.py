@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:

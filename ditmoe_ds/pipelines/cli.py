@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
     from ditmoe_ds.pipelines.run import Run
 
+PICTURES = ".png", ".jpg", ".jpeg", ".webp"
+
 
 def add_commands(commands: Any) -> None:
     """Add ``sample`` to ``ditmoe``'s subparsers."""
@@ -52,14 +54,22 @@ def _sample(arguments: argparse.Namespace) -> int:
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
 
+def _make_room(out: str) -> None:
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", out, f"cannot be written: {error.strerror}") from None
+
+
 def _grid(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.distributed.topology import under_srun
     from ditmoe_ds.latents.images import save_grid
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or under_srun() or arguments.expert_parallel > 1:
         raise ConfigError("--num", None, "several processes make many images: say how many")
-    if Path(arguments.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if Path(arguments.out).suffix.lower() not in PICTURES:
         raise ConfigError("--out", arguments.out, "a picture, FILE.png; many images, by --num, go into a folder or FILE.npz")
+    _make_room(arguments.out)
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
     images = run.sample(
@@ -85,8 +95,9 @@ def _many(arguments: argparse.Namespace) -> int:
 
     def check(world: World) -> None:
         target = Target(Path(arguments.out))
-        if target.out.suffix == ".png":
+        if target.out.suffix.lower() in PICTURES:
             raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
+        _make_room(arguments.out)
         if arguments.num < 1 or arguments.batch < 1:
             raise ConfigError("--num, --batch", [arguments.num, arguments.batch], "at least 1")
         for path in filter(None, (arguments.run_dir, arguments.autoguidance)):

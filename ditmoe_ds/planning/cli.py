@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def add_commands(commands: Any) -> None:
     plan = commands.add_parser("plan", help="memory, traffic and time of a recipe on a cluster, and the best way to spread it")
     plan.set_defaults(command=_plan)
     plan.add_argument("recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     plan.add_argument("--nodes", type=int, default=1)
     plan.add_argument("--gpus-per-node", type=int, default=8)
     plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")
@@ -55,11 +56,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
     for name, share in shares.items():
         if not 0 <= share <= 1 or (name in ("mfu", "link") and not share) or (name == "margin" and share == 1):
-            raise ConfigError(f"--{name}", share, "is a share, from 0 to 1")
+            end = dict(mfu="above 0 and at most 1", link="above 0 and at most 1", margin="from 0 to below 1").get(name, "from 0 to 1")
+            raise ConfigError(f"--{name}", share, f"is a share, {end}")
     own = {name: getattr(arguments, name) for name in HARDWARE if getattr(arguments, name) is not None}
     for name, value in own.items():
-        if value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be above 0")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be a number above 0")
     gpu = replace(find(arguments.gpu), **{name.removeprefix("gpu_"): value for name, value in own.items()})
     cluster = Cluster(gpu, arguments.nodes, arguments.gpus_per_node)
     recipe, job = read_job([arguments.recipe, *arguments.overrides], arguments.image_size, arguments.text_tokens)

@@ -56,9 +56,11 @@ def dry_run(where: str, arguments: list[str]) -> None:
     count = CountOnMeta(cluster.per_node)
 
     torch.set_num_threads(max(job.model.experts, 1))  # on a CPU experts are taken so many at a time, on a GPU all at once
-    # The last rank owns the last weights, and at stages 1 and 2 allots their gradients first, beside all activations. At stage 3
-    # the ranks are alike, and compare notes with rank 0, which here only rank 0 can.
-    rank = 0 if plan.shape.stage == 3 else cluster.world - 1
+    # At stages 1 and 2 a rank that keeps most gradients; of these the last, which owns the last weights and allots first, beside all
+    # activations. At stage 3 the ranks are alike, and compare notes with rank 0, which here only rank 0 can.
+    rank = 0
+    if plan.shape.stage in (1, 2):
+        rank = max(range(plan.groups), key=lambda group: (plan.gradients[group], group)) * plan.shape.tensor
     with fake_world(rank, cluster.world):
         rehearsal = Rehearsal(recipe, job.model, job.text, read_ds_config(recipe.parallel), count, job.sides)
         balance(rehearsal.engine.module)
@@ -69,7 +71,8 @@ def dry_run(where: str, arguments: list[str]) -> None:
     print(report(f"{Path(arguments[0]).stem} as rank {rank} of {where}", plan, count))
     if count.peak > plan.usable:
         fix = f"out of memory: {count.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} usable, in {count.when}; "
-        machines = f"--nodes {cluster.nodes} --gpus-per-node {cluster.per_node} --gpu {cluster.gpu.name}"
+        gpu = next(row for row, known in GPUS.items() if known is cluster.gpu)
+        machines = f"--nodes {cluster.nodes} --gpus-per-node {cluster.per_node} --gpu {gpu}"
         size = f" --image-size {image_size}" if image_size else ""
         raise ConfigError("dry_run", where, fix + f"ditmoe plan {shlex.join(arguments)} {machines}{size} tells what fits")
 

@@ -25,6 +25,7 @@ class Job:
     averages: int
     sides: tuple[int, int] | None = None
     """Rows and columns of a latent, where it is not a square of the model's ``input_size``."""
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class Layers:
     expert_layer: int
     largest: tuple[int, int]
     """and its largest tensor of either kind."""
-    small: tuple[int, ...]
-    """Sizes of the dense tensors below a million elements, outermost weights too."""
+    dense_tensors: tuple[int, ...]
+    """Sizes of all, outermost weights too, in the model's order,"""
+    expert_tensors: tuple[int, ...]
+    """and of those of experts."""
 
 
 @lru_cache
@@ -105,5 +108,6 @@ def layers(model: DiTConfig, tensor: int = 1) -> Layers:
         sum(of(largest, False)),
         sum(of(largest, True)),
         (max(of(largest, False)), max(of(largest, True), default=0)),
-        tuple(size for size in of(everything, False) if size < 10**6),
+        tuple(of(everything, False)),
+        tuple(of(everything, True)),
     )

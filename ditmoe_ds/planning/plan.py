@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ditmoe_ds.distributed.memory import Memory, training_memory
+from ditmoe_ds.distributed.memory import EXPERT_GROUP, Memory, touched, training_memory
 from ditmoe_ds.models.sizes import expert_macs, macs, recomputed_macs, uncut_macs
 from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Layers, Shape, layers
@@ -57,7 +57,16 @@ class Plan:
             self.job.averages,
             self.accumulation,
             shape.bucket,
+            max(self.gradients) if shape.stage in (1, 2) else None,
         )
+
+    @cached_property
+    def gradients(self) -> list[int]:
+        """Elements that each of ``groups`` keeps whole at stages 1 and 2."""
+        found, ep = self._layers, self.shape.ep
+        experts = touched(tuple(size // ep for size in found.expert_tensors), self.groups // ep, EXPERT_GROUP)
+        dense = touched(found.dense_tensors, self.groups)
+        return [size + experts[rank // ep] for rank, size in enumerate(dense)]
 
     @cached_property
     def _peak(self) -> tuple[str, float, float, float]:
@@ -104,7 +113,7 @@ class Plan:
 
     @property
     def _persistent(self) -> int:
-        return sum(size for size in self._layers.small if size <= self.shape.persistent)
+        return sum(size for size in self._layers.dense_tensors if size <= self.shape.persistent)
 
     @property
     def peak(self) -> float:
@@ -196,9 +205,10 @@ class Plan:
     def _optimizer_seconds(self) -> float:
         """The memory's: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read and written;
         masters become averages and weights. At stage 0 one kernel does all but the norm and the averages (``distributed.adamw``)."""
+        one_kernel = self.shape.stage == 0 and self.job.precision == "bf16" and self.job.optimizer == "adamw"
         found, shape, size = self._layers, self.shape, self.batch.size
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
-        step = 28 if shape.stage == 0 and size == 2 else (size + 4) + 8 + 28 + (4 + size)
+        step = 28 if one_kernel else (size + 4) + 8 + 28 + (4 + size)
         return local * (size + step + 12 * self.job.averages) / self._memory_rate
 
     @property

@@ -56,7 +56,8 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     patches = tokens - round(tokens * train.mask_ratio)
     text = (text_tokens or 77) if model.text_width else 0
     averages = len(recipe.ema.decays)
-    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, averages, (sides[0], sides[1]))
+    square, optimizer = (sides[0], sides[1]), train.optimizer.name
+    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, averages, square, optimizer)
 
 
 def stages(parallel: ParallelConfig) -> dict[int, Shape]:

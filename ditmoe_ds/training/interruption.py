@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGUSR1 (a time limit comes near) and SIGTERM (pre-emption) let the step end, save, and leave with code 0.
+"""Being asked to stop: SIGUSR1 (a time limit comes near), SIGTERM (pre-emption) and Ctrl-C let the step end, save, and leave with code 0.
 
 ``interrupted.json`` in the run directory then tells whoever started the run that it is not finished and can go on.
 """
@@ -17,11 +17,13 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if number == signal.SIGINT:  # whoever sits there may lose patience
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def mark(run_dir: Path, step: int) -> None:

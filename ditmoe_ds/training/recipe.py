@@ -411,7 +411,11 @@ def _text_width(data: DataConfig, manifest: Manifest) -> int:
     if data.text_encoder:
         return text_width(data.text_encoder, "data.text_encoder")
     if manifest.text is None:
-        raise ConfigError("data.manifest", data.manifest, "holds captions alone; encode with --text, or name a data.text_encoder")
+        raise ConfigError(
+            "data.manifest",
+            data.manifest,
+            "holds no encoded text; encode with --text, or, if its samples have captions, name a data.text_encoder",
+        )
     return manifest.text.width
 
 

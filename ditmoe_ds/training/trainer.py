@@ -43,6 +43,7 @@ from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
+from ditmoe_ds.training.lock import claim
 from ditmoe_ds.training.recipe import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
@@ -57,6 +58,7 @@ class Trainer:
         self.plan, self.world, self.device = plan, world, world.device
         self.interruption, self.interrupted = interruption, False
         self.run_dir = Path(recipe.run_dir)
+        self.lock = agreed(lambda: claim(self.run_dir) if world.rank == 0 else None)
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
         self.conditioner = agreed(lambda: plan.conditioner(world.device))
         self.objective = make_objective(recipe.diffusion)
@@ -114,8 +116,11 @@ class Trainer:
 
     def run(self) -> None:
         """Train to ``train.steps``, or until any rank is asked to stop: then save and leave word."""
+        steps = self.plan.recipe.train.steps
+        if self.step >= steps and self.world.rank == 0:
+            print(f"train.steps={steps}: nothing is left to do after step {self.step}; raise it to go on", flush=True)
         self.engine.train()
-        while self.step < self.plan.recipe.train.steps and not self.interrupted:
+        while self.step < steps and not self.interrupted:
             try:
                 record = self.train_step()
                 for callback in self.callbacks:
@@ -241,10 +246,16 @@ class Trainer:
         return reader
 
     def _resume(self, reader: checkpoint.Reader) -> None:
+        saved, averages = reader.index["ema"]["kinds"], self.ema.averages.keys()
+        if lost := [kind for kind in saved if kind not in averages]:
+            decays = f"ema.decays={list(self.plan.recipe.ema.decays)}"
+            raise AgreedError(f"{decays}: the checkpoint's {', '.join(lost)} would be lost; keep its decay, or start a new run_dir")
         checkpoint.load(reader, self.engine, self.shards, self.ema)
         self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {reader.folder}", flush=True)
+            for begun in averages - set(saved):
+                print(f"{begun} begins here, with the weights", flush=True)
             batch, before = self.plan.batch, self.plan.recipe.train.accumulation
             if batch.accumulation != before:
                 begun = f"{dist.get_world_size(self.data_group)} processes, begun on {self.plan.begun_on}"

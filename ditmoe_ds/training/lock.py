@@ -1,0 +1,47 @@
+"""One training at a time in a run directory: a second one would cut the first one's records and delete what it is writing."""
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from ditmoe_ds.errors import ConfigError
+
+
+def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
+    """Keep ``run_dir`` for this process for as long as it lives. The lock is the kernel's, or of a network file system the server's, so
+    that it ends with its holder, however that ends; where there are none, nothing is kept.
+
+    Args:
+        patience: seconds to wait: a file server may take a minute or two to miss a host that died.
+
+    Raises:
+        ConfigError: somebody else still trains there, or the directory cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "a+")  # noqa: SIM115, for life
+    except OSError as error:
+        raise ConfigError("run_dir", str(run_dir), f"cannot be written: {error.strerror}") from None
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if time.monotonic() > end:
+                raise ConfigError("run_dir", str(run_dir), f"{holder} is training there; end it, or choose another directory") from None
+            if not told:
+                print(f"run_dir={str(run_dir)!r}: {holder} is training there; waiting for its end for {patience:.0f} s", flush=True)
+                told = True
+            time.sleep(min(1.0, patience / 2))
+        except OSError:  # a file system without locks
+            return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
