@@ -54,7 +54,8 @@ def verify(path: str, *, sheet: str | None = None, source: str | None = None) ->
     print(f"{path}: intact, {manifest.splits.train.samples} training and {manifest.splits.val.samples} held-out samples")
     if sheet:
         psnr = contact_sheet(manifest, Path(sheet), source)
-        print(f"{sheet}: {SHEET} images and their decoded latents, PSNR {psnr:.1f} dB")
+        shown = min(SHEET, manifest.splits.val.samples or manifest.splits.train.samples)
+        print(f"{sheet}: {shown} images and their decoded latents, PSNR {psnr:.1f} dB")
 
 
 def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> float:

@@ -80,7 +80,14 @@ def test_reference_weights_come_out_as_they_went_in(name, imported, tmp_path):
 
 @pytest.mark.parametrize(
     "changed, word",
-    [({"top_k": 9}, "--top-k"), ({"num_heads": 5}, "--heads"), ({"input_size": 16}, "is for 8"), ({"num_classes": 9}, "shape")],
+    [
+        ({"top_k": 9}, "--top-k"),
+        ({"num_heads": 5}, "--heads"),
+        ({"num_heads": -4}, "--heads"),
+        ({"input_size": -8}, "--input-size"),
+        ({"input_size": 16}, "is for 8"),
+        ({"num_classes": 9}, "shape"),
+    ],
 )
 def test_settings_that_contradict_the_reference_weights(changed, word, imported, tmp_path, capsys):
     arguments = torch.load(FIXTURES / f"{NAMES[0]}.pt", weights_only=True)["arguments"] | changed

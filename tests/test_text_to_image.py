@@ -105,6 +105,15 @@ def test_the_source_is_the_samples():
     assert items[7].caption == scene.caption and (items[7].image == picture).all()
 
 
+def test_guidance_is_a_number(tmp_path, capsys):
+    for command in (
+        ["shapes", "nowhere", "--out", tmp_path / "x"],
+        ["geneval", tmp_path / "x", "--run", "nowhere", "--prompts", "nowhere"],
+    ):
+        assert main([*map(str, ["eval", *command]), "--guidance", "nan"]) == 2
+        assert "--guidance=nan: a number" in capsys.readouterr().err
+
+
 class Painter(Run):
     """Draws what it is told, but gets every third wrong."""
 
@@ -125,7 +134,7 @@ def test_scores(tmp_path, seen):
         assert numbers["score"] == pytest.approx(2 / 3) and numbers["ci95"][0] < 2 / 3 < numbers["ci95"][1]
     assert report["mean"] == pytest.approx(2 / 3)
     assert sum(numbers["images"] for numbers in report["categories"].values()) == 3 * len(prompts(not seen))
-    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9) and wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
+    assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1 and wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
 
 
 # a run

@@ -45,7 +45,7 @@ def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
     assert main(["verify", str(encoded), "--sheet", str(tmp_path / "a.png")]) == 0
     manifest = Manifest.load(encoded)
     count = min(manifest.splits.val.samples, 16)
-    assert f"{tmp_path / 'a.png'}: 16 images" in capsys.readouterr().out
+    assert f"{tmp_path / 'a.png'}: 8 images" in capsys.readouterr().out
     assert Image.open(tmp_path / "a.png").size == (8 * 18 - 2, -(-count // 8) * 36 - 2)
     assert main(["verify", str(encoded), "--sheet", str(tmp_path / "b.png"), "--source", "sample:digits"]) == 2
     assert_one_line(capsys.readouterr().err, "sample:digits", "no image of key")

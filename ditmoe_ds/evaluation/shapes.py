@@ -82,4 +82,5 @@ def wilson(right: int, count: int) -> list[float]:
     """The 95 % confidence interval of a share, [low, high] (Wilson's)."""
     z, share = 1.96, right / count
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [(middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)]
+    ends = (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    return [min(max(end, 0.0), 1.0) for end in ends]  # rounding may leave it

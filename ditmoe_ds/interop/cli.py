@@ -98,7 +98,9 @@ def _upcycle(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.distributed.weights import open_weights
     from ditmoe_ds.interop.upcycle import upcycle
 
-    top_k = arguments.top_k or (arguments.split if arguments.split > 1 else 2)
+    top_k = arguments.top_k
+    if top_k is None:
+        top_k = arguments.split if arguments.split > 1 else 2
     dense = open_weights(arguments.dense, arguments.weights)
     return _write(arguments, upcycle(dense, arguments.experts, top_k, arguments.split, arguments.noise, arguments.seed))
 

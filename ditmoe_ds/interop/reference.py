@@ -1,6 +1,7 @@
 """Weights of the public DiT-MoE reference code, in and out."""
 
 import argparse
+import math
 import os
 import re
 from dataclasses import asdict
@@ -95,8 +96,12 @@ def reference_weights(
             raise CheckpointError(f"{needed} is missing: this is no DiT-MoE checkpoint (its keys begin {list(shapes)[:3]})")
     hidden, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
     experts, tokens = shapes["blocks.0.moe.gate.weight"][0], (input_size // patch) ** 2
-    if hidden % num_heads:
+    if num_heads < 1 or hidden % num_heads:
         raise ConfigError("--heads", num_heads, f"must divide the width {hidden}")
+    if input_size < patch or input_size % patch:
+        raise ConfigError("--input-size", input_size, f"must divide by the patch of {patch}")
+    if not 0 <= balance_alpha < math.inf:
+        raise ConfigError("--balance-alpha", balance_alpha, "a number, at least 0")
     if not 1 <= top_k <= experts:
         raise ConfigError("--top-k", top_k, f"the checkpoint has {experts} experts")
     if "pos_embed" in shapes and shapes["pos_embed"][1] != tokens:

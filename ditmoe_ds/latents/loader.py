@@ -154,7 +154,8 @@ class LatentDataset:
         for manifest in manifests:
             if not any(m is manifest for m, _ in shards):
                 fix = "data.skip_shards leaves none" if skip else "encode again with another --holdout"
-                raise DataError(f"{manifest.root}: split {split} has no samples; {fix}")
+                of = "" if shape is None else f" of the commonest shape, {' x '.join(map(str, shape))}"
+                raise DataError(f"{manifest.root}: split {split} has no samples{of}; {fix}")
         self.sets: dict[tuple[int, ...], list[list[int]]] = {}
         """Of each shape: of each data set: samples of each shard."""
         for shape in sorted({shard.shape for _, shard in shards}):

@@ -1,7 +1,10 @@
 """The part of a command line that opens a run."""
 
 import argparse
+import math
 from typing import TYPE_CHECKING
+
+from ditmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
@@ -15,6 +18,11 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="ema", help="of a run: ema, master (the raw weights) or one average by name: ema_0.999")
+
+
+def check_guidance(guidance: float) -> None:
+    if not math.isfinite(guidance):
+        raise ConfigError("--guidance", guidance, "a number; 1 is none")
 
 
 def open_named(arguments: argparse.Namespace) -> "Run":

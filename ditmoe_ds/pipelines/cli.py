@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ditmoe_ds
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import add_opening
+from ditmoe_ds.pipelines.arguments import add_opening, check_guidance
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
@@ -49,8 +48,7 @@ def add_commands(commands: Any) -> None:
 def _sample(arguments: argparse.Namespace) -> int:
     if arguments.per_class < 1:
         raise ConfigError("--per-class", arguments.per_class, "at least 1")
-    if not math.isfinite(arguments.guidance):
-        raise ConfigError("--guidance", arguments.guidance, "a number; 1 is none")
+    check_guidance(arguments.guidance)
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import add_opening
+from ditmoe_ds.pipelines.arguments import add_opening, check_guidance
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import World
@@ -39,6 +39,7 @@ def geneval(arguments: argparse.Namespace) -> int:
 
     if not arguments.run and not arguments.detector:
         raise ConfigError("--run", None, "name a run whose pictures are to be made, a --detector that scores what is there, or both")
+    check_guidance(arguments.guidance)
     if arguments.images < 1:
         raise ConfigError("--images", arguments.images, "at least 1 of each prompt")
     if arguments.run and not arguments.prompts:
@@ -51,6 +52,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     import torch.distributed as dist
     from tqdm import tqdm
 
+    from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import agreed, decided
     from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
     from ditmoe_ds.evaluation.geneval.detectors import open_detector
@@ -70,6 +72,8 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
 
     if arguments.run:
         run = agreed(lambda: _open(arguments))
+        agreed(lambda: scheduled(make_scheduler(run.diffusion), run.diffusion, arguments.steps))
+        agreed(lambda: run.pipeline)  # or it says what is missing, before the folder is claimed
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
         parts = dict(vae=run.latents.get("vae"), text_encoder=run.latents.get("text", {}).get("encoder"))
         missing = decided(lambda: settle(folder, run.identity(arguments.run) | parts | sampling, prompts, arguments.images))
