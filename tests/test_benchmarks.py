@@ -8,6 +8,8 @@ import sys
 import pytest
 from processes import ROOT
 
+sys.path.append(str(ROOT))
+
 from benchmarks.run_all import ON_CPU, ON_GPU
 
 CASES = {
