@@ -10,7 +10,7 @@ from processes import ROOT
 
 sys.path.append(str(ROOT))
 
-from benchmarks.run_all import ON_CPU, ON_GPU
+from benchmarks.run_all import ON_CPU, ON_GPU, main
 
 CASES = {
     "train_step": ("--models DiT-MoE-Tiny/2-8E2A EC-DIT-Tiny-8E --images 2 --rounds 1 --steps 1", 2 + 4 + 4 + 2 * 6),
@@ -28,7 +28,11 @@ SLOW = {
 }
 
 
-def test_those_of_a_gpu_are_here():
+def test_those_of_a_gpu_are_here(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all", "--only", "moe_layers"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "choose from moe_layer, " in capsys.readouterr().err.replace("'", "")
     assert {benchmark.name for benchmark in ON_GPU} | {benchmark.name for benchmark in ON_CPU} == CASES.keys()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from processes import ROOT, launch
 
 from ditmoe_ds import train
+from ditmoe_ds.cli import main
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.planning.job import layers
 
@@ -78,6 +80,23 @@ def test_it_is_told_what_does_not_fit():
     assert found.returncode == 2
     assert re.fullmatch(r"error: dry_run='1x8@a100-40gb': out of memory: \d+\.\d GB of 36.0 usable.*", found.stderr.splitlines()[-1])
     assert "train.activation_checkpointing=false, micro-batch 128" in found.stdout
+    cure = shlex.split(re.search(r"; ditmoe (plan .+) tells what fits", found.stderr)[1])
+    assert main(cure) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["zero_stage=1 parallel.expert=1", "zero_stage=2 parallel.expert=1", "zero_stage=2 parallel.expert=2"])
+def test_gradients_that_a_rank_keeps_whole_are_planned(how):
+    """Of groups that are one tensor: at EP 1 all of them, which the plan once took for a 64th."""
+    command = [sys.executable, "-m", "ditmoe_ds.train", G, "dry_run=8x8", *f"parallel.{how}".split()]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert abs(float(re.search(r"^  peak .*?([+-]\d+\.\d)%", found.stdout, re.M)[1])) < 5, found.stdout + found.stderr
+
+
+def test_of_several_processes_one_makes_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["nowhere.yaml", "dry_run=8x8"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_recipe_of_16_billion_is_as_planned():

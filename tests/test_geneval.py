@@ -162,6 +162,12 @@ def test_wrong_prompts(tmp_path, line, reason):
         read_prompts(path)
 
 
+def test_prompts_are_lines_of_json(tmp_path):
+    path, text = tmp_path / "prompts.jsonl", "a photo of\u2028a cat"
+    path.write_text(json.dumps(SINGLE | {"prompt": text}, ensure_ascii=False) + "\n")
+    assert [prompt.text for prompt in read_prompts(path)] == [text]
+
+
 def test_prompts_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=re.escape("evaluation_metadata.jsonl of github.com/djghosh13/geneval")):
         read_prompts(tmp_path / "prompts.jsonl")

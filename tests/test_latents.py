@@ -75,8 +75,10 @@ def test_the_manifest_comes_back(tmp_path):
     manifest.verify()
     with pytest.raises(DataError, match="choose train or val"):
         manifest.split("test")
-    with pytest.raises(DataError, match="val has no samples"):
+    with pytest.raises(DataError, match="val has no samples; encode again"):
         LatentDataset([manifest], "val")
+    with pytest.raises(DataError, match="val has no samples of the commonest shape, 4 x 9 x 9; encode again"):
+        LatentDataset([manifest], "val", shape=(4, 9, 9))
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,9 @@ def test_time_by_hand():
     assert later.seconds["zero"] == pytest.approx(gathering + reducing - 0.5 * plan.flops * 2 / 3 / 50e12 / 2)
     found = layers(SPARSE)
     assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (2 + 6 + 8 + 28 + 12 + 6) / 500e9)
+    for optimizer, touched in (("adamw", 2 + 28 + 12), ("rmsprop", 2 + 6 + 8 + 28 + 12 + 6)):
+        alone = replace(plan, job=replace(job, optimizer=optimizer), shape=replace(plan.shape, stage=0))
+        assert alone.seconds["optimizer"] == pytest.approx((found.dense + found.experts / 2) * touched / 500e9)
     assert plan.days == pytest.approx(plan.step_seconds)
     assert plan.gpu_hours == pytest.approx(plan.step_seconds * 24 * 4)
 
@@ -311,6 +314,12 @@ def test_search_finds_what_trying_everything_finds():
     fitting = [plan for plan in plans if plan.fits]
     assert 0 < len(fitting) < len(plans)
     assert best(plans, "time").step_seconds == min(plan.step_seconds for plan in fitting)
+    assert best(plans, "time").shape.micro == max(
+        p.shape.micro for p in fitting if p.step_seconds < best(plans, "time").step_seconds + 1e-6
+    )
+    single = Cluster(replace(cluster.gpu, memory=1.0), 1, 1)
+    alone = search(job, single, stages[:1], Assumptions(), "time")  # where time does not depend on it
+    assert {p.shape.micro for p in alone if p.fits} > {1} and best(alone, "time").shape.micro == max(p.shape.micro for p in alone if p.fits)
     assert best(plans, "memory").peak == min(plan.peak for plan in fitting)
     beaten = [p for p in fitting if any((o.step_seconds, o.peak) < (p.step_seconds, p.peak) and o.peak <= p.peak for o in fitting)]
     rest = [plan for plan in fitting if plan not in beaten]
@@ -390,7 +399,9 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
         (["--gpu", "h1000"], "--gpu='h1000': choose one of a100-40gb"),
         (["--nodes", "3", "parallel.expert=8"], "train.global_batch=1024: must divide by 24 processes x 1"),
         (["--nodes", "0"], "--nodes=0"),
-        (["--mfu", "40"], "--mfu=40.0: is a share"),
+        (["--mfu", "40"], "--mfu=40.0: is a share, above 0 and at most 1"),
+        (["--margin", "1"], "--margin=1.0: is a share, from 0 to below 1"),
+        (["--gpu-memory", "nan"], "--gpu-memory=nan: must be a number above 0"),
         (["--gpu-memory", "-1"], "--gpu-memory=-1.0: must be a number above 0"),
         (["parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
         (["parallel.tensor=3"], "parallel.tensor=3: must divide 8 processes, 16 heads"),

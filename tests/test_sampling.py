@@ -249,6 +249,10 @@ def test_mistakes(weights, folder, capsys):
     (folder / "other" / "file").write_text("precious")
     for arguments, word in (
         (["--num", "2", "--out", "a.png"], "FILE.npz"),
+        (["--num", "2", "--out", "a.JPG"], "FILE.npz"),
+        (["--num", "2", "--out", str(folder / "other" / "file" / "x")], "cannot be written: "),
+        (["--out", str(folder / "other" / "file" / "x.png")], "cannot be written: "),
+        (["--out", str(folder / "x.png"), "--vae", write_vae(folder / "vae6", channels=6)], "of 6 channels; the model makes 4"),
         (["--num", "0", "--out", str(folder / "zero")], "at least 1"),
         (["--num", "2", "--out", str(folder / "other")], "something is there"),
         (["--num", "2", "--out", str(folder / "ep"), "--expert-parallel", "2"], "one of [1]"),

@@ -96,6 +96,7 @@ def test_noise_makes_copies_differ_by_as_much(dense):
         (["--experts", "6", "--split", "4"], "--experts"),
         (["--experts", "8", "--split", "4", "--top-k", "2"], "--top-k"),
         (["--experts", "2", "--top-k", "3"], "--top-k"),
+        (["--experts", "2", "--top-k", "0"], "--top-k"),
     ],
 )
 def test_numbers_that_do_not_go_together(arguments, word, dense, tmp_path, capsys):

@@ -14,8 +14,6 @@ BLOCK = 4096
 def blocks_of(tensors: list[Tensor]) -> Tensor:
     """(programs, 2) int32, for each program the number of its tensor, and which block of it."""
     counts = [triton.cdiv(tensor.numel(), BLOCK) for tensor in tensors]
-    if not counts:
-        return torch.empty(0, 2, dtype=torch.int32)
     each = torch.tensor(counts, device=tensors[0].device)
     owner = torch.arange(len(counts), device=each.device).repeat_interleave(each, output_size=sum(counts))
     first = each.cumsum(0) - each

@@ -222,8 +222,6 @@ def _step_masters(engine: Engine) -> None:
     """The optimizer's step at stage 0 in bf16, by groups of weights. DeepSpeed's takes a dozen small kernels for each weight."""
     optimizer = engine.optimizer
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        if not low:  # before an expert tensor above DeepSpeed's largest group
-            continue
         gradients = [torch.empty_like(master) for master in high]
         torch._foreach_copy_(gradients, [parameter.grad for parameter in low])
         if engine.clip < 1:
@@ -242,8 +240,6 @@ def _step_masters_at_once(engine: Engine, blocks: list[Tensor]) -> None:
     adam = optimizer.optimizer
     number = int(next(iter(adam.state.values()))["step"]) + 1
     for low, high, group, places in zip(optimizer.fp16_groups, optimizer.fp32_groups, adam.param_groups, blocks, strict=True):
-        if not low:
-            continue
         states = [adam.state[master] for master in high]
         torch._foreach_add_([state["step"] for state in states], 1)
         adamw(

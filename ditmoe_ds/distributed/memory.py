@@ -8,8 +8,6 @@ from typing import Literal
 
 EXPERT_GROUP = 178_956_971
 """DeepSpeed steps the local experts in groups of at most this many elements, and the dense weights in one."""
-
-
 TRAVELLING = 500_000_000
 """Gradients that DeepSpeed all-reduces at once at stage 0, in elements; a tensor may exceed it."""
 
@@ -93,13 +91,13 @@ def training_memory(
     size, wide = (2, 4) if precision == "bf16" else (4, 0)  # bytes of a weight, and of its fp32 copy
     local = dense + experts / ep
     part = (dense + experts) / world
-    group = max(dense / world, min(experts / ep, EXPERT_GROUP) * ep / world)  # the largest that is stepped at once
-    step = (size + wide) * group  # its gradient, flattened and then in fp32
+    parts, replicas = (1, 1) if stage == 0 else (world, world / ep)
+    group = max(dense / parts, min(experts / ep, EXPERT_GROUP) / replicas)  # the largest that is stepped at once
     if stage == 0:  # gradients travel as copies: dense ones, then experts'
         copied = min(max(dense * (world > 1), experts / ep * (world > ep)), TRAVELLING)
-        step = wide * max(dense, min(experts / ep, EXPERT_GROUP))
-        gradients = size * local
-        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, gradients + size * copied, gradients + step)
+        backward, step = size * (local + copied), size * local + wide * group
+        return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, backward, step)
+    step = (size + wide) * group  # its gradient, flattened and then in fp32
     if stage == 3:
         kept = size * (part + bucket)
         return Memory(size * part, 4 * part, 8 * part, 4 * averages * part, kept, size * bucket, step)

@@ -55,7 +55,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: it cannot be read, or a line is no prompt; names the line.
     """
     try:
-        lines = path.read_text().splitlines()
+        with path.open() as file:
+            lines = file.readlines()  # str.splitlines would cut at more than line feeds
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); the published prompts are prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval"
