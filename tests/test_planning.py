@@ -402,6 +402,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
         (["--mfu", "40"], "--mfu=40.0: is a share, above 0 and at most 1"),
         (["--margin", "1"], "--margin=1.0: is a share, from 0 to below 1"),
         (["--gpu-memory", "nan"], "--gpu-memory=nan: must be a number above 0"),
+        (["--gpu-memory", "inf"], "--gpu-memory=inf: must be a number above 0"),
         (["--gpu-memory", "-1"], "--gpu-memory=-1.0: must be a number above 0"),
         (["parallel.expert=3"], "parallel.expert=3: must divide the 16 experts"),
         (["parallel.tensor=3"], "parallel.tensor=3: must divide 8 processes, 16 heads"),

@@ -21,6 +21,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def check_guidance(guidance: float) -> None:
+    """Raises ConfigError: not a finite number."""
     if not math.isfinite(guidance):
         raise ConfigError("--guidance", guidance, "a number; 1 is none")
 
