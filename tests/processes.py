@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,7 @@ class Ranks:
             OMP_NUM_THREADS="1",
             PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
             DS_ACCELERATOR="cpu",
+            PYTHONFAULTHANDLER="1",
         )
         # files, since a pipe that nobody reads would block its rank
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
@@ -43,13 +47,22 @@ class Ranks:
         ]
 
     def wait(self, timeout=600, patience=60, check=True):
-        """[(exit code, output)] by rank. All are killed after ``timeout`` seconds, or ``patience`` after one has failed."""
+        """[(exit code, output)] by rank. All are ended after ``timeout`` seconds, or ``patience`` after one has failed, and then say where
+        they and their loaders are."""
         deadline = time.monotonic() + timeout
         try:
             while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
                 if any(process.poll() for process in self.processes):  # as a launcher does: the others would wait for it
                     deadline = min(deadline, time.monotonic() + patience)
                 time.sleep(0.05)
+            hung = [process for process in self.processes if process.poll() is None]
+            for process in hung:
+                rank = psutil.Process(process.pid)
+                for one in [*rank.children(recursive=True), rank]:
+                    one.send_signal(signal.SIGABRT)
+            for process in hung:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
         finally:
             for process in self.processes:
                 process.kill()
@@ -57,8 +70,8 @@ class Ranks:
         for process, output in zip(self.processes, self.outputs, strict=True):
             output.seek(0)
             results.append((process.wait(), output.read()))
-        for rank, (code, output) in enumerate(results):
-            assert not check or code == 0, f"rank {rank} ended with {code}:\n{output[-6000:]}"
+        failed = [f"rank {rank} ended with {code}:\n{output[-6000:]}" for rank, (code, output) in enumerate(results) if code]
+        assert not check or not failed, "\n\n".join(failed)
         return results
 
 

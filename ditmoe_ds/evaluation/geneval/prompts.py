@@ -56,7 +56,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     try:
         with path.open() as file:
-            lines = file.readlines()  # str.splitlines would cut at more than line feeds
+            lines = [line.rstrip("\n") for line in file]  # str.splitlines would cut at more than line feeds
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); the published prompts are prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval"
