@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from ditmoe_ds.errors import UserError
@@ -17,7 +19,7 @@ SOURCE = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a user's mistake or a full disk, told in one line on stderr."""
+    """Run one command; returns the exit code: 0 done, 2 a user's mistake or a full disk, 130 Ctrl-C, each told in one line on stderr."""
     arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
     try:
@@ -56,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"ditmoe-data: error: {error.filename or command}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"ditmoe-data: {command} is interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -104,16 +109,16 @@ def parser() -> argparse.ArgumentParser:
     finalize.add_argument("--max-rejected", **rejected)
 
     verify = commands.add_parser("verify", help="check every byte of a finished folder")
-    verify.add_argument("path", metavar="DIR", help="folder made by encode")
-    verify.add_argument("--sheet", metavar="PNG", help="picture of some images above their decoded latents")
+    verify.add_argument("path", type=_local, metavar="DIR", help="folder made by encode")
+    verify.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some images above their decoded latents")
     verify.add_argument("--source", help="where those images are, if not where the manifest says")
 
     inspect = commands.add_parser("inspect", help="say what is in a folder or shard")
-    inspect.add_argument("path", metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")
-    inspect.add_argument("--sheet", metavar="PNG", help="picture of some decoded latents")
+    inspect.add_argument("path", type=_local, metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")
+    inspect.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some decoded latents")
 
     subset = commands.add_parser("subset", help="copy a share of the samples, to try things on")
-    subset.add_argument("path", metavar="DIR", help="finished folder")
+    subset.add_argument("path", type=_local, metavar="DIR", help="finished folder")
     subset.add_argument("--fraction", type=_fraction, required=True, help="share of the samples; smaller shares are among larger ones")
     subset.add_argument("--out", required=True, help="new folder")
     subset.add_argument("--shard-size", type=_positive, default=1000, help="samples per shard")
@@ -130,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--keep", type=float, default=1.0, help="share of the images that is kept, those that fit the prompt best")
     make.add_argument("--size", type=_positive, default=512, help="pixels")
     make.add_argument("--steps", type=_positive, default=30, help="of the pipeline's sampler")
-    make.add_argument("--guidance", type=float, default=5.0, help="guidance scale")
+    make.add_argument("--guidance", type=_finite, default=5.0, help="guidance scale")
     make.add_argument("--batch", type=_positive, default=4, help="images made at once")
     make.add_argument("--seed", type=int, default=0, help="of the noise, with the class and the image's number")
     make.add_argument("--worker", type=_worker, help="i/n: make every n-th class; default as for encode")
@@ -166,6 +171,25 @@ def _fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
     return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{value} is no finite number")
+    return value
+
+
+def _local(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is behind a URL; copy the folder here first")
+    return text
+
+
+def _picture(text: str) -> str:
+    if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"{text} ends in none of .png, .jpg, .webp")
+    return text
 
 
 def _worker(text: str) -> tuple[int, int]:

@@ -61,7 +61,8 @@ def encode(
     found = open_source(source, shard_size, classes)
     request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
-    claim(root, dataclasses.asdict(request))
+    models = functools.cache(functools.partial(_Encoder, request))
+    claim(root, dataclasses.asdict(request), first=models)
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
@@ -71,7 +72,7 @@ def encode(
     todo = [unit for unit in mine if unit not in done]
     if todo:
         seen, rejected = (sum(counts) for counts in zip((0, 0), *((r.images, len(r.rejected)) for r in done.values())))
-        encoder = _Encoder(request)
+        encoder = models()
         with Progress("encode", "images") as progress:
             try:
                 if encoder.text and not (root / EMPTY_TEXT).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, is_heldout, open_source
+from data_prep.units import NOTE, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.vae import decode, encode_mean
 
@@ -28,10 +30,13 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
 
     Raises:
         ConfigError: ``factor`` is no power of two or does not divide ``size``.
-        DataError: the source cannot be read, or ``out`` holds something else.
+        DataError: the source cannot be read, or ``out`` holds something else, such as a VAE of other arguments.
     """
-    folder = Path(out)
+    folder = Path(out).resolve()
+    request = dict(source=source, size=size, factor=factor, latent_channels=latent_channels, steps=steps, batch=batch, seed=seed)
     if (folder / "diffusion_pytorch_model.safetensors").is_file():
+        if (folder / NOTE).is_file():
+            refuse_another(folder, json.loads((folder / NOTE).read_text()), request)
         print(f"{out}: already complete")
         return
     if folder.exists() and any(folder.iterdir()):
@@ -56,6 +61,7 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     partial = folder.with_name(folder.name + ".partial")
     vae.save_pretrained(partial)
     _grid(heldout.permute(0, 2, 3, 1), decoded).save(partial / "reconstructions.png")
+    (partial / NOTE).write_text(json.dumps(request, indent=2) + "\n")
     partial.replace(folder)
     print(f"{out}: held-out MSE {mse:.5f} (pixels in [0, 1]), PSNR {-10 * math.log10(mse):.1f} dB, scaling_factor {scale:.4f}")
 

@@ -242,6 +242,8 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
     text = next((column for column in ("caption", "text") if column in rows.features), None)
     label = rows.features.get("label")
     if isinstance(label, datasets.ClassLabel):
+        if class_names not in (None, tuple(label.names)):
+            raise ConfigError("--classes", len(class_names), f"{name} has names for its classes; leave it out")
         class_names = tuple(label.names)
     rows = rows.cast_column("image", datasets.Image(decode=False))
 

@@ -19,7 +19,7 @@ def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> N
     """Copy the samples whose key's hash is below ``fraction`` into a finished folder ``out``; smaller fractions are among larger ones.
 
     Raises:
-        DataError: ``path`` is not finished, ``out`` exists, or nothing is left to learn from.
+        DataError: ``path`` is not finished or damaged, ``out`` exists, or nothing is left to learn from.
     """
     manifest, folder = Manifest.load(path), Path(out)
     if folder.exists():
@@ -59,6 +59,7 @@ def _chosen(manifest: Manifest, split: Split, shape: tuple[int, ...], fraction: 
         if shard.shape != shape:
             continue
         reader = manifest.open(shard)
+        manifest.verify(shard)  # a copy gets a sha256 of its own, which would vouch for damage
         for i in range(len(reader)):
             sample = reader.read(i)
             # Not the hash that chose the held-out samples, or a small share would hold those alone.

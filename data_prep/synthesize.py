@@ -7,6 +7,7 @@ OUT/goldfish.jsonl      written last, so this class is done: prompt, seed, score
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -61,14 +62,16 @@ def synthesize(
         raise ConfigError("--keep", keep, "must be in (0, 1], and below 1 it needs --clip to choose by")
     root, settings = Path(out), dict(size=size, steps=steps, guidance=guidance, seed=seed)
     request = dict(pipeline=pipeline, clip=clip, keep=keep, prompt=prompt, per_class=per_class, classes=names, **settings)
-    claim(root, request)
-    number, count = worker or worker_from_environment()
-    todo = [folder for folder in sorted(names)[number::count] if not (root / f"{folder}.jsonl").is_file()]
-    if not todo:
-        print(f"{out}: already complete")
-        return
     device = device_of_rank()
-    made, score = _load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None
+    models = functools.cache(lambda: (_load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None))
+    claim(root, request, first=models)
+    number, count = worker or worker_from_environment()
+    mine = sorted(names)[number::count]
+    todo = [folder for folder in mine if not (root / f"{folder}.jsonl").is_file()]
+    if not todo:
+        print(f"{out}: already complete" if mine else f"{out}: nothing to do for worker {number} of {count}, of {len(names)} classes")
+        return
+    made, score = models()
     candidates = math.ceil(per_class / keep)
     with Progress("synthesize", "images", candidates * len(todo)) as progress:
         for folder in todo:
@@ -79,7 +82,11 @@ def synthesize(
                 numbers = range(first, min(first + batch, candidates))
                 generators = [keyed_generator(seed, "synthesize", folder, i) for i in numbers]
                 options = dict(generator=generators, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance)
-                part = made([text] * len(numbers), **options).images
+                try:
+                    part = made([text] * len(numbers), **options).images
+                except ValueError as error:  # of what is made for other sizes
+                    reason = " ".join(str(error).split())[:200]
+                    raise DataError(f"--pipeline={pipeline!r}: cannot make {size} pixels in {steps} steps ({reason})") from error
                 for i, image in zip(numbers, part, strict=True):
                     image.save(partial / f"{i:06d}.png")
                 scores += score(part, text) if score else [None] * len(part)

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import socket
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
 
 SPLITS = ("train", "val")
+NOTE = "request.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Request:
         Raises:
             DataError: there is none, or not of this release.
         """
-        return _read(cls, root / "request.json", f"{root}: was not begun by ditmoe-data encode of this release")
+        return _read(cls, root / NOTE, f"{root}: was not begun by ditmoe-data encode of this release")
 
     def command(self, root: Path) -> str:
         """The command that goes on with it, as typed into a shell."""
@@ -116,18 +118,22 @@ class UnitRecord:
     """0 without text."""
 
 
-def claim(root: Path, request: dict[str, Any]) -> None:
+def claim(root: Path, request: dict[str, Any], first: Callable[[], object]) -> None:
     """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
+
+    Args:
+        first: called before anything is noted: opens what the request names, since a mistake in that shall not keep the folder.
 
     Raises:
         DataError: ``root`` is another request's, or not ditmoe-data's.
     """
-    note, text = root / "request.json", json.dumps(request, indent=2) + "\n"
+    note, text = root / NOTE, json.dumps(request, indent=2) + "\n"
     try:
         if not note.is_file():
             if root.exists() and (not root.is_dir() or any(not path.name.startswith(note.name) for path in root.iterdir())):
                 raise DataError(f"--out={str(root)!r}: exists and was not made by ditmoe-data; choose another folder")
             root.mkdir(parents=True, exist_ok=True)
+            first()
             partial = root / f"{note.name}.{_process()}.partial"
             partial.write_text(text)
             with contextlib.suppress(FileExistsError):  # another process was first: then its note counts
@@ -138,7 +144,14 @@ def claim(root: Path, request: dict[str, Any]) -> None:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
     except ValueError as error:
         raise DataError(f"{note}: is damaged ({error}); choose another folder") from None
-    ours = json.loads(text)
+    refuse_another(root, theirs, json.loads(text))
+
+
+def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:
+    """
+    Raises:
+        DataError: a note found in ``root`` is not of this request.
+    """
     if not isinstance(theirs, dict) or theirs != ours:
         before = theirs if isinstance(theirs, dict) else {}
         changed = [f"{key} {_short(before.get(key))} -> {_short(ours[key])}" for key in ours if before.get(key) != ours[key]]

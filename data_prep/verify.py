@@ -35,7 +35,6 @@ def verify(path: str, *, sheet: str | None = None, source: str | None = None) ->
         DataError: the first thing that is wrong.
     """
     manifest = Manifest.load(path)
-    manifest.verify()
     if manifest.text:
         manifest.empty_text()
     histogram, keys = Counter[int](), []
@@ -111,6 +110,7 @@ def decoded(manifest: Manifest, samples: list[Sample]) -> list[Tensor]:
 
 def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counter[int], np.ndarray]:
     """How often each label is in a shard whose samples are all sound; hashes (samples,) of their keys."""
+    manifest.verify(shard)
     reader = manifest.open(shard)
     labels, keys = Counter[int](), np.empty(len(reader), np.uint64)
     for i in range(len(reader)):

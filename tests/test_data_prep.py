@@ -180,7 +180,8 @@ def test_another_request_does_not_mix_with_the_shards_there(inputs, encoded, tmp
 
 def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
     request = Request.load(encoded)
-    processes = [multiprocessing.get_context("fork").Process(target=claim, args=(tmp_path / "out", asdict(request))) for _ in range(8)]
+    arguments = tmp_path / "out", asdict(request), lambda: None
+    processes = [multiprocessing.get_context("fork").Process(target=claim, args=arguments) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:
@@ -432,6 +433,61 @@ def test_mistakes_are_told_in_one_line(inputs, tmp_path, capsys, arguments, word
     assert not (tmp_path / "o").exists()
 
 
+def test_a_vae_may_be_made_where_one_stands(inputs, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["fit-vae", "--source", f"folder:{inputs / 'images'}", "--out", ".", "--size", "16", "--steps", "1", "--batch", "2"]) == 0
+    assert load_vae(str(tmp_path / "here"), "cpu") and not list(tmp_path.glob("*.partial"))
+
+
+def test_an_encoder_that_is_none_does_not_keep_the_folder(inputs, tmp_path, capsys):
+    write_text_encoder(tmp_path / "bert", "bert")
+    wanted = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(tmp_path / "o")]
+    wanted += ["--size", "16", "--text-max-tokens", "8", "--decoders", "0", "--text"]
+    assert main([*wanted, str(inputs / "vae")]) == 2
+    assert_one_line(capsys.readouterr().err, "readable text encoder")
+    assert main([*wanted, str(tmp_path / "bert")]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["verify", "https://example.org/latents"], "copy the folder here"),
+        (["inspect", "gs://bucket/latents"], "copy the folder here"),
+        (["subset", "https://example.org/latents", "--fraction", "0.1", "--out", "o"], "copy the folder here"),
+        (["verify", "latents", "--sheet", "sheet.tex"], ".png"),
+        (["inspect", "latents", "--sheet", "sheet"], ".png"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ctrl_c_ends_all_in_one_line_and_what_is_done_is_kept(inputs, encoded, tmp_path):
+    out = tmp_path / "out"
+    wanted = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(out), "--size", "16"]
+    wanted += ["--shard-size", "12", "--holdout", "0.3", "--batch", "4", "--decoders", "1"]
+    slowly = "import sys, time, data_prep.encode as e; from data_prep.cli import main; add = e._Encoder.add\n"
+    slowly += "e._Encoder.add = lambda *a: (time.sleep(0.5), add(*a)); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", slowly, *wanted]
+    one_thread = os.environ | dict(OMP_NUM_THREADS="1")  # as here: another number rounds differently
+    process = subprocess.Popen(command, cwd=ROOT, env=one_thread, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("units/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "ditmoe-data: encode is interrupted" in error and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):  # its decoders, a moment later
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    assert not (out / "manifest.json").exists()
+    assert main(wanted) == 0 and contents(out) == contents(encoded)
+
+
 def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PAUSE", 0.05)
     with progress.Progress("encode", "images", 1000) as bar:
@@ -450,6 +506,8 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert "PSNR" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "already complete" in capsys.readouterr().out
+    assert main([*arguments, "--steps", "4"]) == 2
+    assert_one_line(capsys.readouterr().err, "another request (steps 3 -> 4)")
 
     items = open_source(f"folder:{inputs / 'images'}").items()
     train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], [(16, 16)])

@@ -78,6 +78,19 @@ def test_reference_weights_come_out_as_they_went_in(name, imported, tmp_path):
     assert diffusion["time_scale"] == 1.0 and diffusion["objective"] == "rectified_flow"
 
 
+def test_our_time_scale_is_told_and_comes_back(imported, tmp_path, capsys):
+    weights = open_weights(imported / NAMES[0])
+    weights.description["diffusion"]["time_scale"] = 1000.0
+    write_weights(tmp_path / "ours", weights)
+    assert main(["export", str(tmp_path / "ours"), "--to", "reference", "--out", str(tmp_path / "ours.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "call it with t * 1000" in said
+    option = said.split("import it with ")[1].split()
+    arguments = flags(torch.load(FIXTURES / f"{NAMES[0]}.pt", weights_only=True)["arguments"])
+    assert main(["import", "reference", str(tmp_path / "ours.pt"), *arguments, *option, "--out", str(tmp_path / "back")]) == 0
+    assert open_weights(tmp_path / "back").description["diffusion"]["time_scale"] == 1000.0
+
+
 @pytest.mark.parametrize(
     "changed, word",
     [
@@ -87,11 +100,15 @@ def test_reference_weights_come_out_as_they_went_in(name, imported, tmp_path):
         ({"input_size": -8}, "--input-size"),
         ({"input_size": 16}, "is for 8"),
         ({"num_classes": 9}, "shape"),
+        ({"time_scale": "nan"}, "--time-scale"),
+        ({"time_scale": 1000, "objective": "ddpm"}, "--time-scale"),
     ],
 )
 def test_settings_that_contradict_the_reference_weights(changed, word, imported, tmp_path, capsys):
     arguments = torch.load(FIXTURES / f"{NAMES[0]}.pt", weights_only=True)["arguments"] | changed
-    assert main(["import", "reference", str(imported / f"{NAMES[0]}.pt"), *flags(arguments), "--out", str(tmp_path / "x")]) == 2
+    told = flags(arguments, arguments.pop("objective", "rectified_flow"))
+    told += ["--time-scale", str(arguments.get("time_scale", 1.0))]
+    assert main(["import", "reference", str(imported / f"{NAMES[0]}.pt"), *told, "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 

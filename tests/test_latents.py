@@ -72,7 +72,8 @@ def test_a_few_samples_are_from_everywhere(tmp_path):
 def test_the_manifest_comes_back(tmp_path):
     manifest = write_data(tmp_path)
     assert Manifest.load(tmp_path / "manifest.json") == manifest
-    manifest.verify()
+    for shard in manifest.shards():
+        manifest.verify(shard)
     with pytest.raises(DataError, match="choose train or val"):
         manifest.split("test")
     with pytest.raises(DataError, match="val has no samples; encode again"):
@@ -266,7 +267,7 @@ def test_a_damaged_sample_is_refused(tmp_path, old, new):
     with pytest.raises(DataError, match=r"train-000000\.tar"):
         LatentDataset([manifest], "train")[0]
     with pytest.raises(DataError, match="sha256"):
-        manifest.verify()
+        manifest.verify(manifest.shards()[0])
 
 
 # the order

@@ -158,6 +158,8 @@ def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
     out = run_encode(inputs, tmp_path / "out", f"hf:{tmp_path / 'rows'}")
     assert Manifest.load(out).class_names == ("ant", "cat")
     assert samples(out, "train")[0].meta["caption"] == "x"
+    with pytest.raises(ConfigError, match="--classes=5.*has names for its classes"):
+        open_source(f"hf:{tmp_path / 'rows'}", classes=5)
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match="splits/train"):
         open_source(f"hf:{tmp_path / 'splits'}")

@@ -96,12 +96,27 @@ def test_the_best_are_kept_and_a_stopped_run_goes_on(inputs, tmp_path, capsys):
         (["--prompt", "a photo"], ["--prompt", "{}"]),
         (["--classes", "nowhere"], ["--classes", "nowhere"]),
         (["--pipeline", "nowhere/at-all/x"], ["--pipeline", "nowhere/at-all/x"]),
+        (["--clip", "nowhere/at-all/x"], ["--clip", "nowhere/at-all/x"]),
     ],
 )
 def test_mistakes(inputs, tmp_path, capsys, changes, words):
     assert main([*arguments(inputs, tmp_path / "out"), *changes]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("ditmoe-data: error: ") and all(word in error for word in words)
+    assert not (tmp_path / "out" / "request.json").exists()
+
+
+def test_what_a_pipeline_cannot_make_is_told(inputs, tmp_path, capsys):
+    assert main([*arguments(inputs, tmp_path / "out"), "--size", "9"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ditmoe-data: error: --pipeline=") and "9 pixels" in error
+    with pytest.raises(SystemExit):
+        main([*arguments(inputs, tmp_path / "out"), "--guidance", "nan"])
+
+
+def test_more_workers_than_classes(inputs, tmp_path, capsys):
+    assert main([*arguments(inputs, tmp_path / "out"), "--worker", "2/3"]) == 0
+    assert "nothing to do for worker 2 of 3, of 2 classes" in capsys.readouterr().out
 
 
 def test_a_class_that_is_no_folder_is_refused(inputs, tmp_path, capsys):

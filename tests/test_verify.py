@@ -75,3 +75,13 @@ def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, ca
     assert main(["subset", str(encoded), "--fraction", "0.6", "--out", str(tmp_path / "again")]) == 2
     assert main(["subset", str(encoded), "--fraction", "0.0", "--out", str(tmp_path / "nothing")]) == 2
     assert "leaves none" in capsys.readouterr().err
+
+
+def test_a_subset_of_damaged_samples_is_refused(inputs, tmp_path, capsys):
+    shard = run_encode(inputs, tmp_path / "out") / "train-000000.tar"
+    raw = bytearray(shard.read_bytes())
+    raw[1500] ^= 1
+    shard.write_bytes(raw)
+    assert main(["subset", str(tmp_path / "out"), "--fraction", "0.9", "--out", str(tmp_path / "some")]) == 2
+    assert_one_line(capsys.readouterr().err, "train-000000.tar", "sha256")
+    assert not (tmp_path / "some").exists()

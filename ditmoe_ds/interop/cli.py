@@ -29,6 +29,7 @@ def add_commands(commands: Any) -> None:
     reference.add_argument("--input-size", type=int, required=True, help="side of the latent: 32 for 256 px")
     reference.add_argument("--objective", choices=["rectified_flow", "ddpm"], required=True)
     reference.add_argument("--balance-alpha", type=float, default=0.005)
+    reference.add_argument("--time-scale", type=float, default=1.0, help="factor on rectified flow's t; other than 1 for weights from here")
     _add_output(reference)
     diffusers = importing.add_parser("diffusers", help="a pipeline of ours, or one with diffusers' DiTTransformer2DModel")
     diffusers.set_defaults(command=_import_diffusers)
@@ -68,7 +69,8 @@ def _export(arguments: argparse.Namespace) -> int:
         export_reference(weights, out, *how)
         diffusion = weights.description["diffusion"]
         if diffusion["objective"] == "rectified_flow" and diffusion["time_scale"] != 1:
-            notes.append(f"call it with t * {diffusion['time_scale']:g}: the reference's own sampler passes t in [0, 1]")
+            scale = f"{diffusion['time_scale']:g}"
+            notes.append(f"call it with t * {scale}: the reference's own sampler passes t in [0, 1]; import it with --time-scale {scale}")
     print("; ".join([f"{weights.description['weights']} weights of step {weights.description['step']} in {out}", *notes]))
     return 0
 
@@ -84,6 +86,7 @@ def _import_reference(arguments: argparse.Namespace) -> int:
         input_size=arguments.input_size,
         objective=arguments.objective,
         balance_alpha=arguments.balance_alpha,
+        time_scale=arguments.time_scale,
     )
     return _write(arguments, weights)
 

@@ -70,6 +70,7 @@ def reference_weights(
     input_size: int,
     objective: Literal["rectified_flow", "ddpm"],
     balance_alpha: float = 0.005,
+    time_scale: float = 1.0,
 ) -> Weights:
     """Open weights of the reference code.
 
@@ -79,6 +80,7 @@ def reference_weights(
         source: a file of ``torch.save`` (read whole, with ``weights_only=True``) in any of ``CONTAINERS`` or bare, with or
             without a ``module.`` prefix, or its content; a safetensors file, or a folder with ``model.safetensors.index.json``.
         top_k, num_heads, num_classes, input_size, objective, balance_alpha: what the shapes do not tell.
+        time_scale: factor on rectified flow's t before the model sees it: 1 for the released weights.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -102,6 +104,10 @@ def reference_weights(
         raise ConfigError("--input-size", input_size, f"must divide by the patch of {patch}")
     if not 0 <= balance_alpha < math.inf:
         raise ConfigError("--balance-alpha", balance_alpha, "a number, at least 0")
+    if not 0 < time_scale < math.inf:
+        raise ConfigError("--time-scale", time_scale, "a number above 0")
+    if objective == "ddpm" and time_scale != 1:
+        raise ConfigError("--time-scale", time_scale, "is of rectified_flow; leave it out")
     if not 1 <= top_k <= experts:
         raise ConfigError("--top-k", top_k, f"the checkpoint has {experts} experts")
     if "pos_embed" in shapes and shapes["pos_embed"][1] != tokens:
@@ -122,8 +128,8 @@ def reference_weights(
         learn_variance=shapes["final_layer.linear.bias"][0] == 2 * in_channels * patch**2,
         router=RouterConfig(balance_alpha=balance_alpha),
     )
-    # rectified flow passes t in [0, 1] to the reference's embedding, ddpm its step 0..999: time_scale is of no use there
-    diffusion = DiffusionConfig(objective, time_scale=1.0 if objective == "rectified_flow" else 1000.0)
+    # ddpm passes its step 0..999 to the embedding: the scale is of no use there
+    diffusion = DiffusionConfig(objective, time_scale=time_scale if objective == "rectified_flow" else 1000.0)
     description = dict(name=None, model=asdict(config), diffusion=asdict(diffusion), latents={}, step=0, weights="reference")
     return assemble(theirs, layout(config), description, ignored=("pos_embed",))
 
