@@ -3,6 +3,9 @@
 import os
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # as in the processes that tests start: another number rounds differently
 
 LONGEST = (
     "safety",

@@ -31,7 +31,6 @@ from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import Run, load_model
 from ditmoe_ds.training.step import router_metrics
 
-torch.set_num_threads(1)
 CLASSES, TIMES, PERMUTATIONS = 3, 4, 99
 TOKEN = replace(SPARSE, learn_variance=False)
 EXPERT = replace(TOKEN, routing="expert", sparse_first=1, shared=0)

@@ -36,8 +36,6 @@ from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.rng import keyed_generator
 
-torch.set_num_threads(1)
-
 
 def test_latents_are_those_of_the_images(inputs, encoded):
     manifest = Manifest.load(encoded)

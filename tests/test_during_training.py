@@ -70,7 +70,7 @@ def test_the_extractor_is_asked_on_its_device(recipe, monkeypatch):
             assert images.device.type == "meta"
             return {"pool": torch.zeros(1, 7)}
 
-    monkeypatch.setattr(during_training, "load_extractor", lambda name, device: Extractor())
+    monkeypatch.setattr(during_training, "load_extractor", lambda name, device, key: Extractor())
     monkeypatch.setattr(during_training, "load_vae", lambda name, device: None)
     assert during_training.FrechetDistance(read_plan([str(recipe)], 1), torch.device("meta")).width == 7
 
@@ -95,7 +95,7 @@ def test_a_rank_that_cannot_validate_is_named(recipe):
     ("override", "words"),
     [
         ("train.fd_samples=1", "at least 2; held out are 7"),
-        ("train.fd_extractor=resnet", "choose one of inception"),
+        ("train.fd_extractor=resnet", "train.fd_extractor='resnet': choose one of inception"),
         ("train.sample_steps=0", "train.sample_steps=0: from 1"),
     ],
 )

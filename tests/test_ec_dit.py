@@ -16,7 +16,6 @@ from ditmoe_ds.models.sizes import TEXT_SIZES, describe, named_config
 from ditmoe_ds.moe.layer import MoE, Router
 from ditmoe_ds.moe.routing import RouterConfig, expert_choice, places
 
-torch.set_num_threads(1)
 B, N, D, E, F_C = 3, 24, 16, 4, 2.0
 
 

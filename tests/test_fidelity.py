@@ -287,6 +287,11 @@ def test_clip(clip, tmp_path, alone):
     assert plan.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "24 x 24" in plan.extractor.input
 
 
+def test_a_clip_is_no_other_model_of_transformers(clip):
+    with pytest.raises(DataError, match=f"train.fd_extractor='hf:{clip}': cannot be loaded"):
+        load_extractor(f"hf:{clip}", key="train.fd_extractor")
+
+
 def test_any_transformers_model(clip, tmp_path):
     import transformers
 
@@ -330,6 +335,12 @@ def test_adm_layout(tmp_path, inception, alone, asked):
         "precision-recall": precision_recall(b["pool"], a["pool"]),
     }
     assert [*found.values()] == pytest.approx([value for name in asked for value in wanted[name]], rel=1e-4)
+
+
+def test_few_images_for_kid_are_told(tmp_path, inception, capsys):
+    files = [write_npz(tmp_path / f"{name}.npz", pictures(count)) for name, count in (("a", 9), ("b", 7))]
+    read_plan("kid", files[0], reference=files[1], inception=inception, device=CPU)
+    assert "KID of subsets of all 7 images; published ones are of 1,000" in capsys.readouterr().err
 
 
 def test_statistics_alone(tmp_path, inception, alone):

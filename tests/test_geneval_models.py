@@ -29,15 +29,6 @@ from ditmoe_ds.pipelines.run import open_run
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes that tests start: another number of threads rounds differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # the models
 
 LABELS = dict(enumerate(("tvmonitor", "person", "mouse", "dog", "dining table", "N/A")))
@@ -339,6 +330,8 @@ def test_mistakes(run, made, models, tmp_path, capsys):
     assert "--prompts=None" in refused("eval", "geneval", made, "--run", run / "weights")
     assert "begun with steps 2, not 3; repeat its settings or choose another" in refused(*command(run, made, "--steps", 3))
     assert "begun with seed 0, not 1" in refused(*command(run, made, "--seed", 1))
+    for option in ("--threshold", "--counting-threshold", "--max-overlap"):
+        assert f"{option}=nan: a number from 0 to 1" in refused(*command(run, made, option, "nan"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("")
     assert "something is there, but no samples.json" in refused(*command(run, tmp_path / "else"))

@@ -20,7 +20,6 @@ from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardRead
 from ditmoe_ds.latents.loader import Batch, DataConfig, LatentDataset, LatentLoader, MixConfig
 from ditmoe_ds.latents.order import BucketOrder, Order
 
-torch.set_num_threads(1)
 SHAPE = (2, 3, 4)
 
 

@@ -71,7 +71,6 @@ def test_saved_and_loaded_in_a_fresh_process(runs, folder):
     script = f"""
 import torch
 from ditmoe_ds.pipelines import pipeline
-torch.set_num_threads(1)
 for kind, asked in {ASKED!r}.items():
     pipe = getattr(pipeline, {classes!r}[kind]).from_pretrained("saved-" + kind)
     pipe.set_progress_bar_config(disable=True)

@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from encoding import png, run_encode, samples, write_tar
 from PIL import Image
 from processes import ROOT
@@ -25,8 +24,6 @@ from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source, safe_key
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Manifest
-
-torch.set_num_threads(1)
 
 
 def test_tars_as_a_source(inputs, tmp_path):

@@ -9,8 +9,6 @@ from data_prep.cli import main
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.vae import load_vae
 
-torch.set_num_threads(1)
-
 
 def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
     run_encode(inputs, tmp_path / "out")

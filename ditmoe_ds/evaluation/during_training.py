@@ -32,7 +32,7 @@ class FrechetDistance:
         if min(train.fd_samples, len(self.dataset)) < 2:
             raise ConfigError("train.fd_samples", train.fd_samples, f"at least 2; held out are {len(self.dataset)}, at least 2 are needed")
         self.samples = self.dataset.spread(train.fd_samples)
-        self.extractor = load_extractor(train.fd_extractor, device)
+        self.extractor = load_extractor(train.fd_extractor, device, key="train.fd_extractor")
         self.width = self.extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))["pool"].shape[1]
         self.vae = load_vae(plan.manifest.vae, device)
         self.real: Gaussian | None = None

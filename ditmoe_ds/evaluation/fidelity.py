@@ -19,7 +19,7 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.evaluation.extractors import CLIP, Extractor, load_extractor
 from ditmoe_ds.evaluation.features import summarise
 from ditmoe_ds.evaluation.images import MEMBER, FolderImages, Images, npz_members, open_images, published_statistics
-from ditmoe_ds.evaluation.metrics import cmmd, kid, precision_recall
+from ditmoe_ds.evaluation.metrics import KID_SUBSET, cmmd, kid, precision_recall
 from ditmoe_ds.evaluation.moments import Gaussian, frechet_distance
 from ditmoe_ds.evaluation.ranks import share, total
 from ditmoe_ds.latents.format import sha256
@@ -97,6 +97,9 @@ def read_plan(
         real, statistics = _reference(path, asked, name)
         if real is None and measure == "fid":
             asked = tuple(one for one in asked if one != "precision-recall" and (one != "sfid" or "spatial" in statistics))
+    fewest = min(len(made), len(real or made))
+    if first and measure == "kid" and fewest < KID_SUBSET:
+        print(f"{samples}: KID of subsets of all {fewest} images; published ones are of {KID_SUBSET:,}", file=sys.stderr)
     return Plan(asked, made, described, path, real, statistics, load_extractor(name, device, inception), lines)
 
 

@@ -13,6 +13,8 @@ from ditmoe_ds.evaluation.ranks import share, total
 
 BLOCK = 4096
 """Rows and columns of distances at a time: 134 MB."""
+KID_SUBSET = 1000
+"""Images."""
 
 
 class InceptionScore:
@@ -59,7 +61,7 @@ def precision_recall(real: Tensor, made: Tensor, neighbours: int = 3) -> Precisi
     return PrecisionRecall(_covered(made, real, _squared_radii(real, neighbours)), _covered(real, made, _squared_radii(made, neighbours)))
 
 
-def kid(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
+def kid(a: Tensor, b: Tensor, subsets: int = 100, size: int = KID_SUBSET) -> tuple[float, float]:
     """Kernel Inception distance, arXiv 1801.01401: mean and standard deviation over random subsets of the unbiased squared MMD.
 
     Kernel, subsets and seed are those of torch-fidelity.

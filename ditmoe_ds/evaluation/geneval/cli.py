@@ -40,6 +40,9 @@ def geneval(arguments: argparse.Namespace) -> int:
     if not arguments.run and not arguments.detector:
         raise ConfigError("--run", None, "name a run whose pictures are to be made, a --detector that scores what is there, or both")
     check_guidance(arguments.guidance)
+    for option in ("threshold", "counting_threshold", "max_overlap"):
+        if not 0 <= getattr(arguments, option) <= 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", getattr(arguments, option), "a number from 0 to 1")
     if arguments.images < 1:
         raise ConfigError("--images", arguments.images, "at least 1 of each prompt")
     if arguments.run and not arguments.prompts:
