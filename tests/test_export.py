@@ -22,6 +22,7 @@ from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.diffusers_folder import diffusers_weights
 from ditmoe_ds.interop.reference import load_reference
+from ditmoe_ds.latents.vae import latent_space
 from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import load_model, open_run
 
@@ -251,6 +252,27 @@ def test_a_small_vae_is_called_by_its_name(tmp_path):
     assert main(["export", str(weights), "--to", "diffusers", "--out", str(tmp_path / "pipeline")]) == 0
     assert json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
     assert diffusers_weights(tmp_path / "pipeline").description["latents"]["scaling_factor"] == 1.0
+
+
+def test_a_vae_may_be_named_for_an_export(tmp_path, capsys):
+    """Also of weights that say nothing of it."""
+    vae = write_vae(tmp_path / "vae")
+    weights = str(write_weights(tmp_path / "weights", random_weights(replace(SPARSE, num_classes=3))[1]))
+    export = ["export", weights, "--to", "diffusers", "--out"]
+    assert main([*export, str(tmp_path / "without")]) == 0
+    assert "give it by --vae" in capsys.readouterr().out
+    assert main([*export, str(tmp_path / "with"), "--vae", vae]) == 0
+    found = diffusers_weights(tmp_path / "with").description["latents"]
+    assert found["vae"] == str(tmp_path / "with" / "vae") and found["scaling_factor"] == latent_space(vae).scaling_factor
+    narrow = str(write_weights(tmp_path / "narrow", random_weights(replace(SPARSE, in_channels=3))[1]))
+    for arguments, word in (
+        ([*export, str(tmp_path / "o"), "--vae", "org/vae"], "--vae='org/vae': no such folder"),
+        (["export", narrow, "--to", "diffusers", "--out", str(tmp_path / "o"), "--vae", vae], "the model makes 3"),
+        (["export", weights, "--to", "reference", "--out", str(tmp_path / "o"), "--vae", vae], "leave it out"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
 def test_a_vae_elsewhere_keeps_its_scaling(tmp_path):

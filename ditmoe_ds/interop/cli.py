@@ -17,6 +17,7 @@ def add_commands(commands: Any) -> None:
     export.set_defaults(command=_export)
     export.add_argument("run", help="a run directory, a checkpoint folder or a weights folder")
     export.add_argument("--to", choices=["safetensors", "diffusers", "reference"], default="safetensors")
+    export.add_argument("--vae", help="of --to diffusers: its folder, where the weights name none or it has moved")
     add_weights(export)
     _add_output(export, "a new folder; for --to reference also a file NAME.pt")
 
@@ -61,10 +62,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
     weights, out, how = open_weights(arguments.run, arguments.weights), Path(arguments.out), (arguments.dtype, _shard_bytes(arguments))
     notes = []
+    if arguments.vae and arguments.to != "diffusers":
+        raise ConfigError("--vae", arguments.vae, f"--to {arguments.to} has no place for it; leave it out")
     if arguments.to == "safetensors":
         write_weights(out, weights, *how)
-    elif arguments.to == "diffusers" and not export_diffusers(weights, out, *how):
-        notes.append(f"without its VAE ({weights.description['latents'].get('vae', 'unknown')} is no local folder)")
+    elif arguments.to == "diffusers" and not export_diffusers(weights, out, *how, arguments.vae):
+        named = weights.description["latents"].get("vae")
+        notes.append(f"without its VAE ({f'{named} is no local folder' if named else 'the weights name none'}; give it by --vae)")
     elif arguments.to == "reference":
         export_reference(weights, out, *how)
         diffusion = weights.description["diffusion"]

@@ -13,9 +13,9 @@ from ditmoe_ds import config as configuration
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import make_scheduler
 from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_json, write_shards
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, refuse_settings_without_place
-from ditmoe_ds.latents.vae import latent_space
+from ditmoe_ds.latents.vae import decoder_space, latent_space
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import parameter_shapes
 
@@ -41,20 +41,29 @@ def layout(config: DiTConfig) -> Layout:
     return out
 
 
-def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int) -> bool:
+def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, vae_folder: str | None = None) -> bool:
     """Write a pipeline folder that loads without this package:
     ``DiffusionPipeline.from_pretrained(out, custom_pipeline="pipeline_ditmoe", trust_remote_code=True)``.
+
+    Args:
+        vae_folder: instead of the run's, or where the weights name none.
 
     Returns:
         Whether the VAE is in it: the run's, if that is a local folder.
 
     Raises:
         CheckpointError: the model has something that the shipped code has not, or ``out`` is not empty.
+        ConfigError: no such ``vae_folder``, or one of other latents.
     """
     config = configuration.build(DiTConfig, weights.description["model"])
     refuse_settings_without_place(config, _SETTINGS, "the diffusers model (another way: docs/weights.md)")
     diffusion = configuration.build(DiffusionConfig, weights.description["diffusion"])
     latents = weights.description["latents"]
+    if vae_folder:
+        if not Path(vae_folder).is_dir():
+            raise ConfigError("--vae", vae_folder, "no such folder; download it first")
+        space = decoder_space(vae_folder, config.in_channels)
+        latents = dict(scaling_factor=space.scaling_factor, shift_factor=space.shift_factor) | latents | dict(vae=vae_folder)
     vae = Path(latents["vae"]) if "vae" in latents and Path(latents["vae"]).is_dir() else None
     scheduler = make_scheduler(diffusion)
     with new_folder(out) as folder:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import ConfigError, DataError
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
@@ -45,6 +45,19 @@ def latent_space(path_or_id: str) -> LatentSpace:
         shift_factor=float(values.get("shift_factor") or 0.0),
         posterior=cls.__name__ == "AutoencoderKL",
     )
+
+
+def decoder_space(vae: str, channels: int) -> LatentSpace:
+    """That of the VAE which a user has named for a model's latents.
+
+    Raises:
+        ConfigError: it has other channels.
+        DataError: as ``latent_space``.
+    """
+    space = latent_space(vae)
+    if space.channels != channels:
+        raise ConfigError("--vae", vae, f"decodes latents of {space.channels} channels; the model makes {channels}")
+    return space
 
 
 def load_vae(path_or_id: str, device: str | torch.device) -> Any:

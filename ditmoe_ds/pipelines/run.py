@@ -21,7 +21,7 @@ from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
 from ditmoe_ds.latents.text import load_text_encoder
-from ditmoe_ds.latents.vae import latent_space, load_vae
+from ditmoe_ds.latents.vae import decoder_space, load_vae
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.sizes import parameter_shapes
 from ditmoe_ds.moe.layer import MoE
@@ -82,9 +82,7 @@ class Run:
 
         if "vae" not in self.latents:
             raise ConfigError("--vae", None, "these weights do not say which VAE makes images of their latents; name a folder or hub id")
-        decoded, made = latent_space(self.latents["vae"]).channels, self.model.config.in_channels
-        if decoded != made:
-            raise ConfigError("--vae", self.latents["vae"], f"decodes latents of {decoded} channels; the model makes {made}")
+        decoder_space(self.latents["vae"], self.model.config.in_channels)
         told = self.conditioner
         parts: dict[str, Any] = dict(
             transformer=DiTMoETransformer.of(self.model, self.diffusion),
