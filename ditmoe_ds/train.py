@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from ditmoe_ds.ending import end
 from ditmoe_ds.training.interruption import Interruption
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             for lock in old_locks() if world.local_rank == 0 else ():
                 print(f"DeepSpeed waits for {lock}; if no other process builds its extensions, remove it", flush=True)
             plan = agreed(lambda: read_plan(arguments, world.size))
+            lookout.stacks = Path(plan.recipe.run_dir) / "stacks"
             from ditmoe_ds.training.trainer import Callback, Trainer
 
             callbacks: list[Callback] = [startup, lookout]

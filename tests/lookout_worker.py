@@ -1,5 +1,5 @@
 """Train with a lookout of little patience and a slow disk. RANK STEP ERROR RECIPE ...: that rank raises that error (a key of ERRORS) after
-that step."""
+that step, or sleeps (hang)."""
 
 import os
 import sys
@@ -13,12 +13,15 @@ from ditmoe_ds.training import trainer
 
 ERRORS = {"failure": RuntimeError("the card fell off the bus"), "mistake": DataError("shard.tar: ends early")}
 lookout.BEAT, lookout.SILENCE, lookout.GATHER = 1.5, 6.0, 0.2
+lookout.LONG = float(os.environ.get("LONG", lookout.LONG))
 rank, step, error, *rest = sys.argv[1:]
 real_step = trainer.Trainer.train_step
 
 
 def train_step(self):
     if str(self.world.rank) == rank and str(self.step) == step:
+        if error == "hang":
+            time.sleep(1e6)
         raise ERRORS[error]
     return real_step(self)
 

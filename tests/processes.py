@@ -62,7 +62,7 @@ class Ranks:
                     one.send_signal(signal.SIGABRT)
             for process in hung:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
+                    process.wait(3)
         finally:
             for process in self.processes:
                 process.kill()

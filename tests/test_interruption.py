@@ -214,6 +214,22 @@ def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe, monk
     assert (recipe.parent / error / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
+def test_ranks_in_a_step_that_does_not_end_say_where(recipe, monkeypatch):
+    monkeypatch.setenv("LONG", "4")
+    run_dir = recipe.parent / "hanging"
+    ranks = Ranks(2, [WORKER, "1", "3", "hang", recipe, f"run_dir={run_dir}"])
+    files, deadline = [run_dir / "stacks" / f"rank-{rank}.txt" for rank in range(2)], time.monotonic() + 300
+    while not all(file.is_file() and "train.py" in file.read_text() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in ranks.processes:
+        process.kill()
+    output = ranks.wait(check=False)[0][1]
+    waiting, sleeping = (file.read_text() for file in files)
+    assert waiting.startswith("after step 3, at ") and sleeping.startswith("after step 3, at ")
+    assert "lookout_worker.py" in sleeping and ", line" in sleeping and "train_step" in sleeping and "train_step" in waiting
+    assert "step 4 takes more than 0 minutes" in output
+
+
 def test_a_rank_that_fails_because_another_is_gone_is_not_blamed(monkeypatch):
     """The connection of a killed process may close after others have noticed and reported errors of their own."""
     monkeypatch.setattr(lookout, "GATHER", 0.5)

@@ -6,14 +6,18 @@ one TCP connection to rank 0 beside the process group: a killed process closes i
 
 import asyncio
 import contextlib
+import faulthandler
 import json
+import math
 import os
 import secrets
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +32,8 @@ SILENCE = 40.0
 """Seconds without one after which a rank counts as gone. A closed connection is noticed at once."""
 GATHER = 2.0
 """Seconds to wait for further news before a cause is named: ranks that fail because another did are not the cause."""
+LONG = 600.0
+"""Seconds in one step after which a rank writes down where it is."""
 
 
 class Lookout:
@@ -41,6 +47,10 @@ class Lookout:
         self.world = world
         self.step = 0
         """The last finished one."""
+        self.since = time.monotonic()
+        """When that was."""
+        self.stacks: Path | None = None
+        """Folder for the stacks of a rank in a long step."""
         self.before_end: Callable[[], object] = lambda: None
         """Called before an error of one rank ends all, whose processes are all there yet: finishes what threads are writing together."""
         self._closing = False
@@ -67,7 +77,7 @@ class Lookout:
 
     def __call__(self, trainer: Any, record: dict[str, Any]) -> None:
         """A callback: tells the step."""
-        self.step = record["step"]
+        self.step, self.since = record["step"], time.monotonic()
         self._send()
 
     def __enter__(self) -> "Lookout":
@@ -102,6 +112,8 @@ class Lookout:
     def _stand(self) -> None:
         received, missed = b"", 0
         while not received.endswith(b"\n"):
+            if self.stacks and time.monotonic() - self.since > LONG:
+                self._note_where(self.stacks)
             try:
                 part = self._socket.recv(4096)
             except TimeoutError:
@@ -124,6 +136,17 @@ class Lookout:
             self._answered.set()
         else:
             self._end(verdict["text"], verdict["code"], None if verdict["alive"] else verdict["rank"])
+
+    def _note_where(self, folder: Path) -> None:
+        """Once a step: it may never end, and every rank lives."""
+        self.since = math.inf
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            with open(folder / f"rank-{self.world.rank}.txt", "w") as file:
+                print(f"after step {self.step}, at {time.asctime()}", file=file, flush=True)
+                faulthandler.dump_traceback(file)
+        if self.world.rank == 0:
+            print(f"step {self.step + 1} takes more than {LONG / 60:.0f} minutes; where each rank is: {folder}", flush=True)
 
     def _say(self, text: str, dead: int | None = None) -> None:
         """Once on every host: by its first rank, or the second where that is dead."""
