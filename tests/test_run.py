@@ -294,11 +294,21 @@ end(main(["train", "{recipe}", "model.name=DiT-Nano/2", "run_dir={folder / "dens
 
 
 @pytest.mark.slow
-def test_offload_trains_as_without(straight, folder, recipe):
-    """Slow: DeepSpeed compiles its CPU Adam."""
-    train(recipe, 2, f"run_dir={folder / 'offload'}", "parallel.deepspeed=ds_configs/zero3_offload.json", timeout=900)
-    for ours, theirs in zip(metrics(folder / "offload"), metrics(straight[0])):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_trains_as_without_and_resumes_exactly(straight, folder, recipe, stage):
+    """Slow: DeepSpeed compiles its CPU Adam. Resumed at step 5, whose powers of beta do not round as products of the first ones."""
+    settings = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
+    if stage == 2:
+        settings["zero_optimization"] = dict(stage=2, offload_optimizer=dict(device="cpu"))
+    (folder / f"offload{stage}.json").write_text(json.dumps(settings))
+    overrides = [f"parallel.zero_stage={stage}", f"parallel.deepspeed={folder / f'offload{stage}.json'}", "train.sample_every=0"]
+    train(recipe, 2, f"run_dir={folder / f'offload{stage}'}", *overrides, timeout=900)
+    for ours, theirs in zip(metrics(folder / f"offload{stage}"), metrics(straight[0]), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    run = copy_to(folder / f"offload{stage}", folder, f"offload{stage}-resumed", 5)
+    train(recipe, 2, f"run_dir={run}", *overrides, timeout=900)
+    wanted = tensors(folder / f"offload{stage}", STEPS)
+    assert all(torch.equal(value, wanted[key]) for key, value in tensors(run, STEPS).items())
 
 
 def test_the_deepspeed_configs_are_json_for_their_stage():

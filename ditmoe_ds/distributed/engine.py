@@ -183,7 +183,9 @@ def build(
     if parallel.tensor > 1 and parallel.zero_stage == 3:
         # takes the experts' norm for one over tensor-parallel ranks, too, as in AutoEP's layers, whose expert-parallel groups hold these
         engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
-    if parallel.zero_stage in (1, 2) and not offloads(ds_config):
+    if offloads(ds_config):
+        _powers_afresh(engine.optimizer)
+    elif parallel.zero_stage in (1, 2):
         _one_pass_over_gradients(engine.optimizer)
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
@@ -193,6 +195,19 @@ def build(
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
     return engine
+
+
+def _powers_afresh(optimizer: Any) -> None:
+    """DeepSpeed's CPU Adam multiplies the powers of its betas from step to step, but computes the first after a resume, which rounds
+    otherwise. A step of number 0, of no weights, lets each be computed."""
+    adam, step, nothing = optimizer.optimizer, optimizer.step, [torch.empty(0)] * 4
+
+    def first_none(*arguments: Any, **named: Any) -> Any:
+        group = adam.param_groups[0]
+        adam.ds_opt_adam.adam_update(adam.opt_id, 0, group["lr"], *group["betas"], group["eps"], 0.0, True, *nothing)
+        return step(*arguments, **named)
+
+    optimizer.step = first_none
 
 
 def _one_pass_over_gradients(optimizer: Any) -> None:
