@@ -216,7 +216,7 @@ def kept(batches: Iterator[Prepared], taken: list[Prepared], count: int) -> Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--models", nargs="*", default=MODELS, help="none: the plain loop alone")
     parser.add_argument("--plain", default="DiT-XL/2" if GPU else "DiT-S/4", help="the dense model of the plain loop; none: leave it out")
     parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
     parser.add_argument("--stage", type=int, default=2, help="of ZeRO")
@@ -253,7 +253,8 @@ def main() -> None:
             compare_loops(page, make, arguments.plain, sorted({0, arguments.stage}), arguments.rounds, arguments.steps)
         if arguments.compile:
             page.add("", "With `train.compile=true`, sparse and dense:")
-        compare_models(page, partial(make, compiled=arguments.compile), arguments.models, arguments.rounds, arguments.steps)
+        if arguments.models:
+            compare_models(page, partial(make, compiled=arguments.compile), arguments.models, arguments.rounds, arguments.steps)
         leave()
 
 
