@@ -148,9 +148,10 @@ def claim(root: Path, request: dict[str, Any], first: Callable[[], object]) -> N
 
 
 def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:
-    """
+    """Compare a note that was found in ``root`` with this request.
+
     Raises:
-        DataError: a note found in ``root`` is not of this request.
+        DataError: it is of another.
     """
     if not isinstance(theirs, dict) or theirs != ours:
         before = theirs if isinstance(theirs, dict) else {}
