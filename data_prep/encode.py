@@ -21,7 +21,7 @@ from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
 from data_prep.units import Rejection, Request, UnitWriter, claim, device_of_rank, load_record, worker_from_environment, write_text
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, sha256
+from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
@@ -116,7 +116,7 @@ def _request(
         units=found.units,
         class_names=found.class_names,
         vae=_resolved(vae),
-        vae_sha256=_digest(vae),
+        vae_sha256=weights_sha256(vae),
         scaling_factor=space.scaling_factor,
         shift_factor=space.shift_factor,
         downsample=space.downsample,
@@ -130,18 +130,13 @@ def _request(
         seed=seed,
         flip_copies=flip_copies,
         text=_resolved(text) if text else None,
-        text_sha256=_digest(text) if text else None,
+        text_sha256=weights_sha256(text) if text else None,
         text_max_tokens=text_max_tokens if text else 0,
     )
 
 
 def _resolved(path_or_id: str) -> str:
     return str(Path(path_or_id).resolve()) if Path(path_or_id).is_dir() else path_or_id
-
-
-def _digest(path_or_id: str) -> str | None:
-    """Of a local folder's weights."""
-    return sha256(*sorted(Path(path_or_id).glob("*.safetensors"))) if Path(path_or_id).is_dir() else None
 
 
 class _Task(NamedTuple):

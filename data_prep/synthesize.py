@@ -103,8 +103,8 @@ def synthesize(
 def _classes(file: str) -> dict[str, str]:
     try:
         lines = [line for line in Path(file).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"--classes={file!r}: no readable file ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--classes={file!r}: no readable file ({getattr(error, 'strerror', error)})") from None
     names = {}
     for line in lines:
         folder, _, name = (part.strip() for part in line.partition("\t"))

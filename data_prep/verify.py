@@ -29,7 +29,7 @@ def verify(path: str, *, sheet: str | None = None, source: str | None = None) ->
 
     Args:
         sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
-        source: where the images are, as for ``encode``; the manifest's unless given.
+        source: where the images are, as for ``encode``; the manifest's unless given, if that is no tars: their URLs may be commands.
 
     Raises:
         DataError: the first thing that is wrong.
@@ -63,6 +63,8 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
     Raises:
         DataError: the source cannot be read, or lacks a sample's image.
     """
+    if source is None and manifest.source.startswith("wds:"):  # whoever made the folder wrote this
+        raise DataError(f"--source=None: the images are said to be of {manifest.source!r}; give that, if it is where you would read them")
     samples = spread(manifest, manifest.splits.val.shards or manifest.splits.train.shards, SHEET)
     wanted = {sample.key.removesuffix(FLIP) for sample in samples}
     origins = {}
@@ -103,7 +105,7 @@ def spread(manifest: Manifest, shards: tuple[Shard, ...], count: int) -> list[Sa
 
 def decoded(manifest: Manifest, samples: list[Sample]) -> list[Tensor]:
     """What the VAE makes of stored latents: each (H, W, 3) uint8."""
-    vae = load_vae(manifest.vae, "cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_vae(manifest.vae, "cuda" if torch.cuda.is_available() else "cpu", manifest.vae_sha256)
     scale, shift = manifest.scaling_factor, manifest.shift_factor
     return [decode(vae, (sample.tensors["latent"].float()[None] - shift) * scale, scale, shift)[0].cpu() for sample in samples]
 

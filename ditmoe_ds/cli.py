@@ -50,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    except OSError as error:
+        if error.errno is None:  # not the system's: of some library
+            raise
+        print(f"error: {error.filename or ' '.join(words)}: {error.strerror or error}", file=sys.stderr)
         return 2
 
 

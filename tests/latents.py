@@ -3,7 +3,7 @@
 import torch
 
 from data_prep.units import write_text
-from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256
+from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256, weights_sha256
 
 
 def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000, text=0, turned=False):
@@ -40,7 +40,7 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         version=VERSION,
         source="test",
         vae=vae,
-        vae_sha256=None if vae == "none" else "unchecked",
+        vae_sha256=None if vae == "none" else weights_sha256(vae) or "unchecked",
         scaling_factor=0.9,
         shift_factor=0.0,
         downsample=4,

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.format import Manifest, ShardWriter, Split, sha256
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.moe.routing import RouterConfig
@@ -348,6 +349,32 @@ def test_numbers(reports):
     assert maps.shape == (1, 16) and maps.mean().item() == pytest.approx(2)
 
 
+def test_heldout_samples_without_a_class(runs, folder):
+    """Count in all but what is told by class."""
+    path = Path(write_latents(folder / "some", train=4, val=30, classes=CLASSES))
+    manifest = Manifest.load(path)
+    samples = [manifest.open(shard).read(i) for shard in manifest.split("val").shards for i in range(30)]
+    [shard] = manifest.split("val").shards
+    for name, unlabelled in (("some", range(0, 30, 4)), ("none", range(30))):
+        with ShardWriter(path / shard.name) as writer:
+            for i, sample in enumerate(samples):
+                writer.write(sample.key, sample.meta | (dict(label=None) if i in unlabelled else {}), **sample.tensors)
+        file = path / shard.name
+        changed = replace(shard, bytes=file.stat().st_size, sha256=sha256(file))
+        splits = replace(manifest.splits, val=Split(30, (changed,)))
+        replace(manifest, splits=splits, class_names=("a", "<b>", "c")).save()
+        out = folder / f"report-{name}"
+        assert main(["analyze", str(runs["token"]), "--dataset", str(path), "--samples", "30", "--out", str(out)]) == 0
+        numbers = json.loads((out / "routing.json").read_text())
+        assert ("class" in numbers["share"]) == ("class" in numbers["information"]) == (name == "some")
+        assert numbers["samples"] == 30 and numbers["classes"] == (3 if name == "some" else 0)
+
+
+def test_a_stretch_of_a_thinned_run_is_told_in_steps():
+    thinned = [record for record in records(2, 1000) if record["step"] % 5 == 1]
+    assert training(thinned)["every"] == 6  # two of them, five steps apart
+
+
 def test_records_of_training_become_curves(runs):
     told = training(read_metrics(runs["token"] / "metrics.jsonl"))
     every = list(records(2))
@@ -399,12 +426,14 @@ def test_the_report_in_a_browser(reports):
         ("token", ["--dataset", "CLASSES"], "num_classes: 5, the model was trained with 3"),
         ("token", ["--dataset", "NAMES"], "class_names: ['0', '1', '2'], the model was trained with ['a', '<b>', 'c']"),
         ("token", ["--samples", "1"], "--samples=1"),
+        ("token", ["--dataset", "URL"], "is behind a URL; copy the folder here"),
         ("token", ["--prompt", "a"], "told classes"),
     ],
 )
 def test_mistakes(runs, folder, which, options, message, capsys):
     other = dict(SHAPE=dict(shape=(4, 4, 4), classes=3), CLASSES=dict(classes=5), NAMES=dict(classes=3))
     options = [write_latents(folder / word, train=4, val=4, **other[word]) if word in other else word for word in options]
+    options = [Path(write_latents(folder / word, train=4, val=4)).as_uri() if word == "URL" else word for word in options]
     assert main(["analyze", str(runs[which]), "--out", str(folder / "none"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (folder / "none").exists()

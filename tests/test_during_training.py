@@ -71,7 +71,7 @@ def test_the_extractor_is_asked_on_its_device(recipe, monkeypatch):
             return {"pool": torch.zeros(1, 7)}
 
     monkeypatch.setattr(during_training, "load_extractor", lambda name, device, key: Extractor())
-    monkeypatch.setattr(during_training, "load_vae", lambda name, device: None)
+    monkeypatch.setattr(during_training, "load_vae", lambda name, device, sha256: None)
     assert during_training.FrechetDistance(read_plan([str(recipe)], 1), torch.device("meta")).width == 7
 
 

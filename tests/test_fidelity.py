@@ -23,7 +23,7 @@ from ditmoe_ds.evaluation import metrics
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.features import summarise
 from ditmoe_ds.evaluation.fidelity import read_plan, run
-from ditmoe_ds.evaluation.images import open_images
+from ditmoe_ds.evaluation.images import NpzImages, open_images
 from ditmoe_ds.evaluation.inception import Inception
 from ditmoe_ds.evaluation.metrics import InceptionScore, cmmd, kid, precision_recall
 from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
@@ -379,6 +379,16 @@ def test_an_npz_is_streamed(tmp_path, kind):
         batches = list(found.batches(first, last, size))
         assert [len(batch) for batch in batches] == [min(size, last - at) for at in range(first, last, size)]
         assert np.array_equal(np.concatenate([images[:0], *batches]), images[first:last])
+
+
+def test_a_damaged_npz_is_told_by_every_rank(tmp_path):
+    """Also by one that only reads over the damage, to its own share."""
+    np.savez_compressed(tmp_path / "a.npz", pictures(60, 32, 32).numpy())
+    spoil(tmp_path / "a.npz", (tmp_path / "a.npz").stat().st_size // 3)
+    found = NpzImages(tmp_path / "a.npz")
+    for first in (0, 50):
+        with pytest.raises(DataError, match="a.npz: damaged"):
+            list(found.batches(first, 60, 10))
 
 
 def spoil(path, place):

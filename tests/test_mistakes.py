@@ -137,6 +137,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["train.sample_every=-1"], ["train.sample_every=-1", "0, which is never"]),
         (["checkpoint.keep_every=-1"], ["checkpoint.keep_every=-1", "at least 0"]),
         (["data.cache_gb=0"], ["data.cache_gb=0", "above 0"]),
+        (["data.cache=/dev/null/cache"], ["data.cache='/dev/null/cache'", "cannot be made"]),
         (["model.router.balance_alpha=-1"], ["model.router.balance_alpha=-1", "at least 0"]),
         (["data.text_encoder=somewhere"], ["data.text_encoder", "conditioned on classes"]),
         (["diffusion.objective=ddpm", "diffusion.time_shift=2", "train.sample_steps=50"], ["diffusion.time_shift=2", "rectified flow"]),

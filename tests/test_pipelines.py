@@ -65,6 +65,13 @@ def pipe_of(runs, kind):
 ASKED = dict(flow=[0, 1, 2], ddpm=[2, 1, 0], text=["a b", "", "b a a"])
 
 
+def test_that_captions_are_cut_is_said_once(runs, capsys):
+    pipe = pipe_of(runs, "text")
+    for _ in range(3):
+        pipe(["a b " * 10], num_inference_steps=1, output_type="latent")
+    assert capsys.readouterr().out.count("is cut, and so are others") == 1
+
+
 def test_saved_and_loaded_in_a_fresh_process(runs, folder):
     classes = {kind: type(pipe_of(runs, kind)).__name__ for kind in ASKED}
     assert classes == dict(flow="DiTMoEPipeline", ddpm="DiTMoEPipeline", text="ECDiTPipeline")

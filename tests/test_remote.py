@@ -3,6 +3,7 @@
 import errno
 import functools
 import http.server
+import json
 import os
 import threading
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_samples_are_those_of_the_folder(folder, url, tmp_path):
         assert torch.equal(there[i].latent, here[i].latent) and there.key(i) == here.key(i)
     assert not Handler.failing and not Handler.cutting
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
+
+
+def test_a_sha256_that_is_a_path_is_refused(folder, url, tmp_path):
+    """It names the copy in the cache, which is deleted where it does not fit."""
+    victim = write_latents(tmp_path / "mine", train=4, val=0)
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["splits"]["train"]["shards"][0]["sha256"] = f"{victim}/train-000000"
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="shard 'train-000000.tar' has the sha256"):
+        Manifest.load(url)
 
 
 def test_the_cache_stays_within_its_bound(folder, url, tmp_path):

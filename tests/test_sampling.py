@@ -20,6 +20,9 @@ from processes import Ranks, launch
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import open_weights, write_weights
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.many import Target
+from ditmoe_ds.pipelines.parts import save_png
 from ditmoe_ds.pipelines.run import open_run
 
 WIDE = replace(SPARSE, hidden=128)
@@ -154,16 +157,16 @@ def test_a_killed_run_goes_on(one, weights, folder):
 
 
 @pytest.mark.parametrize("number", [0, 8], ids=["first", "last"])
-def test_a_full_disk_is_told(weights, tmp_path, monkeypatch, number):
-    """Images are written by a thread, whose error must not be lost."""
+def test_a_full_disk_is_told(weights, tmp_path, monkeypatch, number, capsys):
+    """In one line. Images are written by a thread, whose error must not be lost."""
 
     def save(path, image):
         if path.name == f"{number:06d}.png":
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("ditmoe_ds.pipelines.many.save_png", save)
-    with pytest.raises(OSError, match="No space left"):
-        main(["sample", weights["rectified_flow"], "--out", str(tmp_path / "out"), *COMMON, "--num", "9"])
+    assert main(["sample", weights["rectified_flow"], "--out", str(tmp_path / "out"), *COMMON, "--num", "9"]) == 2
+    assert f"error: {tmp_path}/out/{number:06d}.png: No space left on device" in capsys.readouterr().err
     torch.distributed.destroy_process_group()
 
 
@@ -243,6 +246,30 @@ def test_autoguidance_by_a_model_of_other_latents(folder, capsys):
     assert "its model was trained otherwise; scaling_factor: 0.9 -> 0.5" in capsys.readouterr().err
 
 
+def test_pictures_of_an_npz_that_nothing_describes_are_not_taken(tmp_path):
+    target = Target(tmp_path / "set.npz")
+    assert target.begin(dict(guidance=20.0), 2) == [0, 1]
+    save_png(target.image(0), torch.zeros(2, 2, 3, dtype=torch.uint8))
+    assert target.begin(dict(guidance=20.0), 2) == [1]
+    with pytest.raises(ConfigError, match="begun with guidance 20.0"):
+        target.begin(dict(guidance=1.0), 2)
+    target.description.unlink()
+    with pytest.raises(ConfigError, match=r"set.npz.parts is there, but no set.json that says what it is"):
+        target.begin(dict(guidance=1.0), 2)
+    for content in ("[]", "no json"):
+        target.description.write_text(content)
+        with pytest.raises(ConfigError, match="set.json does not say what is there"):
+            target.begin(dict(guidance=1.0), 2)
+
+
+def test_what_a_kill_at_the_end_leaves_is_deleted(tmp_path):
+    target = Target(tmp_path / "set.npz")
+    target.begin(dict(guidance=20.0), 1)
+    save_png(target.image(0), torch.zeros(2, 2, 3, dtype=torch.uint8))
+    target.out.write_bytes(b"whole")
+    assert target.begin(dict(guidance=20.0), 1) == [] and not target.folder.exists()
+
+
 def test_mistakes(weights, folder, capsys):
     path = weights["rectified_flow"]
     (folder / "other").mkdir()
@@ -254,7 +281,7 @@ def test_mistakes(weights, folder, capsys):
         (["--out", str(folder / "other" / "file" / "x.png")], "cannot be written: "),
         (["--out", str(folder / "x.png"), "--vae", write_vae(folder / "vae6", channels=6)], "of 6 channels; the model makes 4"),
         (["--num", "0", "--out", str(folder / "zero")], "at least 1"),
-        (["--num", "2", "--out", str(folder / "other")], "something is there"),
+        (["--num", "2", "--out", str(folder / "other")], "is there, but no samples.json"),
         (["--num", "2", "--out", str(folder / "ep"), "--expert-parallel", "2"], "one of [1]"),
         (["--num", "2", "--out", str(folder / "no"), "--sampler", "ddim"], "euler"),
         (["--num", "2", "--out", str(folder / "no"), "--guidance-interval", "0.8,0.1"], "LOW,HIGH"),

@@ -187,11 +187,15 @@ def test_a_rendezvous_of_another_launcher_is_forgotten(tmp_path):
         assert done.stdout.splitlines()[0] == said, done.stderr
 
 
-def test_containers():
+def test_containers(tmp_path, monkeypatch):
     assert container("image.sif") == "apptainer exec --nv image.sif"
     assert container("team/image:1").startswith("--container-image=team/image:1 --container-mounts=" + os.getcwd())
     with pytest.raises(ConfigError, match="spaces"):
         container("my image.sif")
+    (tmp_path / "my project").mkdir()
+    monkeypatch.chdir(tmp_path / "my project")
+    with pytest.raises(ConfigError, match="my project' has spaces"):
+        container("image.sif")
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):

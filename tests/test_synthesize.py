@@ -95,11 +95,14 @@ def test_the_best_are_kept_and_a_stopped_run_goes_on(inputs, tmp_path, capsys):
         (["--keep", "0"], ["--keep=0.0", "(0, 1]"]),
         (["--prompt", "a photo"], ["--prompt", "{}"]),
         (["--classes", "nowhere"], ["--classes", "nowhere"]),
+        (["--classes", "LATIN"], ["--classes", "no readable file"]),
         (["--pipeline", "nowhere/at-all/x"], ["--pipeline", "nowhere/at-all/x"]),
         (["--clip", "nowhere/at-all/x"], ["--clip", "nowhere/at-all/x"]),
     ],
 )
 def test_mistakes(inputs, tmp_path, capsys, changes, words):
+    (tmp_path / "latin").write_bytes("café\n".encode("latin-1"))
+    changes = [str(tmp_path / "latin") if word == "LATIN" else word for word in changes]
     assert main([*arguments(inputs, tmp_path / "out"), *changes]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("ditmoe-data: error: ") and all(word in error for word in words)

@@ -1,9 +1,13 @@
 """ditmoe-data verify, inspect and subset, on a tiny random VAE and a folder of noise."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import torch
 from encoding import assert_one_line, contents, png, run_encode, samples, write_tar
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data_prep.cli import main
 from ditmoe_ds.latents.format import Manifest
@@ -73,6 +77,25 @@ def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, ca
     assert main(["subset", str(encoded), "--fraction", "0.6", "--out", str(tmp_path / "again")]) == 2
     assert main(["subset", str(encoded), "--fraction", "0.0", "--out", str(tmp_path / "nothing")]) == 2
     assert "leaves none" in capsys.readouterr().err
+
+
+def test_what_a_folder_says_of_its_source_is_not_run(inputs, tmp_path, capsys):
+    """A tar's URL may be a shell's pipe, and whoever made the folder wrote it."""
+    out = run_encode(inputs, tmp_path / "out")
+    replace(Manifest.load(out), source=f"wds:pipe:touch {tmp_path / 'was_run'}").save()
+    assert main(["verify", str(out), "--sheet", str(tmp_path / "a.png")]) == 2
+    assert_one_line(capsys.readouterr().err, "--source=None", "wds:pipe:touch")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_vae_that_was_changed_meanwhile_is_refused(inputs, tmp_path, capsys):
+    shutil.copytree(inputs / "vae", tmp_path / "vae")
+    out = run_encode(inputs, tmp_path / "out", vae=str(tmp_path / "vae"))
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, file)
+    assert main(["inspect", str(out), "--sheet", str(tmp_path / "a.png")]) == 2
+    assert_one_line(capsys.readouterr().err, str(tmp_path / "vae"), "not those that the latents were made with")
 
 
 def test_a_subset_of_damaged_samples_is_refused(inputs, tmp_path, capsys):

@@ -15,6 +15,7 @@ from ditmoe_ds.analysis.summary import plain, read_metrics, summary, training
 from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.latents.remote import is_url
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.pipelines.run import Run
 
@@ -98,6 +99,8 @@ def heldout(run: Run, folder: str | None) -> LatentDataset:
     if folder is None and "manifest" not in run.latents:
         raise ConfigError("--dataset", None, "these weights do not say what they were trained on; name a folder of latents")
     manifest = Manifest.load(folder or run.latents["manifest"])
+    if is_url(manifest.root):
+        raise ConfigError("--dataset", folder or manifest.root, "is behind a URL; copy the folder here and name it")
     if run.shape not in manifest.shapes:
         raise ConfigError(
             "--dataset", folder, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"

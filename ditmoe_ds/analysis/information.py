@@ -86,7 +86,7 @@ def informations(counted: Takings, sides: tuple[int, int], labels: Tensor, class
 
     Args:
         sides: rows and columns of the N positions.
-        labels: (S,) classes of the samples.
+        labels: (S,) classes of the samples, -1 of those without.
     """
     samples, times, layers, experts = counted.by_time.shape
     height, width = sides
@@ -107,6 +107,6 @@ def informations(counted: Takings, sides: tuple[int, int], labels: Tensor, class
         position=told(counted.by_position, torch.arange(height * width).repeat(samples), height * width, other_positions),
     )
     if classes:
-        of_samples = counted.by_time.sum(1, dtype=torch.int32)
-        found["class"] = told(of_samples, labels, classes, lambda generator: labels[torch.randperm(samples, generator=generator)])
+        of_samples, labels = counted.by_time.sum(1, dtype=torch.int32)[labels >= 0], labels[labels >= 0]
+        found["class"] = told(of_samples, labels, classes, lambda generator: labels[torch.randperm(len(labels), generator=generator)])
     return found

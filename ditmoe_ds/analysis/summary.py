@@ -22,12 +22,13 @@ PLACES = 100
 
 def summary(run: Run, counted: Takings, sides: tuple[int, int], labels: Tensor, permutations: int) -> Numbers:
     """What follows from the counts; layers are those with experts, ``layers`` tells their numbers."""
-    config, classes = run.model.config, run.model.config.num_classes
+    config, labelled = run.model.config, labels >= 0  # held-out samples may have no class
+    classes = config.num_classes if labelled.any() else 0
     samples, times, layers, experts = counted.by_time.shape
     tables = dict(timestep=counted.by_time.sum(0), position=counted.by_position.sum(0))
     if classes:
         by_sample = counted.by_time.sum(1)
-        tables["class"] = torch.zeros(classes, layers, experts, dtype=by_sample.dtype).index_add_(0, labels, by_sample)
+        tables["class"] = torch.zeros(classes, layers, experts, dtype=by_sample.dtype).index_add_(0, labels[labelled], by_sample[labelled])
     shares = {axis: (table / table.sum(-1, keepdim=True)).transpose(0, 1) for axis, table in tables.items()}
     total = tables["timestep"].sum(0)
     per_image = config.routing == "expert" and config.router.pool == "image"
@@ -36,7 +37,7 @@ def summary(run: Run, counted: Takings, sides: tuple[int, int], labels: Tensor, 
     return dict(
         step=run.step,
         samples=samples,
-        classes=len(labels.unique()),
+        classes=len(labels[labelled].unique()),
         experts=experts,
         top_k=config.top_k,
         routing=config.routing,
@@ -99,7 +100,8 @@ def training(records: list[dict[str, Any]]) -> dict[str, Any]:
         name: torch.stack([torch.tensor([r["router"][name] for r in stretch]).mean(0) for stretch in stretches], dim=1) for name in names
     }
     loss = torch.tensor([sum(r["loss"] for r in stretch) / len(stretch) for stretch in stretches])
-    return dict(steps=[stretch[-1]["step"] for stretch in stretches], every=every, loss=loss, router=router)
+    steps = stretches[0][-1]["step"] - stretches[0][0]["step"] + 1  # of more than RECORDS not each is among the records
+    return dict(steps=[stretch[-1]["step"] for stretch in stretches], every=steps, loss=loss, router=router)
 
 
 def plain(value: Any) -> Any:

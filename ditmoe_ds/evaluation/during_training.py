@@ -34,7 +34,7 @@ class FrechetDistance:
         self.samples = self.dataset.spread(train.fd_samples)
         self.extractor = load_extractor(train.fd_extractor, device, key="train.fd_extractor")
         self.width = self.extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))["pool"].shape[1]
-        self.vae = load_vae(plan.manifest.vae, device)
+        self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
         self.real: Gaussian | None = None
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:

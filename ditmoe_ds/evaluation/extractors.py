@@ -69,7 +69,7 @@ def _inception(weights: str | None, device: torch.device | str) -> Extractor:
         if not path.is_file():
             try:
                 torch.hub.load_state_dict_from_url(inception.URL, check_hash=True, weights_only=True)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # of a page that asks for a password, the digest is wrong
                 fix = f"download {inception.URL} elsewhere, then give it as --inception FILE or put it at {path}"
                 raise DataError(f"Inception's weights cannot be downloaded ({error}): {fix}") from None
     else:

@@ -51,10 +51,11 @@ class NpzImages:
         """Images [first, last) as (up to ``size``, H, W, 3) uint8."""
         each = math.prod(self.shape)
         with self._open() as (file, _):
-            file.seek(self.start + first * each)
             for start in range(first, last, size):
                 count = min(size, last - start)
                 try:
+                    if start == first:
+                        file.seek(self.start + first * each)  # reads all before
                     content = file.read(count * each)
                 except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
                     raise DataError(f"{self.path}: damaged after image {start} ({error}); write it again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def evaluate(
     """
     if images < 1:
         raise ConfigError("--images", images, "at least 1 of each prompt")
+    if find_spec("scipy") is None:
+        raise ConfigError("eval", "shapes", "needs package scipy: pip install scipy")
     asked = [scene for scene in prompts(not seen) for _ in range(images)]
     pictures = []
     for first in range(0, len(asked), batch):

@@ -147,6 +147,8 @@ class Manifest:
         for shard in manifest.shards():
             if Path(shard.name).name != shard.name:
                 raise DataError(f"{file}: shard {shard.name!r} lies outside the folder; encode the data again")
+            if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # part of a file's name in a cache
+                raise DataError(f"{file}: shard {shard.name!r} has the sha256 {shard.sha256!r}; encode the data again")
             if len(shard.shape) != 3 or min(shard.shape) < 1 or shard.shape[0] != len(manifest.mean):
                 raise DataError(f"{file}: shard {shard.name!r} has latents of shape {list(shard.shape)}; encode the data again")
             if there:
@@ -237,6 +239,11 @@ class Manifest:
         """
         if sha256(self.path(shard)) != shard.sha256:
             raise DataError(f"{self.path(shard)}: sha256 differs from the manifest, the file is damaged; {REMAKE}")
+
+
+def weights_sha256(path_or_id: str) -> str | None:
+    """Of the safetensors in a local folder; None of a hub's id."""
+    return sha256(*sorted(Path(path_or_id).glob("*.safetensors"))) if Path(path_or_id).is_dir() else None
 
 
 def sha256(*paths: Path) -> str:

@@ -64,8 +64,11 @@ class DataConfig:
     """Write the keys of every global batch into ``metrics.jsonl``, under ``samples``."""
 
     def open(self, manifests: Sequence[Manifest], split: str, shape: tuple[int, ...] | None = None) -> LatentDataset:
-        """The samples of a split of the data sets, of one shape or all. Raises as ``LatentDataset``."""
-        cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
+        """The samples of a split of the data sets, of one shape or all. Raises as ``LatentDataset``, or ConfigError of ``cache``."""
+        try:
+            cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
+        except OSError as error:
+            raise ConfigError("data.cache", self.cache, f"cannot be made ({error.strerror})") from None
         return LatentDataset(manifests, split, self.skip_shards if split == "train" else (), cache, shape)
 
 

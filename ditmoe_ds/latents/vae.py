@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.format import weights_sha256
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
@@ -60,13 +61,18 @@ def decoder_space(vae: str, channels: int) -> LatentSpace:
     return space
 
 
-def load_vae(path_or_id: str, device: str | torch.device) -> Any:
+def load_vae(path_or_id: str, device: str | torch.device, sha256: str | None = None) -> Any:
     """A diffusers VAE from a local folder or the hub: float32, frozen, safetensors only.
 
+    Args:
+        sha256: of the weights that the latents are known to be made with.
+
     Raises:
-        DataError: there is no such folder or id, or its weights cannot be read.
+        DataError: there is no such folder or id, its weights cannot be read, or are others by now.
     """
     _, cls = _config(path_or_id)
+    if sha256 and weights_sha256(path_or_id) not in (None, sha256):
+        raise DataError(f"vae={path_or_id!r}: its weights are not those that the latents were made with; put those back, or encode again")
     try:
         vae = cls.from_pretrained(path_or_id, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # the hub and the weights each fail in their own way

@@ -38,8 +38,9 @@ def container(image: str | None) -> str:
     """How srun starts a command inside ``image``: Apptainer for a .sif file, else pyxis (an .sqsh file or a name for enroot)."""
     if not image:
         return ""
-    if re.search(r"\s", image):
-        raise ConfigError("--container", image, "has spaces; link to it by a name without")
+    for path in (image, str(Path.cwd())):
+        if re.search(r"\s", path):
+            raise ConfigError("--container", image, f"{path!r} has spaces; link to it by a name without")
     return f"apptainer exec --nv {image}" if image.endswith(".sif") else f"--container-image={image} --container-mounts={Path.cwd()}"
 
 

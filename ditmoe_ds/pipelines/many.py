@@ -61,10 +61,11 @@ class Target:
         Raises:
             ConfigError: something else is there, or images of other settings.
         """
-        describe(self.description, settings, "--out", self.out)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        describe(self.description, settings, "--out", self.out, self.folder)
         if self.npz and self.out.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed at its end
             return []
+        self.folder.mkdir(parents=True, exist_ok=True)
         return [number for number in range(count) if not self.image(number).is_file()]
 
     def pack(self, count: int, labels: Sequence[int] | None) -> None:

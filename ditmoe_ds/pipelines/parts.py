@@ -14,26 +14,31 @@ DESCRIPTION = "samples.json"
 """In a folder of images: what they are."""
 
 
-def describe(note: Path, settings: dict[str, Any], key: str, place: Path) -> None:
-    """Write into the file ``note`` what the images of ``place`` are; where it is there already, compare.
+def describe(note: Path, settings: dict[str, Any], key: str, *places: Path) -> None:
+    """Write into the file ``note`` what the images of ``places`` are; where it is there already, compare.
 
     Args:
         settings: a ``checkpoint`` among them is the path of weights that are known by their sha256, and not compared.
-        key: what the user calls ``place``.
+        key: what the user calls the first of ``places``.
 
     Raises:
         ConfigError: something else is there, or images of other settings.
     """
     settings = json.loads(json.dumps(settings))
     if note.is_file():
-        found = json.loads(note.read_text())
+        try:
+            found = json.loads(note.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ConfigError(key, str(places[0]), f"{note} does not say what is there; choose another")
         found, settings = _without_paths(found), _without_paths(settings)
         for name, value in settings.items():
             if found.get(name) != value:
                 fix = f"begun with {name} {found.get(name)!r}, not {value!r}; repeat its settings or choose another"
-                raise ConfigError(key, str(place), fix)
-    elif place.is_file() or (place.is_dir() and any(place.iterdir())):
-        raise ConfigError(key, str(place), f"something is there, but no {note.name} that says what; choose another")
+                raise ConfigError(key, str(places[0]), fix)
+    elif there := [place for place in places if place.is_file() or (place.is_dir() and any(place.iterdir()))]:
+        raise ConfigError(key, str(places[0]), f"{there[0]} is there, but no {note.name} that says what it is; choose another")
     else:
         note.parent.mkdir(parents=True, exist_ok=True)
         write(note, json.dumps(settings, indent=1) + "\n")

@@ -5,6 +5,7 @@ pipe(class_labels=[207, 360], guidance_scale=2.0).images
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ class ECDiTPipeline(_Pipeline):
         parts = dict(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self._set_up(parts, settings)
 
-    @property
+    @cached_property
     def conditioner(self) -> Conditioner:
         return Captions(TextEncoder(self.text_encoder, self.tokenizer, self.config.max_tokens))
 

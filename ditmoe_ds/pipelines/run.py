@@ -87,7 +87,7 @@ class Run:
         parts: dict[str, Any] = dict(
             transformer=DiTMoETransformer.of(self.model, self.diffusion),
             scheduler=make_scheduler(self.diffusion),
-            vae=load_vae(self.latents["vae"], self.device),
+            vae=load_vae(self.latents["vae"], self.device, self.latents.get("vae_sha256")),
             scaling_factor=self.latents.get("scaling_factor"),
             shift_factor=self.latents.get("shift_factor"),
             latent_shape=self.shape,
@@ -211,7 +211,7 @@ def open_run(
     opened = open_weights(path, weights)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     diffusion = config.build(DiffusionConfig, opened.description["diffusion"])
-    latents = opened.description["latents"] | (dict(vae=vae) if vae else {})
+    latents = opened.description["latents"] | (dict(vae=vae, vae_sha256=None) if vae else {})
     if text_encoder:
         latents["text"] = {"max_tokens": 77, **latents.get("text", {}), "encoder": text_encoder}
     model = load_model(opened, device, DTYPES[dtype], group, offload_experts)

@@ -125,7 +125,7 @@ class SampleGrid:
 
     def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
         self.asked = plan.asked_for(plan.recipe.train.sample_images, conditioner)
-        self.vae = load_vae(plan.manifest.vae, device)
+        self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         train = trainer.plan.recipe.train

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_prep.images import FORMATS, upright
 from ditmoe_ds.errors import DataError
@@ -128,7 +128,7 @@ def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file, formats=FORMATS) as image:
             return upright(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # each format fails in its own way
         raise DataError(f"{file}: no readable picture ({error})") from None
 
 
