@@ -16,7 +16,7 @@ setup(
     },
     install_requires=[
         "torch>=2.11,<2.14",
-        "deepspeed>=0.19.4,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "diffusers>=0.41",
         "transformers>=5",
         "webdataset>=1.0",

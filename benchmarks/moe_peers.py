@@ -50,7 +50,7 @@ class Loop(nn.Module):
             taken = [torch.where(chosen == e) for e in range(len(self.experts))]
             takings = [(token, kept[token, place]) for token, place in taken]
         else:
-            assignment = expert_choice(scores, TOP_K, ROUTERS["expert"])
+            assignment = expert_choice(scores, (TOP_K, 1), ROUTERS["expert"])
             each = assignment.counts.tolist()
             takings = list(zip(assignment.tokens.split(each), assignment.weights.split(each), strict=True))
         for expert, (token, weight) in zip(self.experts, takings, strict=True):

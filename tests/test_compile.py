@@ -1,22 +1,81 @@
 """torch.compile on real runs: the same numbers as without."""
 
+import copy
 import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from latents import write_latents, write_vae
 from models import SPARSE, random_weights
 from PIL import Image
 from processes import demo_on, launch
+from torch import nn
+from torch._dynamo.utils import counters
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed.weights import write_weights
+from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.moe.routing import RouterConfig
 
-pytestmark = pytest.mark.slow
+
+@pytest.fixture
+def blocks_compiled(monkeypatch):
+    """Without the compiler's last part, which takes minutes and has no say in what a graph is."""
+    torch._dynamo.reset()
+    counters.clear()
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: real(self, backend="aot_eager"))
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
 
 
+def grown(config):
+    """A network of random weights, and its compiled twin."""
+    torch.manual_seed(0)
+    network = DiT(config)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    twin = copy.deepcopy(network)
+    twin.compile_blocks()
+    return network, twin
+
+
+def same(network, twin, *sides):
+    """Outputs and gradients, of three latents."""
+    x, t, y = torch.randn(3, 4, *sides), torch.rand(3) * 1000, torch.tensor([0, 1, 2])
+    outputs = [one(x, t, y) for one in (network, twin)]
+    torch.testing.assert_close(*outputs)
+    for one, output in zip((network, twin), outputs):
+        one.zero_grad()
+        output.square().mean().backward()
+    for ours, theirs in zip(twin.parameters(), network.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("router", [RouterConfig(), RouterConfig(pool="microbatch"), RouterConfig(layer_capacity=(1.1, 2.3))])
+def test_experts_choose_among_any_number_of_tokens(router, blocks_compiled):
+    """As where latents have several shapes; and each layer its own share."""
+    network, twin = grown(replace(SPARSE, routing="expert", router=router))
+    for sides in ((8, 8), (8, 12), (6, 10), (12, 12), (8, 8)):
+        same(network, twin, *sides)
+    assert blocks_compiled() > 0
+
+
+def test_token_choice_is_compiled_once(blocks_compiled):
+    """However many tokens come to each expert, which the host has to know on a CPU."""
+    network, twin = grown(SPARSE)
+    for _ in range(2):
+        same(network, twin, 8, 8)
+    before = blocks_compiled()
+    for _ in range(5):
+        same(network, twin, 8, 8)
+    assert before == blocks_compiled() > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, stage, world", [("EC-DIT-Nano-4E", 2, 2), ("DiT-MoE-Nano/2-4E2A", 0, 1), ("DiT-MoE-Nano/2-4E2A", 3, 2)])
 def test_a_compiled_run_is_the_run(tmp_path, name, stage, world):
     """And goes on as if it had not ended."""
@@ -37,6 +96,7 @@ def test_a_compiled_run_is_the_run(tmp_path, name, stage, world):
     assert ours[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu  # too: there blocks are CUDA graphs
 @pytest.mark.parametrize("routing", ["token", "expert"])
 def test_compiled_samples_are_the_samples(tmp_path, routing):

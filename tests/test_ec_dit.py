@@ -81,7 +81,7 @@ def test_every_expert_takes_exactly_its_capacity(pool):
 
 def test_experts_take_the_tokens_that_score_best():
     scores = torch.rand(2, 6, 3)
-    assignment = expert_choice(scores, 1.0, RouterConfig())
+    assignment = expert_choice(scores, (1, 1), RouterConfig())
     for expert, (tokens, weights) in enumerate(zip(assignment.tokens.view(3, 2, 2), assignment.weights.view(3, 2, 2), strict=True)):
         for pool in range(2):
             best = scores[pool, :, expert].topk(2)
@@ -89,7 +89,10 @@ def test_experts_take_the_tokens_that_score_best():
 
 
 def test_places():
-    assert [places(256, 32, 2.0), places(10, 4, 1.0), places(4, 64, 2.0), places(8, 2, 3.0)] == [16, 2, 1, 8]
+    assert [places(256, 32, (2, 1)), places(9, 4, (1, 1)), places(4, 64, (2, 1)), places(8, 2, (3, 1))] == [16, 2, 1, 8]
+    for tokens, experts, capacity in itertools.product((5, 16, 255, 1024), (2, 8, 32), (0.3, 1.1, 2.0, 3.7)):
+        exact = tokens * capacity / experts
+        assert abs(places(tokens, experts, capacity.as_integer_ratio()) - min(max(exact, 1), tokens)) <= 0.5
 
 
 def tiny(**changes) -> DiTConfig:

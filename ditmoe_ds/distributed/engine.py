@@ -31,8 +31,8 @@ from ditmoe_ds.errors import ConfigError
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
     from ditmoe_ds.distributed.adamw import adamw, blocks_of
 
-SUPPORTED = (Version("0.19.4"), Version("0.20"))
-"""DeepSpeed from, and below: 0.19.4 brought the sparse gate protocol; newer releases are untried."""
+SUPPORTED = (Version("0.19.8"), Version("0.20"))
+"""DeepSpeed from, and below: those before apply gradients that are not finite at ZeRO 1 to 3; newer releases are untried."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Attention among patches, and from patches to text."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +33,10 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=self.group > 1)
+        grouped = self.group > 1
+        if grouped and q.is_cuda and q.dtype == torch.float32:  # of fp32 no fused kernel takes groups, and all scores would be in memory
+            k, v, grouped = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2), False
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=grouped)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

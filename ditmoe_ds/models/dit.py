@@ -5,9 +5,10 @@ section 3): one network, whose options make the families. Knows nothing of distr
 share a set of experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, NamedTuple
+from functools import partial, wraps
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditmoe_ds.models.attention import Attention, CrossAttention
 from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, position_table, rotary_angles
+from ditmoe_ds.moe.experts import PackedExperts
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, same_decisions
 
@@ -218,6 +220,19 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
+def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the first input is: Triton launches on the current device, whichever tensors it is given."""
+
+    @wraps(forward)
+    def run(self: nn.Module, x: Tensor, *rest: Any, **named: Any) -> Any:
+        if not torch.cuda.is_available():
+            return forward(self, x, *rest, **named)
+        with torch.cuda.device_of(x):
+            return forward(self, x, *rest, **named)
+
+    return run
+
+
 class DiT(nn.Module):
     """Diffusion transformer, told a class, a text, both or neither.
 
@@ -245,9 +260,14 @@ class DiT(nn.Module):
             graphs: replay each as a CUDA graph, which saves launching its kernels one by one. For inference alone, in one shape.
         """
         self.graphs = graphs
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks x training, validation, sampling x shapes of images and captions
+        for module in self.modules():
+            if isinstance(module, PackedExperts) and module.asks_for_counts(self.config.equal_load):
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # or it is compiled for every count
         for block in self.blocks:
             block.compile(mode="reduce-overhead" if graphs else None)
 
+    @on_its_device
     def forward(
         self,
         x: Tensor,

@@ -36,6 +36,10 @@ class PackedExperts(nn.Module):
         kernel = fastest_kernel(x.device, x.dtype, equal)
         return ExpertFFN.apply(x, self.w1, self.b1, self.w2, self.b2, counts, kernel, self.activation)
 
+    def asks_for_counts(self, equal: bool) -> bool:
+        """Whether the host has to know how many rows each expert has."""
+        return fastest_kernel(self.w1.device, self.w1.dtype, equal) == "each"
+
 
 KERNELS = {"grouped": "one grouped GEMM", "batched": "one batched GEMM", "each": "one GEMM each"}
 

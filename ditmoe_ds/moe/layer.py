@@ -39,6 +39,7 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.choice, self.experts_per_token, self.config = choice, experts_per_token, config
+        self.capacity = float(experts_per_token).as_integer_ratio()
 
     def forward(self, x: Tensor) -> tuple[Assignment, LayerStats]:
         """Route tokens x (B, N, D)."""
@@ -47,7 +48,7 @@ class Router(nn.Module):
         tokens, experts = x.shape[0] * x.shape[1], len(self.weight)
         if self.choice == "expert":
             pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
-            assignment = expert_choice(pools, self.experts_per_token, self.config)
+            assignment = expert_choice(pools, self.capacity, self.config)
             selections, takers = assignment.counts, count(count(assignment.tokens, tokens), experts + 1)
         else:
             assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)

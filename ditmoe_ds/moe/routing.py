@@ -86,12 +86,12 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
     return Assignment(taking % tokens, kept, torch.full_like(counts, len(place)), equal=True), chosen
 
 
-def expert_choice(scores: Tensor, capacity: float, config: RouterConfig) -> Assignment:
+def expert_choice(scores: Tensor, capacity: tuple[int, int], config: RouterConfig) -> Assignment:
     """Each expert takes the ``places`` tokens of each pool that score best with it. Source: EC-DIT (arXiv 2410.02098), section 3.
 
     Args:
         scores: (P, N, E) fp32 softmax over experts, of P pools of N tokens.
-        capacity: f_c, experts per token on average.
+        capacity: f_c, experts per token on average, as a ratio.
 
     Returns:
         The assignment; tokens are numbered through the pools. A token may be taken by 0 to E experts.
@@ -143,9 +143,14 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, chosen), chosen
 
 
-def places(tokens: int, experts: int, capacity: float) -> int:
-    """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all."""
-    return min(max(round(tokens * capacity / experts), 1), tokens)
+def places(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
+    """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all.
+
+    Args:
+        capacity: as a ratio: torch.compile follows a number of tokens that varies through whole numbers alone.
+    """
+    over, under = capacity
+    return min(max((2 * tokens * over + under * experts) // (2 * under * experts), 1), tokens)
 
 
 def room(tokens: int, experts: int, capacity: float) -> int:
