@@ -105,6 +105,28 @@ def test_ctrl_c_reaches_every_process_and_saves(recipe):
     assert (run_dir / "checkpoints" / f"step_{stopped:08d}").is_dir() and "Traceback" not in output
 
 
+def test_a_second_ctrl_c_ends_at_once(recipe):
+    """And the other rank, which waits for this one, learns it."""
+    run_dir = recipe.parent / "twice"
+    ranks = Ranks(2, [WORKER, "1", "3", "hang", recipe, f"run_dir={run_dir}", "data.workers=1"])
+    until_step(run_dir, 3)
+    time.sleep(1)
+    for _ in range(2):
+        ranks.processes[1].send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert ranks.processes[1].wait(20) == -signal.SIGINT
+    assert ranks.processes[0].wait(20) == 1
+    assert "rank 1 on " in ranks.wait(check=False)[0][1]
+
+
+def test_rank_0_is_reached_by_either_internet_protocol():
+    office = lookout._Office()
+    for address in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+        with socket.create_connection((address, office.port), timeout=10) as rank:
+            rank.sendall(json.dumps(dict(token=office.token, rank=0, host="here")).encode() + b'\n{"step": 7}\n')
+            assert rank.recv(16) == b"\n"
+
+
 def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):
     run_dir = tmp_path / "new" / "run"
     keep = (

@@ -16,7 +16,7 @@ from models import SPARSE, random_weights
 from processes import ROOT, launch
 
 from ditmoe_ds.distributed.weights import write_weights
-from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
 from ditmoe_ds.latents.condition import Classes
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.training.recipe import read_plan
@@ -224,6 +224,15 @@ ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_opt
         (dict(zero_optimization=ZERO, data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
         (dict(zero_optimization=dict(stage=0), data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
         (dict(zero_optimization=dict(stage=1, offload_optimizer=None)), None),
+        (dict(zero_optimization=ZERO | dict(reduce_bucket_size="auto")), None),
+        (dict(zero_optimization=ZERO | dict(cpu_offload=False)), "'cpu_offload' and replacing parameter"),
+        (dict(zero_optimization=ZERO | dict(cpu_offload=True)), "cpu_offload=true: write offload_optimizer"),
+        (dict(zero_optimization=ZERO | dict(compute_grad_norm=False)), "compute_grad_norm=false"),
+        (dict(zero_optimization=ZERO, managed_gradient_accumulation=False), "managed_gradient_accumulation=false"),
+        (dict(zero_optimization=ZERO | dict(overlap_com=True)), "zero_optimization.overlap_com=true"),
+        (dict(zero_optimization=ZERO | dict(offload_optimizer="cpu")), "zero_optimization.offload_optimizer="),
+        (dict(zero_optimization=ZERO | dict(reduce_bucket_size="many")), "zero_optimization.reduce_bucket_size="),
+        ('{"zero_optimization": true}', "zero_optimization=true: holds settings"),
         ([1], "no JSON object"),
     ],
 )
@@ -236,6 +245,16 @@ def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
     else:
         with pytest.raises(ConfigError, match=word):
             read_plan(arguments, world=1)
+
+
+@pytest.mark.parametrize("depth, words", [(1, r"blocks.1.*the model has shape None"), (3, r"blocks.2.*the weights None")])
+def test_starting_weights_that_are_not_the_network_they_name(recipe, tmp_path, depth, words):
+    folder = write_weights(tmp_path / "weights", random_weights(replace(SPARSE, num_classes=10))[1], "fp32")
+    content = json.loads((folder / "config.json").read_text())
+    content["model"]["depth"] = depth
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=words):
+        read_plan([str(recipe), "model.name=null", f"model.weights={folder}"], world=1)
 
 
 def test_samples_without_a_class(recipe, tmp_path):

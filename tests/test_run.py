@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.pipelines.run import open_run
-from ditmoe_ds.training.callbacks import _flat
+from ditmoe_ds.training.callbacks import MetricsWriter, _flat
 from ditmoe_ds.training.recipe import Recipe
 
 STEPS = 8
@@ -309,6 +310,28 @@ def test_offload_trains_as_without_and_resumes_exactly(straight, folder, recipe,
     train(recipe, 2, f"run_dir={run}", *overrides, timeout=900)
     wanted = tensors(folder / f"offload{stage}", STEPS)
     assert all(torch.equal(value, wanted[key]) for key, value in tensors(run, STEPS).items())
+
+
+def test_rmsprop_begins_at_rest(folder, recipe):
+    """DeepSpeed steps it once before the weights are there, which decays what was in the memory."""
+    found = []
+    for stage in (0, 2):
+        run = folder / f"rmsprop{stage}"
+        overrides = ["train.optimizer.name=rmsprop", "train.optimizer.weight_decay=0.01", "train.precision=bf16", "train.steps=3"]
+        overrides += ["train.validate_every=0", "train.sample_every=0", f"parallel.zero_stage={stage}", "parallel.expert=1"]
+        train(recipe, 1, f"run_dir={run}", *overrides)
+        found.append([record["loss"] for record in metrics(run)])
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+def test_what_tensorboard_cannot_write_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=True, wandb=False)))
+    assert MetricsWriter(plan, tmp_path, 0).tensorboard is None
+    assert "metrics cannot be written (No space left on device)" in capsys.readouterr().out
 
 
 def test_the_deepspeed_configs_are_json_for_their_stage():

@@ -21,8 +21,10 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups
 from packaging.version import Version
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ditmoe_ds.distributed.topology import ParallelConfig
@@ -166,7 +168,7 @@ def build(
         gradient_accumulation_steps=batch.accumulation,
         gradient_clipping=optimizer.grad_clip if parallel.zero_stage else 0.0,
         optimizer=dict(type={"adamw": "AdamW", "rmsprop": "RMSprop"}[optimizer.name], params=params),
-        zero_allow_untested_optimizer=True,  # tests/test_shapes.py tests RMSprop
+        zero_allow_untested_optimizer=True,  # RMSprop is tested here
         bf16=dict(enabled=precision == "bf16", check_grad_overflow=True),
     )
     if parallel.zero_stage == 3:
@@ -327,6 +329,10 @@ FIXED = {
         "DeepSpeed then tells wrongly where a weight's master lies, so that wrong ones are saved",
     ),
     "zero_optimization.offload_optimizer.ratio": (1.0, "what stays on the GPU has an optimizer of its own, whose state is not saved"),
+    "zero_optimization.cpu_offload": (False, "write offload_optimizer, with device cpu"),
+    "zero_optimization.cpu_offload_param": (False, "weights on the host were not tried with experts"),
+    "zero_optimization.compute_grad_norm": (True, "it tells of gradients that are not finite"),
+    "managed_gradient_accumulation": (True, "the optimizer would step after every micro-batch"),
     "zero_optimization.offload_param.device": ("none", "weights on the host were not tried with experts"),
     "zero_optimization.contiguous_gradients": (True, "DeepSpeed has no other way with experts"),
     "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way with experts"),
@@ -359,23 +365,40 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
         raise ConfigError("parallel.deepspeed", str(named), f"not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError("parallel.deepspeed", str(named), "no JSON object of DeepSpeed's settings")
-    for key in config:
+    for key, value in config.items():
         if key in OWNED:
             raise ConfigError("parallel.deepspeed", str(named), f"remove {key!r}; the recipe sets it as {OWNED[key]}")
+        if key in ("zero_optimization", "data_types", "torch_autocast") and not isinstance(value, dict | None):
+            raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: holds settings, in braces")
     stage = _setting(config, "zero_optimization.stage", 0)
     if stage != parallel.zero_stage:
         raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")
     for key, (allowed, reason) in FIXED.items():
-        if (value := _setting(config, key, allowed)) != allowed:
+        if (value := _setting(config, key, allowed)) not in (allowed, None):
             raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: {reason}; remove it")
     if stage < 2 and _setting(config, "data_types.grad_accum_dtype", None):
         fix = f"data_types.grad_accum_dtype: DeepSpeed's stage {stage} cannot; remove it, or take stage 2"
         raise ConfigError("parallel.deepspeed", str(named), fix)
+    try:
+        zero_settings(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ConfigError("parallel.deepspeed", str(named), f"{place}={json.dumps(first['input'])}: {first['msg']}") from None
+    except AssertionError as error:  # of an old name beside the new one
+        raise ConfigError("parallel.deepspeed", str(named), str(error)) from None
     return config
+
+
+def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """As DeepSpeed reads its section, with its defaults."""
+    return DeepSpeedZeroConfig(**(config.get("zero_optimization") or {}))
 
 
 def _setting(config: dict[str, Any], key: str, default: Any) -> Any:
     *sections, leaf = key.split(".")
     for section in sections:
         config = config.get(section) or {}
+        if not isinstance(config, dict):
+            return default  # and not valid, which DeepSpeed says
     return config.get(leaf, default)

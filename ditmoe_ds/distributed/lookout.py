@@ -181,7 +181,9 @@ class _Office:
         """Every rank has said goodbye."""
         self._present: dict[int, asyncio.StreamWriter] = {}
         self._lost: list[tuple[int, str, int]] = []
-        self._listener = socket.create_server(("", 0), backlog=1024)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=1024)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True, name="lookout-office").start()
 

@@ -127,14 +127,13 @@ def _masters(engine: Engine) -> list[Tensor]:
 
 
 def _prepare_moments(engine: Engine) -> None:
-    """Make the moments before the first step, all at step 0: some of DeepSpeed's optimizers make them only in a step,
-    some by a step on zero gradients, which would shift Adam's bias correction."""
+    """Make the moments before the first step, all at step 0: some of DeepSpeed's optimizers make them only in a step, some by a
+    step on zero gradients, which would shift Adam's bias correction, and decay weights that are not filled in yet."""
     optimizer = _torch_optimizer(engine)
     for master in _masters(engine):
         state = optimizer.state[master]
         for key in _moments(engine):
-            if key not in state:
-                state[key] = torch.zeros_like(master, requires_grad=False)
+            state[key] = torch.zeros_like(master, requires_grad=False)
         state["step"] = torch.zeros((), device=master.device) if isinstance(optimizer, torch.optim.AdamW | torch.optim.RMSprop) else 0
 
 

@@ -51,6 +51,16 @@ class Weights(Tensors):
     """``name`` (or None), ``model`` and ``diffusion`` (fields of DiTConfig, DiffusionConfig), ``latents`` (VAE, scaling_factor,
     shift_factor, class names; {} if unknown), ``step``, ``weights`` (which set: ema, master, ...)."""
 
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compare with the parameters of a model.
+
+        Raises:
+            CheckpointError: one is missing, unknown or of another shape.
+        """
+        for name in shapes | self.shapes:
+            if shapes.get(name) != self.shapes.get(name):
+                raise CheckpointError(f"{name}: the model has shape {shapes.get(name)}, the weights {self.shapes.get(name)}")
+
     def sha256(self) -> str:
         """Of names, shapes and fp32 values: the same however the weights are cut into files. Reads them all."""
         digest = hashlib.sha256()

@@ -18,7 +18,7 @@ from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import Sampler, make_scheduler
 from ditmoe_ds.distributed.topology import ExpertGroup
 from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
-from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decoder_space, load_vae
@@ -165,10 +165,7 @@ def load_model(
         CheckpointError: a parameter is missing, unknown or of another shape.
     """
     settings = config.build(DiTConfig, weights.description["model"])
-    shapes = parameter_shapes(settings)
-    for name in shapes | weights.shapes:
-        if shapes.get(name) != weights.shapes.get(name):
-            raise CheckpointError(f"{name}: the model has shape {shapes.get(name)}, the weights {weights.shapes.get(name)}")
+    weights.check(parameter_shapes(settings))
     with torch.device("meta"):
         model = DiT(settings, group.size if group else 1)
     for module in model.modules():

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ditmoe_ds.distributed.engine import offloads, read_ds_config
+from ditmoe_ds.distributed.engine import offloads, read_ds_config, zero_settings
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest
@@ -77,9 +77,9 @@ def _of_stage(parallel: ParallelConfig) -> Shape:
     settings = read_ds_config(parallel)
     if offloads(settings):
         raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
-    zero = settings.get("zero_optimization", {})
-    bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if parallel.zero_stage else 0
-    return Shape(parallel.zero_stage, 1, 1, False, bucket, int(zero.get("stage3_param_persistence_threshold", 100_000)))
+    zero = zero_settings(settings)
+    bucket = zero.reduce_bucket_size if parallel.zero_stage else 0
+    return Shape(parallel.zero_stage, 1, 1, False, bucket, zero.param_persistence_threshold)
 
 
 def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape]) -> Shape:

@@ -121,11 +121,13 @@ def _time(plan: Plan) -> list[str]:
 
 def _assumed(plan: Plan) -> list[str]:
     assumed = plan.assumptions
+    encoded = ["Not counted: a text encoder that runs in training (data.text_encoder), 2 bytes a parameter on every GPU."]
     cut = ["Tensor parallelism: sums of tokens hidden beside nothing, narrower matrices multiplied at the same rate."]
     return [
         f"Assumed: arithmetic at {assumed.mfu:.0%} of peak (--mfu), links and memory at {assumed.link:.0%} of their rate (--link),",
         f"ZeRO's traffic hidden beside {assumed.overlap:.0%} of the arithmetic it can run beside (--overlap), an even load of experts.",
         *(cut if plan.shape.tensor > 1 else []),
+        *(encoded if plan.job.text else []),
     ]
 
 

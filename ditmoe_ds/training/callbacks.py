@@ -205,7 +205,10 @@ class MetricsWriter:
         if plan.recipe.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+            def begin() -> None:
+                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+
+            self._try(begin)
         if plan.recipe.train.wandb:
             import wandb
 

@@ -22,8 +22,8 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        if number == signal.SIGINT:  # whoever sits there may lose patience
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:  # whoever sits there may lose patience; an exception would wait for loaders, which ignore signals
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def mark(run_dir: Path, step: int) -> None:

@@ -28,7 +28,7 @@ from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
 from ditmoe_ds.latents.text import load_text_encoder, text_width
 from ditmoe_ds.models.dit import DiTConfig, Recompute
-from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.models.sizes import named_config, parameter_shapes
 from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.moe.routing import RouterConfig
 
@@ -312,6 +312,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
     weights = starting_weights(recipe)
     named = network_of(weights, recipe) if weights else named_network(recipe.model)
+    if weights:
+        weights.check(parameter_shapes(named))
     check_parallel(recipe.parallel, named, world)
     require_tensor_parallel(tensor)
     processes = world // tensor
