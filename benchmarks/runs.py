@@ -34,7 +34,7 @@ def write_latents(
                 if text:
                     tensors["text"] = torch.randn(text).bfloat16()
                 writer.write(f"{number}-{i}", {"label": i % CLASSES, "class": "", "source": ""}, **tensors)
-        written.append(Shard(path.name, per_shard, path.stat().st_size, "unchecked", shape))
+        written.append(Shard(path.name, per_shard, path.stat().st_size, sha256(path), shape))
     told, classes = None, tuple(shards * len(range(c, per_shard, CLASSES)) for c in range(CLASSES))
     if text:
         safetensors.torch.save_file({"text": torch.randn(1, text[1]).bfloat16()}, folder / EMPTY_TEXT)

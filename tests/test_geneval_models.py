@@ -334,7 +334,7 @@ def test_mistakes(run, made, models, tmp_path, capsys):
         assert f"{option}=nan: a number from 0 to 1" in refused(*command(run, made, option, "nan"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("")
-    assert "something is there, but no samples.json" in refused(*command(run, tmp_path / "else"))
+    assert "is there, but no samples.json" in refused(*command(run, tmp_path / "else"))
     write_prompts(tmp_path / "cats.jsonl", wants("single_object", ("cat", 1)))
     cats = ["--prompts", tmp_path / "cats.jsonl", "--detector", models / "yolos", "--clip", models / "clip"]
     assert "does not know cat" in refused(*command(run, tmp_path / "new", *cats)) and not (tmp_path / "new").exists()

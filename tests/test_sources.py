@@ -52,7 +52,8 @@ def test_tars_as_a_source(inputs, tmp_path):
     write_tar(tmp_path / "plain.tar", [{"__key__": str(i), "jpg": png(i)} for i in range(9)])
     plain = Manifest.load(run_encode(inputs, tmp_path / "plain", f"wds:{tmp_path}/plain.tar"))
     assert (plain.num_classes, plain.class_names, plain.class_histogram) == (0, (), ())
-    assert main(["verify", str(tmp_path / "plain"), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    sheet = ["--sheet", str(tmp_path / "sheet.png"), "--source", f"wds:{tmp_path}/plain.tar"]
+    assert main(["verify", str(tmp_path / "plain"), *sheet]) == 0
 
 
 def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):

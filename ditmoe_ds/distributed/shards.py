@@ -133,7 +133,7 @@ def _prepare_moments(engine: Engine) -> None:
     for master in _masters(engine):
         state = optimizer.state[master]
         for key in _moments(engine):
-            state[key] = torch.zeros_like(master, requires_grad=False)
+            state[key] = state[key].zero_() if key in state else torch.zeros_like(master, requires_grad=False)
         state["step"] = torch.zeros((), device=master.device) if isinstance(optimizer, torch.optim.AdamW | torch.optim.RMSprop) else 0
 
 
