@@ -28,6 +28,7 @@ setup(
         "matplotlib",
         "tensorboard",
         "packaging",
+        "pydantic",
         "ninja",  # DeepSpeed compiles its CPU communication kernel at the first start
     ],
     extras_require={

@@ -204,12 +204,12 @@ def _powers_afresh(optimizer: Any) -> None:
     otherwise. A step of number 0, of no weights, lets each be computed."""
     adam, step, nothing = optimizer.optimizer, optimizer.step, [torch.empty(0)] * 4
 
-    def first_none(*arguments: Any, **named: Any) -> Any:
+    def afresh(*arguments: Any, **named: Any) -> Any:
         group = adam.param_groups[0]
         adam.ds_opt_adam.adam_update(adam.opt_id, 0, group["lr"], *group["betas"], group["eps"], 0.0, True, *nothing)
         return step(*arguments, **named)
 
-    optimizer.step = first_none
+    optimizer.step = afresh
 
 
 def _one_pass_over_gradients(optimizer: Any) -> None:

@@ -39,7 +39,7 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.choice, self.experts_per_token, self.config = choice, experts_per_token, config
-        self.capacity = float(experts_per_token).as_integer_ratio()
+        self.capacity = experts_per_token.as_integer_ratio()
 
     def forward(self, x: Tensor) -> tuple[Assignment, LayerStats]:
         """Route tokens x (B, N, D)."""

@@ -33,7 +33,7 @@ class MicroBatch:
         model, capacity = self.model, self.model.capacity(layer)
         if model.routing == "expert":
             pools, pool = (1, self.tokens) if model.router.pool == "microbatch" else (self.images, self.patches)
-            return pools * model.experts * places(pool, model.experts, float(capacity).as_integer_ratio())
+            return pools * model.experts * places(pool, model.experts, capacity.as_integer_ratio())
         if model.router.capacity_factor is not None:
             return model.experts * room(self.tokens, model.experts, capacity * model.router.capacity_factor)
         return round(self.tokens * capacity)
