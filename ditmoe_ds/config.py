@@ -63,28 +63,38 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def build(cls: type[T], tree: dict[str, Any], prefix: str = "") -> T:
-    """Fill dataclass ``cls`` from nested dicts; ``prefix`` is the dotted key of ``tree`` for messages."""
+def build(cls: type[T], tree: dict[str, Any], prefix: str = "", whole: Any = None) -> T:
+    """Fill dataclass ``cls`` from nested dicts; for messages, ``prefix`` is the dotted key of ``tree``, in a tree that fills ``whole``."""
+    whole = whole or cls
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            known = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            near = [f"{prefix}{field}" for field in difflib.get_close_matches(str(name), fields, n=1)]
+            near = [key[1:] for key in _keys(whole) if key.endswith(f".{name}")] or near  # the right name in the wrong section
+            known = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{prefix}{name}", tree[name], f"unknown key; {known}")
-    values = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in tree.items()}
+    values = {name: _convert(hints[name], value, f"{prefix}{name}", whole) for name, value in tree.items()}
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             if not dataclasses.is_dataclass(hints[name]):
                 raise ConfigError(f"{prefix}{name}", None, "required; add it to the recipe or the command line")
-            values[name] = build(typing.cast(type, hints[name]), {}, f"{prefix}{name}.")
+            values[name] = build(typing.cast(type, hints[name]), {}, f"{prefix}{name}.", whole)
     return cls(**values)
 
 
 def dump(config: Any, path: str | Path) -> None:
     """Write the resolved configuration as YAML that ``load`` reads back to an equal object."""
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _keys(cls: Any, prefix: str = ".") -> list[str]:
+    """Of all values in a dataclass and its sections: dotted, and with a dot before the first."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys += _keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
+    return keys
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -104,13 +114,13 @@ def _check_finite(value: Any, key: str) -> None:
         _check_finite(part, f"{key}.{name}".lstrip("."))
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
+def _convert(hint: Any, value: Any, key: str, whole: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        return _convert(options[0], value, key)
+        return _convert(options[0], value, key, whole)
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if not any(type(choice) is type(value) and choice == value for choice in choices):  # 1 == True
@@ -119,11 +129,11 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             raise ConfigError(key, value, "expected a list, for example [0, 1, 2]")
-        return origin(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+        return origin(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]", whole) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(key, value, "expected a section of key: value lines")
-        return build(typing.cast(type, hint), value, f"{key}.")
+        return build(typing.cast(type, hint), value, f"{key}.", whole)
     if hint is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML 1.1 reads 1e-4 as a string

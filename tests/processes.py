@@ -32,6 +32,8 @@ class Ranks:
             PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
             DS_ACCELERATOR="cpu",
             PYTHONFAULTHANDLER="1",
+            # what is not compiled needs no compiler, which DeepSpeed imports with its Muon, a second of every rank
+            TORCHDYNAMO_DISABLE=str(int("train.compile=true" not in arguments)),
         )
         # files, since a pipe that nobody reads would block its rank
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115

@@ -46,6 +46,8 @@ def test_dump_reads_back(tmp_path):
     "text, overrides, words",
     [
         ("name: x\ninner: {rat: 1}", [], ["inner.rat", "inner.rate"]),
+        ("name: x\nrate: 1", [], ["rate=1", "did you mean inner.rate?"]),
+        ("name: x\ninner: {flag: true}", [], ["inner.flag=True", "did you mean flag?"]),
         ("name: x\nother: 1", [], ["other", "name, sizes, flag, inner"]),
         ("name: 3", [], ["name", "expected str", "int"]),
         ("name: x\nflag: 1", [], ["flag", "expected bool"]),

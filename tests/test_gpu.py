@@ -116,6 +116,17 @@ def test_a_run_goes_on_as_if_it_had_not_ended(latents, first, tmp_path, compiled
     assert torch.cuda.get_device_name() == described["device"]
 
 
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_long_sequences_go_on_so_too_if_asked(tmp_path, compiled):
+    """256 tokens: more than FlashAttention's backward has in hand at once."""
+    latents = write_latents(tmp_path / "latents", train=64, shape=(4, 32, 32))
+    how = ["parallel.expert=1", "parallel.zero_stage=0", "train.precision=bf16", "checkpoint.every=3", f"train.compile={compiled}"]
+    how.append("train.deterministic=true")
+    straight = run(tmp_path / "straight", latents, 6, *how)
+    run(tmp_path / "run", latents, 3, *how)
+    assert run(tmp_path / "run", latents, 6, *how) == straight
+
+
 def test_sample_grids_are_decoded_there(tmp_path):
     latents = write_latents(tmp_path / "latents", train=64, vae=write_vae(tmp_path / "vae"))
     how = ["parallel.expert=1", "parallel.zero_stage=2", "train.precision=bf16", "train.sample_every=2", "train.sample_images=6"]

@@ -66,6 +66,7 @@ def recipe(folder):
                     sample_images=5,
                     sample_steps=4,
                     log_every=2,
+                    deterministic=True,
                 ),
                 ema=dict(decays=[0.9, 0.5]),
                 checkpoint=dict(every=1, keep=STEPS + 1),

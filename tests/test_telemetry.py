@@ -43,7 +43,7 @@ def test_flops_are_those_of_the_shapes_that_the_network_saw(kept):
 def test_a_run_says_where_its_time_goes_and_leaves_a_trace(tmp_path):
     latents = write_latents(tmp_path / "latents", train=64)
     run_dir = tmp_path / "run"
-    launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, 7), f"run_dir={run_dir}", "train.profile=true"])
+    launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, 7), f"run_dir={run_dir}", "profile=true"])
     steps = [json.loads(line)["seconds"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for seconds in steps:
         waits = seconds is not steps[-1]  # for the next step's samples

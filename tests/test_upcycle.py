@@ -93,6 +93,7 @@ def test_noise_makes_copies_differ_by_as_much(dense):
     "arguments, word",
     [
         (["--experts", "8", "--split", "3"], "--split"),
+        (["--experts", "32", "--split", "32"], "--split"),
         (["--experts", "6", "--split", "4"], "--experts"),
         (["--experts", "8", "--split", "4", "--top-k", "2"], "--top-k"),
         (["--experts", "2", "--top-k", "3"], "--top-k"),

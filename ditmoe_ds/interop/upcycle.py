@@ -47,8 +47,9 @@ def upcycle(dense: Weights, experts: int, top_k: int, split: int = 1, noise: flo
         raise CheckpointError("the model to upcycle is the dense twin of a sparse one, with MLPs of other widths; give a plain DiT")
     if old.experts:
         raise CheckpointError(f"the model to upcycle has {old.experts} experts already; give a dense one")
-    if split < 1 or 4 * old.hidden % split:
-        raise ConfigError("--split", split, f"must divide the {4 * old.hidden} hidden units of the dense MLP")
+    if split < 1 or 4 * old.hidden % (8 * split):  # in bf16 a grouped GEMM takes widths that are multiples of 16 bytes
+        fix = f"must cut the {4 * old.hidden} hidden units of the dense MLP into slices of 8, or a multiple of 8"
+        raise ConfigError("--split", split, fix)
     if experts < 1 or experts % split:
         raise ConfigError("--experts", experts, f"must be a multiple of --split {split}")
     if not 0 <= noise < math.inf:

@@ -72,6 +72,8 @@ class TrainConfig:
     expert computed twice."""
     compile: bool = False
     """Compile the blocks with torch.compile; the first steps wait for it."""
+    deterministic: bool = False
+    """Have a GPU round alike on every run, with torch's slower algorithms where the faster do not; a CPU always does."""
     validate_every: int = 1000
     """Steps between validation losses; 0 for never."""
     validate_samples: int = 512
@@ -92,8 +94,6 @@ class TrainConfig:
     """A loss so many standard deviations over the mean of the last 100 steps is logged with its samples; 0 for never."""
     log_every: int = 10
     """Steps between printed lines; ``metrics.jsonl`` has every step."""
-    profile: bool = False
-    """Write a trace of three early steps of every rank into ``run_dir/trace``."""
     tensorboard: bool = True
     wandb: bool = False
 
@@ -107,6 +107,8 @@ class Recipe:
     train: TrainConfig
     run_dir: str
     """Where the run writes; the same command with the same folder resumes."""
+    profile: bool = False
+    """Write a trace of three early steps of every rank into ``run_dir/trace``."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -244,8 +246,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
         raise ConfigError("diffusion.time_shift", diffusion.time_shift, "is of rectified flow; leave it at 1 with ddpm")
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb", True, "needs package wandb; pip install wandb")
-    if recipe.train.profile and recipe.train.steps < 6:
-        raise ConfigError("train.steps", recipe.train.steps, "train.profile traces the fourth to the sixth step; set at least 6")
+    if recipe.profile and recipe.train.steps < 6:
+        raise ConfigError("train.steps", recipe.train.steps, "profile=true traces the fourth to the sixth step; set at least 6")
     decays = recipe.ema.decays
     if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
         raise ConfigError("ema.decays", list(decays), "list different decays in [0, 1), at least one, for example [0.9999, 0.999]")

@@ -49,6 +49,13 @@ from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_
 from ditmoe_ds.training.telemetry import Profile, throughput
 
 
+def round_alike() -> None:
+    """From here on this process rounds the same on every run; torch refuses what cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging, and a pass over every new tensor
+
+
 class Trainer:
     """One run on this rank: builds everything, resumes if there is a checkpoint, and runs to the last step."""
 
@@ -58,6 +65,8 @@ class Trainer:
         self.plan, self.world, self.device = plan, world, world.device
         self.interruption, self.interrupted = interruption, False
         self.run_dir = Path(recipe.run_dir)
+        if train.deterministic:
+            round_alike()
         self.lock = agreed(lambda: claim(self.run_dir) if world.rank == 0 else None)
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
         self.conditioner = agreed(lambda: plan.conditioner(world.device))
@@ -295,7 +304,7 @@ class Trainer:
         if train.sample_every:
             callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner, self.device)))
         callbacks += [*others, Progress(self.step)]
-        if train.profile:
+        if self.plan.recipe.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
         if self.world.rank == 0:
             self._describe_run()
