@@ -20,9 +20,9 @@ from processes import launch
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.evaluation import metrics
-from ditmoe_ds.evaluation.extractors import load_extractor
+from ditmoe_ds.evaluation.extractors import Look, load_extractor
 from ditmoe_ds.evaluation.features import summarise
-from ditmoe_ds.evaluation.fidelity import read_plan, run
+from ditmoe_ds.evaluation.fidelity import read_plan, result, run
 from ditmoe_ds.evaluation.images import NpzImages, open_images
 from ditmoe_ds.evaluation.inception import Inception
 from ditmoe_ds.evaluation.metrics import InceptionScore, cmmd, kid, precision_recall
@@ -284,7 +284,18 @@ def test_clip(clip, tmp_path, alone):
     with torch.no_grad():
         flipped = torch.nn.functional.normalize(model.visual_projection(model.vision_model(pixels.flip(3)).pooler_output), dim=1)
     assert run(plan, CPU) == {"cmmd": pytest.approx(cmmd(theirs.image_embeds, flipped), rel=1e-3)}
-    assert plan.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "24 x 24" in plan.extractor.input
+    assert plan.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "shorter side to 24" in plan.extractor.input
+
+
+def test_clip_sees_what_its_processor_shows(clip, tmp_path):
+    """Also of pictures that are not square."""
+    import transformers
+
+    noise = pictures(2, 6, 9).permute(0, 3, 1, 2).float()
+    images = torch.nn.functional.interpolate(noise, (48, 80), mode="bicubic").clamp(0, 255).byte().permute(0, 2, 3, 1)
+    for shown in (images, images.transpose(1, 2)):
+        theirs = transformers.CLIPImageProcessor.from_pretrained(clip)(images=list(shown.numpy()), return_tensors="pt")["pixel_values"]
+        assert (Look.of_processor(str(clip))(shown) - theirs).abs().max() < 0.05
 
 
 def test_a_clip_is_no_other_model_of_transformers(clip):
@@ -437,6 +448,23 @@ def test_an_npz_that_is_not_right(tmp_path, change, words, monkeypatch, alone):
     with pytest.raises(UserError, match=words) as caught:
         summarise(read_plan("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU)
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
+
+
+def test_pictures_stand_as_their_camera_noted(tmp_path):
+    image, turned = Image.fromarray(pictures(1, 9, 12)[0].numpy()), Image.Exif()
+    turned[0x0112] = 6
+    for i in range(4):
+        image.save(tmp_path / f"{i}.png", exif=turned)
+    [found] = open_images(tmp_path).batches(0, 1, 1)
+    assert np.array_equal(found[0], np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_other_sizes_are_told(tmp_path, capsys, alone):
+    made, real = write_npz(tmp_path / "a.npz", pictures(5, 16, 16)), write_npz(tmp_path / "b.npz", pictures(5, 32, 24))
+    plan = read_plan("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
+    assert "images of [16, 16] pixels are compared with those of [32, 24]" in capsys.readouterr().err
+    said = result(plan, {})
+    assert said["size"] == [16, 16] and said["reference"]["size"] == [32, 24]
 
 
 def test_folders(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,15 +245,16 @@ def test_renderings_are_right(tmp_path):
     folder = write_renderings(tmp_path / "right", lambda i: i)
     (folder / "grid.png").write_bytes(b"")  # the published layout has more files, which do not matter
     pictures = read_folder(folder)
-    verdicts = score(folder, pictures, Exact(), exact_colors, Limits())
+    verdicts, colors = score(folder, pictures, Exact(), exact_colors, Limits()), SimpleNamespace(kind="exact colours")
     assert [verdict["reason"] for verdict in verdicts if not verdict["correct"]] == []
-    found = report(folder, verdicts, dict(differences=differences(pictures, Exact(), Limits(threshold=0.1))))
+    found = report(folder, verdicts, dict(differences=differences(pictures, Exact(), colors, Limits(threshold=0.1))))
     assert found["overall"] == 1 and all(row["images"] == 24 and row["score"] == 1 for row in found["tasks"].values())
     assert found["tasks"].keys() == PROMPTS.keys() and found["made"] is None
     assert found["differences"] == [
         "72 prompts that are not the published 553",
         "not 4 pictures of each prompt",
         "an exact detector",
+        "exact colours",
         "threshold 0.1",
     ]
     assert json.loads((folder / "geneval.json").read_text()) == found

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from processes import launch
 from safetensors.torch import load_file
 
 from ditmoe_ds.cli import main
-from ditmoe_ds.distributed.weights import write_weights
+from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.evaluation.extractors import tensors_sha256
 from ditmoe_ds.evaluation.geneval.colors import ColorClassifier, crop
 from ditmoe_ds.evaluation.geneval.detectors import Instances, _instance, _plain, open_detector
 from ditmoe_ds.evaluation.geneval.prompts import COLORS
 from ditmoe_ds.evaluation.geneval.scorer import Detected
+from ditmoe_ds.latents.format import weights_sha256
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.pipelines.run import open_run
 
@@ -106,7 +109,9 @@ def test_detectors(models, image, name):
 def test_masks_are_those_of_transformers(models):
     """Its post-processing makes them of 384 x 384, so only nearly."""
     detector = open_detector(str(models / "m2f"), CPU)
-    assert isinstance(detector, Instances) and detector.kind == ""
+    assert isinstance(detector, Instances) and detector.kind == "a Mask2Former other than that of Swin-S"
+    detector.model.config.backbone_config.embed_dim, detector.model.config.backbone_config.depths = 96, [2, 2, 18, 2]
+    assert Instances(detector.model, detector.processor).kind == ""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (25, 25, 3), dtype=np.uint8)).resize(
         (800, 800), Image.Resampling.BICUBIC
     )
@@ -308,6 +313,8 @@ def test_the_pictures_of_two_processes_are_those_of_one(run, made, models, capsy
 
 
 def test_scores_of_a_folder(run, made, models, capsys):
+    import transformers
+
     limits = ["--threshold", "0", "--counting-threshold", "0.99", "--max-overlap", "0.5"]
     assert main(["eval", "geneval", str(made), "--detector", str(models / "m2f"), "--clip", str(models / "clip"), *limits]) == 0
     found = json.loads((made / "geneval.json").read_text())
@@ -315,9 +322,44 @@ def test_scores_of_a_folder(run, made, models, capsys):
     assert found["tasks"]["single_object"]["score"] == 1 and found["tasks"]["counting"]["score"] == 0
     lines = [json.loads(line) for line in (made / "geneval.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines[2:4]] == ["expected tv>=2, found 0"] * 2
-    assert "not the published protocol: threshold 0.0, counting 0.99, overlap 0.5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for difference in (
+        "threshold 0.0, counting 0.99, overlap 0.5",
+        "a Mask2Former other than that of Swin-S",
+        "a CLIP other than ViT-L/14",
+    ):
+        assert f"not the published protocol: {difference}" in said
+    clip = transformers.CLIPModel.from_pretrained(models / "clip")
+    assert found["clip_sha256"] == tensors_sha256(clip) != found["detector_sha256"]
     for name in ("geneval.json", "geneval.jsonl"):
         (made / name).unlink()
+
+
+def test_large_models_are_made_smaller(run, tmp_path):
+    assert main(command(run, tmp_path / "out", "--dtype", "bf16", "--offload-experts")) == 0
+    made = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert made["dtype"] == "bf16" and len([*tmp_path.rglob("*.png")]) == 6
+    assert made["latents"]["text_sha256"] == weights_sha256(str(run / "encoder"))
+
+
+def test_another_text_encoder_is_refused(run, tmp_path, capsys):
+    """In place of the one whose weights are known."""
+    weights = open_weights(run / "weights")
+    text = weights.description["latents"]["text"]
+    for known in ("0" * 64, weights_sha256(str(run / "encoder"))):
+        latents = weights.description["latents"] | dict(text=text | dict(sha256=known))
+        write_weights(tmp_path / known, replace(weights, description=weights.description | dict(latents=latents)))
+    asked = ["--prompt", "a photo of a dog", "--per-class", "1", "--steps", "1", "--out", str(tmp_path / "x.png")]
+    assert main(["sample", str(tmp_path / known), *asked]) == 0
+    assert main(["sample", str(tmp_path / ("0" * 64)), *asked]) == 2
+    assert "its weights are not those that the captions were encoded with" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / ("0" * 64)), *asked, "--text-encoder", str(run / "encoder")]) == 0
+
+
+def test_every_line_is_a_prompt(run, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("a dog\n\na tv\n")
+    assert main(["sample", str(run / "weights"), "--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / "x.png")]) == 2
+    assert "line 2 is empty" in capsys.readouterr().err
 
 
 def test_mistakes(run, made, models, tmp_path, capsys):

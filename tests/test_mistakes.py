@@ -135,6 +135,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["train.optimizer.lr=.nan"], ["train.optimizer.lr=nan", "finite"]),
         (["train.optimizer.beta1=1.5"], ["train.optimizer.beta1=1.5", "[0, 1)"]),
         (["train.sample_images=0"], ["train.sample_images=0", "at least 1"]),
+        (["diffusion.condition_dropout=0"], ["train.guidance=2.0", "nothing is learned of images without their condition"]),
         (["diffusion.condition_dropout=7"], ["diffusion.condition_dropout=7", "[0, 1)"]),
         (["train.sample_every=-1"], ["train.sample_every=-1", "0, which is never"]),
         (["checkpoint.keep_every=-1"], ["checkpoint.keep_every=-1", "at least 0"]),

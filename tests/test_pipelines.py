@@ -16,7 +16,7 @@ from models import SPARSE, random_weights
 from processes import ROOT
 
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
-from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, fitted, guided, make_scheduler
+from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, fitted, guided, make_scheduler, scheduled
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.interop.diffusers_folder import diffusers_weights
@@ -156,6 +156,15 @@ def test_schedulers_are_swapped_as_diffusers_does_it(runs, kind):
     for sampler, end in ends.items():
         error = (end - first).norm() / moved
         assert error > 0.1 if sampler == "ddpm" else error < 0.05, (sampler, error)
+
+
+def test_what_training_fixed_is_not_a_schedulers_to_change():
+    import diffusers
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, use_dynamic_shifting=True)
+    assert torch.equal(scheduled(flow, FLOW, 4).sigmas, scheduled(make_scheduler(FLOW), FLOW, 4).sigmas)
+    ddim = fitted(diffusers.DDIMScheduler(rescale_betas_zero_snr=True), DDPM)
+    assert torch.equal(ddim.alphas_cumprod, make_scheduler(DDPM, "ddim").alphas_cumprod)
 
 
 def test_a_scheduler_of_another_kind_is_refused(runs):

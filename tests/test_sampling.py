@@ -7,11 +7,14 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from latents import write_vae
 from models import SPARSE, random_weights
 from PIL import Image
@@ -21,7 +24,8 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.many import Target
+from ditmoe_ds.pipelines import many as many_of
+from ditmoe_ds.pipelines.many import Target, sample_many
 from ditmoe_ds.pipelines.parts import save_png
 from ditmoe_ds.pipelines.run import open_run
 
@@ -80,6 +84,55 @@ def test_the_folder_describes_itself(one, weights, folder):
     wanted = dict(num=9, step=5, weights="ema", sampler="euler", steps=8, guidance=20.0, guidance_interval=[0.1, 0.9], seed=5)
     wanted |= dict(classes=[0, 1, 2], autoguidance=None, vae=str(folder / "vae"), dtype="fp32", device="cpu")
     assert wanted.items() <= said.items()
+
+
+def test_a_set_is_gone_on_with_by_its_own_model_alone(weights, folder, capsys):
+    """What no tensor shows is of the model, too."""
+    known = open_weights(weights["rectified_flow"])
+    told = known.description
+    out, command = folder / "set", ["--num", "1", "--steps", "1", "--out", str(folder / "set")]
+    assert main(["sample", weights["rectified_flow"], *command]) == 0
+    for name, changed, word in (
+        ("top-1", dict(model=told["model"] | dict(top_k=1)), "begun with model.top_k 2, not 1"),
+        ("scale", dict(diffusion=told["diffusion"] | dict(time_scale=1.0)), "begun with diffusion.time_scale 1000.0, not 1.0"),
+        ("latents", dict(latents=told["latents"] | dict(scaling_factor=0.5)), "begun with latents.scaling_factor 0.9, not 0.5"),
+    ):
+        write_weights(folder / name, replace(known, description=told | changed))
+        assert main(["sample", str(folder / name), *command]) == 2
+        assert word in capsys.readouterr().err
+    assert len(pictures(out)) == 1
+
+
+def test_ranks_that_make_images_wait_for_each_other_for_long(weights, folder, monkeypatch):
+    begin, given = dist.init_process_group, []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **named: (given.append(named["timeout"]), begin(*args, **named)))
+    assert main(["sample", weights["rectified_flow"], "--num", "1", "--steps", "1", "--out", str(folder / "patient")]) == 0
+    assert given == [timedelta(days=1)]
+
+
+def test_a_model_that_was_always_told_something_is_not_guided(weights, folder, capsys):
+    known = open_weights(weights["rectified_flow"])
+    told = known.description | dict(diffusion=known.description["diffusion"] | dict(condition_dropout=0.0))
+    write_weights(folder / "told", replace(known, description=told))
+    command = ["sample", str(folder / "told"), "--per-class", "1", "--steps", "1", "--out", str(folder / "told.png")]
+    assert main(command) == 2
+    assert "--guidance=2.0: this model was trained with diffusion.condition_dropout=0" in capsys.readouterr().err
+    assert main([*command, "--guidance", "1"]) == 0
+    assert main([*command, "--autoguidance", weights["rectified_flow"]]) == 0
+
+
+def test_images_that_compete_in_the_weak_model_are_made_alone(weights, monkeypatch, tmp_path):
+    run = open_run(weights["rectified_flow"])
+    weak = SimpleNamespace(config=replace(run.model.config, router=replace(run.model.config.router, capacity_factor=1.0)))
+    asked = []
+    monkeypatch.setattr(type(run), "device", torch.device("meta"))
+    monkeypatch.setattr(run, "numbered", lambda numbers, *more, **options: asked.append(numbers) or torch.zeros(1), raising=False)
+    monkeypatch.setattr(run, "images", lambda latents: torch.zeros(1, 2, 2, 3, dtype=torch.uint8), raising=False)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(many_of, "decided", lambda action: action())
+    how = dict(seed=0, sampler=None, steps=1, weak_transformer=weak)
+    sample_many(run, SimpleNamespace(rank=0, size=1), Target(tmp_path / "x"), [0], 2, 8, {}, **how)
+    assert asked == [[0], [1]]
 
 
 def test_the_hash_is_of_the_content(weights, folder):
@@ -292,6 +345,7 @@ def test_mistakes(weights, folder, capsys):
         (["--expert-parallel", "2"], "say how many"),
         (["--per-class", "0"], "--per-class"),
         (["--guidance", "nan"], "--guidance"),
+        (["--num", "2", "--guidance-interval", "0.1"], "LOW,HIGH"),
         (["--compile", "--offload-experts"], "--compile=True"),
         (["--guided-channels", "9"], "have 4"),
         (["--guided-channels", "0"], "have 4"),

@@ -176,10 +176,10 @@ def fitted(scheduler: Any, config: DiffusionConfig) -> Any:
         raise ConfigError("scheduler", name, f"the model was trained with {config.objective}: use {', '.join(known.values())}")
     if config.objective == "rectified_flow":
         fixed: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-        fixed |= dict(shift=config.time_shift, flow_shift=config.time_shift)
+        fixed |= dict(shift=config.time_shift, flow_shift=config.time_shift, use_dynamic_shifting=False, invert_sigmas=False)
     else:
         fixed = dict(prediction_type="epsilon", use_flow_sigmas=False, clip_sample=False)
-        fixed |= dict(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", trained_betas=None)
+        fixed |= dict(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", trained_betas=None, rescale_betas_zero_snr=False)
         # for DDPM alone: told of a learned variance, DPM-Solver would keep three channels of the noise
         fixed["variance_type"] = "learned_range" if name == known["ddpm"] else None
     takes = inspect.signature(type(scheduler).__init__).parameters

@@ -15,6 +15,9 @@ from ditmoe_ds.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(minutes=30)
+"""In training, where all compute the same at the same time."""
+
 
 class AgreedError(UserError):
     """A user's mistake that every rank raises at the same place, so all can still leave together."""
@@ -58,8 +61,9 @@ class ExpertGroup:
     """Which copy of that block this is: the rank within the expert-data-parallel group."""
 
 
-def join() -> World:
-    """Start the process group from the environment of deepspeed, torchrun or srun; alone without one."""
+def join(patience: timedelta = PATIENCE) -> World:
+    """Start the process group from the environment of deepspeed, torchrun or srun; alone without one. A collective fails after
+    ``patience``."""
     env = os.environ
     if under_srun():
         take_place_from_srun()
@@ -68,7 +72,7 @@ def join() -> World:
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
     return world
 
 
@@ -96,9 +100,13 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def on_all_ranks(work: Callable[[World], None]) -> int:
-    """Join, do ``work``, leave. Returns the exit code, the same on every rank: 0, or 2 after one line about a user's mistake."""
-    world, code = join(), 0
+def on_all_ranks(work: Callable[[World], None], patience: timedelta = PATIENCE) -> int:
+    """Join, do ``work``, leave. Returns the exit code, the same on every rank: 0, or 2 after one line about a user's mistake.
+
+    Args:
+        patience: how long a rank waits for the others in a collective.
+    """
+    world, code = join(patience), 0
     try:
         work(world)
     except AgreedError as error:

@@ -84,6 +84,22 @@ def differently_encoded(ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
     return None
 
 
+def locate(path: str | Path) -> Path:
+    """The folder that ``open_weights`` reads: of a run directory its newest checkpoint, which a moment later may be another; else ``path``.
+
+    Raises:
+        CheckpointError: nothing that it knows is there.
+    """
+    path = Path(path)
+    if any((path / mark).is_file() for mark in ("config.json", "index.json")):
+        return path
+    if found := checkpoint.newest(path / "checkpoints"):
+        return found
+    inside = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
+    what = f"it holds {', '.join(inside) or 'nothing'}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
+    raise CheckpointError(f"{path}: no finished checkpoint and no weights folder; {what}")
+
+
 def open_weights(path: str | Path, kind: str = "ema") -> Weights:
     """Open a run directory (its newest checkpoint), a checkpoint folder ``step_N`` or a weights folder.
 
@@ -94,18 +110,13 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
     Raises:
         CheckpointError: nothing of the three is there, or it is incomplete.
     """
-    path = Path(path)
+    path = locate(path)
     if (path / "config.json").is_file():
         opened = _open_folder(path)
         if kind not in ("ema", opened.description["weights"]):
             raise CheckpointError(f"{path}: a weights folder of {opened.description['weights']} weights alone, not {kind}")
         return opened
-    found = path if (path / "index.json").is_file() else checkpoint.newest(path / "checkpoints")
-    if found is None:
-        inside = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
-        what = f"it holds {', '.join(inside) or 'nothing'}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
-        raise CheckpointError(f"{path}: no finished checkpoint and no weights folder; {what}")
-    reader = checkpoint.Reader(found)
+    reader = checkpoint.Reader(path)
     description = {key: reader.index[key] for key in ("model", "diffusion", "latents", "step")}
     shapes = {name: tuple(shape) for name, shape in reader.index["shapes"].items()}
     return Weights(shapes, partial(reader.read, kind), dict(name=None, **description, weights=kind))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.geneval import cli as geneval
-from ditmoe_ds.pipelines.arguments import add_opening, check_guidance, open_named
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing, open_named
 
 MEASURES = {
     "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; of other extractors FD, precision, recall",
@@ -35,6 +35,7 @@ def add_commands(commands: Any) -> None:
     shapes.add_argument("--guidance", type=float, default=3.0)
     shapes.add_argument("--seen", action="store_true", help="captions of training instead of new ones")
     add_opening(shapes)
+    add_memory(shapes)
     shapes.add_argument("--seed", type=int, default=0)
 
     geneval.add_command(kinds)
@@ -58,6 +59,7 @@ def _shapes(arguments: argparse.Namespace) -> int:
     run = open_named(arguments)
     if run.model.config.num_classes:
         raise ConfigError("run_dir", arguments.run_dir, "this model is told classes; the benchmark is for captions")
+    check_told_nothing(run, arguments.guidance)
     report = evaluate(
         run,
         Path(arguments.out),
@@ -100,4 +102,4 @@ def _measure(arguments: argparse.Namespace) -> int:
             extractor = f"{checked.extractor.name} {checked.extractor.sha256[:8]}"
             print(f"{len(checked.samples):,} samples, {extractor}: {out / 'result.json'}", flush=True)
 
-    return on_all_ranks(measure)
+    return on_all_ranks(measure, LONG_PATIENCE)

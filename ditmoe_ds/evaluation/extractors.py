@@ -140,7 +140,7 @@ def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
 
 
 class Look(NamedTuple):
-    """Bicubic to a square, then (x / 255 - mean) / std."""
+    """The shorter side to ``size``, bicubic, and of the longer its middle; then (x / 255 - mean) / std."""
 
     size: int
     mean: list[float]
@@ -148,7 +148,7 @@ class Look(NamedTuple):
 
     @classmethod
     def of_processor(cls, path_or_id: str) -> Look:
-        """As ``preprocessor_config.json`` says; its crop is left out, since samples are square."""
+        """As ``preprocessor_config.json`` says."""
         from transformers.image_processing_base import ImageProcessingMixin
 
         config, _ = ImageProcessingMixin.get_image_processor_dict(path_or_id)
@@ -160,12 +160,15 @@ class Look(NamedTuple):
     def __call__(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, 3, size, size)."""
         x = images.permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        sides = [round(side * self.size / min(x.shape[2:])) for side in x.shape[2:]]
+        top, left = ((side - self.size) // 2 for side in sides)
+        x = F.interpolate(x, sides, mode="bicubic", antialias=True).clamp(0, 255) / 255
+        x = x[:, :, top : top + self.size, left : left + self.size]
         return (x - x.new_tensor(self.mean).view(3, 1, 1)) / x.new_tensor(self.std).view(3, 1, 1)
 
     def __str__(self) -> str:
         mean, std = ([round(value, 4) for value in values] for values in (self.mean, self.std))
-        return f"{self.size} x {self.size}, bicubic with antialiasing, mean {mean}, std {std}"
+        return f"shorter side to {self.size} and the middle, bicubic with antialiasing, mean {mean}, std {std}"
 
 
 def _frozen(network: nn.Module, device: torch.device | str) -> Callable[..., Any]:

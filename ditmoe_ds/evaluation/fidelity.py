@@ -100,6 +100,8 @@ def read_plan(
     fewest = min(len(made), len(real or made))
     if first and measure == "kid" and fewest < KID_SUBSET:
         print(f"{samples}: KID of subsets of all {fewest} images; published ones are of {KID_SUBSET:,}", file=sys.stderr)
+    if first and real and real.shape != made.shape:
+        print(f"{samples}: images of {made.shape[:2]} pixels are compared with those of {real.shape[:2]} of {reference}", file=sys.stderr)
     return Plan(asked, made, described, path, real, statistics, load_extractor(name, device, inception), lines)
 
 
@@ -134,16 +136,18 @@ def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
 
 def result(plan: Plan, scores: dict[str, float]) -> dict[str, Any]:
     """What ``result.json`` says. ``samples`` is how they were made, null where that is not known."""
-    reference = None
+    reference: dict[str, Any] | None = None
     if plan.reference:
         # of a folder, of all its pictures
         digest = plan.real.sha256() if plan.real else sha256(plan.reference)
         number = len(plan.real) if plan.real else None
         reference = dict(path=str(plan.reference), sha256=digest, number=number, published_statistics=[*plan.statistics])
+        reference["size"] = plan.real.shape[:2] if plan.real else None
     return {
         **scores,
         "number": len(plan.samples),
         "path": str(plan.samples.path),
+        "size": plan.samples.shape[:2],
         "samples": plan.described,
         "reference": reference,
         "extractor": plan.extractor.describe(),

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from data_prep.images import FORMATS, rgb
+from data_prep.images import FORMATS, rgb, upright
 from data_prep.sources import SUFFIXES
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.format import sha256
@@ -139,7 +139,7 @@ class FolderImages:
     def _read(self, file: Path) -> np.ndarray:
         try:
             with Image.open(file, formats=FORMATS) as image:
-                return np.array(rgb(image))
+                return np.array(rgb(upright(image)))
         except Exception as error:  # each format's decoder fails in its own ways
             raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}); repair or remove it") from None
 

@@ -2,12 +2,16 @@
 
 import argparse
 import math
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
+
+LONG_PATIENCE = timedelta(days=1)
+"""For ranks that make or look at images, each its own: one on a slower or a shared card is late by hours."""
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +24,27 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="ema", help="of a run: ema, master (the raw weights) or one average by name: ema_0.999")
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
+    parser.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
+
+
 def check_guidance(guidance: float) -> None:
     """Raises ConfigError: not a finite number."""
     if not math.isfinite(guidance):
         raise ConfigError("--guidance", guidance, "a number; 1 is none")
 
 
+def check_told_nothing(run: "Run", guidance: float) -> None:
+    """Raises ConfigError: a model that never saw an image without its condition cannot be guided away from it."""
+    if guidance != 1 and run.diffusion.condition_dropout == 0:
+        fix = "this model was trained with diffusion.condition_dropout=0, so without its condition it is untrained; give 1"
+        raise ConfigError("--guidance", guidance, fix)
+
+
 def open_named(arguments: argparse.Namespace) -> "Run":
-    """The run that ``run_dir`` and the options of ``add_opening`` name."""
+    """The run that ``run_dir`` and the options of ``add_opening``, and those of ``add_memory`` if it has any, name."""
     from ditmoe_ds.pipelines.run import open_run
 
-    return open_run(arguments.run_dir, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
+    given = {name: getattr(arguments, name) for name in ("vae", "text_encoder", "dtype", "offload_experts") if name in arguments}
+    return open_run(arguments.run_dir, arguments.weights, **given)

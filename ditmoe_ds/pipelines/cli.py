@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ditmoe_ds
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import add_opening, check_guidance
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
@@ -39,10 +38,9 @@ def add_commands(commands: Any) -> None:
     sample.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (the DiT family's scripts: 3)")
     sample.add_argument("--seed", type=int, default=0)
     add_opening(sample)
-    sample.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
+    add_memory(sample)
     sample.add_argument("--compile", action="store_true", help="the blocks, by torch.compile")
     sample.add_argument("--expert-parallel", type=int, default=1, help="with --num: processes that share one set of experts")
-    sample.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -88,7 +86,7 @@ def _grid(arguments: argparse.Namespace) -> int:
 def _many(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import World, agreed, check_expert_parallel, decided, expert_group, on_all_ranks
-    from ditmoe_ds.distributed.weights import open_weights
+    from ditmoe_ds.distributed.weights import locate, open_weights
     from ditmoe_ds.pipelines.many import Target, sample_many
 
     def check(world: World) -> None:
@@ -110,6 +108,8 @@ def _many(arguments: argparse.Namespace) -> int:
         return run, weak, asked
 
     def sample(world: World) -> None:
+        named = arguments.run_dir, arguments.autoguidance
+        arguments.run_dir, arguments.autoguidance = decided(lambda: [path and str(locate(path)) for path in named])
         agreed(lambda: check(world))
         group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
         run, weak, asked = agreed(lambda: prepare(group))
@@ -133,7 +133,7 @@ def _many(arguments: argparse.Namespace) -> int:
         if world.rank == 0:
             print(f"{arguments.num} images of step {run.step} in {arguments.out}")
 
-    return on_all_ranks(sample)
+    return on_all_ranks(sample, LONG_PATIENCE)
 
 
 def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tuple[Run, Run | None]:
@@ -158,6 +158,8 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         differences = [f"{name}: {ours} -> {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
         if difference := next(iter(differences), None) or differently_encoded(run.latents, weak.latents):
             raise ConfigError("--autoguidance", arguments.autoguidance, f"its model was trained otherwise; {difference}")
+    if not weak:
+        check_told_nothing(run, arguments.guidance)
     channels = run.model.config.in_channels
     if arguments.guided_channels is not None and not 1 <= arguments.guided_channels <= channels:
         raise ConfigError("--guided-channels", arguments.guided_channels, f"the latents have {channels}")
@@ -188,10 +190,14 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     lines: list[str] = []
     if arguments.prompts:
         try:
-            lines = [line.strip() for line in Path(arguments.prompts).read_text().split("\n")]
+            lines = [line.strip() for line in Path(arguments.prompts).read_text().removesuffix("\n").split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("--prompts", arguments.prompts, f"not a readable text file ({error})") from None
-    found = [*(arguments.prompt or []), *filter(None, lines)]
+    if "" in lines:
+        raise ConfigError(
+            "--prompts", arguments.prompts, f"line {lines.index('') + 1} is empty; every line is a prompt, the caption of an image"
+        )
+    found = [*(arguments.prompt or []), *lines]
     if not found:
         raise ConfigError("--prompt", None, "this model is told --prompt, or --prompts FILE")
     return found
@@ -209,15 +215,15 @@ def _interval(arguments: argparse.Namespace) -> tuple[float, float]:
 
 def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: list[Any]) -> dict[str, Any]:
     """For ``samples.json``: everything that the images depend on."""
-    import torch
-
     from ditmoe_ds.diffusion.sampling import SCHEDULERS
+    from ditmoe_ds.pipelines.run import versions
 
     told = dict(classes=asked) if run.model.config.num_classes else dict(prompts=len(asked), prompts_sha256=_sha256("\n".join(asked)))
     return dict(
         format="ditmoe-samples/1",
         num=arguments.num,
         **run.identity(arguments.run_dir),
+        **versions(),
         sampler=arguments.sampler or next(iter(SCHEDULERS[run.diffusion.objective])),
         steps=arguments.steps,
         guidance=arguments.guidance,
@@ -231,8 +237,6 @@ def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: 
         dtype=arguments.dtype,
         expert_parallel=arguments.expert_parallel,
         device=run.device.type,
-        version=ditmoe_ds.__version__,
-        torch=torch.__version__,
     )
 
 

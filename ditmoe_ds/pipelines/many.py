@@ -149,7 +149,8 @@ def sample_many(
     missing = decided(lambda: target.begin(settings, count))
     if run.device.type == "cpu":
         torch.set_num_threads(1)
-    if run.device.type == "cpu" or run.model.config.images_compete:
+    models = filter(None, (run.model, options.get("weak_transformer")))
+    if run.device.type == "cpu" or any(model.config.images_compete for model in models):
         batch = 1
     batches = [missing[first : first + batch] for first in range(0, len(missing), batch)]
     turns = -(-len(batches) // world.size)  # every rank takes as many, since with expert parallelism every forward is collective

@@ -32,8 +32,8 @@ def describe(note: Path, settings: dict[str, Any], key: str, *places: Path) -> N
             found = None
         if not isinstance(found, dict):
             raise ConfigError(key, str(places[0]), f"{note} does not say what is there; choose another")
-        found, settings = _without_paths(found), _without_paths(settings)
-        for name, value in settings.items():
+        found = _flat(found)
+        for name, value in _flat(settings).items():
             if found.get(name) != value:
                 fix = f"begun with {name} {found.get(name)!r}, not {value!r}; repeat its settings or choose another"
                 raise ConfigError(key, str(places[0]), fix)
@@ -44,8 +44,13 @@ def describe(note: Path, settings: dict[str, Any], key: str, *places: Path) -> N
         write(note, json.dumps(settings, indent=1) + "\n")
 
 
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: _without_paths(value) if isinstance(value, dict) else value for key, value in settings.items() if key != "checkpoint"}
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted keys, without the paths."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key != "checkpoint":
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def write(path: Path, text: str) -> None:

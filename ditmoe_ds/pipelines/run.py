@@ -12,6 +12,7 @@ import torch
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
+import ditmoe_ds
 from ditmoe_ds import config
 from ditmoe_ds.diffusion.noise import image_generators
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -20,6 +21,7 @@ from ditmoe_ds.distributed.topology import ExpertGroup
 from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
+from ditmoe_ds.latents.format import weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decoder_space, load_vae
 from ditmoe_ds.models.dit import DiT, DiTConfig
@@ -55,6 +57,9 @@ class Run:
         text = self.latents.get("text")
         if not text or not text["encoder"]:
             raise ConfigError("--text-encoder", None, "these weights do not say what encoded their text; name a folder or hub id")
+        if text.get("sha256") and weights_sha256(text["encoder"]) not in (None, text["sha256"]):
+            fix = "its weights are not those that the captions were encoded with; put those back, or name their folder"
+            raise ConfigError("--text-encoder", text["encoder"], fix)
         encoder = load_text_encoder(text["encoder"], text["max_tokens"], self.device, ("--text-encoder", "text_max_tokens"))
         if encoder.width != self.model.config.text_width:
             fix = f"its tokens are {encoder.width} wide, the model was trained with {self.model.config.text_width}"
@@ -62,9 +67,21 @@ class Run:
         return Captions(encoder)
 
     def identity(self, path: str | Path) -> dict[str, Any]:
-        """Which weights these are, opened from ``path``: for the description of images. Reads them all."""
-        kind = self.weights.description["weights"]
-        return dict(checkpoint=str(Path(path).absolute()), step=self.step, weights=kind, weights_sha256=self.weights.sha256())
+        """Which model this is, opened from ``path``: for the description of images. Reads all weights, the VAE's and encoder's too."""
+        told, text, vae = self.weights.description, self.latents.get("text"), self.latents.get("vae")
+        latents = {key: self.latents.get(key) for key in ("scaling_factor", "shift_factor")}
+        latents |= dict(shape=list(self.shape), vae_sha256=vae and weights_sha256(vae))
+        if text:
+            latents |= dict(text_max_tokens=text["max_tokens"], text_sha256=text["encoder"] and weights_sha256(text["encoder"]))
+        return dict(
+            checkpoint=str(Path(path).absolute()),
+            step=self.step,
+            weights=told["weights"],
+            weights_sha256=self.weights.sha256(),
+            model=told["model"],
+            diffusion=told["diffusion"],
+            latents=latents,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +164,13 @@ class Run:
         return tuple(self.latents.get("shape", (config.in_channels, config.input_size, config.input_size)))
 
 
+def versions() -> dict[str, str]:
+    """Of what computes images."""
+    import diffusers  # takes seconds
+
+    return dict(version=ditmoe_ds.__version__, torch=torch.__version__, diffusers=diffusers.__version__)
+
+
 @torch.no_grad()
 def load_model(
     weights: Weights,
@@ -210,6 +234,6 @@ def open_run(
     diffusion = config.build(DiffusionConfig, opened.description["diffusion"])
     latents = opened.description["latents"] | (dict(vae=vae, vae_sha256=None) if vae else {})
     if text_encoder:
-        latents["text"] = {"max_tokens": 77, **latents.get("text", {}), "encoder": text_encoder}
+        latents["text"] = {"max_tokens": 77, **latents.get("text", {}), "encoder": text_encoder, "sha256": None}
     model = load_model(opened, device, DTYPES[dtype], group, offload_experts)
     return Run(model, diffusion, opened.description["step"], latents, opened)

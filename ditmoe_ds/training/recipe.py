@@ -244,6 +244,9 @@ def read_recipe(arguments: list[str]) -> Recipe:
     diffusion = recipe.diffusion
     if diffusion.objective == "ddpm" and diffusion.time_shift != 1:
         raise ConfigError("diffusion.time_shift", diffusion.time_shift, "is of rectified flow; leave it at 1 with ddpm")
+    if (recipe.train.sample_every or recipe.train.fd_every) and recipe.train.guidance != 1 and diffusion.condition_dropout == 0:
+        fix = "with diffusion.condition_dropout=0 nothing is learned of images without their condition; set 1"
+        raise ConfigError("train.guidance", recipe.train.guidance, fix)
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("train.wandb", True, "needs package wandb; pip install wandb")
     if recipe.profile and recipe.train.steps < 6:

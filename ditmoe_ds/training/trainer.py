@@ -53,7 +53,8 @@ def round_alike() -> None:
     """From here on this process rounds the same on every run; torch refuses what cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses cuBLAS
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging, and a pass over every new tensor
+    # filling new tensors helps in debugging, and is a pass over each
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Trainer:

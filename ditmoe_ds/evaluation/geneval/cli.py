@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import add_opening, check_guidance
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import World
@@ -26,6 +26,7 @@ def add_command(kinds: Any) -> None:
     command.add_argument("--guidance", type=float, default=5.0)
     command.add_argument("--seed", type=int, default=0)
     add_opening(command)
+    add_memory(command)
     command.add_argument("--detector", help="folder or hub id (facebook/mask2former-swin-small-coco-instance); none: pictures only")
     command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id; tells colours")
     command.add_argument("--threshold", type=float, default=0.3, help="an object scores more")
@@ -47,7 +48,7 @@ def geneval(arguments: argparse.Namespace) -> int:
         raise ConfigError("--images", arguments.images, "at least 1 of each prompt")
     if arguments.run and not arguments.prompts:
         raise ConfigError("--prompts", None, "name prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval")
-    return on_all_ranks(lambda world: _evaluate(arguments, world))
+    return on_all_ranks(lambda world: _evaluate(arguments, world), LONG_PATIENCE)
 
 
 def _evaluate(arguments: argparse.Namespace, world: World) -> None:
@@ -57,11 +58,14 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
 
     from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import agreed, decided
+    from ditmoe_ds.distributed.weights import locate
+    from ditmoe_ds.evaluation.extractors import tensors_sha256
     from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
     from ditmoe_ds.evaluation.geneval.detectors import open_detector
     from ditmoe_ds.evaluation.geneval.folder import differences, generate, read_folder, report, score, settle
     from ditmoe_ds.evaluation.geneval.prompts import read_prompts
     from ditmoe_ds.evaluation.geneval.scorer import Limits
+    from ditmoe_ds.pipelines.run import versions
 
     folder, limits = Path(arguments.samples), Limits(arguments.threshold, arguments.counting_threshold, arguments.max_overlap)
     if arguments.run:
@@ -74,12 +78,16 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         colors = agreed(lambda: ColorClassifier(arguments.clip, world.device))
 
     if arguments.run:
+        named = arguments.run
+        arguments.run = decided(lambda: str(locate(named)))
         run = agreed(lambda: _open(arguments))
         agreed(lambda: scheduled(make_scheduler(run.diffusion), run.diffusion, arguments.steps))
         agreed(lambda: run.pipeline)  # or it says what is missing, before the folder is claimed
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
         parts = dict(vae=run.latents.get("vae"), text_encoder=run.latents.get("text", {}).get("encoder"))
-        missing = decided(lambda: settle(folder, run.identity(arguments.run) | parts | sampling, prompts, arguments.images))
+        parts |= dict(dtype=arguments.dtype, device=run.device.type)
+        settings = decided(lambda: run.identity(arguments.run) | versions() | parts | sampling)
+        missing = decided(lambda: settle(folder, settings, prompts, arguments.images))
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
         agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
     if not arguments.detector:
@@ -92,16 +100,19 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     dist.all_gather_object(shares, verdicts)
     if world.rank == 0:
         together = sorted((verdict for share in shares for verdict in share), key=lambda verdict: verdict["filename"])
-        models = dict(detector=arguments.detector, clip=arguments.clip, limits=limits._asdict())
-        _print(report(folder, together, dict(**models, differences=differences(pictures, detector, limits))))
+        models = dict(detector=arguments.detector, detector_sha256=tensors_sha256(detector.model))
+        models |= dict(clip=arguments.clip, clip_sha256=tensors_sha256(colors.model), limits=limits._asdict())
+        _print(report(folder, together, dict(**models, differences=differences(pictures, detector, colors, limits))))
 
 
 def _open(arguments: argparse.Namespace) -> Run:
     from ditmoe_ds.pipelines.run import open_run
 
-    run = open_run(arguments.run, arguments.weights, vae=arguments.vae, text_encoder=arguments.text_encoder)
+    how = dict(vae=arguments.vae, text_encoder=arguments.text_encoder, dtype=arguments.dtype, offload_experts=arguments.offload_experts)
+    run = open_run(arguments.run, arguments.weights, **how)
     if run.model.config.num_classes:
         raise ConfigError("--run", arguments.run, "this model is told classes; the benchmark is for captions")
+    check_told_nothing(run, arguments.guidance)
     return run
 
 

@@ -25,6 +25,9 @@ class ColorClassifier:
 
     Raises:
         DataError: there is no such model, or it is no CLIP.
+
+    Attributes:
+        kind: how it differs from the protocol's, in words; empty if it does not.
     """
 
     def __init__(self, path_or_id: str, device: torch.device):
@@ -33,6 +36,9 @@ class ColorClassifier:
         model = load("--clip", path_or_id, transformers.CLIPModel, weights_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = load("--clip", path_or_id, transformers.CLIPProcessor)
+        look = model.config.vision_config
+        size = look.num_hidden_layers, look.hidden_size, look.patch_size
+        self.kind = "" if size == (24, 1024, 14) else "a CLIP other than ViT-L/14"
         self.texts: dict[str, Tensor] = {}
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ SYNONYMS = {
 class Detector(Protocol):
     """Finds objects; one picture at a time, so that no result depends on another picture."""
 
+    model: Any
     kind: str
     """How it differs from the protocol's, in words; empty if it does not."""
 
@@ -95,7 +96,11 @@ def _plain(label: str) -> str:
 class Instances(_OfKnownClasses):
     """Masks of objects. The protocol's detector is a Mask2Former (Swin-S, COCO instances)."""
 
-    kind = ""
+    def __init__(self, model: Any, processor: Any):
+        super().__init__(model, processor)
+        seen = model.config.backbone_config
+        size = getattr(seen, "embed_dim", None), [*getattr(seen, "depths", [])]
+        self.kind = "" if size == (96, [2, 2, 18, 2]) else "a Mask2Former other than that of Swin-S"
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_prep.images import FORMATS, upright
 from ditmoe_ds.errors import DataError
+from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
@@ -132,8 +133,8 @@ def _open(file: Path) -> Image.Image:
         raise DataError(f"{file}: no readable picture ({error})") from None
 
 
-def differences(pictures: Sequence[Pictures], detector: Detector, limits: Limits) -> list[str]:
-    """In what, apart from its implementation, an evaluation is not the published one."""
+def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorClassifier, limits: Limits) -> list[str]:
+    """In what, apart from its implementation, an evaluation is not the published one. Prompts are told by their tasks, models by size."""
     found = []
     counts = Counter(part.prompt.task for part in pictures)
     if counts != PROMPTS:
@@ -142,6 +143,8 @@ def differences(pictures: Sequence[Pictures], detector: Detector, limits: Limits
         found.append(f"not {IMAGES} pictures of each prompt")
     if detector.kind:
         found.append(detector.kind)
+    if colors.kind:
+        found.append(colors.kind)
     if limits != Limits():
         found.append(", ".join(f"{key} {value}" for key, value in limits._asdict().items() if value != Limits._field_defaults[key]))
     return found

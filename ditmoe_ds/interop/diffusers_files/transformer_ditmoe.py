@@ -93,20 +93,27 @@ class Experts(nn.Module):
         return F.linear(hidden, self.w2[e], None if self.b2 is None else self.b2[e])
 
 
+class Router(nn.Linear):
+    """Logits in fp32. A module that is called, so that what offloads weights brings its own."""
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float())
+
+
 class MoE(nn.Module):
     """Every token goes to its top-k experts, none is dropped; scores in fp32."""
 
     def __init__(self, dim, experts, top_k, expert_hidden, shared_hidden, activation, renormalise, route_scale):
         super().__init__()
         self.top_k, self.renormalise, self.route_scale = top_k, renormalise, route_scale
-        self.router = nn.Linear(dim, experts, bias=False)
+        self.router = Router(dim, experts, bias=False)
         self.experts = Experts(experts, dim, expert_hidden, activation)
         self.shared_mlp = SharedMLP(dim, shared_hidden) if shared_hidden else None
 
     def forward(self, x):
         """x (B, N, D) -> (B, N, D)."""
         tokens = x.reshape(-1, x.shape[-1])
-        scores = F.linear(tokens.float(), self.router.weight.float()).softmax(-1)
+        scores = self.router(tokens).softmax(-1)
         weights, chosen = scores.topk(self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
