@@ -276,6 +276,22 @@ def test_sample_and_analyze(straight, folder, capsys):
         assert word in error and error.count("\n") == 1
 
 
+def test_one_rank_says_which_checkpoint_all_sample_from(straight, folder):
+    """A run that goes on may have a newer one a moment later."""
+    worker = """
+import os, sys
+from ditmoe_ds.cli import main
+from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.ending import end
+if os.environ["RANK"] == "1":
+    checkpoint.newest = lambda folder: sys.exit("looked for itself")
+end(main(sys.argv[1:]))
+"""
+    launch(2, ["-c", worker, "sample", straight[0], "--num", 2, "--steps", 1, "--out", folder / "sampled"])
+    said = json.loads((folder / "sampled" / "samples.json").read_text())
+    assert said["checkpoint"] == str(straight[0] / "checkpoints" / f"step_{STEPS:08d}")
+
+
 def test_ddpm_and_the_dense_model_train_in_one_process(folder, recipe):
     """``ditmoe train`` without any launcher; the other objective and the dense model run through the same loop."""
     overrides = ["train.steps=2", "train.sample_every=2", "checkpoint.every=2", "parallel.expert=1", "diffusion.objective=ddpm"]

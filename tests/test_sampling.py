@@ -345,7 +345,6 @@ def test_mistakes(weights, folder, capsys):
         (["--expert-parallel", "2"], "say how many"),
         (["--per-class", "0"], "--per-class"),
         (["--guidance", "nan"], "--guidance"),
-        (["--num", "2", "--guidance-interval", "0.1"], "LOW,HIGH"),
         (["--compile", "--offload-experts"], "--compile=True"),
         (["--guided-channels", "9"], "have 4"),
         (["--guided-channels", "0"], "have 4"),
