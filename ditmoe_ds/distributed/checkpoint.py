@@ -53,7 +53,8 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are never deleted; 0 for none."""
     asynchronous: bool = False
-    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file."""
+    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file, of a GPU up to
+    twice: torch pins memory by powers of two."""
     on_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (a full disk): stop the run, or say so and train on. An asynchronous failure
     is printed at once and stops the run at the next save."""
@@ -64,7 +65,8 @@ class Saver:
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
-        self.group: dist.ProcessGroup | None = None
+        # its own, so that a background thread never meets the training's collectives; now, as it takes a connection to every rank
+        self.group = dist.new_group(backend="gloo")
         self.buffers: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -86,8 +88,6 @@ class Saver:
         """
         self.finish()
         self.lost = False
-        if self.group is None:  # its own, so that a background thread never meets the training's collectives
-            self.group = dist.new_group(backend="gloo")
         entries, pieces = [], []
         for i, shard in enumerate(shards):
             if shard.saved:

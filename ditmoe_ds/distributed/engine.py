@@ -27,6 +27,7 @@ from packaging.version import Version
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ditmoe_ds.distributed import zero3
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 
@@ -162,16 +163,22 @@ def build(
         params["betas"] = [optimizer.beta1, optimizer.beta2]
         if not offloads(ds_config):
             params |= dict(torch_adam=True, fused=True)  # one kernel per flat tensor, and nothing to compile as for DeepSpeed's own
-    config = ds_config | dict(
-        train_batch_size=batch.global_batch,
-        train_micro_batch_size_per_gpu=batch.micro,
-        gradient_accumulation_steps=batch.accumulation,
-        gradient_clipping=optimizer.grad_clip if parallel.zero_stage else 0.0,
-        optimizer=dict(type={"adamw": "AdamW", "rmsprop": "RMSprop"}[optimizer.name], params=params),
-        zero_allow_untested_optimizer=True,  # RMSprop is tested here
-        bf16=dict(enabled=precision == "bf16", check_grad_overflow=True),
+    timers = dict(throughput=dict(enabled=False))  # DeepSpeed's waits for the GPU around every forward
+    config = (
+        dict(timers=timers)
+        | ds_config
+        | dict(
+            train_batch_size=batch.global_batch,
+            train_micro_batch_size_per_gpu=batch.micro,
+            gradient_accumulation_steps=batch.accumulation,
+            gradient_clipping=optimizer.grad_clip if parallel.zero_stage else 0.0,
+            optimizer=dict(type={"adamw": "AdamW", "rmsprop": "RMSprop"}[optimizer.name], params=params),
+            zero_allow_untested_optimizer=True,  # RMSprop is tested here
+            bf16=dict(enabled=precision == "bf16", check_grad_overflow=True),
+        )
     )
     if parallel.zero_stage == 3:
+        zero3.install()
         config["zero_optimization"] = _gather_by_layer(model) | config["zero_optimization"]
     _materialise(model, device, torch.bfloat16 if precision == "bf16" else torch.float32, config if parallel.zero_stage == 3 else None)
     engine = Engine(

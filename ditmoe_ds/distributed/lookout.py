@@ -183,12 +183,12 @@ class _Office:
         self._lost: list[tuple[int, str, int]] = []
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
-        self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=1024)
+        self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True, name="lookout-office").start()
 
     async def _run(self) -> None:
-        server = await asyncio.start_server(self._attend, sock=self._listener)
+        server = await asyncio.start_server(self._attend, sock=self._listener, backlog=1024)
         await server.serve_forever()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

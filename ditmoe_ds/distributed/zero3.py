@@ -1,0 +1,103 @@
+"""DeepSpeed's ZeRO-3 among many ranks.
+
+DeepSpeed 0.19 cuts every weight that it gathered, and every gradient that it scatters, into a view for each rank of the group: among 512
+ranks that takes the host seconds in each micro-batch, whatever the GPU does (docs/log.md). Here each is one strided copy. After a step it
+gathers the weights that stay whole, hundreds of small ones, by a collective each; here it is one for all.
+
+And it gathers sets of parameters, which Python orders by their addresses. Where a set has weights of experts and others, which different
+groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here they are sorted.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
+from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, Init, ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch import Tensor
+
+GATHER = "_PartitionedParameterCoordinator__all_gather_params"
+_gather, _wait = getattr(PartitionedParameterCoordinator, GATHER), AllGatherCoalescedHandle.wait
+_together = Init._allgather_params_coalesced
+
+
+def install() -> None:
+    """Put what is below into DeepSpeed's places, for all engines of this process."""
+    setattr(PartitionedParameterCoordinator, GATHER, gather_in_order)
+    AllGatherCoalescedHandle.wait = wait
+    Init._allgather_params_coalesced = gather_together
+    stage3.reduce_scatter_coalesced = reduce_scatter
+
+
+def gather_in_order(coordinator: Any, parameters: Iterable[Any], forward: bool) -> None:
+    """Begin to gather parameters, on every rank those of the same group first."""
+    _gather(coordinator, sorted(parameters, key=lambda parameter: parameter.ds_id), forward)
+
+
+def wait(handle: Any, handle_dependency: bool = True) -> None:
+    """Until parameters that are gathered together are there; then make each whole, of the ranks' parts of it."""
+    if handle.complete or handle.quantization or handle.use_secondary_tensor:
+        _wait(handle, handle_dependency)
+        return
+    handle.allgather_handle.wait()
+    first = handle.partitions[0]  # what rank 0 holds of all; behind it lies, as long, what the others hold
+    start = first.storage_offset()
+    for parameter in handle.params:
+        part = parameter.ds_tensor.ds_numel
+        parts = first.as_strided((handle.world_size, part), (len(first), 1), start)
+        parameter.data = _whole(parameter, parts).to(parameter.ds_tensor.dtype)
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
+        start += part
+    handle.complete = True
+    if not get_accelerator().is_synchronized_device():
+        if handle_dependency:
+            first.record_stream(get_accelerator().current_stream())
+        else:
+            AllGatherCoalescedHandle.data_buffer.append([first])
+
+
+def gather_together(init: Any, parameters: list[Any], hierarchy: int = 0, quantize: bool = False) -> None:
+    """Gather parameters of one group of ranks, and wait for it."""
+    group = init.get_partition_dp_group(parameters[0]) if parameters else None
+    world = dist.get_world_size(group)
+    if not parameters or quantize or world == 1:
+        _together(init, parameters, hierarchy, quantize)
+        return
+    held = torch.cat([parameter.ds_tensor for parameter in parameters])
+    everyone = held.new_empty(world, len(held))
+    dist.all_gather_into_tensor(everyone.view(-1), held, group=group)
+    sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+    for parameter, parts in zip(parameters, everyone.split(sizes, dim=1), strict=True):
+        parameter.data = _whole(parameter, parts)
+
+
+def _whole(parameter: Any, parts: Tensor) -> Tensor:
+    """A parameter of the ranks' parts of it (W, n), of which the last may be padded; a copy."""
+    return parts.reshape(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+@torch.no_grad()
+def reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+    """The mean over ranks of each tensor's part that is this rank's: of n elements and W ranks the r-th ceil(n / W), without padding."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    sizes = [math.ceil(tensor.numel() / world) for tensor in tensors]
+    if len(tensors) == 1 and tensors[0].numel() == world * sizes[0]:
+        parts = tensors[0].view(world, -1)
+    else:
+        parts = tensors[0].new_empty(world, sum(sizes))
+        for tensor, own in zip(tensors, parts.split(sizes, dim=1), strict=True):
+            full, rest = divmod(tensor.numel(), own.shape[1])
+            flat = tensor.view(-1)
+            own[:full].copy_(flat[: len(flat) - rest].view(full, -1))
+            if rest:
+                own[full, :rest].copy_(flat[len(flat) - rest :])
+    parts.div_(world)
+    mine = parts[rank]
+    _torch_reduce_scatter_fn(parts.view(-1), mine, group=group)
+    ours = [max(min(tensor.numel() - rank * size, size), 0) for tensor, size in zip(tensors, sizes, strict=True)]
+    return [part[:count] for part, count in zip(mine.split(sizes), ours, strict=True)]
