@@ -12,8 +12,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.zero import stage3
 from deepspeed.utils import groups
 
+from ditmoe_ds.distributed import zero3
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.ending import end
 from ditmoe_ds.training.recipe import read_plan
@@ -24,6 +26,8 @@ def main():
     world = join()
     trainer = Trainer(read_plan(sys.argv[2:], world.size), world)
     trainer.run()
+    if trainer.engine.zero_optimization_stage() == 3:
+        assert stage3.reduce_scatter_coalesced is zero3.reduce_scatter
     trainer.engine.empty_partition_cache()
     hashes = {}
     for name, parameter in trainer.engine.module.named_parameters():
