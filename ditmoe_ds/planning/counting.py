@@ -77,7 +77,7 @@ class Count(TorchDispatchMode):
             self._send(func._opname, args)
         elif allocates(func) and not asks_for_meta(func, args, kwargs or {}):
             # whole weights are copied out of what was gathered
-            gathered = func is aten.cat.default and self._kind_of(args[0][0]) == GATHERED
+            gathered = func is aten.clone.default and self._kind_of(args[0]) == GATHERED
             for tensor in tensors_in(out):
                 self._made(tensor.untyped_storage(), GATHERED if gathered else self.kind)
         return out
@@ -144,8 +144,6 @@ class CountOnMeta(Count):
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 0
         if on_meta and func is aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype and "device" in kwargs:
             return aten.alias(args[0])  # it is there
-        if func is aten.cat.default and args[0][0].is_meta and args[0][0].dim() == 1:  # of as many as there are ranks: torch's takes long
-            return args[0][0].new_empty(sum(len(part) for part in args[0]))
         if creates(func) or (on_meta and kwargs.get("device") is not None):
             kwargs = kwargs | dict(device=torch.device("meta"))
         return func(*args, **kwargs)

@@ -10,6 +10,9 @@ from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Layers, Shape, layers
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
 
+ZERO3_HOOKS = 0.015
+"""Seconds of a core for a layer's forward and backward (docs/log.md)."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -214,6 +217,11 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def host_seconds(self) -> float:
+        """Of a step, for ZeRO-3's hooks in Python, on one core of the machine where they were measured; not in ``step_seconds``."""
+        return ZERO3_HOOKS * self.job.model.depth * self.accumulation if self.shape.stage == 3 else 0.0
 
     @property
     def mfu(self) -> float:

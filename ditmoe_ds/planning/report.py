@@ -77,6 +77,8 @@ def as_comment(plan: Plan, plans: list[Plan], objective: Objective) -> str:
         f"{plan.images_per_second:,.0f} images/s, MFU {plan.mfu:.0%}; "
         f"{plan.job.steps:,} steps in {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
     ]
+    if plan.host_seconds > plan.step_seconds:
+        words.append(f"not in it: ZeRO-3's hooks in Python may take the host {plan.host_seconds:.2f} s (docs/scaling.md)")
     chosen = best(plans, objective)
     if chosen and chosen.step_seconds < 0.99 * plan.step_seconds:
         words.append(f"the search's best, {chosen.step_seconds:.3f} s: {overrides(chosen, plan.shape.tensor)}")
@@ -123,10 +125,12 @@ def _assumed(plan: Plan) -> list[str]:
     assumed = plan.assumptions
     encoded = ["Not counted: a text encoder that runs in training (data.text_encoder), 2 bytes a parameter on every GPU."]
     cut = ["Tensor parallelism: sums of tokens hidden beside nothing, narrower matrices multiplied at the same rate."]
+    host = [f"Not counted: ZeRO-3's hooks in Python, {plan.host_seconds:.2f} s of one core where they were measured (docs/scaling.md)."]
     return [
         f"Assumed: arithmetic at {assumed.mfu:.0%} of peak (--mfu), links and memory at {assumed.link:.0%} of their rate (--link),",
         f"ZeRO's traffic hidden beside {assumed.overlap:.0%} of the arithmetic it can run beside (--overlap), an even load of experts.",
         *(cut if plan.shape.tensor > 1 else []),
+        *(host if plan.host_seconds > plan.step_seconds else []),
         *(encoded if plan.job.text else []),
     ]
 

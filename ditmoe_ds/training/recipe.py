@@ -107,12 +107,12 @@ class Recipe:
     train: TrainConfig
     run_dir: str
     """Where the run writes; the same command with the same folder resumes."""
-    profile: bool = False
-    """Write a trace of three early steps of every rank into ``run_dir/trace``."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    profile: bool = False
+    """Write a trace of three early steps of every rank into ``run_dir/trace``."""
 
 
 @dataclass(frozen=True)
