@@ -14,7 +14,9 @@ from latents import write_latents
 from processes import ROOT, demo_on, launch, losses, until_step
 from slurm import cluster, missing, state
 
+from data_prep.units import worker_from_environment
 from ditmoe_ds.cli import main
+from ditmoe_ds.distributed.topology import under_srun
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in
 
@@ -185,6 +187,17 @@ def test_a_rendezvous_of_another_launcher_is_forgotten(tmp_path):
     for more, said in (({}, "rank none of node7"), (dict(RANK="3", WORLD_SIZE="4"), "rank none of none")):
         done = subprocess.run(["bash", SCRIPTS / "train.sbatch", "recipe", "run"], env=environment | more, capture_output=True, text=True)
         assert done.stdout.splitlines()[0] == said, done.stderr
+
+
+@pytest.mark.parametrize("step, ranks", [("0", (3, 8)), ("4294967290", (0, 1))])
+def test_the_shell_of_salloc_is_no_rank(monkeypatch, step, ranks):
+    """It may be a step of SLURM's own, and has the number of tasks of those that srun will start."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(STEP_ID=step, NTASKS="8", PROCID="3", LOCALID="3").items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert under_srun() == (step == "0")
+    assert worker_from_environment() == ranks
 
 
 def test_containers(tmp_path, monkeypatch):

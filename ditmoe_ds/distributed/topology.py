@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """In training, where all compute the same at the same time."""
+_OWN_STEPS = 0xFFFFFFF0
+"""SLURM numbers its own steps from here: a batch script, the shell of salloc."""
 
 
 class AgreedError(UserError):
@@ -82,8 +84,10 @@ def host_name() -> str:
 
 
 def under_srun() -> bool:
-    """Whether srun started this process as one of several (a batch script by itself is no step), and no other launcher within it."""
-    return "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    """Whether srun started this process as one of several, and no other launcher within it. Not in a batch script, which has no step, nor
+    in the shell of salloc, which may be a step of SLURM's own and has the number of tasks of those that srun will start."""
+    step = int(os.environ.get("SLURM_STEP_ID", _OWN_STEPS))
+    return "RANK" not in os.environ and step < _OWN_STEPS and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def take_place_from_srun() -> None:
