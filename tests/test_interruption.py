@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -11,13 +12,14 @@ import time
 
 import psutil
 import pytest
+import torch
 import yaml
 from latents import write_latents
 from processes import ROOT, Ranks, launch, losses, until_step
 
 from ditmoe_ds.distributed import lookout
-from ditmoe_ds.distributed.topology import describe_placement
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.distributed.topology import describe_placement, join
+from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.launching.restarts import should_restart
 from ditmoe_ds.training.interruption import MARKER, mark
 from ditmoe_ds.training.lock import claim
@@ -125,6 +127,23 @@ def test_rank_0_is_reached_by_either_internet_protocol():
         with socket.create_connection((address, office.port), timeout=10) as rank:
             rank.sendall(json.dumps(dict(token=office.token, rank=0, host="here")).encode() + b'\n{"step": 7}\n')
             assert rank.recv(16) == b"\n"
+
+
+def test_ranks_may_open_as_many_files_as_the_system_lets_them(monkeypatch):
+    """Rank 0 of 512 has some 2,100 connections; 1024 files are usual. Where that is too few, the network is not blamed."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
+    join()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, most))
+    try:
+        with pytest.raises(UserError, match=r"Too many open files\); raise nofile in"):
+            lookout._connect(0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):

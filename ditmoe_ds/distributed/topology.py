@@ -1,6 +1,7 @@
 """Who am I among the processes: start-up from any launcher, errors that reach every rank, expert groups."""
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def join(patience: timedelta = PATIENCE) -> World:
     """Start the process group from the environment of deepspeed, torchrun or srun; alone without one. A collective fails after
     ``patience``."""
     env = os.environ
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has some four connections to every other; 1024 is usual
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:

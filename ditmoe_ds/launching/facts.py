@@ -41,7 +41,7 @@ def facts(run_dir: str) -> dict[str, Any]:
     folder = _existing(Path(run_dir).absolute())
     driver = _driver()
     extensions = _extensions()
-    nofile, memlock = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
+    nofile, memlock = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]  # ranks raise the first
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "deepspeed", "ditmoe_ds")},

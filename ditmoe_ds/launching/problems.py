@@ -100,7 +100,7 @@ def _of_one(node: Node, facts: dict[str, Any], min_free_gb: float) -> list[Probl
 
     warnings: list[tuple[str, str]] = []
     if facts["nofile"] is not None and facts["nofile"] < NOFILE:
-        text = f"a process may open {facts['nofile']} files; many loader workers need more"
+        text = f"a process may open {facts['nofile']} files; connections of many ranks and loader workers need more"
         warnings.append((text, f"raise nofile to {NOFILE} in /etc/security/limits.conf"))
     if facts["gpus"] and facts["memlock"] is not None:
         text = f"a process may lock {facts['memlock'] / 1e6:.3g} MB of memory; NCCL over InfiniBand needs more"
