@@ -154,7 +154,8 @@ def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):
     holder = subprocess.Popen([sys.executable, "-uc", keep, run_dir], cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
     who = f"process {holder.pid} on {socket.gethostname()}"
-    with pytest.raises(ConfigError, match=re.escape(f"{who} is training there; end it")):
+    says = f"{who} is training there; end it, choose another directory, or, if that host is gone for good, delete {run_dir / 'lock'}"
+    with pytest.raises(ConfigError, match=re.escape(says)):
         claim(run_dir, patience=0.2)
     assert f"{who} is training there; waiting" in capsys.readouterr().out
     holder.kill()
