@@ -18,7 +18,7 @@ from latents import write_latents
 from processes import ROOT, Ranks, launch, losses, until_step
 
 from ditmoe_ds.distributed import lookout
-from ditmoe_ds.distributed.topology import describe_placement, join
+from ditmoe_ds.distributed.topology import describe_placement, join, on_all_ranks
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.launching.restarts import should_restart
 from ditmoe_ds.training.interruption import MARKER, mark
@@ -144,6 +144,18 @@ def test_ranks_may_open_as_many_files_as_the_system_lets_them(monkeypatch):
             lookout._connect(0, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.mark.parametrize("local", ["0", "3"])
+def test_tasks_that_see_a_gpu_each_are_told_before_they_wait_for_each_other(monkeypatch, capsys, local):
+    """srun --gpus-per-task binds them so; rank N of a host takes its GPU N. Rank 0, whose GPU is there, must not wait for the others."""
+    slurm = dict(SLURM_STEP_ID="0", SLURM_STEP_NUM_NODES="2", SLURM_NTASKS="8", SLURM_PROCID=local, SLURM_LOCALID=local, SLURM_JOB_ID="1")
+    monkeypatch.setattr(os, "environ", slurm | dict(SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", SLURMD_NODENAME="node1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert on_all_ranks(lambda _: None) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 4 processes on node1, but each sees 1 GPUs: ") if local == "0" else not said
 
 
 def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):

@@ -66,7 +66,11 @@ class ExpertGroup:
 
 def join(patience: timedelta = PATIENCE) -> World:
     """Start the process group from the environment of deepspeed, torchrun or srun; alone without one. A collective fails after
-    ``patience``."""
+    ``patience``.
+
+    Raises:
+        UserError: on every rank of a host, where they see fewer GPUs than they are.
+    """
     env = os.environ
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has some four connections to every other; 1024 is usual
@@ -76,6 +80,10 @@ def join(patience: timedelta = PATIENCE) -> World:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     if world.device.type == "cuda":
+        beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed's is the latter
+        if beside > seen:
+            fix = "start as many as there are GPUs; with srun add --gpu-bind=none, so that each sees all of its host"
+            raise UserError(f"{beside} processes on {host_name()}, but each sees {seen} GPUs: {fix}")
         torch.cuda.set_device(world.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
     return world
@@ -97,6 +105,7 @@ def take_place_from_srun() -> None:
     """Set the variables that torch reads from those of SLURM."""
     env = os.environ
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    env["LOCAL_WORLD_SIZE"] = str(int(env["SLURM_NTASKS"]) // int(env.get("SLURM_STEP_NUM_NODES", env["SLURM_NTASKS"])))
     env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
@@ -113,7 +122,13 @@ def on_all_ranks(work: Callable[[World], None], patience: timedelta = PATIENCE) 
     Args:
         patience: how long a rank waits for the others in a collective.
     """
-    world, code = join(patience), 0
+    code = 0
+    try:
+        world = join(patience)
+    except UserError as error:
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     try:
         work(world)
     except AgreedError as error:
