@@ -53,6 +53,8 @@ _EQUAL = {
     "driver": ("GPU driver", "install driver {} there, or leave the node out"),
     "gpus": ("GPUs", "compare nvidia-smi on the nodes; leave the node out if it lacks one"),
 }
+_MAY_DIFFER = ("driver", "gpus")
+"""Training works all the same, as fast as the slowest."""
 
 
 def compare(nodes: list[Node], min_free_gb: float) -> list[Problem]:
@@ -65,7 +67,7 @@ def compare(nodes: list[Node], min_free_gb: float) -> list[Problem]:
         for host, value in values.items():
             usual = Counter(values.values()).most_common(1)[0][0]  # the first node's, where none is in the majority
             if value != usual:
-                found.append(Problem(host, f"{name} {value}; elsewhere {usual}", fix.format(usual)))
+                found.append(Problem(host, f"{name} {value}; elsewhere {usual}", fix.format(usual), warning=key in _MAY_DIFFER))
     for node in nodes:
         if node.facts:
             found += _of_one(node, node.facts, min_free_gb)
