@@ -140,7 +140,7 @@ def on_all_ranks(work: Callable[[World], None], patience: timedelta = PATIENCE) 
 
 
 def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run ``action`` on every rank (of ``group``); if it is a user's mistake on any, raise the same error on all.
+    """Run ``action`` on every rank (of ``group``); if it is a user's mistake on any, raise the same error on all, with who alone met it.
 
     Without it, one rank would leave while the others wait for it in a collective.
     """
@@ -149,11 +149,14 @@ def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
         result = action()
     except UserError as caught:
         error = caught
-    errors: list[UserError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error and UserError(str(error)), group)
-    first = next((found for found in errors if found), None)
-    if first:
-        raise AgreedError(str(first))
+    errors: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error and (str(error), f"rank {dist.get_rank()} on {host_name()}"), group)
+    raised = [found for found in errors if found]
+    if raised:
+        text, who = raised[0]
+        if len(raised) == len(errors) or raised == errors[:1]:  # the first alone may be the only one with something to do
+            raise AgreedError(text)
+        raise AgreedError(f"{text} (only {who if len(raised) == 1 else f'{len(raised)} of {len(errors)} ranks, the first {who}'})")
     return result  # type: ignore[return-value]
 
 
