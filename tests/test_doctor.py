@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hosts
+import psutil
 import pytest
 import torch.distributed as dist
 
 from ditmoe_ds.cli import main
-from ditmoe_ds.launching import network
+from ditmoe_ds.launching import facts, network
 from ditmoe_ds.launching.doctor import _take_over
 from ditmoe_ds.launching.hosts import start
 from ditmoe_ds.launching.problems import Node, compare
@@ -133,6 +135,21 @@ def test_alone_with_the_port_taken(tmp_path, monkeypatch, capsys):
     (problem,) = [one for one in report["problems"] if not one["warning"]]
     assert "cannot reach the rendezvous" in problem["text"] and "set MASTER_PORT" in problem["fix"]
     assert report["nodes"][0]["facts"]["run_dir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "addresses, first",
+    [
+        (["127.0.0.1", "169.254.3.4", "fe80::1%eth0", "fd00::7", "10.0.0.7"], "10.0.0.7"),
+        (["127.0.0.1", "::1", "169.254.3.4", "fe80::1%eth0", "fd00::7"], "fd00::7"),
+        (["127.0.0.1", "::1"], "127.0.0.1"),
+    ],
+)
+def test_a_host_is_known_by_an_address_that_others_reach(monkeypatch, addresses, first):
+    family = {True: socket.AF_INET6, False: socket.AF_INET}
+    entries = [SimpleNamespace(address=address, family=family[":" in address]) for address in addresses]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: dict(all=entries))
+    assert facts._address() == first
 
 
 def test_commands_find_what_lies_beside_this_python(monkeypatch):
