@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from ditmoe_ds.cli import main
+from ditmoe_ds.launching import doctor as doctor_of_launching
 from ditmoe_ds.launching import facts, network
 from ditmoe_ds.launching.doctor import _take_over
 from ditmoe_ds.launching.hosts import start
@@ -150,6 +151,36 @@ def test_a_host_is_known_by_an_address_that_others_reach(monkeypatch, addresses,
     entries = [SimpleNamespace(address=address, family=family[":" in address]) for address in addresses]
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: dict(all=entries))
     assert facts._address() == first
+
+
+def test_an_sshd_is_not_asked_by_all_at_once(monkeypatch):
+    """Of more than ten that it has not let in yet it drops some."""
+    happened = []
+
+    def begin(host, *_):
+        happened.append(host)
+        return subprocess.Popen(["true"], stdin=subprocess.PIPE)
+
+    monkeypatch.setattr(doctor_of_launching, "start", begin)
+    monkeypatch.setattr(doctor_of_launching, "LOGIN_SECONDS", 0.2)
+    monkeypatch.setattr(doctor_of_launching.time, "sleep", lambda seconds: happened.append("later") if seconds == 0.2 else None)
+    jobs = [(host, [], {}) for host, slots in (("a", 20), ("b", 3)) for _ in range(slots)]
+    assert doctor_of_launching._run(jobs, 30.0, 1.0) == [(0, "")] * 23
+    assert happened == ["a"] * 8 + ["b"] * 3 + ["later"] + ["a"] * 8 + ["later"] + ["a"] * 4
+
+
+def test_nodes_outside_the_step_are_not_missed(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[-1])
+        raise subprocess.TimeoutExpired(command, 60)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    assert doctor_of_launching._srun_nodes() == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    assert doctor_of_launching._srun_nodes() == [] and asked == ["n[1-4]", "n[1-2]"]
 
 
 def test_commands_find_what_lies_beside_this_python(monkeypatch):
