@@ -76,6 +76,7 @@ def recipe(tmp_path_factory):
 def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe):
     whole, run_dir = recipe.parent / "whole", recipe.parent / "signal"
     output = launch(2, ["-m", "ditmoe_ds.train", recipe])[0][1]
+    assert "2 processes meet at 127.0.0.1:" in output
     assert "2 processes on 1 host; EP groups of 2 consecutive ranks, each inside a host\nexperts by one GEMM each" in output
     parts = re.search(r"start-up (\S+) s: import (\S+) s, join (\S+) s, build (\S+) s, first step (\S+) s, first batch (\S+) s", output)
     total, *each = map(float, parts.groups())

@@ -85,6 +85,8 @@ def join(patience: timedelta = PATIENCE) -> World:
             fix = "start as many as there are GPUs; with srun add --gpu-bind=none, so that each sees all of its host"
             raise UserError(f"{beside} processes on {host_name()}, but each sees {seen} GPUs: {fix}")
         torch.cuda.set_device(world.device)
+    if world.rank == 0 and world.size > 1:  # who does not come is waited for without another word
+        print(f"{world.size} processes meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}", flush=True)
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
     return world
 
