@@ -29,6 +29,7 @@ import torch
 from data_prep.images import size_names
 from data_prep.tally import Tally
 from ditmoe_ds.config import build
+from ditmoe_ds.distributed.topology import under_srun
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
 
@@ -268,7 +269,7 @@ def worker_from_environment() -> tuple[int, int]:
         worker = (number - first) // step
         if not 0 <= worker < count:
             raise ConfigError("SLURM_ARRAY_TASK_ID", number, f"the array has gaps; give --worker i/{count}")
-    by_srun = "RANK" not in environment and "SLURM_STEP_ID" in environment
+    by_srun = under_srun()
     rank = int(environment.get("SLURM_PROCID" if by_srun else "RANK", 0))
     ranks = int(environment.get("SLURM_NTASKS" if by_srun else "WORLD_SIZE", 1))
     return worker * ranks + rank, count * ranks

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hosts
+import psutil
 import pytest
 import torch.distributed as dist
 
 from ditmoe_ds.cli import main
-from ditmoe_ds.launching import network
+from ditmoe_ds.launching import doctor as doctor_of_launching
+from ditmoe_ds.launching import facts, network
 from ditmoe_ds.launching.doctor import _take_over
 from ditmoe_ds.launching.hosts import start
 from ditmoe_ds.launching.problems import Node, compare
@@ -42,8 +45,6 @@ def nodes(**changes):
         (dict(deepspeed=None), "deepspeed none; elsewhere 0.19.8. Fix: there: pip install deepspeed==0.19.8"),
         (dict(ditmoe_ds="0.2.0"), "ditmoe_ds 0.2.0; elsewhere 0.1.0"),
         (dict(nccl="2.20.0"), "NCCL 2.20.0; elsewhere 2.27.3"),
-        (dict(driver="535.0"), "GPU driver 535.0; elsewhere 550.54.15"),
-        (dict(gpus=["H100", "A100"]), "GPUs 1 x H100, 1 x A100; elsewhere 2 x H100"),
         (dict(gpus=["H100"]), "2 slots (processes), but 1 GPUs"),
         (dict(gpus=[]), "torch sees no GPU"),
         (dict(run_dir_gb=3.0), "3.0 GB free in /run, less than 10"),
@@ -56,8 +57,17 @@ def nodes(**changes):
 )
 def test_a_node_that_differs_is_named(changes, says):
     found = compare(nodes(**changes), 10.0)
-    assert any(says in f"{one.text}. Fix: {one.fix}" for one in found), found
-    assert {one.host for one in found} == {"host3"} and not any(one.warning for one in found)
+    assert any(says in f"{one.text}. Fix: {one.fix}" and not one.warning for one in found), found
+    assert {one.host for one in found} == {"host3"}
+
+
+def test_other_gpus_and_drivers_are_warnings():
+    """Of which no host is refused: 4 GPUs for 4 slots, among hosts of 8, are in order."""
+    found = compare(nodes(driver="550.90", gpus=["H100", "H100", "A100"]), 10.0)
+    assert [(one.host, one.text, one.warning) for one in found] == [
+        ("host3", "GPU driver 550.90; elsewhere 550.54.15", True),
+        ("host3", "GPUs 2 x H100, 1 x A100; elsewhere 2 x H100", True),
+    ]
 
 
 def test_limits_are_warnings():
@@ -126,6 +136,51 @@ def test_alone_with_the_port_taken(tmp_path, monkeypatch, capsys):
     (problem,) = [one for one in report["problems"] if not one["warning"]]
     assert "cannot reach the rendezvous" in problem["text"] and "set MASTER_PORT" in problem["fix"]
     assert report["nodes"][0]["facts"]["run_dir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "addresses, first",
+    [
+        (["127.0.0.1", "169.254.3.4", "fe80::1%eth0", "fd00::7", "10.0.0.7"], "10.0.0.7"),
+        (["127.0.0.1", "::1", "169.254.3.4", "fe80::1%eth0", "fd00::7"], "fd00::7"),
+        (["127.0.0.1", "::1"], "127.0.0.1"),
+    ],
+)
+def test_a_host_is_known_by_an_address_that_others_reach(monkeypatch, addresses, first):
+    family = {True: socket.AF_INET6, False: socket.AF_INET}
+    entries = [SimpleNamespace(address=address, family=family[":" in address]) for address in addresses]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: dict(all=entries))
+    assert facts._address() == first
+
+
+def test_an_sshd_is_not_asked_by_all_at_once(monkeypatch):
+    """Of more than ten that it has not let in yet it drops some."""
+    happened = []
+
+    def begin(host, *_):
+        happened.append(host)
+        return subprocess.Popen(["true"], stdin=subprocess.PIPE)
+
+    monkeypatch.setattr(doctor_of_launching, "start", begin)
+    monkeypatch.setattr(doctor_of_launching, "LOGIN_SECONDS", 0.2)
+    monkeypatch.setattr(doctor_of_launching.time, "sleep", lambda seconds: happened.append("later") if seconds == 0.2 else None)
+    jobs = [(host, [], {}) for host, slots in (("a", 20), ("b", 3)) for _ in range(slots)]
+    assert doctor_of_launching._run(jobs, 30.0, 1.0) == [(0, "")] * 23
+    assert happened == ["a"] * 8 + ["b"] * 3 + ["later"] + ["a"] * 8 + ["later"] + ["a"] * 4
+
+
+def test_nodes_outside_the_step_are_not_missed(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[-1])
+        raise subprocess.TimeoutExpired(command, 60)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    assert doctor_of_launching._srun_nodes() == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    assert doctor_of_launching._srun_nodes() == [] and asked == ["n[1-4]", "n[1-2]"]
 
 
 def test_commands_find_what_lies_beside_this_python(monkeypatch):

@@ -16,9 +16,11 @@ from processes import ROOT, demo_on, losses, until_step
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.launching import hostfile
 from ditmoe_ds.launching import hosts as hosts_of_launching
 from ditmoe_ds.launching.hostfile import _repeat
 from ditmoe_ds.launching.hosts import read_hostfile
+from ditmoe_ds.launching.problems import Node
 
 STEPS = 30
 real_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -192,6 +194,16 @@ def test_a_launch_that_cannot_be(tmp_path, capsys):
     ):
         assert main([*command, *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_hosts_do_not_meet_at_the_loopback(tmp_path, monkeypatch, capsys, overrides):
+    (tmp_path / "hostfile").write_text("host1 slots=1\nhost2 slots=1\n")
+    alone = [Node(host, 1, dict(address="127.0.0.1")) for host in ("host1", "host2")]
+    monkeypatch.setattr(hostfile, "survey", lambda *_: (alone, ""))
+    monkeypatch.setattr(hostfile.signal, "signal", lambda *_: None)
+    command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", str(tmp_path / "hostfile"), *overrides]
+    assert main([*command, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "--master-addr='127.0.0.1': each would meet itself; give an address of host1" in capsys.readouterr().err
 
 
 def test_a_command_that_does_not_end_when_asked_is_killed(tmp_path):

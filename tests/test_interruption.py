@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -11,13 +12,14 @@ import time
 
 import psutil
 import pytest
+import torch
 import yaml
 from latents import write_latents
 from processes import ROOT, Ranks, launch, losses, until_step
 
 from ditmoe_ds.distributed import lookout
-from ditmoe_ds.distributed.topology import describe_placement
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.distributed.topology import describe_placement, join, on_all_ranks
+from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.launching.restarts import should_restart
 from ditmoe_ds.training.interruption import MARKER, mark
 from ditmoe_ds.training.lock import claim
@@ -74,6 +76,7 @@ def recipe(tmp_path_factory):
 def test_a_signal_to_one_rank_saves_and_the_run_goes_on_exactly(recipe):
     whole, run_dir = recipe.parent / "whole", recipe.parent / "signal"
     output = launch(2, ["-m", "ditmoe_ds.train", recipe])[0][1]
+    assert "2 processes meet at 127.0.0.1:" in output
     assert "2 processes on 1 host; EP groups of 2 consecutive ranks, each inside a host\nexperts by one GEMM each" in output
     parts = re.search(r"start-up (\S+) s: import (\S+) s, join (\S+) s, build (\S+) s, first step (\S+) s, first batch (\S+) s", output)
     total, *each = map(float, parts.groups())
@@ -127,6 +130,35 @@ def test_rank_0_is_reached_by_either_internet_protocol():
             assert rank.recv(16) == b"\n"
 
 
+def test_ranks_may_open_as_many_files_as_the_system_lets_them(monkeypatch):
+    """Rank 0 of 512 has some 2,100 connections; 1024 files are usual. Where that is too few, the network is not blamed."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
+    join()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, most))
+    try:
+        with pytest.raises(UserError, match=r"Too many open files\); raise nofile in"):
+            lookout._connect(0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.mark.parametrize("local", ["0", "3"])
+def test_tasks_that_see_a_gpu_each_are_told_before_they_wait_for_each_other(monkeypatch, capsys, local):
+    """srun --gpus-per-task binds them so; rank N of a host takes its GPU N. Rank 0, whose GPU is there, must not wait for the others."""
+    slurm = dict(SLURM_STEP_ID="0", SLURM_STEP_NUM_NODES="2", SLURM_NTASKS="8", SLURM_PROCID=local, SLURM_LOCALID=local, SLURM_JOB_ID="1")
+    monkeypatch.setattr(os, "environ", slurm | dict(SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", SLURMD_NODENAME="node1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert on_all_ranks(lambda _: None) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 4 processes on node1, but each sees 1 GPUs: ") if local == "0" else not said
+
+
 def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):
     run_dir = tmp_path / "new" / "run"
     keep = (
@@ -135,7 +167,8 @@ def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):
     holder = subprocess.Popen([sys.executable, "-uc", keep, run_dir], cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
     who = f"process {holder.pid} on {socket.gethostname()}"
-    with pytest.raises(ConfigError, match=re.escape(f"{who} is training there; end it")):
+    says = f"{who} is training there; end it, choose another directory, or, if that host is gone for good, delete {run_dir / 'lock'}"
+    with pytest.raises(ConfigError, match=re.escape(says)):
         claim(run_dir, patience=0.2)
     assert f"{who} is training there; waiting" in capsys.readouterr().out
     holder.kill()

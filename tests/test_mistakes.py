@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from latents import write_latents
 from models import SPARSE, random_weights
 from processes import ROOT, launch
 
+from ditmoe_ds.distributed.topology import AgreedError, agreed
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
 from ditmoe_ds.latents.condition import Classes
@@ -71,7 +73,27 @@ end(train.main(["{recipe}", f"data.manifest={{folder}}"]))
 """
     (first, output), (second, _) = launch(2, ["-c", worker], check=False)
     assert (first, second) == (2, 2)
-    check_output(output, ["elsewhere"])
+    check_output(output, ["elsewhere", f"(only rank 1 on {socket.gethostname()})"])
+
+
+@pytest.mark.parametrize(
+    "raising, says",
+    [
+        (range(4), "no such file"),
+        (range(1), "no such file"),  # what rank 0 alone has to do
+        ([2], "no such file (only rank 2 on node2)"),
+        ([1, 2], "no such file (only 2 of 4 ranks, the first rank 1 on node1)"),
+    ],
+)
+def test_an_error_of_some_ranks_names_them(monkeypatch, raising, says):
+    def gather(found, mine, group):
+        found[:] = [("no such file", f"rank {rank} on node{rank}") if rank in raising else None for rank in range(4)]
+
+    for name, substitute in dict(get_world_size=lambda _: 4, get_rank=lambda: 3, all_gather_object=gather).items():
+        monkeypatch.setattr(torch.distributed, name, substitute)
+    with pytest.raises(AgreedError) as caught:
+        agreed(lambda: None)
+    assert str(caught.value) == says
 
 
 def test_srun_starts_ranks_too(recipe):

@@ -14,7 +14,9 @@ from latents import write_latents
 from processes import ROOT, demo_on, launch, losses, until_step
 from slurm import cluster, missing, state
 
+from data_prep.units import worker_from_environment
 from ditmoe_ds.cli import main
+from ditmoe_ds.distributed.topology import under_srun
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in
 
@@ -187,9 +189,35 @@ def test_a_rendezvous_of_another_launcher_is_forgotten(tmp_path):
         assert done.stdout.splitlines()[0] == said, done.stderr
 
 
+@pytest.mark.parametrize(
+    "verdict, requeue, code, says",
+    [(0, 0, 0, "started again from step_7"), (0, 1, 75, "refused to queue it again"), (1, 0, 75, "could not be found out")],
+)
+def test_a_run_that_cannot_be_queued_again_is_no_success(tmp_path, verdict, requeue, code, says):
+    asks = f'[[ $* != *restarts* ]] || {{ echo "ditmoe: started again from step_7: interrupted"; exit {verdict}; }}'
+    for name, command in (("srun", asks), ("scontrol", f"exit {requeue}")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="1")
+    done = subprocess.run(["bash", SCRIPTS / "train.sbatch", "recipe", "run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == code and says in done.stdout.splitlines()[-1], done
+
+
+@pytest.mark.parametrize("step, ranks", [("0", (3, 8)), ("4294967290", (0, 1))])
+def test_the_shell_of_salloc_is_no_rank(monkeypatch, step, ranks):
+    """It may be a step of SLURM's own, and has the number of tasks of those that srun will start."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(STEP_ID=step, NTASKS="8", PROCID="3", LOCALID="3").items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert under_srun() == (step == "0")
+    assert worker_from_environment() == ranks
+
+
 def test_containers(tmp_path, monkeypatch):
     assert container("image.sif") == "apptainer exec --nv image.sif"
-    assert container("team/image:1").startswith("--container-image=team/image:1 --container-mounts=" + os.getcwd())
+    here = os.getcwd()  # pyxis would start in the image's own folder, where paths of the recipe lead nowhere
+    assert container("team/image:1") == f"--container-image=team/image:1 --container-mounts={here} --container-workdir={here}"
     with pytest.raises(ConfigError, match="spaces"):
         container("my image.sif")
     (tmp_path / "my project").mkdir()

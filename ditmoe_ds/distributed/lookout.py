@@ -6,6 +6,7 @@ one TCP connection to rank 0 beside the process group: a killed process closes i
 
 import asyncio
 import contextlib
+import errno
 import faulthandler
 import json
 import math
@@ -166,7 +167,8 @@ def _connect(rank: int, port: int) -> socket.socket:
     try:
         return socket.create_connection((address, port), timeout=60)
     except OSError as error:
-        fix = "let TCP through between all nodes (ditmoe doctor)"
+        scarce = error.errno == errno.EMFILE  # says nothing of the network
+        fix = "raise nofile in /etc/security/limits.conf" if scarce else "let TCP through between all nodes (ditmoe doctor)"
         raise UserError(
             f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port} ({error.strerror or error}); {fix}"
         ) from None

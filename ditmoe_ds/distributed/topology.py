@@ -1,6 +1,7 @@
 """Who am I among the processes: start-up from any launcher, errors that reach every rank, expert groups."""
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """In training, where all compute the same at the same time."""
+_OWN_STEPS = 0xFFFFFFF0
+"""SLURM numbers its own steps from here: a batch script, the shell of salloc."""
 
 
 class AgreedError(UserError):
@@ -63,15 +66,27 @@ class ExpertGroup:
 
 def join(patience: timedelta = PATIENCE) -> World:
     """Start the process group from the environment of deepspeed, torchrun or srun; alone without one. A collective fails after
-    ``patience``."""
+    ``patience``.
+
+    Raises:
+        UserError: on every rank of a host, where they see fewer GPUs than they are.
+    """
     env = os.environ
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has some four connections to every other; 1024 is usual
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     if world.device.type == "cuda":
+        beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed's is the latter
+        if beside > seen:
+            fix = "start as many as there are GPUs; with srun add --gpu-bind=none, so that each sees all of its host"
+            raise UserError(f"{beside} processes on {host_name()}, but each sees {seen} GPUs: {fix}")
         torch.cuda.set_device(world.device)
+    if world.rank == 0 and world.size > 1:  # who does not come is waited for without another word
+        print(f"{world.size} processes meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}", flush=True)
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
     return world
 
@@ -82,14 +97,17 @@ def host_name() -> str:
 
 
 def under_srun() -> bool:
-    """Whether srun started this process as one of several (a batch script by itself is no step), and no other launcher within it."""
-    return "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    """Whether srun started this process as one of several, and no other launcher within it. Not in a batch script, which has no step, nor
+    in the shell of salloc, which may be a step of SLURM's own and has the number of tasks of those that srun will start."""
+    step = int(os.environ.get("SLURM_STEP_ID", _OWN_STEPS))
+    return "RANK" not in os.environ and step < _OWN_STEPS and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def take_place_from_srun() -> None:
     """Set the variables that torch reads from those of SLURM."""
     env = os.environ
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    env["LOCAL_WORLD_SIZE"] = str(int(env["SLURM_NTASKS"]) // int(env.get("SLURM_STEP_NUM_NODES", env["SLURM_NTASKS"])))
     env.setdefault("MASTER_ADDR", env["SLURM_LAUNCH_NODE_IPADDR"])
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
@@ -106,7 +124,13 @@ def on_all_ranks(work: Callable[[World], None], patience: timedelta = PATIENCE) 
     Args:
         patience: how long a rank waits for the others in a collective.
     """
-    world, code = join(patience), 0
+    code = 0
+    try:
+        world = join(patience)
+    except UserError as error:
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     try:
         work(world)
     except AgreedError as error:
@@ -118,7 +142,7 @@ def on_all_ranks(work: Callable[[World], None], patience: timedelta = PATIENCE) 
 
 
 def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run ``action`` on every rank (of ``group``); if it is a user's mistake on any, raise the same error on all.
+    """Run ``action`` on every rank (of ``group``); if it is a user's mistake on any, raise the same error on all, with who alone met it.
 
     Without it, one rank would leave while the others wait for it in a collective.
     """
@@ -127,11 +151,14 @@ def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
         result = action()
     except UserError as caught:
         error = caught
-    errors: list[UserError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error and UserError(str(error)), group)
-    first = next((found for found in errors if found), None)
-    if first:
-        raise AgreedError(str(first))
+    errors: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error and (str(error), f"rank {dist.get_rank()} on {host_name()}"), group)
+    raised = [found for found in errors if found]
+    if raised:
+        text, who = raised[0]
+        if len(raised) == len(errors) or raised == errors[:1]:  # the first alone may be the only one with something to do
+            raise AgreedError(text)
+        raise AgreedError(f"{text} (only {who if len(raised) == 1 else f'{len(raised)} of {len(errors)} ranks, the first {who}'})")
     return result  # type: ignore[return-value]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ FACTS_SECONDS = 60.0
 MEASURE_SECONDS = 2 * RENDEZVOUS + 2 * COLLECTIVES
 LATER_SECONDS = 10.0
 """What the others still get once a process has failed to join them: they would wait for it in vain, but may fail likewise."""
+LOGINS, LOGIN_SECONDS = 8, 0.5
+"""As many begin on a host at once, and then so much later the next: of more than 10 that are not let in yet sshd drops some."""
 
 _SSH_FIXES = {
     "Could not resolve hostname": "correct its name in the hostfile, or add it to DNS or /etc/hosts",
@@ -137,9 +140,10 @@ def _within_srun(run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
 
 def _srun_nodes() -> list[str]:
     try:
-        command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+        listed = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+        command = ["scontrol", "show", "hostnames", listed]
         return subprocess.run(command, capture_output=True, text=True, timeout=FACTS_SECONDS).stdout.split()
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return []
 
 
@@ -201,7 +205,7 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 
 def _run(jobs: list[tuple[Any, list[str], dict[str, str]]], seconds: float, later: float) -> list[tuple[int | None, str]]:
-    """Run (host, command, environment) all at once; ends what is left after ``seconds``, or ``later`` seconds after one fails.
+    """Run (host, command, environment) at the same time; ends what is left after ``seconds``, or ``later`` seconds after one fails.
 
     Returns:
         (exit code, or None if it was ended; output), by job.
@@ -209,7 +213,16 @@ def _run(jobs: list[tuple[Any, list[str], dict[str, str]]], seconds: float, late
     with contextlib.ExitStack() as stack:
         # files, since a pipe that nobody reads would block its process
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in jobs]
-        processes = [stack.enter_context(_ended(start(*job, output))) for job, output in zip(jobs, outputs, strict=True)]
+        begun: Counter[Any] = Counter()
+        waves: dict[int, list[int]] = {}
+        for i, (host, *_) in enumerate(jobs):
+            waves.setdefault(begun[host] // LOGINS if host else 0, []).append(i)
+            begun[host] += 1
+        started: dict[int, subprocess.Popen[str]] = {}
+        for number, wave in waves.items():
+            time.sleep(LOGIN_SECONDS if number else 0)
+            started |= {i: stack.enter_context(_ended(start(*jobs[i], outputs[i]))) for i in wave}
+        processes = [started[i] for i in range(len(jobs))]
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             if any(process.poll() for process in processes):

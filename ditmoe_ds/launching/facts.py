@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import psutil
 
 LOCK_SECONDS = 300.0
 """DeepSpeed's extensions seldom take longer to build, so an older lock is probably one that a killed build left behind."""
+
+LOOPBACK = "127.0.0.1"
+"""Address of a host that has no other."""
 
 _MARK = "ditmoe doctor: "
 
@@ -41,7 +45,7 @@ def facts(run_dir: str) -> dict[str, Any]:
     folder = _existing(Path(run_dir).absolute())
     driver = _driver()
     extensions = _extensions()
-    nofile, memlock = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
+    nofile, memlock = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]  # ranks raise the first
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "deepspeed", "ditmoe_ds")},
@@ -68,9 +72,10 @@ def old_locks() -> list[str]:
 
 
 def _address() -> str:
-    """The first that is not the loopback's."""
-    found = (entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET)
-    return next((address for address in found if not address.startswith("127.")), "127.0.0.1")
+    """The first by which another host may reach this one: of IPv4, else of IPv6, not the loopback's, nor one that a link gave itself."""
+    entries = [entry for interface in psutil.net_if_addrs().values() for entry in interface]
+    texts = [entry.address for family in (socket.AF_INET, socket.AF_INET6) for entry in entries if entry.family == family]
+    return next((text for text in texts if not ((it := ip_address(text)).is_loopback or it.is_link_local)), LOOPBACK)
 
 
 def _version(package: str) -> str | None:

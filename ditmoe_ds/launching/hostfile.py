@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from ditmoe_ds.errors import UserError
+from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.launching.doctor import ask
+from ditmoe_ds.launching.facts import LOOPBACK
 from ditmoe_ds.launching.hosts import start
 from ditmoe_ds.launching.problems import Node, compare
 from ditmoe_ds.launching.record import prepare
@@ -68,6 +69,8 @@ class Job:
         while True:
             assert nodes[0].facts
             used, master = {node.host: node.slots for node in nodes}, self.master_addr or nodes[0].facts["address"]
+            if len(used) > 1 and master == LOOPBACK:
+                raise ConfigError("--master-addr", master, f"each would meet itself; give an address of {nodes[0].host} for the others")
             said = ", ".join(f"{key}={value}" for key, value in self.environment.items())
             print(
                 f"{sum(used.values())} processes on {', '.join(used)}; rendezvous {master}:{self.master_port}; environment {said}",

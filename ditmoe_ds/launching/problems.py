@@ -53,6 +53,8 @@ _EQUAL = {
     "driver": ("GPU driver", "install driver {} there, or leave the node out"),
     "gpus": ("GPUs", "compare nvidia-smi on the nodes; leave the node out if it lacks one"),
 }
+_MAY_DIFFER = ("driver", "gpus")
+"""Training works all the same, as fast as the slowest."""
 
 
 def compare(nodes: list[Node], min_free_gb: float) -> list[Problem]:
@@ -65,7 +67,7 @@ def compare(nodes: list[Node], min_free_gb: float) -> list[Problem]:
         for host, value in values.items():
             usual = Counter(values.values()).most_common(1)[0][0]  # the first node's, where none is in the majority
             if value != usual:
-                found.append(Problem(host, f"{name} {value}; elsewhere {usual}", fix.format(usual)))
+                found.append(Problem(host, f"{name} {value}; elsewhere {usual}", fix.format(usual), warning=key in _MAY_DIFFER))
     for node in nodes:
         if node.facts:
             found += _of_one(node, node.facts, min_free_gb)
@@ -100,7 +102,7 @@ def _of_one(node: Node, facts: dict[str, Any], min_free_gb: float) -> list[Probl
 
     warnings: list[tuple[str, str]] = []
     if facts["nofile"] is not None and facts["nofile"] < NOFILE:
-        text = f"a process may open {facts['nofile']} files; many loader workers need more"
+        text = f"a process may open {facts['nofile']} files; connections of many ranks and loader workers need more"
         warnings.append((text, f"raise nofile to {NOFILE} in /etc/security/limits.conf"))
     if facts["gpus"] and facts["memlock"] is not None:
         text = f"a process may lock {facts['memlock'] / 1e6:.3g} MB of memory; NCCL over InfiniBand needs more"

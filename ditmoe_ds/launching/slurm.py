@@ -41,7 +41,9 @@ def container(image: str | None) -> str:
     for path in (image, str(Path.cwd())):
         if re.search(r"\s", path):
             raise ConfigError("--container", image, f"{path!r} has spaces; link to it by a name without")
-    return f"apptainer exec --nv {image}" if image.endswith(".sif") else f"--container-image={image} --container-mounts={Path.cwd()}"
+    if image.endswith(".sif"):
+        return f"apptainer exec --nv {image}"
+    return f"--container-image={image} --container-mounts={Path.cwd()} --container-workdir={Path.cwd()}"
 
 
 def submit(script: Path) -> str:

@@ -34,7 +34,9 @@ def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             if time.monotonic() > end:
-                raise ConfigError("run_dir", str(run_dir), f"{holder} is training there; end it, or choose another directory") from None
+                gone = f"if that host is gone for good, delete {run_dir / 'lock'}"
+                fix = f"{holder} is training there; end it, choose another directory, or, {gone}"
+                raise ConfigError("run_dir", str(run_dir), fix) from None
             if not told:
                 print(f"run_dir={str(run_dir)!r}: {holder} is training there; waiting for its end for {patience:.0f} s", flush=True)
                 told = True
