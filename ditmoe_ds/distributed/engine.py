@@ -194,8 +194,8 @@ def build(
         engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     if offloads(ds_config):
         _powers_afresh(engine.optimizer)
-    elif parallel.zero_stage in (1, 2):
-        _one_pass_over_gradients(engine.optimizer)
+    elif parallel.zero_stage:
+        _one_pass_over_gradients(engine.optimizer, parallel.zero_stage)
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
         if device.type == "cuda" and optimizer.name == "adamw":
@@ -219,18 +219,21 @@ def _powers_afresh(optimizer: Any) -> None:
     optimizer.step = afresh
 
 
-def _one_pass_over_gradients(optimizer: Any) -> None:
-    """The gradient norm at ZeRO 1 and 2 by one kernel. DeepSpeed's copies each gradient to double first, and before that looks for values
-    that are not finite in each, a dozen small kernels for every parameter; but a norm that is not finite tells, too."""
+def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
+    """The gradient norm with ZeRO by one kernel. DeepSpeed's copies each gradient to double first, and at stages 1 and 2 looks before that
+    for values that are not finite in each, a dozen small kernels for every parameter; but a norm that is not finite tells, too."""
 
     def norm_of(gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
         """Of this rank's part of a group of parameters and the others'; -1 if it is not finite, as DeepSpeed wants it told."""
         proper = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         counted = [g for g, p in zip(proper, parameters) if is_model_parallel_parameter(p) or optimizer.model_parallel_rank == 0]
         square = _square_sum(counted) if counted else torch.zeros((), dtype=torch.float64, device=optimizer.device)
-        dist.all_reduce(square, group=optimizer.dp_process_group)
-        if groups.mpu is not None:
-            dist.all_reduce(square, group=groups.mpu.get_model_parallel_group())
+        if stage == 3:  # experts are parted among their replicas
+            over = [optimizer._get_param_partition_group(parameters[0]), optimizer._autoep_expert_parallel_group(parameters)]
+        else:
+            over = [optimizer.dp_process_group]
+        for group in filter(None, (*over, groups.mpu and groups.mpu.get_model_parallel_group())):
+            dist.all_reduce(square, group=group)
         return torch.where(square.isfinite(), square.sqrt(), -1.0).float()
 
     optimizer.get_grad_norm_direct = norm_of
