@@ -147,7 +147,8 @@ def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
         )
     if not items:
         raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
-    return tuple(classes), items
+    # Not class after class: shards that hold one class or two give batches of few classes.
+    return tuple(classes), sorted(items, key=lambda item: item.key)
 
 
 def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:

@@ -123,11 +123,22 @@ def test_folders_as_a_source(tmp_path, capsys):
         Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
     source = open_source(f"folder:{tmp_path}")
     assert source.class_names == ("ant", "cat")
-    assert [(item.origin, item.label) for item in source.items()] == [("ant/1.png", 0), ("ant/2.bmp", 0), ("cat/1.png", 1)]
+    assert sorted((item.origin, item.label) for item in source.items()) == [("ant/1.png", 0), ("ant/2.bmp", 0), ("cat/1.png", 1)]
     assert "2 files are no images" in capsys.readouterr().err
     (tmp_path / "ant" / "linked").symlink_to(tmp_path / "cat")
     assert len(list(open_source(f"folder:{tmp_path}").items())) == 3
     assert "3 files are no images" in capsys.readouterr().err
+
+
+def test_each_unit_of_a_folder_has_all_classes(tmp_path):
+    """A window of the training order spans few shards: sorted by class, a batch would have few classes."""
+    for name in (f"{kind}/{i}.png" for kind in "abcd" for i in range(50)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    source = open_source(f"folder:{tmp_path}", unit_size=25)
+    counts = np.stack([np.bincount([item.label for item in source.unit(i)], minlength=4) for i in range(source.units)])
+    assert counts.sum(0).tolist() == [50] * 4 and counts.min() >= 1 and counts.max() <= 15
+    assert [item.key for item in source.items()] == sorted(item.key for item in source.items())
 
 
 def test_images_stand_as_the_camera_was_held(tmp_path):
