@@ -216,8 +216,11 @@ class UnitWriter:
         self._tally.add(split, latent, meta["label"])
 
     def finish(self) -> None:
-        """Close the shards, give them their names, and write the record."""
+        """Close the shards, give them their names, and write the record; what another process has finished meanwhile stays."""
         self._open.close()
+        if load_record(self.root, self.unit):
+            shutil.rmtree(self._stage)
+            return
         shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         for (split, shape), samples in sorted(self._samples.items()):
             tar = self._stage / self._name(split, shape)
@@ -259,15 +262,14 @@ def worker_from_environment() -> tuple[int, int]:
     """(i, n) of a SLURM array's task, of a rank of torchrun or srun, or of such a rank in a task; (0, 1) if this process is alone.
 
     Raises:
-        ConfigError: the numbers of an array's tasks have gaps.
+        ConfigError: an array's tasks are not 0 to n - 1, as of one that is submitted again in part.
     """
     environment, worker, count = os.environ, 0, 1
     if "SLURM_ARRAY_TASK_COUNT" in environment:
-        number, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
-        first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", 0)), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-        worker = (number - first) // step
-        if not 0 <= worker < count:
-            raise ConfigError("SLURM_ARRAY_TASK_ID", number, f"the array has gaps; give --worker i/{count}")
+        worker, last, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MAX", "COUNT"))
+        if last != count - 1:
+            fix = f"the array's tasks are not 0 to n - 1; give --worker {worker}/n, of n workers in all"
+            raise ConfigError("SLURM_ARRAY_TASK_ID", worker, fix)
     by_srun = "RANK" not in environment and "SLURM_STEP_ID" in environment
     rank = int(environment.get("SLURM_PROCID" if by_srun else "RANK", 0))
     ranks = int(environment.get("SLURM_NTASKS" if by_srun else "WORLD_SIZE", 1))
