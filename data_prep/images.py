@@ -74,6 +74,7 @@ def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarr
 
 def upright(image: Image.Image) -> Image.Image:
     """The way up that a camera noted. Pillow's own function writes all of the note anew, and fails where another line of it is odd."""
+    image.load()  # of a TIFF, Pillow turns the pixels itself, and then takes the note away
     way = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if way is None else image.transpose(way)
 

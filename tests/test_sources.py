@@ -151,11 +151,35 @@ def test_images_stand_as_the_camera_was_held(tmp_path):
         turned.save(tmp_path / f"{way}.png", exif=b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4))
     ways = decode_images([tmp_path / f"{way}.png" for way in range(1, 9)], [(16, 16)])
     assert (ways[5] == picture).all()  # turned by 90 degrees clockwise
-    plain = np.asarray(turned)
-    for way, image in enumerate(ways, 1):  # as exif.org names them: where the first row and column of what is stored belong
-        stored = {1: plain, 2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.transpose(1, 0, 2)}
-        stored |= {6: np.rot90(plain, -1), 7: np.rot90(plain, 2).transpose(1, 0, 2), 8: np.rot90(plain)}
-        assert (image == stored[way]).all()
+    for image, wanted in zip(ways, upright(np.asarray(turned))):
+        assert (image == wanted).all()
+
+
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        ("TIFF", dict(compression="raw")),
+        ("TIFF", dict(compression="tiff_lzw")),
+        ("PNG", {}),
+        ("JPEG", dict(quality=100, subsampling=0)),
+        ("WEBP", dict(lossless=True)),
+    ],
+)
+def test_images_of_each_format_are_turned_once(form, options):
+    """Pillow turns TIFFs by itself."""
+    plain = np.full((16, 16, 3), 255, dtype=np.uint8)
+    plain[8:], plain[8:, :8] = 0, 90
+    for way, wanted in enumerate(upright(plain), 1):
+        stream, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = way
+        Image.fromarray(plain).save(stream, form, exif=exif, **options)
+        assert (decode_images([stream.getvalue()], [(16, 16)])[0] == wanted).all(), way
+
+
+def upright(plain: np.ndarray) -> list[np.ndarray]:
+    """What is meant by these stored pixels with each number of EXIF: where their first row and column belong, as exif.org names it."""
+    flipped, across = plain[:, ::-1], plain.transpose(1, 0, 2)
+    return [plain, flipped, plain[::-1, ::-1], plain[::-1], across, np.rot90(plain, -1), np.rot90(across, 2), np.rot90(plain)]
 
 
 def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
