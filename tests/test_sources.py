@@ -57,28 +57,58 @@ def test_tars_as_a_source(inputs, tmp_path):
 
 
 def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
-    write_tar(tmp_path / "no-image.tar", [{"__key__": "a", "cls": b"1"}])
-    write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
-    write_tar(tmp_path / "huge-label.tar", [{"__key__": "a", "png": png(), "cls": b"20000000"}])
-    write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
     write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
-    write_tar(tmp_path / "captions.tar", [{"__key__": "a", "png": png(), "json": b'{"caption": ["one", "two"]}'}])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:9000])
-    mistakes = {
-        "no-image.tar": "has no image",
-        "odd-label.tar": "label -1",
-        "huge-label.tar": "label 20000000; labels are whole numbers from 0 to 999999",
-        "no-label.tar": "cannot be read",
-        "cut.tar": "to its end",
-        "captions.tar": "one string",
-    }
-    for name, words in {**mistakes, "none.tar": "no file"}.items():
+    for name, words in {"cut.tar": "to its end", "none.tar": "no file"}.items():
         with pytest.raises(DataError, match=words) as caught:
             run_encode(inputs, tmp_path / f"out-{name}", f"wds:{tmp_path}/{name}")
         assert name in str(caught.value)
         assert not list(tmp_path.glob(f"out-{name}/*.tar")) and not list(tmp_path.glob(f"out-{name}/units/*"))
     with pytest.raises(DataError, match="to its end"):
         run_encode(inputs, tmp_path / "false", "wds:pipe:false")
+    assert open_source("wds:s3://bucket/{0..2}.tar").units == 3  # no file of this machine
+
+
+def test_a_sample_with_a_bad_text_is_left_out_and_listed(inputs, tmp_path):
+    mistakes = {
+        "dataset": ({"json": b"{}"}, "no image, only ['json']; name it .jpg"),
+        "odd": ({"png": png(), "cls": b"-1"}, "label -1; labels are whole numbers from 0 to 999999"),
+        "huge": ({"png": png(), "cls": b"20000000"}, "label 20000000"),
+        "word": ({"png": png(), "cls": b"cat"}, "'cat'"),
+        "named": ({"png": png(), "json": b'{"label": "cat"}'}, "label 'cat'"),
+        "list": ({"png": png(), "json": b"[]"}, "'list'"),
+        "two": ({"png": png(), "json": b'{"caption": ["one", "two"]}'}, "a caption is one string"),
+        "latin": ({"png": png(), "txt": "caf\u00e9".encode("latin-1")}, "'utf-8' codec can't decode byte 0xe9"),
+        "deep": ({"png": png(), "json": b"[" * 200_000}, "recursion"),
+    }
+    entries = [{"__key__": key, **parts} for key, (parts, _) in mistakes.items()]
+    write_tar(tmp_path / "in.tar", [*entries, *({"__key__": str(i), "png": png(i), "cls": b"1"} for i in range(20))])
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 9 of 29 images could not be encoded; the last: deep: "):
+        run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar")
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar", max_rejected=0.5)
+    rejected = {line["key"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    assert list(rejected) == list(mistakes)
+    assert [key for key, (_, words) in mistakes.items() if words not in rejected[key]] == []
+    assert sorted(sample.key for split in ("train", "val") for sample in samples(out, split)) == sorted(map(str, range(20)))
+
+
+def test_what_a_tar_has_beside_its_samples_is_not_read(inputs, tmp_path, monkeypatch):
+    """Nor what is too large for one: both would fill the memory."""
+    large = {"__key__": "large", "png": png(0, (100, 100, 3)), "json": b"{}"}
+    write_tar(tmp_path / "in.tar", [large, *({"__key__": f"k{i}", "png": png(i), "mp4": bytes(9000)} for i in range(4))])
+    extract, read = tarfile.TarFile.extractfile, []
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda tar, member: (read.append(member.name), extract(tar, member))[1])
+    monkeypatch.setattr("data_prep.sources.MEMBER_LIMIT", 20_000)
+    items = list(open_source(f"wds:{tmp_path}/in.tar").items())
+    assert read == ["large.json", "k0.png", "k1.png", "k2.png", "k3.png"]
+    assert items[0].image == "its png has more than 20000 bytes" and items[1].image == png(0)
+
+
+def test_a_name_in_a_tar_that_is_no_utf_8(inputs, tmp_path):
+    write_tar(tmp_path / "in.tar", [{"__key__": f"caf\udce9-{i}", "png": png(i)} for i in range(9)])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar")
+    found = samples(out, "train")
+    assert found and all(sample.meta["source"].startswith("caf\udce9-") for sample in found)
 
 
 def test_a_tar_that_ends_too_early_is_named(tmp_path):
