@@ -140,7 +140,7 @@ class Plan:
         """sha256 of what decides which sample is where in the run."""
         data = self.recipe.data
         weights = [data.weight, *(other.weight for other in data.mix)]
-        parts = [manifest.digest() for manifest in self.manifests]
+        parts = [manifest.digest for manifest in self.manifests]
         steps = self.recipe.train.global_batch if len(self.manifest.shapes) > 1 else None  # all of a step have one shape
         return hashlib.sha256(json.dumps([parts, weights, data.window, steps]).encode()).hexdigest()
 
