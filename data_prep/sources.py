@@ -218,27 +218,26 @@ def _tar(url: str) -> Iterator[Item]:
             raise DataError(
                 f"{url}: cannot be read to its end ({' '.join(str(reason).split())[:200]}); repair it or leave it out"
             ) from None
-        key = sample["__key__"]
-        try:
-            label, caption, image = _parts(sample)
-        except (ValueError, AttributeError, RecursionError) as error:
-            label, caption, image = None, None, str(error)[:200]
-        yield Item(safe_key(key), label, caption, key, image)
+        yield _item(sample)
 
 
-def _parts(sample: dict[str, Any]) -> tuple[int | None, str | None, bytes]:
-    """Label, caption and image of a tar's sample. Raises ValueError and what else untrusted texts bring about: it cannot be used."""
+def _item(sample: dict[str, Any]) -> Item:
+    """A sample of a tar. Its texts may be anyone's."""
+    key = sample["__key__"]
     kind = next((kind for kind in MEMBERS if kind in sample), None)
-    if kind is None:
-        raise ValueError(f"no image, only {sorted(k for k in sample if k[0] != '_')}; name it .{', .'.join(MEMBERS)}")
-    for part in (kind, *TEXTS):
-        if part in sample and sample[part] is None:
-            raise ValueError(f"its {part} has more than {MEMBER_LIMIT} bytes")
-    meta = json.loads(sample.get("json", b"{}"))
-    label = meta.get("label") if "cls" not in sample else int(sample["cls"])
-    caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
-    _check(label, caption)
-    return label, caption, sample[kind]
+    try:
+        if kind is None:
+            raise ValueError(f"no image, only {sorted(k for k in sample if k[0] != '_')}; name it .{', .'.join(MEMBERS)}")
+        for part in (kind, *TEXTS):
+            if part in sample and sample[part] is None:
+                raise ValueError(f"its {part} has more than {MEMBER_LIMIT} bytes")
+        meta = json.loads(sample.get("json", b"{}"))
+        label = meta.get("label") if "cls" not in sample else int(sample["cls"])
+        caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
+        _check(label, caption)
+        return Item(safe_key(key), label, caption, key, sample[kind])
+    except (ValueError, AttributeError, RecursionError) as error:
+        return Item(safe_key(key), None, None, key, str(error)[:200])
 
 
 def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, unit_size: int) -> Source:
