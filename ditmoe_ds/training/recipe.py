@@ -431,7 +431,8 @@ def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
         manifest = Manifest.load(other.manifest)
-        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", "store", "text", "class_names"):
+        by_name = ["vae"] if first.vae_sha256 is None else []  # hub ids have no sha256
+        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", *by_name, "store", "text", "class_names"):
             theirs, ours = getattr(manifest, key), getattr(first, key)
             if theirs != ours:
                 raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
