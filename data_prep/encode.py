@@ -62,7 +62,7 @@ def encode(
     request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
     models = functools.cache(functools.partial(_Encoder, request))
-    claim(root, dataclasses.asdict(request), first=models)
+    claim(root, dataclasses.asdict(request), first=models, until_a_unit="batch")
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
@@ -81,6 +81,8 @@ def encode(
             except FileNotFoundError:
                 if not (root / "manifest.json").is_file():
                     raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
+            except torch.OutOfMemoryError:
+                raise ConfigError("--batch", batch, "the GPU's memory does not hold so many images at once; choose fewer") from None
             except OSError as error:
                 reason = f"cannot write ({error.strerror or error})"
                 raise DataError(f"--out={out!r}: {reason}; once that is mended, the same command continues") from None

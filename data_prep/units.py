@@ -118,11 +118,12 @@ class UnitRecord:
     """0 without text."""
 
 
-def claim(root: Path, request: dict[str, Any], first: Callable[[], object]) -> None:
+def claim(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
     """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
 
     Args:
         first: called before anything is noted: opens what the request names, since a mistake in that shall not keep the folder.
+        until_a_unit: of the request, what may become another as long as no unit is done.
 
     Raises:
         DataError: ``root`` is another request's, or not ditmoe-data's.
@@ -140,6 +141,10 @@ def claim(root: Path, request: dict[str, Any], first: Callable[[], object]) -> N
                 os.link(partial, note)
             partial.unlink()
         theirs = json.loads(note.read_text())
+        if until_a_unit and isinstance(theirs, dict) and not (root / "units").exists():
+            theirs[until_a_unit] = request[until_a_unit]
+            if theirs == json.loads(text):
+                _replace(note, text.encode())
     except OSError as error:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
     except ValueError as error:
@@ -253,8 +258,12 @@ class UnitWriter:
 
 def write_text(path: Path, text: torch.Tensor) -> None:
     """Write the tokens (T, width) of one caption; of processes that do so at once, all write the same."""
+    _replace(path, safetensors.torch.save({"text": text}))
+
+
+def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{_process()}.partial")
-    partial.write_bytes(safetensors.torch.save({"text": text}))
+    partial.write_bytes(content)
     partial.replace(path)
 
 

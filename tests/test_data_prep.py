@@ -176,6 +176,22 @@ def test_another_request_does_not_mix_with_the_shards_there(inputs, encoded, tmp
         run_encode(inputs, tmp_path / "other")
 
 
+def test_too_large_a_batch_is_told_and_a_smaller_one_goes_on(inputs, encoded, tmp_path, monkeypatch):
+    def full(vae, images):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return encode_images(vae, images)
+
+    monkeypatch.setattr("data_prep.encode.encode_images", full)
+    with pytest.raises(ConfigError, match="--batch=8: the GPU's memory does not hold so many"):
+        run_encode(inputs, tmp_path / "out", batch=8)
+    with pytest.raises(DataError, match=r"another request \(seed 0 -> 1\)"):
+        run_encode(inputs, tmp_path / "out", batch=4, seed=1)
+    assert contents(run_encode(inputs, tmp_path / "out")) == contents(encoded)
+    with pytest.raises(DataError, match=r"batch 4 -> 2"):  # which would round otherwise
+        run_encode(inputs, tmp_path / "out", batch=2)
+
+
 def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
     request = Request.load(encoded)
     arguments = tmp_path / "out", asdict(request), lambda: None
