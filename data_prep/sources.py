@@ -7,15 +7,17 @@ import json
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_prep import shapes
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 # What a tar calls an image, the first that a sample has.
@@ -25,6 +27,7 @@ MEMBER_LIMIT = 256 << 20
 """Most bytes of an image or text in a tar."""
 LABELS = 1_000_000
 """Most classes: a manifest lists them all, and an id of another kind would fill the memory."""
+_URL = re.compile("[a-z][a-z0-9]*:")
 FLIP = "-flip"
 """Ends the key of a mirrored copy."""
 
@@ -166,7 +169,7 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
     except ValueError as error:
         raise DataError(f"--source={name!r}: its braces cannot be expanded ({error})") from None
     for url in urls:
-        if not re.match(r"[a-z][a-z0-9]*:", url) and not Path(url).is_file():
+        if not _URL.match(url) and not Path(url).is_file():
             raise DataError(f"--source={name!r}: no file {url}")
     digest = hashlib.sha256(json.dumps(urls).encode()).hexdigest()
     return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)
@@ -185,12 +188,21 @@ class _Whole(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
 
 
+def _opened(url: str) -> BinaryIO:
+    """A tar, or a copy of what is behind a URL: only whole files can be tried again."""
+    if not _URL.match(url):
+        return open(url, "rb")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    remote.fetch(url, copy)
+    copy.seek(0)
+    return copy
+
+
 def _members(url: str) -> Iterator[dict[str, Any]]:
     """The files of a tar, as ``group_by_keys`` takes them."""
-    from webdataset.gopen import gopen
     from webdataset.tariterators import base_plus_ext
 
-    with gopen(url, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Whole) as archive:
+    with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Whole) as archive:
         for member in archive:
             if member.isreg():
                 kind = (base_plus_ext(member.name)[1] or "").lower()
@@ -213,7 +225,9 @@ def _tar(url: str) -> Iterator[Item]:
             sample = next(samples)
         except StopIteration:
             return
-        except Exception as error:  # pipes, servers and tars each fail in their own way
+        except DataError:
+            raise
+        except Exception as error:  # disks and tars each fail in their own way
             reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
             raise DataError(
                 f"{url}: cannot be read to its end ({' '.join(str(reason).split())[:200]}); repair it or leave it out"
