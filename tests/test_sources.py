@@ -228,6 +228,11 @@ def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match="splits/train"):
         open_source(f"hf:{tmp_path / 'splits'}")
+    numbers = datasets.Features(features | {"label": datasets.Value("int64")})
+    unlabelled = datasets.Dataset.from_dict(columns | {"label": [-1] + [1] * 29}, features=numbers)
+    unlabelled.save_to_disk(tmp_path / "unlabelled")
+    first, second, *_ = open_source(f"hf:{tmp_path / 'unlabelled'}").items()
+    assert first.image.startswith("label -1; labels are") and isinstance(second.image, bytes)
     rows.remove_columns("image").save_to_disk(tmp_path / "blind")
     with pytest.raises(DataError, match="column image"):
         open_source(f"hf:{tmp_path / 'blind'}")
