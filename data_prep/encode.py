@@ -62,7 +62,7 @@ def encode(
     request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
     models = functools.cache(functools.partial(_Encoder, request))
-    claim(root, dataclasses.asdict(request), first=models)
+    claim(root, dataclasses.asdict(request), first=models, until_a_unit="batch")
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
@@ -79,13 +79,18 @@ def encode(
                     write_text(root / EMPTY_TEXT, encoder.text([""])[0])
                 _encode(root, found, todo, encoder, decoders, _Rejections(seen, rejected, max_rejected), progress)
             except FileNotFoundError:
-                raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
+                if not (root / "manifest.json").is_file():
+                    raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
+            except torch.OutOfMemoryError:
+                raise ConfigError("--batch", batch, "the GPU's memory does not hold so many images at once; choose fewer") from None
             except OSError as error:
                 reason = f"cannot write ({error.strerror or error})"
                 raise DataError(f"--out={out!r}: {reason}; once that is mended, the same command continues") from None
         if encoder.text and encoder.text.cut:
             print(f"{encoder.text.cut} captions were longer than {text_max_tokens} tokens and are cut")
-    if count == 1:
+    if (root / "manifest.json").is_file():
+        print(f"{out}: others have completed it")
+    elif count == 1:
         finalize(out, max_rejected=max_rejected)
     else:
         print(f"{out}: worker {number} of {count} is done; when all are, run ditmoe-data finalize {out}")
@@ -147,8 +152,10 @@ class _Task(NamedTuple):
     last: bool
 
 
-def _tasks(source: Source, units: list[int], batch: int) -> Iterator[_Task]:
+def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator[_Task]:
     for unit in units:
+        if load_record(root, unit):  # by now, of another worker
+            continue
         items = iter(source.unit(unit))
         part = list(itertools.islice(items, batch))
         while following := list(itertools.islice(items, batch)):
@@ -180,7 +187,7 @@ def _encode(
         progress.total = -(-source.images * len(units) // source.units)
     with ExitStack() as stack:
         unit: UnitWriter | None = None
-        batches = ((task, [item.image for item in task.items]) for task in _tasks(source, units, encoder.request.batch))
+        batches = ((task, [item.image for item in task.items]) for task in _tasks(root, source, units, encoder.request.batch))
         for task, pixels in ahead(batches, functools.partial(images.decode, sizes=encoder.request.sizes), decoders):
             if unit is None:
                 unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shapes, encoder.text_width))

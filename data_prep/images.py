@@ -39,8 +39,9 @@ def size_names(sizes: Sequence[Size]) -> str:
     return ",".join(f"{height}x{width}" for height, width in sizes)
 
 
-def decode(images: list[Path | bytes | np.ndarray], sizes: Sequence[Size]) -> list[np.ndarray | str]:
+def decode(images: list[Path | bytes | np.ndarray | str], sizes: Sequence[Size]) -> list[np.ndarray | str]:
     """Each image as (height, width, 3) uint8, or why it cannot be used. An array (h, w) or (h, w, 3) uint8 is only cropped.
+    What is a reason already stays one.
 
     Args:
         sizes: to choose from; an image gets the one whose aspect ratio is nearest to its own.
@@ -51,7 +52,9 @@ def decode(images: list[Path | bytes | np.ndarray], sizes: Sequence[Size]) -> li
     return [_decode(image, sizes) for image in images]
 
 
-def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarray | str:
+def _decode(image: Path | bytes | np.ndarray | str, sizes: Sequence[Size]) -> np.ndarray | str:
+    if isinstance(image, str):
+        return image
     if isinstance(image, Path):
         path = image
         try:
@@ -74,6 +77,7 @@ def _decode(image: Path | bytes | np.ndarray, sizes: Sequence[Size]) -> np.ndarr
 
 def upright(image: Image.Image) -> Image.Image:
     """The way up that a camera noted. Pillow's own function writes all of the note anew, and fails where another line of it is odd."""
+    image.load()  # of a TIFF, Pillow turns the pixels itself, and then takes the note away
     way = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if way is None else image.transpose(way)
 

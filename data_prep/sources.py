@@ -7,21 +7,27 @@ import json
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_prep import shapes
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 # What a tar calls an image, the first that a sample has.
 MEMBERS = ("jpg", "jpeg", "png", "webp", "image", "img")
+TEXTS = ("json", "cls", "txt")
+MEMBER_LIMIT = 256 << 20
+"""Most bytes of an image or text in a tar."""
 LABELS = 1_000_000
 """Most classes: a manifest lists them all, and an id of another kind would fill the memory."""
+_URL = re.compile("[a-z][a-z0-9]*:")
 FLIP = "-flip"
 """Ends the key of a mirrored copy."""
 
@@ -36,8 +42,8 @@ class Item:
     caption: str | None
     origin: str
     """Where it came from, for people; of tars, the key there."""
-    image: Path | bytes | np.ndarray
-    """As ``images.decode`` takes it."""
+    image: Path | bytes | np.ndarray | str
+    """As ``images.decode`` takes it; of a sample that cannot be used, why."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,12 @@ def below(key: str, fraction: float) -> bool:
 
 def safe_key(name: str) -> str:
     """``name`` if it can name a sample, with ``FLIP`` behind it too; else a hash of it."""
-    return name if re.fullmatch(r"[\w-]{1,75}", name, re.ASCII) else hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
+    return name if re.fullmatch(r"[\w-]{1,75}", name, re.ASCII) else _digest(name)
+
+
+def _digest(name: str) -> str:
+    """Names of files may be no UTF-8."""
+    return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
 def listed(name: str, class_names: tuple[str, ...], items: list[Item], unit_size: int) -> Source:
@@ -138,8 +149,7 @@ def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
             else:
                 origin = path.relative_to(root).as_posix()
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
-                key = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=12).hexdigest()
-                items.append(Item(key, label, None, origin, path))
+                items.append(Item(_digest(origin), label, None, origin, path))
     if others:
         print(
             f"--source={name!r}: {others} files are no images ({', '.join(SUFFIXES)}) in a class's folder, or linked folders; left out",
@@ -147,7 +157,8 @@ def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
         )
     if not items:
         raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
-    return tuple(classes), items
+    # Not class after class: shards that hold one class or two give batches of few classes.
+    return tuple(classes), sorted(items, key=lambda item: item.key)
 
 
 def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
@@ -158,7 +169,7 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
     except ValueError as error:
         raise DataError(f"--source={name!r}: its braces cannot be expanded ({error})") from None
     for url in urls:
-        if not re.match(r"[a-z]+:", url) and not Path(url).is_file():
+        if not _URL.match(url) and not Path(url).is_file():
             raise DataError(f"--source={name!r}: no file {url}")
     digest = hashlib.sha256(json.dumps(urls).encode()).hexdigest()
     return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)
@@ -177,16 +188,26 @@ class _Whole(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
 
 
+def _opened(url: str) -> BinaryIO:
+    """A tar, or a copy of what is behind a URL: only whole files can be tried again."""
+    if not _URL.match(url):
+        return open(url, "rb")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    remote.fetch(url, copy)
+    copy.seek(0)
+    return copy
+
+
 def _members(url: str) -> Iterator[dict[str, Any]]:
     """The files of a tar, as ``group_by_keys`` takes them."""
-    from webdataset.gopen import gopen
+    from webdataset.tariterators import base_plus_ext
 
-    with gopen(url, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Whole) as archive:
+    with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Whole) as archive:
         for member in archive:
             if member.isreg():
-                content = archive.extractfile(member)
-                assert content
-                yield dict(fname=member.name, data=content.read(), __url__=url)
+                kind = (base_plus_ext(member.name)[1] or "").lower()
+                content = archive.extractfile(member) if kind in (*MEMBERS, *TEXTS) and member.size <= MEMBER_LIMIT else None
+                yield dict(fname=member.name, data=content and content.read(), __url__=url)  # None: not for the memory, such as a video
             elif member.islnk() or member.issym():
                 raise tarfile.ReadError(f"{member.name} is a link; write the tar with --dereference --hard-dereference")
             archive.members = []  # type: ignore[attr-defined] # else it remembers all
@@ -204,25 +225,33 @@ def _tar(url: str) -> Iterator[Item]:
             sample = next(samples)
         except StopIteration:
             return
-        except Exception as error:  # pipes, servers and tars each fail in their own way
+        except DataError:
+            raise
+        except Exception as error:  # disks and tars each fail in their own way
             reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
             raise DataError(
                 f"{url}: cannot be read to its end ({' '.join(str(reason).split())[:200]}); repair it or leave it out"
             ) from None
-        key = sample["__key__"]
-        kind = next((kind for kind in MEMBERS if kind in sample), None)
+        yield _item(sample)
+
+
+def _item(sample: dict[str, Any]) -> Item:
+    """A sample of a tar. Its texts may be anyone's."""
+    key = sample["__key__"]
+    kind = next((kind for kind in MEMBERS if kind in sample), None)
+    try:
         if kind is None:
-            raise DataError(
-                f"{url}: sample {key!r} has no image, only {sorted(k for k in sample if k[0] != '_')}; name it .{', .'.join(MEMBERS)}"
-            )
-        try:
-            meta = json.loads(sample.get("json", b"{}"))
-            label = meta.get("label") if "cls" not in sample else int(sample["cls"])
-            caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{url}: sample {key!r} has a json, cls or txt that cannot be read ({error})") from None
-        _check(label, caption, f"{url}: sample {key!r}")
-        yield Item(safe_key(key), label, caption, key, sample[kind])
+            raise ValueError(f"no image, only {sorted(k for k in sample if k[0] != '_')}; name it .{', .'.join(MEMBERS)}")
+        for part in (kind, *TEXTS):
+            if part in sample and sample[part] is None:
+                raise ValueError(f"its {part} has more than {MEMBER_LIMIT} bytes")
+        meta = json.loads(sample.get("json", b"{}"))
+        label = meta.get("label") if "cls" not in sample else int(sample["cls"])
+        caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
+        _check(label, caption)
+        return Item(safe_key(key), label, caption, key, sample[kind])
+    except (ValueError, AttributeError, RecursionError) as error:
+        return Item(safe_key(key), None, None, key, str(error)[:200])
 
 
 def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, unit_size: int) -> Source:
@@ -250,16 +279,20 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
     def unit(number: int) -> Iterator[Item]:
         for row in range(number * unit_size, min((number + 1) * unit_size, len(rows))):
             found: dict[str, Any] = rows[row]
-            image = found["image"] or {"bytes": b"", "path": None}
+            stored = found["image"] or {"bytes": b"", "path": None}
+            image = Path(stored["path"]) if stored["bytes"] is None else stored["bytes"]
             label, caption, origin = found.get("label"), found[text] if text else None, f"row {row}"
-            _check(label, caption, f"{name}: {origin}")
-            yield Item(f"row-{row:09d}", label, caption, origin, Path(image["path"]) if image["bytes"] is None else image["bytes"])
+            try:
+                _check(label, caption)
+            except ValueError as error:
+                image = str(error)[:200]
+            yield Item(f"row-{row:09d}", label, caption, origin, image)
 
     return Source(name, class_names, len(rows), -(-len(rows) // unit_size), unit, digest)
 
 
-def _check(label: object, caption: object, where: str) -> None:
+def _check(label: object, caption: object) -> None:
     if label is not None and (type(label) is not int or not 0 <= label < LABELS):
-        raise DataError(f"{where} has label {label!r}; labels are whole numbers from 0 to {LABELS - 1}")
+        raise ValueError(f"label {label!r}; labels are whole numbers from 0 to {LABELS - 1}")
     if caption is not None and not isinstance(caption, str):
-        raise DataError(f"{where} has a caption of type {type(caption).__name__}; a caption is one string")
+        raise ValueError(f"a caption of type {type(caption).__name__}; a caption is one string")

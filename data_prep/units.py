@@ -119,11 +119,12 @@ class UnitRecord:
     """0 without text."""
 
 
-def claim(root: Path, request: dict[str, Any], first: Callable[[], object]) -> None:
+def claim(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
     """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
 
     Args:
         first: called before anything is noted: opens what the request names, since a mistake in that shall not keep the folder.
+        until_a_unit: of the request, what may become another as long as no unit is done.
 
     Raises:
         DataError: ``root`` is another request's, or not ditmoe-data's.
@@ -141,6 +142,10 @@ def claim(root: Path, request: dict[str, Any], first: Callable[[], object]) -> N
                 os.link(partial, note)
             partial.unlink()
         theirs = json.loads(note.read_text())
+        if until_a_unit and isinstance(theirs, dict) and not (root / "units").exists():
+            theirs[until_a_unit] = request[until_a_unit]
+            if theirs == json.loads(text):
+                _replace(note, text.encode())
     except OSError as error:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
     except ValueError as error:
@@ -217,8 +222,11 @@ class UnitWriter:
         self._tally.add(split, latent, meta["label"])
 
     def finish(self) -> None:
-        """Close the shards, give them their names, and write the record."""
+        """Close the shards, give them their names, and write the record; what another process has finished meanwhile stays."""
         self._open.close()
+        if load_record(self.root, self.unit):
+            shutil.rmtree(self._stage)
+            return
         shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         for (split, shape), samples in sorted(self._samples.items()):
             tar = self._stage / self._name(split, shape)
@@ -251,8 +259,12 @@ class UnitWriter:
 
 def write_text(path: Path, text: torch.Tensor) -> None:
     """Write the tokens (T, width) of one caption; of processes that do so at once, all write the same."""
+    _replace(path, safetensors.torch.save({"text": text}))
+
+
+def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{_process()}.partial")
-    partial.write_bytes(safetensors.torch.save({"text": text}))
+    partial.write_bytes(content)
     partial.replace(path)
 
 
@@ -260,15 +272,14 @@ def worker_from_environment() -> tuple[int, int]:
     """(i, n) of a SLURM array's task, of a rank of torchrun or srun, or of such a rank in a task; (0, 1) if this process is alone.
 
     Raises:
-        ConfigError: the numbers of an array's tasks have gaps.
+        ConfigError: an array's tasks are not 0 to n - 1, as of one that is submitted again in part.
     """
     environment, worker, count = os.environ, 0, 1
     if "SLURM_ARRAY_TASK_COUNT" in environment:
-        number, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
-        first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", 0)), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-        worker = (number - first) // step
-        if not 0 <= worker < count:
-            raise ConfigError("SLURM_ARRAY_TASK_ID", number, f"the array has gaps; give --worker i/{count}")
+        worker, last, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MAX", "COUNT"))
+        if last != count - 1:
+            fix = f"the array's tasks are not 0 to n - 1; give --worker {worker}/n, of n workers in all"
+            raise ConfigError("SLURM_ARRAY_TASK_ID", worker, fix)
     by_srun = under_srun()
     rank = int(environment.get("SLURM_PROCID" if by_srun else "RANK", 0))
     ranks = int(environment.get("SLURM_NTASKS" if by_srun else "WORLD_SIZE", 1))

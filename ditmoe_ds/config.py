@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,9 @@ import yaml
 from ditmoe_ds.errors import ConfigError
 
 T = TypeVar("T")
+
+# A manifest is built of hundreds of thousands of shards.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
@@ -66,7 +71,7 @@ class _Loader(yaml.SafeLoader):
 def build(cls: type[T], tree: dict[str, Any], prefix: str = "", whole: Any = None) -> T:
     """Fill dataclass ``cls`` from nested dicts; for messages, ``prefix`` is the dotted key of ``tree``, in a tree that fills ``whole``."""
     whole = whole or cls
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
         if name not in fields:
@@ -92,7 +97,7 @@ def dump(config: Any, path: str | Path) -> None:
 def _keys(cls: Any, prefix: str = ".") -> list[str]:
     """Of all values in a dataclass and its sections: dotted, and with a dot before the first."""
     keys = []
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         keys += _keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
     return keys
 

@@ -90,3 +90,11 @@ def test_a_section_that_is_there_twice_is_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         config.load(Outer, tmp_path / "none.yaml")
+
+
+def test_the_types_of_a_class_are_looked_up_once():
+    """A large data set's manifest has hundreds of thousands of shards."""
+    config.build(Inner, {})
+    before = config._hints.cache_info().misses
+    config.build(Inner, {})
+    assert config._hints.cache_info().misses == before

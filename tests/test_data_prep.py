@@ -176,6 +176,22 @@ def test_another_request_does_not_mix_with_the_shards_there(inputs, encoded, tmp
         run_encode(inputs, tmp_path / "other")
 
 
+def test_too_large_a_batch_is_told_and_a_smaller_one_goes_on(inputs, encoded, tmp_path, monkeypatch):
+    def full(vae, images):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return encode_images(vae, images)
+
+    monkeypatch.setattr("data_prep.encode.encode_images", full)
+    with pytest.raises(ConfigError, match="--batch=8: the GPU's memory does not hold so many"):
+        run_encode(inputs, tmp_path / "out", batch=8)
+    with pytest.raises(DataError, match=r"another request \(seed 0 -> 1\)"):
+        run_encode(inputs, tmp_path / "out", batch=4, seed=1)
+    assert contents(run_encode(inputs, tmp_path / "out")) == contents(encoded)
+    with pytest.raises(DataError, match=r"batch 4 -> 2"):  # which would round otherwise
+        run_encode(inputs, tmp_path / "out", batch=2)
+
+
 def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
     request = Request.load(encoded)
     arguments = tmp_path / "out", asdict(request), lambda: None
@@ -203,6 +219,31 @@ def test_of_two_processes_on_one_unit_one_goes_on(tmp_path, monkeypatch):
     assert record and [shard.samples for shard in record.train] == [1] and record.histogram == (1,) and not list(tmp_path.glob("partial/*"))
 
 
+def test_what_others_have_completed_stays_as_it_is(inputs, encoded, tmp_path, monkeypatch, capsys):
+    """A worker goes on while its units were given to others, who finalized: shards may be read by then."""
+    out, finish, written = tmp_path / "out", UnitWriter.finish, {}
+
+    def and_then_the_others(unit):
+        finish(unit)
+        monkeypatch.setattr(UnitWriter, "finish", finish)
+        run_encode(inputs, out, shard_size=4, worker=(0, 1))
+        written.update({path: path.stat().st_mtime_ns for path in out.glob("*.*")})
+
+    monkeypatch.setattr(UnitWriter, "finish", and_then_the_others)
+    run_encode(inputs, out, shard_size=4, worker=(0, 2))
+    assert len(written) > 20 and {path: path.stat().st_mtime_ns for path in out.glob("*.*")} == written
+    assert "others have completed it" in capsys.readouterr().out
+
+    def taken_over(unit):
+        monkeypatch.setattr(UnitWriter, "finish", finish)
+        run_encode(inputs, tmp_path / "again")
+        finish(unit)
+
+    monkeypatch.setattr(UnitWriter, "finish", taken_over)
+    run_encode(inputs, tmp_path / "again", worker=(0, 2))
+    assert "others have completed it" in capsys.readouterr().out and contents(tmp_path / "again") == contents(encoded)
+
+
 def test_the_worker_is_found_in_the_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -210,7 +251,7 @@ def test_the_worker_is_found_in_the_environment(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert worker_from_environment() == (3, 4)
-    for name, value in (("ID", 6), ("COUNT", 3), ("MIN", 2), ("STEP", 2)):
+    for name, value in (("ID", 2), ("COUNT", 3), ("MAX", 2)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert worker_from_environment() == (11, 12)
     for name in ("RANK", "WORLD_SIZE"):
@@ -219,8 +260,14 @@ def test_the_worker_is_found_in_the_environment(monkeypatch):
     for name, value in (("STEP_ID", 0), ("PROCID", 1), ("NTASKS", 2)):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert worker_from_environment() == (5, 6)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "9")
-    with pytest.raises(ConfigError, match="gaps"):
+
+
+@pytest.mark.parametrize("tasks", [[7], [0, 9], [7, 9], range(1, 65)])
+def test_a_part_of_an_array_does_not_know_of_how_many(monkeypatch, tasks):
+    """A task that was killed and is submitted again would else be worker 0 of 1, and encode everything."""
+    for name, value in (("ID", tasks[0]), ("COUNT", len(tasks)), ("MIN", tasks[0]), ("MAX", tasks[-1]), ("STEP", 1)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(ConfigError, match=rf"SLURM_ARRAY_TASK_ID={tasks[0]}: .* give --worker {tasks[0]}/n"):
         worker_from_environment()
 
 

@@ -402,6 +402,13 @@ def test_a_shard_to_skip_by_a_relative_path(tmp_path, monkeypatch):
     assert len(LatentDataset([Manifest.load("here")], "train", skip=["here/train-000001.tar"])) == 7
 
 
+def test_a_window_of_many_shards_reads_each_index_once(tmp_path):
+    (tmp_path / "latents").mkdir()
+    dataset = LatentDataset([write_data(tmp_path / "latents", (1,) * 300)], "train")
+    keys = [dataset.key(i) for _ in range(2) for i in range(300)]
+    assert len(set(keys)) == 300 and dataset._reader.cache_info().misses == 300
+
+
 def test_a_mix_reads_from_both(tmp_path):
     manifests = []
     for name, sizes in (("real", (4,)), ("made", (5, 6))):

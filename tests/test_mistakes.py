@@ -20,6 +20,7 @@ from ditmoe_ds.distributed.topology import AgreedError, agreed
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
 from ditmoe_ds.latents.condition import Classes
+from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.training.recipe import read_plan
 
@@ -227,6 +228,17 @@ def test_weights_that_were_trained_on_another_vae(recipe, tmp_path, known, words
     else:
         with pytest.raises(ConfigError, match=words):
             read_plan(arguments, world=1)
+
+
+def test_sets_of_different_hub_vaes_are_not_mixed(recipe, tmp_path):
+    """Of which there is no sha256."""
+    for name in ("ema", "mse"):
+        folder = write_latents(tmp_path / name, train=8, val=2)
+        replace(Manifest.load(folder), vae=f"hub/{name}").save()
+    arguments = [str(recipe), f"data.manifest={tmp_path}/ema"]
+    assert read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/ema}}]"], world=1)
+    with pytest.raises(ConfigError, match=r"data.mix\[0\].manifest=.*vae: hub/mse -> hub/ema of data.manifest"):
+        read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/mse}}]"], world=1)
 
 
 ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_optimizer=dict(device="none", ratio=1.0))

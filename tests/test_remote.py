@@ -13,6 +13,7 @@ import pytest
 import torch
 from latents import write_latents
 
+from data_prep.sources import open_source
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.format import Manifest
@@ -35,6 +36,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.cutting.discard(name)
             content = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[: len(content) // 2])
         else:
@@ -66,7 +68,7 @@ def test_samples_are_those_of_the_folder(folder, url, tmp_path):
     Handler.failing |= {"manifest.json", "train-000000.tar"}
     Handler.cutting |= {"train-000001.tar"}
     manifest = Manifest.load(url)
-    assert manifest.digest() == Manifest.load(folder).digest()
+    assert manifest.digest == Manifest.load(folder).digest and manifest.digest is manifest.digest
     there = DataConfig(url, cache=str(tmp_path / "cache")).open([manifest], "train")
     here = LatentDataset([Manifest.load(folder)], "train")
     assert len(there) == len(here) == 20
@@ -74,6 +76,17 @@ def test_samples_are_those_of_the_folder(folder, url, tmp_path):
         assert torch.equal(there[i].latent, here[i].latent) and there.key(i) == here.key(i)
     assert not Handler.failing and not Handler.cutting
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
+
+
+def test_tars_of_images_are_tried_again(folder, url, tmp_path):
+    whole = list(open_source(f"wds:{folder}/train-000000.tar").items())
+    Handler.failing |= {"train-000000.tar"}
+    Handler.cutting |= {"train-000001.tar"}
+    found = list(open_source(f"wds:{url}/train-00000{{0..1}}.tar").items())
+    assert len(found) == 12 and [item.key for item in found[:6]] == [item.key for item in whole]
+    assert not Handler.failing and not Handler.cutting
+    with pytest.raises(DataError, match=r"none\.tar: cannot be read in 6 attempts \(curl ended with 22\)$"):
+        list(open_source(f"wds:{url}/none.tar").items())
 
 
 def test_a_sha256_that_is_a_path_is_refused(folder, url, tmp_path):

@@ -23,6 +23,7 @@ from data_prep.finalize import finalize
 from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source, safe_key
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.format import Manifest
 
 
@@ -56,29 +57,60 @@ def test_tars_as_a_source(inputs, tmp_path):
     assert main(["verify", str(tmp_path / "plain"), *sheet]) == 0
 
 
-def test_tars_that_cannot_be_used_are_named(inputs, tmp_path):
-    write_tar(tmp_path / "no-image.tar", [{"__key__": "a", "cls": b"1"}])
-    write_tar(tmp_path / "odd-label.tar", [{"__key__": "a", "png": png(), "cls": b"-1"}])
-    write_tar(tmp_path / "huge-label.tar", [{"__key__": "a", "png": png(), "cls": b"20000000"}])
-    write_tar(tmp_path / "no-label.tar", [{"__key__": "a", "png": png(), "cls": b"cat"}])
+def test_tars_that_cannot_be_used_are_named(inputs, tmp_path, monkeypatch):
     write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(20)])
-    write_tar(tmp_path / "captions.tar", [{"__key__": "a", "png": png(), "json": b'{"caption": ["one", "two"]}'}])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:9000])
-    mistakes = {
-        "no-image.tar": "has no image",
-        "odd-label.tar": "label -1",
-        "huge-label.tar": "label 20000000; labels are whole numbers from 0 to 999999",
-        "no-label.tar": "cannot be read",
-        "cut.tar": "to its end",
-        "captions.tar": "one string",
-    }
-    for name, words in {**mistakes, "none.tar": "no file"}.items():
+    for name, words in {"cut.tar": "to its end", "none.tar": "no file"}.items():
         with pytest.raises(DataError, match=words) as caught:
             run_encode(inputs, tmp_path / f"out-{name}", f"wds:{tmp_path}/{name}")
         assert name in str(caught.value)
         assert not list(tmp_path.glob(f"out-{name}/*.tar")) and not list(tmp_path.glob(f"out-{name}/units/*"))
-    with pytest.raises(DataError, match="to its end"):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with pytest.raises(DataError, match=r"^pipe:false: cannot be read in 6 attempts \(false ended with 1\)$"):
         run_encode(inputs, tmp_path / "false", "wds:pipe:false")
+    assert open_source("wds:s3://bucket/{0..2}.tar").units == 3  # no file of this machine
+
+
+def test_a_sample_with_a_bad_text_is_left_out_and_listed(inputs, tmp_path):
+    mistakes = {
+        "dataset": ({"json": b"{}"}, "no image, only ['json']; name it .jpg"),
+        "odd": ({"png": png(), "cls": b"-1"}, "label -1; labels are whole numbers from 0 to 999999"),
+        "huge": ({"png": png(), "cls": b"20000000"}, "label 20000000"),
+        "word": ({"png": png(), "cls": b"cat"}, "'cat'"),
+        "named": ({"png": png(), "json": b'{"label": "cat"}'}, "label 'cat'"),
+        "list": ({"png": png(), "json": b"[]"}, "'list'"),
+        "two": ({"png": png(), "json": b'{"caption": ["one", "two"]}'}, "a caption is one string"),
+        "latin": ({"png": png(), "txt": "caf\u00e9".encode("latin-1")}, "'utf-8' codec can't decode byte 0xe9"),
+        "deep": ({"png": png(), "json": b"[" * 200_000}, "recursion"),
+    }
+    entries = [{"__key__": key, **parts} for key, (parts, _) in mistakes.items()]
+    write_tar(tmp_path / "in.tar", [*entries, *({"__key__": str(i), "png": png(i), "cls": b"1"} for i in range(20))])
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 9 of 29 images could not be encoded; the last: deep: "):
+        run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar")
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar", max_rejected=0.5)
+    rejected = {line["key"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    assert list(rejected) == list(mistakes)
+    assert [key for key, (_, words) in mistakes.items() if words not in rejected[key]] == []
+    assert sorted(sample.key for split in ("train", "val") for sample in samples(out, split)) == sorted(map(str, range(20)))
+
+
+def test_what_a_tar_has_beside_its_samples_is_not_read(inputs, tmp_path, monkeypatch):
+    """Nor what is too large for one: both would fill the memory."""
+    large = {"__key__": "large", "png": png(0, (100, 100, 3)), "json": b"{}"}
+    write_tar(tmp_path / "in.tar", [large, *({"__key__": f"k{i}", "png": png(i), "mp4": bytes(9000)} for i in range(4))])
+    extract, read = tarfile.TarFile.extractfile, []
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda tar, member: (read.append(member.name), extract(tar, member))[1])
+    monkeypatch.setattr("data_prep.sources.MEMBER_LIMIT", 20_000)
+    items = list(open_source(f"wds:{tmp_path}/in.tar").items())
+    assert read == ["large.json", "k0.png", "k1.png", "k2.png", "k3.png"]
+    assert items[0].image == "its png has more than 20000 bytes" and items[1].image == png(0)
+
+
+def test_a_name_in_a_tar_that_is_no_utf_8(inputs, tmp_path):
+    write_tar(tmp_path / "in.tar", [{"__key__": f"caf\udce9-{i}", "png": png(i)} for i in range(9)])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar")
+    found = samples(out, "train")
+    assert found and all(sample.meta["source"].startswith("caf\udce9-") for sample in found)
 
 
 def test_a_tar_that_ends_too_early_is_named(tmp_path):
@@ -123,11 +155,22 @@ def test_folders_as_a_source(tmp_path, capsys):
         Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
     source = open_source(f"folder:{tmp_path}")
     assert source.class_names == ("ant", "cat")
-    assert [(item.origin, item.label) for item in source.items()] == [("ant/1.png", 0), ("ant/2.bmp", 0), ("cat/1.png", 1)]
+    assert sorted((item.origin, item.label) for item in source.items()) == [("ant/1.png", 0), ("ant/2.bmp", 0), ("cat/1.png", 1)]
     assert "2 files are no images" in capsys.readouterr().err
     (tmp_path / "ant" / "linked").symlink_to(tmp_path / "cat")
     assert len(list(open_source(f"folder:{tmp_path}").items())) == 3
     assert "3 files are no images" in capsys.readouterr().err
+
+
+def test_each_unit_of_a_folder_has_all_classes(tmp_path):
+    """A window of the training order spans few shards: sorted by class, a batch would have few classes."""
+    for name in (f"{kind}/{i}.png" for kind in "abcd" for i in range(50)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    source = open_source(f"folder:{tmp_path}", unit_size=25)
+    counts = np.stack([np.bincount([item.label for item in source.unit(i)], minlength=4) for i in range(source.units)])
+    assert counts.sum(0).tolist() == [50] * 4 and counts.min() >= 1 and counts.max() <= 15
+    assert [item.key for item in source.items()] == sorted(item.key for item in source.items())
 
 
 def test_images_stand_as_the_camera_was_held(tmp_path):
@@ -140,11 +183,35 @@ def test_images_stand_as_the_camera_was_held(tmp_path):
         turned.save(tmp_path / f"{way}.png", exif=b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4))
     ways = decode_images([tmp_path / f"{way}.png" for way in range(1, 9)], [(16, 16)])
     assert (ways[5] == picture).all()  # turned by 90 degrees clockwise
-    plain = np.asarray(turned)
-    for way, image in enumerate(ways, 1):  # as exif.org names them: where the first row and column of what is stored belong
-        stored = {1: plain, 2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.transpose(1, 0, 2)}
-        stored |= {6: np.rot90(plain, -1), 7: np.rot90(plain, 2).transpose(1, 0, 2), 8: np.rot90(plain)}
-        assert (image == stored[way]).all()
+    for image, wanted in zip(ways, upright(np.asarray(turned))):
+        assert (image == wanted).all()
+
+
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        ("TIFF", dict(compression="raw")),
+        ("TIFF", dict(compression="tiff_lzw")),
+        ("PNG", {}),
+        ("JPEG", dict(quality=100, subsampling=0)),
+        ("WEBP", dict(lossless=True)),
+    ],
+)
+def test_images_of_each_format_are_turned_once(form, options):
+    """Pillow turns TIFFs by itself."""
+    plain = np.full((16, 16, 3), 255, dtype=np.uint8)
+    plain[8:], plain[8:, :8] = 0, 90
+    for way, wanted in enumerate(upright(plain), 1):
+        stream, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = way
+        Image.fromarray(plain).save(stream, form, exif=exif, **options)
+        assert (decode_images([stream.getvalue()], [(16, 16)])[0] == wanted).all(), way
+
+
+def upright(plain: np.ndarray) -> list[np.ndarray]:
+    """What is meant by these stored pixels with each number of EXIF: where their first row and column belong, as exif.org names it."""
+    flipped, across = plain[:, ::-1], plain.transpose(1, 0, 2)
+    return [plain, flipped, plain[::-1, ::-1], plain[::-1], across, np.rot90(plain, -1), np.rot90(across, 2), np.rot90(plain)]
 
 
 def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
@@ -161,6 +228,11 @@ def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match="splits/train"):
         open_source(f"hf:{tmp_path / 'splits'}")
+    numbers = datasets.Features(features | {"label": datasets.Value("int64")})
+    unlabelled = datasets.Dataset.from_dict(columns | {"label": [-1] + [1] * 29}, features=numbers)
+    unlabelled.save_to_disk(tmp_path / "unlabelled")
+    first, second, *_ = open_source(f"hf:{tmp_path / 'unlabelled'}").items()
+    assert first.image.startswith("label -1; labels are") and isinstance(second.image, bytes)
     rows.remove_columns("image").save_to_disk(tmp_path / "blind")
     with pytest.raises(DataError, match="column image"):
         open_source(f"hf:{tmp_path / 'blind'}")

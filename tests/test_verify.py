@@ -17,13 +17,13 @@ from ditmoe_ds.latents.vae import load_vae
 def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
     run_encode(inputs, tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
-    shard = tmp_path / "out" / "val-000000.tar"
+    shard = tmp_path / "out" / "train-000000.tar"
     raw = bytearray(shard.read_bytes())
     raw[1500] ^= 1
     shard.write_bytes(raw)
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 2
-    assert_one_line(capsys.readouterr().err, "val-000000.tar", "sha256")
+    assert_one_line(capsys.readouterr().err, "train-000000.tar", "sha256")
 
 
 def test_verify_finds_a_key_that_is_there_twice(inputs, tmp_path, capsys):

@@ -225,6 +225,7 @@ class Manifest:
         except Exception as error:  # bytes from anywhere
             raise DataError(f"{file}: cannot be used ({error}); delete manifest.json and run ditmoe-data encode again") from None
 
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of what decides the training data: everything but where folders lie."""
         tree = dataclasses.asdict(self._with_folders(lambda _: ""))

@@ -22,6 +22,9 @@ from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardReader, index
 from ditmoe_ds.latents.order import BucketOrder, Order
 from ditmoe_ds.rng import keyed_generator
 
+INDEX_BYTES = 64 << 20
+"""Of the indices that a process holds: those of about 7 million samples, in shards of 1000."""
+
 
 @dataclass(frozen=True)
 class MixConfig:
@@ -170,7 +173,7 @@ class LatentDataset:
                     )
         self._ends = np.cumsum([shard.samples for _, shard in self.shards])
         self._fetched_again: set[int] = set()
-        self._reader = functools.lru_cache(maxsize=256)(self._open)
+        self._reader = functools.lru_cache(maxsize=INDEX_BYTES // (1000 + 8 * len(self) // len(self.shards)))(self._open)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -36,13 +36,24 @@ def read(url: str) -> bytes:
     Raises:
         DataError: it cannot be read, also after several attempts.
     """
+    stream = io.BytesIO()
+    fetch(url, stream)
+    return stream.getvalue()
 
-    def attempt() -> bytes:
-        stream = io.BytesIO()
-        _copy(url, stream)
-        return stream.getvalue()
 
-    return _persist(url, attempt)
+def fetch(url: str, out: BinaryIO) -> None:
+    """Write the content of a file into ``out``, which is emptied before each attempt.
+
+    Raises:
+        DataError: it cannot be read, also after several attempts.
+    """
+
+    def attempt() -> None:
+        out.seek(0)
+        out.truncate()
+        _copy(url, out)
+
+    _persist(url, attempt)
 
 
 class Cache:
@@ -115,7 +126,8 @@ def _persist(url: str, action: Callable[[], T]) -> T:
         try:
             return action()
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())
+            reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]  # a pipe lists how it was opened
         if number < ATTEMPTS:
             print(f"{url}: {reason}; trying again", file=sys.stderr, flush=True)
             time.sleep(2 ** (number - 1))

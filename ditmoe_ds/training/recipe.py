@@ -140,7 +140,7 @@ class Plan:
         """sha256 of what decides which sample is where in the run."""
         data = self.recipe.data
         weights = [data.weight, *(other.weight for other in data.mix)]
-        parts = [manifest.digest() for manifest in self.manifests]
+        parts = [manifest.digest for manifest in self.manifests]
         steps = self.recipe.train.global_batch if len(self.manifest.shapes) > 1 else None  # all of a step have one shape
         return hashlib.sha256(json.dumps([parts, weights, data.window, steps]).encode()).hexdigest()
 
@@ -434,7 +434,8 @@ def _load_manifests(recipe: Recipe, model: DiTConfig) -> tuple[Manifest, ...]:
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
         manifest = Manifest.load(other.manifest)
-        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", "store", "text", "class_names"):
+        by_name = ["vae"] if first.vae_sha256 is None else []  # hub ids have no sha256
+        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", *by_name, "store", "text", "class_names"):
             theirs, ours = getattr(manifest, key), getattr(first, key)
             if theirs != ours:
                 raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
