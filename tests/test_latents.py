@@ -472,6 +472,15 @@ def test_blocks_hold_the_exact_share_of_each_shape():
     assert len(visited) == 2 * 20_000  # a block goes on where the last one ended: nobody is seen twice in an epoch
 
 
+def test_a_mix_visits_the_shapes_of_a_set_alike():
+    """The first has as many of each shape, and five times the weight of the second, nearly all of whose are of one."""
+    sets = ((500, 99_000), (500, 1_000))
+    order = BucketOrder([Order([[size] for size in sizes], [5, 1], 0, 100) for sizes in sets], 2, 0)
+    square, wide = order.shares
+    assert square / wide == pytest.approx((5 * 0.5 + 0.99) / (5 * 0.5 + 0.01), rel=1e-3)
+    assert BucketOrder([Order([[size]], [3], 0, 100) for size in (99_500, 1_500)], 2, 0).shares == [9851, 149]
+
+
 def test_what_is_mixed_must_have_all_shapes(tmp_path):
     both, one = write_shapes(tmp_path / "both", {(2, 3, 4): (5,), (2, 4, 3): (5,)}), write_shapes(tmp_path / "one", {(2, 3, 4): (5,)})
     with pytest.raises(DataError, match=r"one: split train has no latents of shape \(2, 4, 3\)"):

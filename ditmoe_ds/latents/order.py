@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -111,7 +112,10 @@ class BucketOrder:
     def __init__(self, orders: Sequence[Order], global_batch: int, seed: int):
         self.orders, self.global_batch, self.seed = orders, global_batch, seed
         sizes = [sum(part.total for part in order.orders) for order in orders]
-        self.shares = [max(1, round(self.BLOCK * size / sum(sizes))) for size in sizes]
+        sets = [sum(part.total for part in parts) for parts in zip(*(order.orders for order in orders), strict=True)]
+        # of each set, its weight cut as its samples are: else a set of much weight would see its few samples of a rare shape all the time
+        wanted = [sum(Fraction(w * p.total, n) for w, p, n in zip(order.weights, order.orders, sets, strict=True)) for order in orders]
+        self.shares = [max(1, round(self.BLOCK * share / sum(wanted))) for share in wanted]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self._block = functools.lru_cache(maxsize=2)(self._permuted_block)
 
