@@ -13,12 +13,13 @@ from ditmoe_ds.training import trainer
 
 ERRORS = {"failure": RuntimeError("the card fell off the bus"), "mistake": DataError("shard.tar: ends early")}
 lookout.BEAT, lookout.SILENCE, lookout.GATHER = 1.5, 6.0, 0.2
-lookout.LONG = float(os.environ.get("LONG", lookout.LONG))
 rank, step, error, *rest = sys.argv[1:]
 real_step = trainer.Trainer.train_step
 
 
 def train_step(self):
+    if str(self.step) == step:  # not before: a start may take as long
+        lookout.LONG = float(os.environ.get("LONG", lookout.LONG))
     if str(self.world.rank) == rank and str(self.step) == step:
         if error == "hang":
             time.sleep(1e6)
