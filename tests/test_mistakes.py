@@ -132,6 +132,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["profile=true"], ["train.steps=2", "profile=true", "at least 6"]),
         (["train.profile=true"], ["train.profile=True", "did you mean profile?"]),
         (["lr=1"], ["lr=1", "did you mean train.optimizer.lr?"]),
+        (["train.every=5"], ["train.every=5", "did you mean ema.every or checkpoint.every?"]),
         (["data.prefetch=0"], ["data.prefetch=0", "at least 1"]),
         (["data.workers=-1"], ["data.workers=-1", "at least 0"]),
         (["data.mix=[{{manifest: {odd}}}]"], ["data.mix[0].manifest", "shapes: ((4, 12, 12),) -> ((4, 8, 8),)"]),

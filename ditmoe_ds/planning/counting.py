@@ -76,10 +76,8 @@ class Count(TorchDispatchMode):
         if func.namespace == "c10d":
             self._send(func._opname, args)
         elif allocates(func) and not asks_for_meta(func, args, kwargs or {}):
-            # whole weights are copied out of what was gathered
-            gathered = func is aten.clone.default and self._kind_of(args[0]) == GATHERED
             for tensor in tensors_in(out):
-                self._made(tensor.untyped_storage(), GATHERED if gathered else self.kind)
+                self._made(tensor.untyped_storage(), self.kind)
         return out
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
