@@ -1,6 +1,8 @@
 # `make demo` trains on real digits, `make demo-text` on emoji with captions, `make test` checks everything. All pick up what is there.
+
 # set in some containers; then each of hundreds of processes would compile all of torch again
 unexport PYTHONDONTWRITEBYTECODE
+
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
