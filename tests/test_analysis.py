@@ -349,6 +349,17 @@ def test_numbers(reports):
     assert maps.shape == (1, 16) and maps.mean().item() == pytest.approx(2)
 
 
+def test_in_less_memory(runs, reports, folder):
+    out = folder / "report-bf16"
+    assert main(["analyze", str(runs["token"]), "--samples", "20", "--dtype", "bf16", "--offload-experts", "--out", str(out)]) == 0
+    bf16, fp32 = (json.loads((path / "routing.json").read_text()) for path in (out, reports["token"]))
+    for key, tolerance in dict(w1=1e-3, w2=1e-3, outputs=1e-2).items():
+        off = [torch.tensor(numbers["similarity"][key], dtype=torch.float) for numbers in (bf16, fp32)]
+        torch.testing.assert_close(*off, atol=tolerance, rtol=0, equal_nan=True)
+    torch.testing.assert_close(torch.tensor(bf16["load"]), torch.tensor(fp32["load"]), atol=0.01, rtol=0)
+    assert bf16["load"] != fp32["load"]
+
+
 def test_heldout_samples_without_a_class(runs, folder):
     """Count in all but what is told by class."""
     path = Path(write_latents(folder / "some", train=4, val=30, classes=CLASSES))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.pipelines.arguments import add_opening, open_named
+from ditmoe_ds.pipelines.arguments import add_memory, add_opening, open_named
 
 
 def add_commands(commands: Any) -> None:
@@ -19,6 +19,7 @@ def add_commands(commands: Any) -> None:
     analyze.add_argument("--samples", type=int, default=256)
     analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
     add_opening(analyze)
+    add_memory(analyze)
 
 
 def _analyze(arguments: argparse.Namespace) -> int:

@@ -51,7 +51,7 @@ def weights_alike(run: Run, name: str) -> Tensor:
     """(L, E, E) cosines of the experts' flattened ``w1`` or ``w2``. Hidden units may be permuted: equal experts can look unlike."""
     cosines = []
     for layer in experts_of(run):
-        flat = F.normalize(getattr(layer.experts.deepspeed_experts[0], name).flatten(1), dim=1)
+        flat = F.normalize(getattr(layer.experts.deepspeed_experts[0], name).flatten(1).float(), dim=1)
         cosines.append((flat @ flat.t()).cpu())
     return torch.stack(cosines)
 
