@@ -154,10 +154,11 @@ class Manifest:
             if there:
                 continue
             shard_path = manifest.path(shard)
-            if not shard_path.is_file():
-                raise DataError(f"{shard_path}: missing; delete manifest.json and run ditmoe-data encode again")
-            if shard_path.stat().st_size != shard.bytes:
+            try:
                 size = shard_path.stat().st_size
+            except FileNotFoundError:
+                raise DataError(f"{shard_path}: missing; delete manifest.json and run ditmoe-data encode again") from None
+            if size != shard.bytes:
                 raise DataError(f"{shard_path}: {size} bytes, the manifest says {shard.bytes}; {REMAKE}")
         return manifest if there else manifest._with_folders(lambda folder: os.path.normpath(os.path.join(manifest.root, folder)))
 
