@@ -31,7 +31,8 @@ from ditmoe_ds import cli
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA, EMAConfig
-from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build
+from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
 from ditmoe_ds.distributed.weights import open_weights
 from ditmoe_ds.models.dit import DiT

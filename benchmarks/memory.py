@@ -25,8 +25,9 @@ from report import forget_peak, host_bytes
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA, EMAConfig
-from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build, read_ds_config
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build
 from ditmoe_ds.distributed.memory import training_memory
+from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
 from ditmoe_ds.ending import end
 from ditmoe_ds.models.dit import DiT, DiTConfig

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from report import hardware, publish
 
 from ditmoe_ds.distributed import shards
-from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.hardware import GPUS
+from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, join, leave, tensor_group
 from ditmoe_ds.ending import end
 from ditmoe_ds.latents.loader import DataConfig

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     command = arguments.pop("command")
     try:
         # Imported once the arguments are known to be right: torch and diffusers take seconds.
-        if command == "fit-vae":
-            from data_prep.fit_vae import fit_vae
-
-            fit_vae(**arguments)
-        elif command == "encode":
-            from data_prep.encode import encode
-
-            encode(**arguments)
-        elif command == "finalize":
-            from data_prep.finalize import finalize
-
-            finalize(**arguments)
-        elif command == "verify":
-            from data_prep.verify import verify
-
-            verify(**arguments)
-        elif command == "inspect":
-            from data_prep.show import show
-
-            show(**arguments)
-        elif command == "synthesize":
-            from data_prep.synthesize import synthesize
-
-            synthesize(**arguments)
-        else:
-            from data_prep.subset import subset
-
-            subset(**arguments)
+        name = {"fit-vae": "fit_vae", "inspect": "show"}.get(command, command)
+        getattr(import_module(f"data_prep.{name}"), name)(**arguments)
     except UserError as error:
         print(f"ditmoe-data: error: {error}", file=sys.stderr)
         return 2
@@ -142,18 +119,22 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """A ``type`` of argparse, for numbers of this kind."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
-    return value
+_positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+_count = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+_fraction = _number(float, lambda value: 0 <= value < 1, "in [0, 1)")
+_finite = _number(float, math.isfinite, "a finite number")
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -164,20 +145,6 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
         if len(sides) > 2 or len(set(sizes)) < len(sizes):
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no HEIGHTxWIDTH of its own")
     return tuple(sizes)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{value} is no finite number")
-    return value
 
 
 def _local(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep import shapes
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
@@ -229,9 +229,7 @@ def _tar(url: str) -> Iterator[Item]:
             raise
         except Exception as error:  # disks and tars each fail in their own way
             reason = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
-            raise DataError(
-                f"{url}: cannot be read to its end ({' '.join(str(reason).split())[:200]}); repair it or leave it out"
-            ) from None
+            raise DataError(f"{url}: cannot be read to its end ({in_a_line(reason)}); repair it or leave it out") from None
         yield _item(sample)
 
 
@@ -263,7 +261,7 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
         rows = datasets.load_from_disk(value)
         digest = hashlib.sha256(Path(value, "state.json").read_bytes()).hexdigest() if isinstance(rows, datasets.Dataset) else ""
     except Exception as error:  # missing files, broken json, broken arrow files
-        raise DataError(f"--source={name!r}: no data set saved with save_to_disk ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"--source={name!r}: no data set saved with save_to_disk ({in_a_line(error)})") from None
     if isinstance(rows, datasets.DatasetDict):
         raise DataError(f"--source={name!r}: holds the splits {', '.join(rows)}; choose one, such as {name}/{next(iter(rows))}")
     if not len(rows) or not isinstance(rows.features.get("image"), datasets.Image):

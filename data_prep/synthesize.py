@@ -21,7 +21,7 @@ from PIL import Image
 
 from data_prep.progress import Progress
 from data_prep.units import claim, device_of_rank, worker_from_environment
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.rng import keyed_generator
 
 
@@ -85,7 +85,7 @@ def synthesize(
                 try:
                     part = made([text] * len(numbers), **options).images
                 except ValueError as error:  # of what is made for other sizes
-                    reason = " ".join(str(error).split())[:200]
+                    reason = in_a_line(error)
                     raise DataError(f"--pipeline={pipeline!r}: cannot make {size} pixels in {steps} steps ({reason})") from error
                 for i, image in zip(numbers, part, strict=True):
                     image.save(partial / f"{i:06d}.png")
@@ -138,7 +138,7 @@ def _load_pipeline(path_or_id: str, device: str) -> Any:
     try:
         pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True)
     except Exception as error:  # the hub, the configs and the weights each fail in their own way
-        raise DataError(f"--pipeline={path_or_id!r}: no readable diffusers pipeline ({' '.join(str(error).split())[:200]})") from error
+        raise DataError(f"--pipeline={path_or_id!r}: no readable diffusers pipeline ({in_a_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -151,7 +151,7 @@ def _load_clip(path_or_id: str, device: str) -> Callable[[list[Image.Image], str
         tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
         images_to_pixels = transformers.AutoImageProcessor.from_pretrained(path_or_id)
     except Exception as error:
-        raise DataError(f"--clip={path_or_id!r}: no readable CLIP model ({' '.join(str(error).split())[:200]})") from error
+        raise DataError(f"--clip={path_or_id!r}: no readable CLIP model ({in_a_line(error)})") from error
     model = model.to(device).eval()
     length = model.config.text_config.max_position_embeddings
 

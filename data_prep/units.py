@@ -30,7 +30,7 @@ from data_prep.images import size_names
 from data_prep.tally import Tally
 from ditmoe_ds.config import build
 from ditmoe_ds.distributed.topology import under_srun
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
 
 SPLITS = ("train", "val")
@@ -306,7 +306,7 @@ def _read(cls: Any, path: Path, problem: str) -> Any:
     try:
         return build(cls, json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, AttributeError, ConfigError) as error:
-        raise DataError(f"{problem} ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"{problem} ({in_a_line(error)})") from None
 
 
 def _short(value: object) -> str:

@@ -23,6 +23,11 @@ class ConfigError(UserError):
         return type(self), (self.key, self.value, self.fix)
 
 
+def in_a_line(error: object, most: int = 200) -> str:
+    """What a library's error says, of any number of lines, for one of ours."""
+    return " ".join(str(error).split())[:most]
+
+
 class DataError(UserError):
     """A latent folder, shard or image source that is missing, damaged or unsafe."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ditmoe_ds.distributed import shards
-from ditmoe_ds.distributed.engine import read_ds_config
+from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.ending import end
 from ditmoe_ds.planning.counting import Count, CountOnMeta

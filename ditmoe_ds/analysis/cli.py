@@ -26,7 +26,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.analysis.analyze import analyze
 
     files = analyze(
-        open_named(arguments),
+        open_named(arguments, arguments.run_dir),
         Path(arguments.run_dir),
         Path(arguments.out),
         dataset=arguments.dataset,

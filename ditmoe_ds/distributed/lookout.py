@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ditmoe_ds.distributed.topology import AgreedError, World, agreed, host_name
-from ditmoe_ds.errors import UserError
+from ditmoe_ds.errors import UserError, in_a_line
 
 BEAT = 5.0
 """Seconds between a rank's signs of life."""
@@ -90,7 +90,7 @@ class Lookout:
         elif isinstance(error, Exception):
             # The others do not know of it and may be in a collective that never returns; they are told, and end meanwhile.
             mistake = isinstance(error, UserError)
-            text = str(error) if mistake else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            text = str(error) if mistake else f"{type(error).__name__}: {in_a_line(error, 500)}"
             self._send(error=text, code=2 if mistake else 1)
             if self._answered.wait(2 * BEAT):  # comes back only where this error is the cause
                 self.before_end()

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.errors import CheckpointError, in_a_line
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,7 +117,7 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # whatever a header can have wrong
-            raise CheckpointError(f"{path}: no safetensors file that can be read ({' '.join(str(error).split())[:200]})") from None
+            raise CheckpointError(f"{path}: no safetensors file that can be read ({in_a_line(error)})") from None
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, any dtype and device) with the elements of the flattened tensor from ``start`` on."""

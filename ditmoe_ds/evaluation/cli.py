@@ -9,7 +9,7 @@ from typing import Any
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.geneval import cli as geneval
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing, open_named
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
 
 MEASURES = {
     "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; of other extractors FD, precision, recall",
@@ -56,10 +56,7 @@ def _shapes(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.evaluation.shapes import evaluate
 
     check_guidance(arguments.guidance)
-    run = open_named(arguments)
-    if run.model.config.num_classes:
-        raise ConfigError("run_dir", arguments.run_dir, "this model is told classes; the benchmark is for captions")
-    check_told_nothing(run, arguments.guidance)
+    run = open_for_captions(arguments, arguments.run_dir, "run_dir")
     report = evaluate(
         run,
         Path(arguments.out),

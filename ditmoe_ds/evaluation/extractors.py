@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.evaluation import efficientnet, inception
 from ditmoe_ds.latents.format import sha256
 
@@ -59,7 +59,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu", weights: str |
             extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))  # a CLIP under hf: would want text, too
             return extractor
         except Exception as error:  # the hubs, the configs and the weights each fail in their own way
-            raise DataError(f"{key}={name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            raise DataError(f"{key}={name!r}: cannot be loaded ({in_a_line(error)})") from error
     raise ConfigError(key, name, f"choose one of {KINDS}")
 
 
@@ -179,7 +179,7 @@ def _load(network: nn.Module, path: Path, key: str) -> None:
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a file from anywhere: missing, cut, pickled code, weights of another network
-        raise DataError(f"{key}={str(path)!r}: no weights of {type(network).__name__} ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"{key}={str(path)!r}: no weights of {type(network).__name__} ({in_a_line(error)})") from None
 
 
 def tensors_sha256(network: nn.Module) -> str:

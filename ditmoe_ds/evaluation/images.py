@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep.images import FORMATS, rgb, upright
 from data_prep.sources import SUFFIXES
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import DataError, in_a_line
 from ditmoe_ds.latents.format import sha256
 
 MEMBER = "arr_0.npy"
@@ -91,7 +91,7 @@ class NpzImages:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, by_column, dtype = read(file)
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{self.path}: {MEMBER} is no array of NumPy ({' '.join(str(error).split())[:200]})") from None
+            raise DataError(f"{self.path}: {MEMBER} is no array of NumPy ({in_a_line(error)})") from None
         if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] != 3:
             raise DataError(f"{self.path}: {MEMBER} is {dtype} of shape {shape}; images are uint8 (N, H, W, 3), row by row")
         return shape, file.tell()
@@ -141,7 +141,7 @@ class FolderImages:
             with Image.open(file, formats=FORMATS) as image:
                 return np.array(rgb(upright(image)))
         except Exception as error:  # each format's decoder fails in its own ways
-            raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}); repair or remove it") from None
+            raise DataError(f"{file}: cannot be read ({in_a_line(error)}); repair or remove it") from None
 
 
 Images = NpzImages | FolderImages
@@ -180,7 +180,7 @@ def published_statistics(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             found = {key: np.asarray(file[key], np.float64) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: its statistics cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"{path}: its statistics cannot be read ({in_a_line(error)})") from None
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in found) != (covariance in found):
             raise DataError(f"{path}: has only one of {mean} and {covariance}")

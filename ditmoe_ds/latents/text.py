@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 
 
 def text_width(path_or_id: str, key: str) -> int:
@@ -22,7 +22,7 @@ def text_width(path_or_id: str, key: str) -> int:
     try:
         config = transformers.AutoConfig.from_pretrained(path_or_id)
     except Exception as error:  # the hub and the configs each fail in their own way
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise DataError(f"{key}={path_or_id!r}: neither a folder nor a hub id of a transformers model ({reason})") from error
     return int((config.text_config if config.model_type == "clip" else config).hidden_size)
 
@@ -50,7 +50,7 @@ def load_text_encoder(
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # bf16 is slow on most CPUs
         model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype)
     except Exception as error:  # the hub, the configs and the weights each fail in their own way
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
     positions = getattr(model.config, "max_position_embeddings", max_tokens)
     if "roberta" in model.config.model_type:  # whose first position is the one behind the padding's

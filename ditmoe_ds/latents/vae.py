@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.latents.format import weights_sha256
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -96,7 +96,7 @@ def _config(path_or_id: str) -> tuple[dict[str, Any], Any]:
 
 
 def _unreadable(path_or_id: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200]
+    reason = in_a_line(error)
     return DataError(f"vae={path_or_id!r}: neither a folder nor a hub id with a readable {', '.join(CLASSES)} ({reason})")
 
 

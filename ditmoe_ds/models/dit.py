@@ -92,9 +92,18 @@ class DiTConfig:
         return tuple(range(self.sparse_first, self.depth, self.sparse_every)) if self.experts else ()
 
     @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers with experts proper: none in a dense twin."""
+        return self.sparse_layers if self.routing != "dense" else ()
+
+    def mlp_width(self, layer: int) -> int:
+        """Hidden units of a layer's dense MLP: that of every DiT, or as many as a token's experts have."""
+        return round(self.capacity(layer) * self.expert_width) if layer in self.sparse_layers else 4 * self.hidden
+
+    @property
     def images_compete(self) -> bool:
         """Whether the images of a batch compete for experts, so that what becomes of one depends on the others."""
-        if not self.experts or self.routing == "dense":
+        if not self.routed_layers:
             return False
         return self.router.pool == "microbatch" if self.routing == "expert" else self.router.capacity_factor is not None
 
@@ -153,10 +162,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.decoupled = config.router.input == "decoupled"
         self.mlp: nn.Module
-        if layer not in config.sparse_layers:
-            self.mlp = DenseMLP(dim, 4 * dim, config.mlp_bias)
-        elif config.routing == "dense":
-            self.mlp = DenseMLP(dim, round(config.capacity(layer) * config.expert_width), config.mlp_bias)
+        if layer not in config.routed_layers:
+            self.mlp = DenseMLP(dim, config.mlp_width(layer), config.mlp_bias)
         else:
             self.mlp = MoE(
                 dim,

@@ -129,9 +129,9 @@ def describe(config: DiTConfig, text_tokens: int = 77) -> dict[str, Any]:
         part = _part(name)
         parts[part] = parts.get(part, 0) + math.prod(shape)
     total = sum(parts.values())
-    sparse = len(config.sparse_layers)
-    met = sum(map(config.capacity, config.sparse_layers)) / (sparse * config.experts) if sparse else 1.0
-    idle = 0 if config.routing == "dense" else parts.get("routed_experts", 0) * (1 - met)
+    sparse = len(config.routed_layers)
+    met = sum(map(config.capacity, config.routed_layers)) / (sparse * config.experts) if sparse else 1.0
+    idle = parts.get("routed_experts", 0) * (1 - met)
 
     linear, attention = macs(config, config.tokens, text_tokens if config.text_width else 0)
     return dict(
@@ -154,9 +154,8 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
         text_tokens: of its caption; 0 for models without text.
     """
     h, N, T, L = config.hidden, tokens, text_tokens, config.depth
-    experts = len(config.sparse_layers)
-    shared = 3 * h * config.shared * h if config.routing != "dense" else 0
-    feed_forwards = N * ((L - experts) * 8 * h * h + experts * shared) + expert_macs(config, N)
+    shared = len(config.routed_layers) * 3 * h * config.shared * h
+    feed_forwards = N * ((L - len(config.sparse_layers)) * 8 * h * h + shared) + expert_macs(config, N)
     projections, products = attention_macs(config, N, T)
     return feed_forwards + projections + uncut_macs(config, N, T), products
 
@@ -174,8 +173,7 @@ def uncut_macs(config: DiTConfig, tokens: int, text_tokens: int) -> int:
     """Of ``macs``, those that tensor parallelism leaves whole on every rank: embeddings, routers, adaLN and the final layer."""
     h, c, N, T, L = config.hidden, config.condition_width, tokens, text_tokens, config.depth
     per_token = config.patch**2 * h * (config.in_channels + config.out_channels)
-    if config.routing != "dense":
-        per_token += len(config.sparse_layers) * config.experts * h
+    per_token += len(config.routed_layers) * config.experts * h
     per_image = L * 6 * h * c + 2 * h * c + TimestepEmbedder.frequencies * c + c * c
     if T:
         per_image += T * (config.text_width * h + h * h) + config.text_width * c

@@ -59,8 +59,8 @@ def divided(config: DiTConfig) -> dict[str, int]:
         found["hidden units of a dense MLP"] = 4 * config.hidden
     for layer in config.sparse_layers:
         if config.routing == "dense":
-            found[f"hidden units of layer {layer}'s MLP"] = round(config.capacity(layer) * config.expert_width)
-    if config.sparse_layers and config.routing != "dense":
+            found[f"hidden units of layer {layer}'s MLP"] = config.mlp_width(layer)
+    if config.routed_layers:
         found["hidden units of an expert"] = config.expert_width
         if config.shared:
             found["hidden units of the shared experts"] = config.shared * config.hidden
@@ -69,4 +69,4 @@ def divided(config: DiTConfig) -> dict[str, int]:
 
 def has_biased_experts(config: DiTConfig) -> bool:
     """Whether experts add biases, which the plan does not cut: b2 would be added by every rank."""
-    return bool(config.sparse_layers) and config.routing != "dense" and config.expert_activation == "gelu" and config.mlp_bias
+    return bool(config.routed_layers) and config.expert_activation == "gelu" and config.mlp_bias

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ditmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ditmoe_ds.distributed.topology import ExpertGroup
     from ditmoe_ds.pipelines.run import Run
 
 LONG_PATIENCE = timedelta(days=1)
@@ -42,9 +43,18 @@ def check_told_nothing(run: "Run", guidance: float) -> None:
         raise ConfigError("--guidance", guidance, fix)
 
 
-def open_named(arguments: argparse.Namespace) -> "Run":
-    """The run that ``run_dir`` and the options of ``add_opening``, and those of ``add_memory`` if it has any, name."""
+def open_named(arguments: argparse.Namespace, path: str, group: "ExpertGroup | None" = None) -> "Run":
+    """The run at ``path``, opened as the options of ``add_opening`` and ``add_memory`` say."""
     from ditmoe_ds.pipelines.run import open_run
 
-    given = {name: getattr(arguments, name) for name in ("vae", "text_encoder", "dtype", "offload_experts") if name in arguments}
-    return open_run(arguments.run_dir, arguments.weights, **given)
+    given = {name: getattr(arguments, name) for name in ("vae", "text_encoder", "dtype", "offload_experts")}
+    return open_run(path, arguments.weights, group=group, **given)
+
+
+def open_for_captions(arguments: argparse.Namespace, path: str, key: str) -> "Run":
+    """As ``open_named``, for a benchmark of text to image. Raises ConfigError, naming ``key``: it is told classes, or cannot be guided."""
+    run = open_named(arguments, path)
+    if run.model.config.num_classes:
+        raise ConfigError(key, path, "this model is told classes; the benchmark is for captions")
+    check_told_nothing(run, arguments.guidance)
+    return run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing, open_named
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
@@ -143,13 +143,11 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         ConfigError: the two do not go together; and as ``open_run``.
     """
     from ditmoe_ds.distributed.weights import differently_encoded
-    from ditmoe_ds.pipelines.run import open_run
 
     if arguments.compile and arguments.offload_experts:
         raise ConfigError("--compile", True, "compiled blocks cannot wait for weights from the host; leave it or --offload-experts out")
-    how = dict(text_encoder=arguments.text_encoder, vae=arguments.vae, dtype=arguments.dtype, offload_experts=arguments.offload_experts)
     paths = [arguments.run_dir, *filter(None, [arguments.autoguidance])]
-    runs = [open_run(path, arguments.weights, group=group, **how) for path in paths]
+    runs = [open_named(arguments, path, group) for path in paths]
     run, weak = runs[0], runs[1] if len(runs) > 1 else None
     if weak:
         pairs = {name: (getattr(run.diffusion, name), getattr(weak.diffusion, name)) for name in ("objective", "time_scale")}

@@ -79,7 +79,7 @@ def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
     if again:
         parts |= whole
     parts = {name: amount for name, amount in parts.items() if amount} | {"outside of blocks": outside}
-    exchange = 2 * batch.size * model.hidden * max((batch.rows(layer) for layer in sparse_layers(model)), default=0) if batch.ep > 1 else 0
+    exchange = 2 * batch.size * model.hidden * max(map(batch.rows, model.routed_layers), default=0) if batch.ep > 1 else 0
     return Activations(kept + outside, recomputed, _working(batch), exchange, parts)
 
 
@@ -102,9 +102,8 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
         per_text = size * (2 + model.qk_norm) * D + 8 * model.qk_norm * model.heads
         parts["text"] = batch.tokens * (size * 2 * D + 8 + per_patch / tensor) + batch.images * batch.text * per_text / tensor
     feed_forward = size * 3 * D + 8  # x, its norm, what the gate multiplies
-    if layer not in model.sparse_layers or model.routing == "dense":
-        width = 4 * D if layer not in model.sparse_layers else round(model.capacity(layer) * model.expert_width)
-        return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * width / tensor))}
+    if layer not in model.routed_layers:
+        return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * model.mlp_width(layer) / tensor))}
     decoupled = model.router.input == "decoupled"
     seen = D + decoupled * model.condition_width
     router = size * seen + 8 * model.experts + 8  # its input; scores and logits in fp32
@@ -134,12 +133,11 @@ def _outside(batch: MicroBatch) -> float:
 def _working(batch: MicroBatch) -> float:
     """The most that one block's backward takes beyond what was kept, which it frees as it goes."""
     model, size, D = batch.model, batch.size, batch.model.hidden
-    widths = [4 * D, *(round(model.capacity(layer) * model.expert_width) for layer in model.sparse_layers)]
-    width = max(widths) / batch.tensor
+    width = max([4 * D, *map(model.mlp_width, range(model.depth))]) / batch.tensor
     hidden: float = size * batch.tokens * width
     edge = size * batch.tokens * D
     moments = [size * D * width + edge + hidden]  # of a dense feed-forward: the gradient of w2, and of what it multiplied
-    if routed := sparse_layers(model):
+    if routed := model.routed_layers:
         rows, gated, experts = max(map(batch.rows, routed)), model.expert_activation == "swiglu", model.experts // batch.ep
         width = model.expert_width / batch.tensor
         matrix, edge = size * D * experts * width, size * rows * D
@@ -151,8 +149,3 @@ def _working(batch: MicroBatch) -> float:
         both = (2 + gated) * matrix + 2 * edge + (2 + gated) * hidden
         moments = [combined, activation - edge, both - edge]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
-
-
-def sparse_layers(model: DiTConfig) -> tuple[int, ...]:
-    """Those with experts proper."""
-    return model.sparse_layers if model.routing != "dense" else ()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ditmoe_ds.distributed.engine import read_ds_config
 from ditmoe_ds.distributed.hardware import GPUS
+from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import require_tensor_parallel
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.planning.counting import GATHERED, Count, CountOnMeta

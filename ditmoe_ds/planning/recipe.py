@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ditmoe_ds.distributed.engine import offloads, read_ds_config, zero_settings
+from ditmoe_ds.distributed.settings import offloads, read_ds_config, zero_settings
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.format import Manifest

@@ -15,7 +15,7 @@ Objective = Literal["time", "memory", "gpus"]
 
 def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shape]:
     """Every TP, EP, micro-batch and recomputation that divides, of ``stages``, which say the rest."""
-    experts = max(job.model.experts, 1) if job.model.routing != "dense" else 1
+    experts = job.model.experts if job.model.routed_layers else 1
     for stage in stages:
         for tensor in tensor_sizes(job.model, cluster):
             groups = cluster.world // tensor

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ditmoe_ds.models.dit import Recompute
-from ditmoe_ds.planning.activations import MicroBatch, sparse_layers
+from ditmoe_ds.planning.activations import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def step_traffic(
                 add("gather weights", "alone", 1)
     if ep > 1:
         times = 6 if recompute is True else 4  # forward takes tokens to their experts and back, so does backward, and what is recomputed
-        rows = sum(batch.rows(layer) for layer in sparse_layers(batch.model))
+        rows = sum(map(batch.rows, batch.model.routed_layers))
         sent: float = times * accumulation * size * batch.model.hidden * rows
         near, far = exchange_shares(world, ep, per_node, tensor)
         found.append(Traffic("exchange tokens", "alone", sent * near, sent * far))
@@ -90,7 +90,7 @@ def summed(batch: MicroBatch, recompute: Recompute) -> float:
     layer = (2 * forward + again) * batch.tokens * D
     layer += batch.images * batch.text * D  # the gradient of what k and v of the text come from
     layer += model.qk_norm * (1 + text) * 4 * (D // model.heads)  # those of the weights and biases of q's and k's norms
-    takings = sum(map(batch.rows, sparse_layers(model)))
+    takings = sum(map(batch.rows, model.routed_layers))
     return batch.size * model.depth * layer + 4 * takings  # a taking's weight has a gradient in fp32
 
 

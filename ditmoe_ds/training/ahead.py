@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ditmoe_ds.errors import UserError
 from ditmoe_ds.latents.condition import Conditioner
@@ -57,14 +56,7 @@ class Ahead:
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
-            for tensor in _tensors(batches):
-                tensor.record_stream(current)
+            for leaf in tree_leaves(batches):
+                if isinstance(leaf, torch.Tensor):
+                    leaf.record_stream(current)
         return batches
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple | dict):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(part)

@@ -18,7 +18,8 @@ from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
 from ditmoe_ds.distributed.checkpoint import CheckpointConfig, newest_index
 from ditmoe_ds.distributed.ema import EMAConfig
-from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, offloads, read_ds_config
+from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig
+from ditmoe_ds.distributed.settings import offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
 from ditmoe_ds.distributed.weights import Weights, differently_encoded, open_weights
 from ditmoe_ds.errors import ConfigError
@@ -267,7 +268,7 @@ def check_parallel(parallel: ParallelConfig, model: DiTConfig, world: int) -> No
     if parallel.tensor > 1 and has_biased_experts(model):
         fix = "experts with biases, as upcycled from a dense DiT, are not cut; set 1 and spread them with parallel.expert"
         raise ConfigError("parallel.tensor", parallel.tensor, fix)
-    check_expert_parallel(parallel.expert, model.experts if model.routing != "dense" else 0, world, parallel.tensor)
+    check_expert_parallel(parallel.expert, model.experts if model.routed_layers else 0, world, parallel.tensor)
 
 
 def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1) -> BatchShape:

@@ -78,7 +78,7 @@ class Trainer:
         self.hosts = hosts_of_ranks()
         if world.rank == 0:
             print(describe_placement(self.hosts, group.size, recipe.parallel.tensor), flush=True)
-            if plan.model.experts and plan.model.routing != "dense":
+            if plan.model.routed_layers:
                 dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
                 print(f"experts by {KERNELS[fastest_kernel(world.device, dtype, plan.model.equal_load)]}", flush=True)
         with torch.device("meta"):

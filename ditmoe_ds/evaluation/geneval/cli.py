@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import World
-    from ditmoe_ds.pipelines.run import Run
 
 
 def add_command(kinds: Any) -> None:
@@ -80,7 +79,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     if arguments.run:
         named = arguments.run
         arguments.run = decided(lambda: str(locate(named)))
-        run = agreed(lambda: _open(arguments))
+        run = agreed(lambda: open_for_captions(arguments, arguments.run, "--run"))
         agreed(lambda: scheduled(make_scheduler(run.diffusion), run.diffusion, arguments.steps))
         agreed(lambda: run.pipeline)  # or it says what is missing, before the folder is claimed
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
@@ -103,17 +102,6 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         models = dict(detector=arguments.detector, detector_sha256=tensors_sha256(detector.model))
         models |= dict(clip=arguments.clip, clip_sha256=tensors_sha256(colors.model), limits=limits._asdict())
         _print(report(folder, together, dict(**models, differences=differences(pictures, detector, colors, limits))))
-
-
-def _open(arguments: argparse.Namespace) -> Run:
-    from ditmoe_ds.pipelines.run import open_run
-
-    how = dict(vae=arguments.vae, text_encoder=arguments.text_encoder, dtype=arguments.dtype, offload_experts=arguments.offload_experts)
-    run = open_run(arguments.run, arguments.weights, **how)
-    if run.model.config.num_classes:
-        raise ConfigError("--run", arguments.run, "this model is told classes; the benchmark is for captions")
-    check_told_nothing(run, arguments.guidance)
-    return run
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -1,0 +1,114 @@
+"""DeepSpeed's own settings: the file that a recipe names, and what in it is the recipe's or must stay as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from packaging.version import Version
+from pydantic import ValidationError
+
+from ditmoe_ds.distributed.topology import ParallelConfig
+from ditmoe_ds.errors import ConfigError
+
+SUPPORTED = (Version("0.19.8"), Version("0.20"))
+"""DeepSpeed from, and below: those before apply gradients that are not finite at ZeRO 1 to 3; newer releases are untried."""
+
+
+def offloads(ds_config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory."""
+    return _setting(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
+
+
+OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.global_batch",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.optimizer.grad_clip",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.optimizer.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+"""DeepSpeed settings that the recipe owns, and where."""
+
+FIXED = {
+    "zero_optimization.round_robin_gradients": (
+        False,
+        "DeepSpeed then tells wrongly where a weight's master lies, so that wrong ones are saved",
+    ),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "what stays on the GPU has an optimizer of its own, whose state is not saved"),
+    "zero_optimization.cpu_offload": (False, "write offload_optimizer, with device cpu"),
+    "zero_optimization.cpu_offload_param": (False, "weights on the host were not tried with experts"),
+    "zero_optimization.compute_grad_norm": (True, "it tells of gradients that are not finite"),
+    "managed_gradient_accumulation": (True, "the optimizer would step after every micro-batch"),
+    "zero_optimization.offload_param.device": ("none", "weights on the host were not tried with experts"),
+    "zero_optimization.contiguous_gradients": (True, "DeepSpeed has no other way with experts"),
+    "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way with experts"),
+    "zero_optimization.stage3_module_granularity_threshold": (0, "weights are gathered by layer here"),
+    "zero_optimization.zero_hpz_partition_size": (1, "a second partition in the node is not saved, nor tried"),
+    "torch_autocast.enabled": (False, "train.precision says what is computed in"),
+}
+"""DeepSpeed settings that have to stay as they are here, and why."""
+
+
+def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
+    """Read the DeepSpeed file that the recipe names.
+
+    Raises:
+        ConfigError: no such file, invalid JSON, another ZeRO stage than the recipe's, or a setting the recipe owns.
+    """
+    if not SUPPORTED[0] <= Version(deepspeed.__version__) < SUPPORTED[1]:
+        raise ConfigError(
+            "deepspeed",
+            deepspeed.__version__,
+            f"this code overrides DeepSpeed internals; install {SUPPORTED[0]} <= deepspeed < {SUPPORTED[1]}",
+        )
+    named = Path(parallel.deepspeed.replace("{zero_stage}", str(parallel.zero_stage)))
+    path = next((p for p in (named, Path(__file__).parents[2] / named) if p.is_file()), None)
+    if path is None:
+        raise ConfigError("parallel.deepspeed", str(named), "no such file here or beside the installed package")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError("parallel.deepspeed", str(named), f"not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError("parallel.deepspeed", str(named), "no JSON object of DeepSpeed's settings")
+    for key, value in config.items():
+        if key in OWNED:
+            raise ConfigError("parallel.deepspeed", str(named), f"remove {key!r}; the recipe sets it as {OWNED[key]}")
+        if key in ("zero_optimization", "data_types", "torch_autocast") and not isinstance(value, dict | None):
+            raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: holds settings, in braces")
+    stage = _setting(config, "zero_optimization.stage", 0)
+    if stage != parallel.zero_stage:
+        raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")
+    for key, (allowed, reason) in FIXED.items():
+        if (value := _setting(config, key, allowed)) not in (allowed, None):
+            raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: {reason}; remove it")
+    if stage < 2 and _setting(config, "data_types.grad_accum_dtype", None):
+        fix = f"data_types.grad_accum_dtype: DeepSpeed's stage {stage} cannot; remove it, or take stage 2"
+        raise ConfigError("parallel.deepspeed", str(named), fix)
+    try:
+        zero_settings(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ConfigError("parallel.deepspeed", str(named), f"{place}={json.dumps(first['input'])}: {first['msg']}") from None
+    except AssertionError as error:  # of an old name beside the new one
+        raise ConfigError("parallel.deepspeed", str(named), str(error)) from None
+    return config
+
+
+def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """As DeepSpeed reads its section, with its defaults."""
+    return DeepSpeedZeroConfig(**(config.get("zero_optimization") or {}))
+
+
+def _setting(config: dict[str, Any], key: str, default: Any) -> Any:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        config = config.get(section) or {}
+        if not isinstance(config, dict):
+            return default  # and not valid, which DeepSpeed says
+    return config.get(leaf, default)
