@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -24,7 +25,9 @@ from ditmoe_ds.training.trainer import Trainer
 
 def main():
     world = join()
-    trainer = Trainer(read_plan(sys.argv[2:], world.size), world)
+    with patch.object(deepspeed.comm, "broadcast", wraps=deepspeed.comm.broadcast) as broadcast:
+        trainer = Trainer(read_plan(sys.argv[2:], world.size), world)
+    assert not broadcast.called, "weights without values were sent around"
     trainer.run()
     if trainer.engine.zero_optimization_stage() == 3:
         assert stage3.reduce_scatter_coalesced is zero3.reduce_scatter

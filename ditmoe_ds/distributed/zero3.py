@@ -6,6 +6,8 @@ gathers the weights that stay whole, hundreds of small ones, by a collective eac
 
 And it gathers sets of parameters, which Python orders by their addresses. Where a set has weights of experts and others, which different
 groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here they are sorted.
+
+And it sends every parameter from the first rank to all before it is cut, where ours hold nothing yet.
 """
 
 import math
@@ -32,6 +34,13 @@ def install() -> None:
     AllGatherCoalescedHandle.wait = wait
     Init._allgather_params_coalesced = gather_together
     stage3.reduce_scatter_coalesced = reduce_scatter
+    Init._zero_init_param = cut
+
+
+def cut(init: Any, parameter: Any) -> None:
+    """Keep this rank's part of a parameter, whose values come later."""
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()
 
 
 def gather_in_order(coordinator: Any, parameters: Iterable[Any], forward: bool) -> None:

@@ -91,7 +91,7 @@ class Behind:
 
     def __init__(self, run: Run):
         self.run = run
-        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        self.thread = ThreadPoolExecutor(1, initializer=self._settle, initargs=(torch.get_num_threads(),))
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         self.last: Future[None] | None = None
 
@@ -101,6 +101,12 @@ class Behind:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
         self.last = self.thread.submit(self._finish, latents, paths)
+
+    def _settle(self, threads: int) -> None:
+        """A new thread has as many as there are cores, and the first GPU, where every rank of a host would take memory."""
+        torch.set_num_threads(threads)
+        if self.stream:
+            torch.cuda.set_device(self.run.device)
 
     def _finish(self, latents: Tensor, paths: list[Path]) -> None:
         with torch.cuda.stream(self.stream):
