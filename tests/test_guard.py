@@ -46,6 +46,13 @@ def test_the_first_steps_only_fill_the_memory():
     assert look(watch, 1e4, 1e4)
 
 
+def test_what_was_usual_is_forgotten_after_100_steps():
+    watch = SpikeWatch(6.0)
+    for loss in [100.0] * 30 + [1.0] * 100:
+        look(watch, loss, loss)
+    assert look(watch, 3.0, 3.0).startswith("loss 3.0000 after 1.0000 +- 0.0000")
+
+
 def test_compiled_modules_are_looked_into():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.nn.Linear(4, 4))
     with torch.no_grad():
