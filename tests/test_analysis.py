@@ -224,6 +224,14 @@ def test_permutations_find_what_was_planted_and_nothing_else(axis):
             assert report["p"][0] > 0.05, (axis, other, report)
 
 
+@pytest.mark.parametrize("sides", [(2, 8), (8, 2)])
+def test_grids_need_not_be_square(sides):
+    counted, labels = planted(axis="position")
+    square, told = (informations(counted, of, labels, CLASSES, PERMUTATIONS)["position"].report() for of in ((4, 4), sides))
+    assert told["bits"] == square["bits"] and told["p"] == square["p"]
+    assert told["baseline"] == pytest.approx(square["baseline"], rel=0.3)
+
+
 def test_permutations_are_calibrated_though_images_differ():
     """Tokens of an image prefer its experts. Who permutes tokens finds classes that are none; p of ours is uniform."""
     many = [planted(alike=1.5, seed=seed) for seed in range(40)]
