@@ -148,6 +148,19 @@ def test_euler_follows_a_straight_flow_exactly(x0):
     assert steps_seen == pytest.approx([1000 * (1 - i / 7) for i in range(7)], rel=1e-5)
 
 
+def test_without_a_variance_the_posteriors_is_taken(x0):
+    """Which is the lower end of the range."""
+    config = DiffusionConfig(objective="ddpm")
+
+    def sampled(*variance):
+        def predict(z, t):
+            return torch.cat([z / 2, *(torch.full_like(z, share) for share in variance)], 1)
+
+        return sample(predict, x0, make_scheduler(config, "ddpm"), config, 5, torch.Generator().manual_seed(0))
+
+    assert torch.equal(sampled(), sampled(-1.0)) and not torch.equal(sampled(), sampled(0.0))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_ddpm_samplers_find_the_image_that_the_model_knows(x0, sampler):
     objective = DDPM()
