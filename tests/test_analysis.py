@@ -136,9 +136,12 @@ def test_a_sample_is_noised_alike_in_any_company(latents):
     run = opened(TOKEN)
     every, some = count_takings(run, batch(latents), TIMES), count_takings(run, batch(latents, 7), TIMES)
     assert torch.equal(every.by_time[:7], some.by_time)
+    seen = []
+    run.model.t_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].item()))
     with watched(run.model) as taken:
         first, times = list(noised(run, batch(latents, 7), TIMES, size=3))[-1]
         assert (first, times.tolist()) == (6, [TIMES - 1])
+    assert seen[:TIMES] == [125.0, 375.0, 625.0, 875.0]  # the middle of each of four parts
     assert torch.equal(taken[2].view(3, 16, -1).sum(1), every.by_time[:3, 1, 0])
 
 
