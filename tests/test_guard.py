@@ -40,6 +40,13 @@ def test_a_jump_names_the_worst_micro_batch(threshold):
         assert found is None
 
 
+def test_of_all_ranks_the_worst_is_told(monkeypatch):
+    monkeypatch.setattr(dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(slice(None), [mine, (9.0, "rank 1, t 0")]))
+    watch = SpikeWatch(6.0)
+    assert [look(watch, 1.0, 1.0) for _ in range(20)] == [None] * 20
+    assert look(watch, 7.0, 5.0).endswith("largest, 9.0000, on rank 1, t 0")
+
+
 def test_the_first_steps_only_fill_the_memory():
     watch = SpikeWatch(6.0)
     assert [look(watch, loss, loss) for loss in [1.0] * 10 + [100.0] + [1.0] * 9] == [None] * 20
