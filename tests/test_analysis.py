@@ -136,9 +136,12 @@ def test_a_sample_is_noised_alike_in_any_company(latents):
     run = opened(TOKEN)
     every, some = count_takings(run, batch(latents), TIMES), count_takings(run, batch(latents, 7), TIMES)
     assert torch.equal(every.by_time[:7], some.by_time)
+    seen = []
+    run.model.t_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].item()))
     with watched(run.model) as taken:
         first, times = list(noised(run, batch(latents, 7), TIMES, size=3))[-1]
         assert (first, times.tolist()) == (6, [TIMES - 1])
+    assert seen[:TIMES] == [125.0, 375.0, 625.0, 875.0]  # the middle of each of four parts
     assert torch.equal(taken[2].view(3, 16, -1).sum(1), every.by_time[:3, 1, 0])
 
 
@@ -222,6 +225,14 @@ def test_permutations_find_what_was_planted_and_nothing_else(axis):
             assert report["bits"][0] > 2 * report["baseline_high"][0] and 0.1 < report["share"][0] <= 1
         else:
             assert report["p"][0] > 0.05, (axis, other, report)
+
+
+@pytest.mark.parametrize("sides", [(2, 8), (8, 2)])
+def test_grids_need_not_be_square(sides):
+    counted, labels = planted(axis="position")
+    square, told = (informations(counted, of, labels, CLASSES, PERMUTATIONS)["position"].report() for of in ((4, 4), sides))
+    assert told["bits"] == square["bits"] and told["p"] == square["p"]
+    assert told["baseline"] == pytest.approx(square["baseline"], rel=0.3)
 
 
 def test_permutations_are_calibrated_though_images_differ():

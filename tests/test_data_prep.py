@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,6 +313,12 @@ def test_what_of_the_posterior_is_stored(inputs, tmp_path, store, dtype):
             torch.testing.assert_close(tensors["std"].float(), std[0], **close)
     keys = {split: {sample.key.removesuffix("-flip") for sample in samples(out, split)} for split in ("train", "val")}
     assert not keys["train"] & keys["val"]
+
+
+def test_decoding_undoes_the_scaling_and_rounds():
+    vae = SimpleNamespace(device="cpu", dtype=torch.float32, decode=lambda latents, return_dict: [latents])
+    shades = torch.tensor([0, 0.6, 99.6, 100.4, 254.6, 300]).expand(1, 3, 1, 6) / 127.5 - 1
+    assert decode(vae, (shades - 0.25) * 0.5, 0.5, 0.25)[0, 0, :, 0].tolist() == [0, 1, 100, 100, 255, 255]
 
 
 @pytest.mark.parametrize("kind", ["dc", "tiny"])

@@ -72,7 +72,7 @@ def test_rectified_flow_loss(x0):
 
 def test_ddpm_tables_are_diffusers(x0):
     objective, scheduler = DDPM(), DDPMScheduler(1000, 1e-4, 2e-2, "linear", variance_type="fixed_small_log")
-    d, t = draws(), torch.tensor([0.0, 0.0004, 0.25, 0.5, 0.75, 0.9995])
+    d, t = draws(), torch.tensor([0.0, 0.0007, 0.25, 0.5, 0.75, 0.9995])
     seen = {}
     objective.loss(lambda z, s: seen.update(z=z, s=s) or torch.zeros_like(z), x0, t, d.noise)
     assert seen["s"].tolist() == [0, 0, 250, 500, 750, 999]
@@ -88,12 +88,38 @@ def test_ddpm_bound_is_zero_for_the_true_posterior_and_spares_the_mean(x0):
     def predict(share):
         return lambda z, s: torch.cat([eps, share * torch.ones_like(x0)], 1)
 
-    eps = d.noise.clone().requires_grad_()
+    eps = d.noise
     exact = objective.loss(predict(-1.0), x0, t, d.noise)  # share -1: the posterior variance
     assert exact.abs().max() < 1e-4
     assert (objective.loss(predict(1.0), x0, t, d.noise) > exact).all()
-    (objective.loss(predict(0.3), x0, t, d.noise).sum()).backward()
-    assert eps.grad.abs().max() < 1e-6  # at the true noise MSE is flat, and the bound must not reach the mean
+    eps = (d.noise / 2).requires_grad_()  # where the bound has a slope
+    with_bound, alone = (objective.loss(out, x0, t, d.noise).sum() for out in (predict(0.3), lambda z, s: eps))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, eps)[0] for loss in (with_bound, alone)))
+
+
+@pytest.mark.parametrize("step", [0, 1, 500])
+def test_ddpm_bound_by_torchs_distributions(x0, step):
+    """In bits: the likelihood of the image at step 0, else the divergence from the true posterior."""
+    objective, d, x0 = DDPM(), draws(), 0.9 * x0.tanh()  # no pixel in the outer bins
+    scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear")
+    beta, bar, at = scheduler.betas[step], scheduler.alphas_cumprod[step], torch.full((6,), step)
+    before = scheduler.alphas_cumprod[step - 1] if step else torch.tensor(1.0)
+    small, large = scheduler._get_variance(max(step, 1), variance_type="fixed_small").log(), beta.log()
+    eps, z = 0.9 * d.noise, scheduler.add_noise(x0, d.noise, at)
+    width = ((0.65 * large + 0.35 * small) / 2).exp()
+
+    def posterior(image):
+        return (before.sqrt() * beta * image + (1 - beta).sqrt() * (1 - before) * z) / (1 - bar)
+
+    made = torch.distributions.Normal(posterior((z - (1 - bar).sqrt() * eps) / bar.sqrt()), width)
+    if step:
+        nats = torch.distributions.kl_divergence(torch.distributions.Normal(posterior(x0), (small / 2).exp()), made)
+    else:
+        nats = -(made.cdf(x0 + 1 / 255) - made.cdf(x0 - 1 / 255)).log()
+    t = (at + 0.5) / 1000
+    bound = objective.loss(lambda z, s: torch.cat([eps, torch.full_like(z, 0.3)], 1), x0, t, d.noise)
+    bound -= objective.loss(lambda z, s: eps, x0, t, d.noise)
+    torch.testing.assert_close(bound, nats.mean((1, 2, 3)) / math.log(2), rtol=1e-3, atol=1e-4)
 
 
 def test_gaussian_kl_is_torchs():
@@ -120,6 +146,19 @@ def test_euler_follows_a_straight_flow_exactly(x0):
     out = sample(predict, noise, make_scheduler(DiffusionConfig()), DiffusionConfig(), 7)
     torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-5)
     assert steps_seen == pytest.approx([1000 * (1 - i / 7) for i in range(7)], rel=1e-5)
+
+
+def test_without_a_variance_the_posteriors_is_taken(x0):
+    """Which is the lower end of the range."""
+    config = DiffusionConfig(objective="ddpm")
+
+    def sampled(*variance):
+        def predict(z, t):
+            return torch.cat([z / 2, *(torch.full_like(z, share) for share in variance)], 1)
+
+        return sample(predict, x0, make_scheduler(config, "ddpm"), config, 5, torch.Generator().manual_seed(0))
+
+    assert torch.equal(sampled(), sampled(-1.0)) and not torch.equal(sampled(), sampled(0.0))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -185,6 +185,8 @@ def test_rotation_knows_distances_only():
     torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3])
     assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) > 1e-3
     torch.testing.assert_close(rotate(q, angles[None]).norm(dim=-1), q.norm(dim=-1))
+    omega = [10000 ** (-i / 2) for i in range(2)]
+    assert angles[2 * 5 + 3].tolist() == pytest.approx([place * w for place in (3, 2) for w in omega])  # row 2, column 3
     from_first = products[0, 0]  # a row further and a column further are each a distance of their own
     assert len({round(value, 4) for value in from_first.flatten().tolist()}) == from_first.numel()
 

@@ -296,6 +296,10 @@ def test_clip_sees_what_its_processor_shows(clip, tmp_path):
     for shown in (images, images.transpose(1, 2)):
         theirs = transformers.CLIPImageProcessor.from_pretrained(clip)(images=list(shown.numpy()), return_tensors="pt")["pixel_values"]
         assert (Look.of_processor(str(clip))(shown) - theirs).abs().max() < 0.05
+    edge = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    edge[:, 4:] = 255
+    seen = Look(16, [0.0] * 3, [1.0] * 3)(edge)
+    assert (seen.min(), seen.max()) == (0, 1)  # pixels have no values beyond, where a bicubic kernel swings over
 
 
 def test_a_clip_is_no_other_model_of_transformers(clip):

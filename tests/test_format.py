@@ -181,12 +181,14 @@ def test_forged_headers(whole, name, size, kind, member):
             assert name.partition(".")[2] == found.name.partition(".")[2]
 
 
-def test_an_index_that_asks_for_the_world(whole):
-    _, tar, _, _, path = whole
+def test_an_index_that_asks_for_the_world(whole, monkeypatch):
+    _, tar, index, _, path = whole
     for starts in ([0, SAMPLE_LIMIT + 1], [0, 2**62], [-5, 10], [4, 4], [7, 3], [[0, 1]], [0.0, 512.0], []):
         stream = io.BytesIO()
         np.save(stream, np.array(starts, dtype=None if starts else np.int64))
         assert not any(outcome(whole, tar, stream.getvalue()))
+    monkeypatch.setattr("ditmoe_ds.latents.format.SAMPLE_LIMIT", 1000)  # no sample is so small
+    assert not any(outcome(whole, tar, index))
     huge = io.BytesIO()
     np.lib.format.write_array_header_1_0(huge, dict(descr="<i8", fortran_order=False, shape=(1 << 60,)))
     assert outcome(whole, tar, huge.getvalue()) == []

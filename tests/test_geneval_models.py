@@ -23,8 +23,9 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.evaluation.extractors import tensors_sha256
 from ditmoe_ds.evaluation.geneval.colors import ColorClassifier, crop
 from ditmoe_ds.evaluation.geneval.detectors import Instances, _instance, _plain, open_detector
+from ditmoe_ds.evaluation.geneval.folder import read_folder, score
 from ditmoe_ds.evaluation.geneval.prompts import COLORS
-from ditmoe_ds.evaluation.geneval.scorer import Detected
+from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits
 from ditmoe_ds.latents.format import weights_sha256
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.pipelines.run import open_run
@@ -333,6 +334,13 @@ def test_scores_of_a_folder(run, made, models, capsys):
     assert found["clip_sha256"] == tensors_sha256(clip) != found["detector_sha256"]
     for name in ("geneval.json", "geneval.jsonl"):
         (made / name).unlink()
+
+
+def test_a_detector_is_asked_for_all_that_may_count(made):
+    """Also where counting wants less than the other tasks."""
+    asked = set()
+    score(made, read_folder(made), lambda image, names, threshold: asked.add(threshold) or {}, list, Limits(0.5, counting=0.2))
+    assert asked == {0.2}
 
 
 def test_large_models_are_made_smaller(run, tmp_path):

@@ -40,10 +40,24 @@ def test_a_jump_names_the_worst_micro_batch(threshold):
         assert found is None
 
 
+def test_of_all_ranks_the_worst_is_told(monkeypatch):
+    monkeypatch.setattr(dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(slice(None), [mine, (9.0, "rank 1, t 0")]))
+    watch = SpikeWatch(6.0)
+    assert [look(watch, 1.0, 1.0) for _ in range(20)] == [None] * 20
+    assert look(watch, 7.0, 5.0).endswith("largest, 9.0000, on rank 1, t 0")
+
+
 def test_the_first_steps_only_fill_the_memory():
     watch = SpikeWatch(6.0)
     assert [look(watch, loss, loss) for loss in [1.0] * 10 + [100.0] + [1.0] * 9] == [None] * 20
     assert look(watch, 1e4, 1e4)
+
+
+def test_what_was_usual_is_forgotten_after_100_steps():
+    watch = SpikeWatch(6.0)
+    for loss in [100.0] * 30 + [1.0] * 100:
+        look(watch, loss, loss)
+    assert look(watch, 3.0, 3.0).startswith("loss 3.0000 after 1.0000 +- 0.0000")
 
 
 def test_compiled_modules_are_looked_into():

@@ -18,7 +18,7 @@ from latents import write_latents
 from processes import ROOT, Ranks, launch, losses, until_step
 
 from ditmoe_ds.distributed import lookout
-from ditmoe_ds.distributed.topology import describe_placement, join, on_all_ranks
+from ditmoe_ds.distributed.topology import check_expert_parallel, describe_placement, join, on_all_ranks, take_place_from_srun
 from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.launching.restarts import should_restart
 from ditmoe_ds.training.interruption import MARKER, mark
@@ -157,6 +157,20 @@ def test_tasks_that_see_a_gpu_each_are_told_before_they_wait_for_each_other(monk
     assert on_all_ranks(lambda _: None) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: 4 processes on node1, but each sees 1 GPUs: ") if local == "0" else not said
+
+
+def test_the_port_of_any_job_is_one(monkeypatch):
+    """Numbers of jobs reach millions, ports 65535."""
+    slurm = dict(SLURM_NTASKS="8", SLURM_PROCID="3", SLURM_LOCALID="3", SLURM_JOB_ID="1234567", SLURM_LAUNCH_NODE_IPADDR="10.0.0.1")
+    monkeypatch.setattr(os, "environ", slurm)
+    take_place_from_srun()
+    assert (os.environ["RANK"], os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("3", "10.0.0.1", "34567")
+
+
+@pytest.mark.parametrize("expert, experts, world, tensor", [(4, 8, 6, 1), (3, 8, 6, 1), (4, 8, 8, 4)])
+def test_expert_groups_divide_experts_and_ranks(expert, experts, world, tensor):
+    with pytest.raises(ConfigError, match=r"here one of \[1, 2\]"):
+        check_expert_parallel(expert, experts, world, tensor)
 
 
 def test_a_run_directory_holds_one_training_at_a_time(tmp_path, capsys):

@@ -52,6 +52,14 @@ def test_the_count_is_the_models(config):
     assert describe(config)["total"] == sum(p.numel() for p in model.parameters()) + config.tokens * config.hidden
 
 
+def test_heads_are_the_published():
+    """No count of parameters tells them."""
+    heads = {"S": 6, "B": 12, "L": 16, "XL": 16, "G": 16}
+    assert {size: named_config(f"DiT-MoE-{size}/2-8E2A").heads for size in heads} == heads
+    heads = {"XL": (18, 6), "XXL": (24, 6), "3XL": (36, 6), "M": (48, 12)}
+    assert {size: ((found := named_config(f"EC-DIT-{size}-8E")).heads, found.kv_heads) for size in heads} == heads
+
+
 @pytest.mark.parametrize(
     "name", ["DiT-MoE-XL/2", "DiT-XL/2-8E2A", "DiT-MoE-XXL/2-8E2A", "DiT-MoE-S/3-8E2A", "DiT-MoE-S/2-8E9A", "SiT-XL/2"]
 )
@@ -116,7 +124,8 @@ def test_every_matrix_is_its_own_draw():
     assert not torch.equal(model.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
     router = model.blocks[0].mlp.deepspeed_moe.gate.weight
     assert 0.5 / math.sqrt(32) < router.abs().max() <= 1 / math.sqrt(32)
-    assert model.y_embed.table.weight.std() == pytest.approx(0.02, rel=0.2)
+    for weight in (model.y_embed.table.weight, model.t_embed.mlp[0].weight, model.t_embed.mlp[2].weight):
+        assert weight.std() == pytest.approx(0.02, rel=0.2)
 
 
 def test_position_table_matches_its_formula():

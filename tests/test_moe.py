@@ -18,7 +18,7 @@ from ditmoe_ds.moe import experts as experts_of
 from ditmoe_ds.moe import rows as rows_of
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, fastest_kernel
 from ditmoe_ds.moe.layer import MoE, Router
-from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice
+from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, room, token_choice
 from ditmoe_ds.moe.rows import activate
 
 T, E, D = 50, 5, 16
@@ -146,6 +146,10 @@ def test_capacity_drops_the_last_second_choices_first():
     assert assignment.counts.tolist() == [2, 2]
     assert assignment.tokens.tolist() == [0, 1, 2, 0]  # expert 0: first choices of 0, 1 (3 is too late); 1: 2, then 0's second
     assert assignment.weights.tolist() == pytest.approx([0.6, 0.7, 0.8, 0.4])
+
+
+def test_a_capacity_is_rounded_up():
+    assert [room(tokens, 4, 1.0) for tokens in (1, 8, 9, 10)] == [1, 2, 3, 3] and room(3, 4, 8.0) == 3
 
 
 def test_enough_capacity_drops_nothing():

@@ -249,17 +249,17 @@ def test_the_halves_do_not_compete(config):
 
 @pytest.mark.parametrize("channels", [None, 2])
 def test_guidance_within_an_interval(runs, channels):
-    """By hand: Euler steps, of which those with 0.3 <= t <= 0.7 are guided, in all channels or the first two."""
+    """By hand: Euler steps, of which those with 0.5 <= t <= 0.8 are guided, in all channels or the first two."""
     pipe = pipe_of(runs, "flow")
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    where = dict(guidance_interval=(0.3, 0.7), guided_channels=channels)
+    where = dict(guidance_interval=(0.5, 0.8), guided_channels=channels)
     out = pipe([0, 1], num_inference_steps=5, guidance_scale=4.0, **where, latents=z, output_type="latent").images
     times = torch.linspace(1, 0, 6)
     times = 1.7 * times / (1 + 0.7 * times)
     inside = 0
     with torch.no_grad():
         for now, then in pairwise(times):
-            scale = 4.0 if 0.3 <= now <= 0.7 else 1.0
+            scale = 4.0 if 0.5 <= now <= 0.8 else 1.0
             inside += scale == 4.0
             cond, none = (pipe.transformer(z, (now * 1000).expand(2), y=torch.tensor(y))[:, :4] for y in ([0, 1], [3, 3]))
             cond[:, :channels] = (none + scale * (cond - none))[:, :channels]

@@ -234,6 +234,7 @@ def test_time_by_hand():
     job = Job(SPARSE, 16, 0, "bf16", global_batch=8, steps=86400, averages=1)
     plan = Plan(job, Cluster(gpu, 2, 2), Shape(2, 2, 2, False), Assumptions(mfu=0.5, overlap=0.5, link=0.5))
     assert plan.seconds["arithmetic"] == pytest.approx(plan.flops / 50e12)
+    assert replace(plan, job=replace(job, precision="fp32")).seconds["arithmetic"] == pytest.approx(plan.flops / 25e12)
     flows = {flow.kind: flow for flow in plan.traffic}
     assert plan.seconds["exchange"] == pytest.approx(flows["exchange tokens"].in_node / 5e9)
     waits = [max(f.in_node / 5e9, f.across / 0.5e9) for f in plan.traffic if f.kind != "exchange tokens"]

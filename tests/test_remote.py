@@ -110,6 +110,19 @@ def test_the_cache_stays_within_its_bound(folder, url, tmp_path):
     assert all(torch.equal(dataset[i].latent, first[i]) for i in range(20)), "a shard that had to go is fetched again"
 
 
+def test_the_longest_unused_goes_first(folder, url, tmp_path):
+    shards = Manifest.load(url).splits.train.shards
+    cache = remote.Cache(tmp_path / "cache", int(2.5 * shards[0].bytes))
+
+    def get(number):
+        return cache.file(f"{url}/{shards[number].name}", f"{number:032}.tar", lambda path: None)
+
+    os.utime(get(0), (1, 1))
+    os.utime(get(1), (2, 2))
+    get(0)
+    assert {*map(get, (0, 2))} == {*(tmp_path / "cache").glob("*.tar")}
+
+
 def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
     manifest = Manifest.load(url)
     dataset = LatentDataset([manifest], "train", cache=remote.Cache(tmp_path / "cache", 10**9))

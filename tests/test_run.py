@@ -18,14 +18,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ditmoe_ds import config
 from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.cli import main
+from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.tensorfile import TensorFile
 from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.latents.condition import Classes
+from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.pipelines.run import open_run
+from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training.callbacks import MetricsWriter, _flat
-from ditmoe_ds.training.recipe import Recipe
+from ditmoe_ds.training.recipe import Recipe, read_plan
+from ditmoe_ds.training.step import Preparation
 
 STEPS = 8
 
@@ -59,7 +64,7 @@ def recipe(folder):
                     global_batch=8,
                     accumulation=2,
                     precision="fp32",
-                    optimizer=dict(lr=1e-3, grad_clip=0.5, warmup_steps=5),
+                    optimizer=dict(lr=1e-3, beta1=0.8, beta2=0.95, eps=1e-5, weight_decay=0.1, grad_clip=0.5, warmup_steps=5),
                     validate_every=4,
                     validate_samples=7,
                     sample_every=4,
@@ -115,6 +120,7 @@ def test_the_run_directory_describes_itself(straight, recipe):
         assert {"loss", "balance_loss", "grad_norm", "lr", "images_per_s"} <= set(record)
         assert all(len(record["router"][key]) == 2 for key in ("cv", "dead", "entropy", "max_over_mean"))
         assert record["balance_loss"] >= 2 * 0.005 * 0.99
+        assert record["epoch"] == record["step"] * 8 / 44
     assert [r["lr"] for r in records] == pytest.approx([1e-3 * min(1, i / 6) for i in range(1, STEPS + 1)])
     assert [len(r["val_loss_at_t"]) for r in records if "val_loss" in r] == [8, 8]
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -200,6 +206,59 @@ def test_ema_is_the_average_of_the_weights(straight, decay):
     for name, value in average.items():
         torch.testing.assert_close(saved[f"ema_{decay}", name].double(), value, rtol=1e-5, atol=1e-7)
     assert any(not torch.equal(saved[f"ema_{decay}", name], saved["master", name]) for name in average)
+
+
+def test_each_step_is_adamws_by_the_recipe(straight, recipe):
+    """What the gradient was, its moving average tells."""
+    its = config.load(Recipe, recipe).train.optimizer
+    model = DiT(config.build(DiTConfig, checkpoint.Reader(straight[0] / "checkpoints" / "step_00000001").index["model"]))
+    init_weights(model, seed=0)
+    before = {("master", name): parameter.detach().flatten() for name, parameter in model.named_parameters()}
+    before |= {(kind, name): torch.zeros_like(before["master", name]) for kind in ("exp_avg", "exp_avg_sq") for _, name in [*before]}
+    for record in metrics(straight[0]):
+        step, after, squares = record["step"], tensors(straight[0], record["step"]), 0.0
+        for name, _ in model.named_parameters():
+            mean, square, master = (after[kind, name].double() for kind in ("exp_avg", "exp_avg_sq", "master"))
+            gradient = (mean - its.beta1 * before["exp_avg", name]) / (1 - its.beta1)
+            squares += gradient.square().sum()
+            wanted = its.beta2 * before["exp_avg_sq", name] + (1 - its.beta2) * gradient.square()
+            torch.testing.assert_close(square, wanted, rtol=1e-3, atol=1e-12)
+            move = mean / (1 - its.beta1**step) / ((square / (1 - its.beta2**step)).sqrt() + its.eps)
+            wanted = before["master", name] * (1 - record["lr"] * its.weight_decay) - record["lr"] * move
+            torch.testing.assert_close(master, wanted, rtol=1e-6, atol=1e-7)
+        assert squares.sqrt() == pytest.approx(min(record["grad_norm"], its.grad_clip), rel=1e-3)
+        before = after
+    assert max(record["grad_norm"] for record in metrics(straight[0])) > its.grad_clip
+
+
+def test_the_first_step_is_of_what_the_recipe_draws(straight, recipe):
+    """A new model predicts 0, so that its loss is the target's square. Later the row of no class is learned, too."""
+    plan = read_plan([str(recipe), f"run_dir={straight[0]}-unused"], 2)
+    told = plan.recipe
+    prepare = Preparation(0, make_objective(told.diffusion), Classes(10), told.diffusion.condition_dropout, told.data.flip, 0.0, 2)
+    shared = dict(seed=0, global_batch=8, accumulation=1, rank=0, world=1, prepare=prepare)
+    loader = LatentLoader(told.data.open(plan.manifests, "train"), told.data, **shared)
+    batch = next(loader)
+    loader.close()
+    assert metrics(straight[0])[0]["loss"] == pytest.approx((batch.noise - batch.latents).square().mean().item(), rel=1e-5)
+    assert tensors(straight[0], STEPS)["exp_avg", "y_embed.table.weight"].view(11, -1)[10].any()
+
+
+def test_validation_is_by_the_average_at_fixed_times(straight, recipe):
+    plan, run = read_plan([str(recipe), f"run_dir={straight[0]}-unused"], 2), open_run(straight[0])
+    heldout, objective = plan.open_heldout(), make_objective(run.diffusion)
+    x0, labels, _, samples, *_ = heldout.batch(heldout.spread(7))
+    for k, loss in enumerate(metrics(straight[0])[-1]["val_loss_at_t"]):
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=keyed_generator("validation", i, k)) for i in samples.tolist()])
+        with torch.no_grad():
+            ours = objective.loss(lambda z, s: run.model(z, s, y=labels), x0, torch.full((7,), (k + 0.5) / 8), noise)
+        assert loss == pytest.approx(ours.mean().item(), rel=1e-5)
+
+
+def test_a_sample_grid_is_what_is_sampled(straight):
+    picture = np.array(Image.open(straight[0] / "samples" / f"step_{STEPS:08d}.png")).astype(int)
+    for i, image in enumerate(open_run(straight[0]).sample([0, 1, 2, 3, 4], steps=4, guidance=2.0).numpy()):
+        assert np.abs(picture[:, 34 * i : 34 * i + 32] - image).max() <= 1
 
 
 def test_another_model_is_refused(straight, folder, recipe):

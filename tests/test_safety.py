@@ -194,6 +194,15 @@ def test_a_new_checkpoint_stays_whatever_lies_there(allowed, alone, tmp_path, mo
     assert ("cannot be deleted (Operation not permitted)" in capsys.readouterr().out) != allowed
 
 
+def test_which_checkpoints_are_kept(alone, tmp_path):
+    saver = checkpoint.Saver(tmp_path, checkpoint.CheckpointConfig(keep=2, keep_every=4))
+    for step in range(1, 11):
+        (tmp_path / f"step_{step:08d}.partial").mkdir()
+        (tmp_path / f"step_{step:08d}.partial" / "rank_00000.safetensors").write_bytes(b"some")
+        saver._publish(tmp_path / f"step_{step:08d}.partial", dict(step=step), [(4, [])])
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*")) == [4, 8, 9, 10]
+
+
 def test_a_run_that_stops_by_itself_finishes_its_checkpoint():
     finished = []
 

@@ -149,11 +149,12 @@ def test_an_array_encodes_and_can_be_finalized(slurm, inputs, tmp_path):
 
 def test_a_filled_in_script_is_the_plain_one_with_its_arguments():
     plain = (SCRIPTS / "train.sbatch").read_text()
-    text = fill_in(plain, {"nodes": 4, "signal": "USR1@60", "account": None}, {"MAX_RESTARTS": "1"}, ["a recipe.yaml", "run; rm -rf /"])
+    text = fill_in(plain, {"nodes": 4, "signal": "USR1@60", "account": None}, {"IN": "sif $x"}, ["a recipe.yaml", "run; rm -rf /"])
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
     assert "#SBATCH --nodes=4" in lines
     assert [line for line in lines if "--signal" in line] == ["#SBATCH --signal=USR1@60"]
+    assert "export IN='sif $x'" in lines
     assert "set -- 'a recipe.yaml' 'run; rm -rf /'" in lines
     first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])

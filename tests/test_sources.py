@@ -20,6 +20,7 @@ from processes import ROOT
 from data_prep.ahead import ahead
 from data_prep.cli import main
 from data_prep.finalize import finalize
+from data_prep.images import crop
 from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source, safe_key
 from ditmoe_ds.errors import ConfigError, DataError
@@ -264,6 +265,17 @@ def test_images_that_cannot_be_used_have_a_reason(monkeypatch):
     words = ["truncated", "empty file", "not an image", "more than 8 bits", "DecompressionBomb", "too narrow", "not an image"]
     assert [word for word, reason in zip(words, reasons) if word not in reason] == []
     assert reasons == decode_images(images, [(16, 16)])[1:]
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_images_are_resized_as_adm_does(turn):
+    """For 32 pixels 100 x 64 is halved, 100 x 80 halved and made 40 x 32; then the middle."""
+    for size, half, small in (((100, 64), (50, 32), (50, 32)), ((100, 80), (50, 40), (40, 32))):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-turn], 3), np.uint8))
+        by_hand = image.resize(half[::turn], Image.Resampling.BOX).resize(small[::turn], Image.Resampling.BICUBIC)
+        first = (small[0] - 32) // 2
+        wanted = np.array(by_hand)[:, first : first + 32] if turn == 1 else np.array(by_hand)[first : first + 32]
+        assert np.array_equal(crop(image, [(32, 32)]), wanted)
 
 
 def test_transparent_pixels_are_white():

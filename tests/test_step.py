@@ -1,7 +1,12 @@
 """What a training step is given: chance by (seed, epoch, sample), conditions, masks; and what its loss counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
+from models import SPARSE, random_weights
+from torch.nn.functional import linear
 
 from ditmoe_ds.diffusion.noise import kept_patches
 from ditmoe_ds.diffusion.objectives import DDPM, DiffusionConfig, RectifiedFlow
@@ -9,8 +14,11 @@ from ditmoe_ds.diffusion.sampling import make_scheduler, sample
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.condition import Captions, Classes, Texts, padded
 from ditmoe_ds.latents.loader import Batch
+from ditmoe_ds.moe.layer import Router
+from ditmoe_ds.moe.routing import RouterConfig
+from ditmoe_ds.pipelines.run import load_model
 from ditmoe_ds.training.ahead import Ahead
-from ditmoe_ds.training.step import Preparation, pixels_of, router_metrics
+from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, pixels_of, router_metrics
 
 COUNT = 2000
 EMPTY = torch.full((1, 3), -1.0).bfloat16()
@@ -38,6 +46,14 @@ def test_classes_are_dropped_for_guidance():
     assert 0 < (again & dropped).sum() < 0.3 * dropped.sum(), "each epoch drops others"
 
 
+@pytest.mark.parametrize("objective", [RectifiedFlow(1000.0), DDPM()])
+def test_time_dropout_and_flip_say_nothing_of_each_other(objective):
+    slope = torch.arange(6.0).expand(COUNT, 1, 4, 6)
+    found = Preparation(5, objective, Classes(10), 0.5, True, 0.0, patch=2)(batch()._replace(latents=slope))
+    chances = torch.stack([found.times, (found.condition["y"] == 10).float(), (found.latents[:, 0, 0, 0] == 5).float()])
+    assert (chances.corrcoef() - torch.eye(3)).abs().max() < 0.1
+
+
 def test_texts_are_dropped_like_classes():
     dropped = (prepare(Classes(10))(batch()).condition["y"] == 10).tolist()
     condition = prepare(Texts(EMPTY))(batch()).condition
@@ -63,6 +79,7 @@ def test_masks_are_drawn_anew_for_each_visit():
     assert torch.equal(keep, prepare(Classes(10), mask_ratio=0.5)(batch()).keep)
     assert not torch.equal(keep, prepare(Classes(10), mask_ratio=0.5)(batch(epoch=1)).keep)
     assert torch.equal(keep, kept_patches(5, batch().epochs, batch().samples, 6, 3))
+    assert prepare(Classes(10), mask_ratio=0.3)(batch()).keep.shape == (COUNT, 4)  # 1.8 of 6 are left out, rounded
     # nothing else is drawn otherwise
     assert torch.equal(prepare(Classes(10), mask_ratio=0.5)(batch()).noise, whole.noise)
 
@@ -106,10 +123,38 @@ def test_a_time_shift_moves_training_and_sampling():
     torch.testing.assert_close(plain.times, flow.shifted(shifted.times))
 
 
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_loss_is_the_sum_of_its_parts(scope, monkeypatch):
+    """Of both layers with experts: the balance of what was chosen, here or anywhere, and the router's z-loss."""
+    config = replace(SPARSE, router=RouterConfig(balance_alpha=0.3, balance_scope=scope, z_alpha=0.2))
+    net, logits = load_model(random_weights(config)[1]), []
+    for module in net.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, args, out: logits.append(linear(args[0], module.weight).flatten(0, 1)))
+
+    def with_another_rank(counts):
+        counts[:, 1] += 50  # takings of its tokens, all by the second expert
+
+    monkeypatch.setattr(dist, "all_reduce", with_another_rank)
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 8, 8)
+    micro = Prepared(x0, dict(y=torch.tensor([0, 1, 2])), torch.rand(3), noise, torch.arange(3), None)
+    found = compute_loss(net, RectifiedFlow(1000.0), micro, config)
+    balance = z = 0.0
+    for layer in logits:
+        chosen = layer.topk(2).indices.flatten().bincount(minlength=4) + torch.tensor([0, 50 * (scope == "global"), 0, 0])
+        balance += 0.3 * 4 * (chosen / chosen.sum() * layer.softmax(1).mean(0)).sum()
+        z += 0.2 * layer.logsumexp(1).square().mean()
+    assert len(logits) == 2
+    torch.testing.assert_close(torch.stack([found.balance, found.z]), torch.stack([balance, z]))
+    torch.testing.assert_close(found.total, found.diffusion + balance + z)
+
+
 def test_router_metrics_of_tokens():
     found = router_metrics(torch.tensor([[4, 4], [8, 0]]), torch.tensor([[2, 4, 2], [0, 8, 0]]))
     assert found["untaken"] == [0.25, 0] and found["takers_std"] == [pytest.approx(0.5**0.5, abs=1e-6), 0]
-    assert found["dead"] == [0, 0.5] and found["max_over_mean"] == [1, 2]
+    assert found["dead"] == [0, 0.5] and found["max_over_mean"] == [1, 2] and found["cv"] == [0, 1]
+    assert router_metrics(torch.tensor([[4, 4, 4, 4], [8, 8, 0, 0]]), torch.ones(2, 5))["entropy"] == [1, 0.5]
 
 
 class Lengths:

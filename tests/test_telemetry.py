@@ -40,6 +40,18 @@ def test_flops_are_those_of_the_shapes_that_the_network_saw(kept):
     assert 0.1 < speed["peak_memory_gb"] < 100
 
 
+def test_mfu_is_of_the_devices_peak_in_bf16(monkeypatch):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+    latents = torch.zeros(3, 4, 8, 8).as_subclass(OnGpu)
+    batch = Prepared(latents, dict(text=torch.zeros(3, 5, 12)), torch.zeros(3), latents, torch.arange(3), None)
+    speed, other = (throughput(MODEL, [batch], seconds=2.0, world=1, bf16=bf16, recompute=False) for bf16 in (True, False))
+    assert speed["mfu"] == pytest.approx(speed["tflops"] / 756) and speed["peak_memory_gb"] == 3 and "mfu" not in other
+
+
 def test_a_run_says_where_its_time_goes_and_leaves_a_trace(tmp_path):
     latents = write_latents(tmp_path / "latents", train=64)
     run_dir = tmp_path / "run"

@@ -253,6 +253,8 @@ def test_maps_of_compute(online, tmp_path):
     assert Image.open(tmp_path / "adaptive_time.png").size == (4 * 16 + 3 * 2, 2 * 32 + 2)
     _, takers = sample_with_takers(open_run(online), ["a", "b"], steps=3, guidance=2.0)
     assert takers.shape == (2, 3, 2, 4, 2) and (takers.sum((3, 4)) == 16).all()
+    _, unguided = sample_with_takers(open_run(online), ["a", "b"], steps=3, guidance=1.0)
+    assert torch.equal(takers[:, 0], unguided[:, 0]), "of the images that were asked for, not of those of nothing"
     assert main(["analyze", str(online), "--out", str(tmp_path)]) == 0
     shares = json.loads((tmp_path / "routing.json").read_text())["share"]
     assert shares.keys() == {"timestep", "position"} and np.allclose(shares["timestep"], 0.25)

@@ -47,8 +47,13 @@ def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
     assert main(["verify", str(encoded), "--sheet", str(tmp_path / "a.png")]) == 0
     manifest = Manifest.load(encoded)
     count = min(manifest.splits.val.samples, 16)
-    assert f"{tmp_path / 'a.png'}: 8 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'a.png'}: 8 images" in said
     assert Image.open(tmp_path / "a.png").size == (8 * 18 - 2, -(-count // 8) * 36 - 2)
+    images, after = np.array(Image.open(tmp_path / "a.png")).astype(float)[[[*range(16)], [*range(18, 34)]]]
+    errors = [np.square((images - after)[:, 18 * i : 18 * i + 16]).mean() for i in range(count)]
+    psnr = np.mean([10 * np.log10(255**2 / error) for error in errors])
+    assert abs(float(said.split("PSNR ")[1].split()[0]) - psnr) < 0.06
     assert main(["verify", str(encoded), "--sheet", str(tmp_path / "b.png"), "--source", "sample:digits"]) == 2
     assert_one_line(capsys.readouterr().err, "sample:digits", "no image of key")
     assert main(["inspect", str(encoded)]) == 0

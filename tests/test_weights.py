@@ -8,6 +8,7 @@ import torch
 from models import random_weights
 from safetensors.torch import load_file, save_file
 
+from ditmoe_ds.distributed import tensorfile
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
@@ -87,6 +88,13 @@ def test_a_bad_file_is_refused(tmp_path, how):
         TensorFile(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         TensorFile(tmp_path / "nothing")
+
+
+def test_a_header_of_any_length_is_not_read(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(4)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(tensorfile, "MAX_HEADER", 50)
+    with pytest.raises(CheckpointError, match="a header of"):
+        TensorFile(tmp_path / "a.safetensors")
 
 
 def test_a_file_cut_while_open_is_refused(tmp_path):
