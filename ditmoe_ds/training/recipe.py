@@ -297,7 +297,7 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
 def begun_on(recipe: Recipe, processes: int) -> int:
     """Processes for which the recipe's accumulation was chosen: those that a run began on, unless the recipe now cuts another way."""
     saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
-    if saved is None or "processes" not in saved:
+    if saved is None:
         return processes
     before = saved["recipe"]["train"]
     same = all(before[key] == getattr(recipe.train, key) for key in ("global_batch", "accumulation"))

@@ -283,12 +283,13 @@ class Trainer:
                     "choose another run_dir or the old settings"
                 )
 
-        before, now = reader.index["recipe"]["train"]["optimizer"].get("name", "adamw"), self.plan.recipe.train.optimizer.name
-        if before != now:
-            raise CheckpointError(f"train.optimizer.name={now!r}: run_dir={str(self.run_dir)!r} was trained with {before}; keep that")
-        seeded, seed = reader.index["recipe"]["train"].get("seed", 0), self.plan.recipe.train.seed
-        if seeded != seed:
-            raise CheckpointError(f"train.seed={seed}: run_dir={str(self.run_dir)!r} has its order of samples by {seeded}; keep that")
+        before, now = reader.index["recipe"]["train"], self.plan.recipe.train
+        trained, name = before["optimizer"]["name"], now.optimizer.name
+        if trained != name:
+            raise CheckpointError(f"train.optimizer.name={name!r}: run_dir={str(self.run_dir)!r} was trained with {trained}; keep that")
+        if before["seed"] != now.seed:
+            seeded = f"run_dir={str(self.run_dir)!r} has its order of samples by {before['seed']}"
+            raise CheckpointError(f"train.seed={now.seed}: {seeded}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(
