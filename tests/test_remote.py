@@ -120,8 +120,6 @@ def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
     assert capsys.readouterr().err.count("trying again") == 5
     with pytest.raises(DataError, match="6 attempts"):
         Manifest.load(f"{url}/elsewhere")
-    with pytest.raises(ConfigError, match="data.cache"):
-        LatentDataset([manifest], "train")[0]
 
 
 def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
 SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
 EMPTY_TEXT = "empty.text.safetensors"
 KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
+SplitName = Literal["train", "val"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +185,8 @@ class Manifest:
         """The different (C, H, W) of its latents, sorted."""
         return tuple(sorted({shard.shape for shard in self.shards()}))
 
-    def split(self, name: str) -> Split:
-        """The split ``train`` or ``val``."""
-        if name not in ("train", "val"):
-            raise DataError(f"split {name!r}: choose train or val")
+    def split(self, name: SplitName) -> Split:
+        """The split of this name."""
         return getattr(self.splits, name)
 
     def shards(self) -> list[Shard]:
