@@ -16,7 +16,7 @@ from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.vae import decode
 from ditmoe_ds.pipelines.run import open_run
 from ditmoe_ds.training.callbacks import Validation
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 
 SAMPLES = 7
 

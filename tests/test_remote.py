@@ -18,7 +18,7 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

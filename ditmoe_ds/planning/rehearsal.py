@@ -15,7 +15,8 @@ from ditmoe_ds.distributed.topology import data_group, expert_group
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.planning.counting import Count
-from ditmoe_ds.training.recipe import Recipe, begun_on, cut_batch
+from ditmoe_ds.training.plan import begun_on, cut_batch
+from ditmoe_ds.training.recipe import Recipe
 from ditmoe_ds.training.step import Prepared, compute_loss
 
 

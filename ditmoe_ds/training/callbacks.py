@@ -24,7 +24,7 @@ from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.rng import keyed_generator
-from ditmoe_ds.training.recipe import Plan
+from ditmoe_ds.training.plan import Plan
 
 Record = dict[str, Any]
 VALIDATION_TIMES = [(i + 0.5) / 8 for i in range(8)]

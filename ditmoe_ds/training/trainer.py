@@ -44,7 +44,7 @@ from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, P
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.lock import claim
-from ditmoe_ds.training.recipe import Plan
+from ditmoe_ds.training.plan import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
 
