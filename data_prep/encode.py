@@ -21,7 +21,7 @@ from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
 from data_prep.units import Rejection, Request, UnitWriter, claim, device_of_rank, load_record, worker_from_environment, write_text
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, weights_sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae

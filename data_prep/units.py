@@ -31,7 +31,8 @@ from data_prep.tally import Tally
 from ditmoe_ds.config import build
 from ditmoe_ds.distributed.topology import under_srun
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
-from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
+from ditmoe_ds.latents.manifest import Shard, sha256
+from ditmoe_ds.latents.tars import ShardWriter, index_path
 
 SPLITS = ("train", "val")
 NOTE = "request.json"

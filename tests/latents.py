@@ -3,7 +3,8 @@
 import torch
 
 from data_prep.units import write_text
-from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256, weights_sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256, weights_sha256
+from ditmoe_ds.latents.tars import ShardWriter
 
 
 def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000, text=0, turned=False):

@@ -30,7 +30,7 @@ from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source
 from data_prep.units import Request, UnitWriter, claim, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images

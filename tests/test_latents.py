@@ -16,9 +16,10 @@ import torch
 import webdataset
 
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardReader, ShardWriter, Split, Splits, Text, sha256
 from ditmoe_ds.latents.loader import Batch, DataConfig, LatentDataset, LatentLoader, MixConfig
+from ditmoe_ds.latents.manifest import FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
+from ditmoe_ds.latents.tars import ShardReader, ShardWriter
 
 SHAPE = (2, 3, 4)
 

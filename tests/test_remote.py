@@ -16,8 +16,8 @@ from latents import write_latents
 from data_prep.sources import open_source
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.training.plan import read_plan
 
 

@@ -22,7 +22,7 @@ from ditmoe_ds.evaluation.images import MEMBER, FolderImages, Images, npz_member
 from ditmoe_ds.evaluation.metrics import KID_SUBSET, cmmd, kid, precision_recall
 from ditmoe_ds.evaluation.moments import Gaussian, frechet_distance
 from ditmoe_ds.evaluation.ranks import share, total
-from ditmoe_ds.latents.format import sha256
+from ditmoe_ds.latents.manifest import sha256
 
 OF_PAIRS = {"precision-recall", "kid", "cmmd"}
 """Need the features of both sets, not only their moments."""

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardReader, SplitName, index_path, index_size, sha256
+from ditmoe_ds.latents.manifest import Manifest, Shard, SplitName, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
+from ditmoe_ds.latents.tars import Sample, ShardReader, index_path, index_size
 from ditmoe_ds.rng import keyed_generator
 
 INDEX_BYTES = 64 << 20

@@ -21,8 +21,8 @@ from ditmoe_ds.distributed.weights import Weights, differently_encoded, open_wei
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder, text_width
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import named_config, parameter_shapes
