@@ -37,13 +37,13 @@ from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
-from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.lock import claim
+from ditmoe_ds.training.network import arrange
 from ditmoe_ds.training.plan import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
@@ -84,11 +84,7 @@ class Trainer:
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
         initial = plan.weights or InitialWeights(model, train.seed)
-        model.checkpoint_activations = train.activation_checkpointing
-        if recipe.parallel.tensor > 1:
-            from ditmoe_ds.distributed import tensor_parallel
-
-            tensor_parallel.cut(model, *tensor_plan(model))
+        arrange(model, recipe)
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         if train.compile:
             model.compile_blocks()
