@@ -120,7 +120,7 @@ class UnitRecord:
     """0 without text."""
 
 
-def claim(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
+def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
     """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
 
     Args:

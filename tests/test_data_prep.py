@@ -28,7 +28,7 @@ from data_prep.encode import encode
 from data_prep.finalize import finalize
 from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source
-from data_prep.units import Request, UnitWriter, claim, load_record, worker_from_environment
+from data_prep.units import Request, UnitWriter, claim_folder, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder
@@ -195,7 +195,7 @@ def test_too_large_a_batch_is_told_and_a_smaller_one_goes_on(inputs, encoded, tm
 def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
     request = Request.load(encoded)
     arguments = tmp_path / "out", asdict(request), lambda: None
-    processes = [multiprocessing.get_context("fork").Process(target=claim, args=arguments) for _ in range(8)]
+    processes = [multiprocessing.get_context("fork").Process(target=claim_folder, args=arguments) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:

@@ -21,7 +21,7 @@ from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.evaluation.extractors import Look, load_extractor
 from ditmoe_ds.evaluation.features import summarise
-from ditmoe_ds.evaluation.fidelity import read_plan, result, run
+from ditmoe_ds.evaluation.fidelity import open_measurement, result, run
 from ditmoe_ds.evaluation.images import NpzImages, open_images
 from ditmoe_ds.evaluation.inception import Inception
 from ditmoe_ds.evaluation.metrics import cmmd, precision_recall
@@ -65,8 +65,8 @@ def test_four_ranks_are_one(tmp_path, alone):
     assert (ranks[0]["precision"], ranks[0]["recall"]) == precision_recall(b["pool"], a["pool"])
 
     found = json.loads((tmp_path / "result.json").read_text())
-    plan = read_plan("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
-    assert {name: found[name] for name in ("fd", "precision", "recall")} == pytest.approx(run(plan, CPU, batch=16), rel=1e-8)
+    measurement = open_measurement("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
+    assert {name: found[name] for name in ("fd", "precision", "recall")} == pytest.approx(run(measurement, CPU, batch=16), rel=1e-8)
     assert (found["number"], found["samples"], found["reference"]["number"]) == (33, described, 49)
     assert found["extractor"]["name"] == "efficientnet-lite0"
     assert len(found["extractor"]["sha256"]) == len(found["reference"]["sha256"]) == 64
@@ -154,13 +154,17 @@ def test_clip(clip, tmp_path, alone):
     samples, lines = write_npz(tmp_path / "a.npz", images), tmp_path / "captions.txt"
     lines.write_text("\n".join(captions) + "\n")
     extractor = f"clip:{clip}"
-    plan = read_plan("clip-score", samples, extractor=extractor, captions=str(lines), device=CPU)
-    assert run(plan, CPU, batch=4) == {"clip_score": pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)}
-    plan = read_plan("cmmd", samples, reference=write_npz(tmp_path / "b.npz", images.flip(2)), extractor=extractor, device=CPU)
+    measurement = open_measurement("clip-score", samples, extractor=extractor, captions=str(lines), device=CPU)
+    assert run(measurement, CPU, batch=4) == {"clip_score": pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)}
+    measurement = open_measurement(
+        "cmmd", samples, reference=write_npz(tmp_path / "b.npz", images.flip(2)), extractor=extractor, device=CPU
+    )
     with torch.no_grad():
         flipped = torch.nn.functional.normalize(model.visual_projection(model.vision_model(pixels.flip(3)).pooler_output), dim=1)
-    assert run(plan, CPU) == {"cmmd": pytest.approx(cmmd(theirs.image_embeds, flipped), rel=1e-3)}
-    assert plan.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "shorter side to 24" in plan.extractor.input
+    assert run(measurement, CPU) == {"cmmd": pytest.approx(cmmd(theirs.image_embeds, flipped), rel=1e-3)}
+    assert (
+        measurement.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "shorter side to 24" in measurement.extractor.input
+    )
 
 
 def test_clip_sees_what_its_processor_shows(clip, tmp_path):
@@ -211,9 +215,9 @@ def test_adm_layout(tmp_path, inception, alone, asked):
     for kind, tail in (("pool", ""), ("spatial", "_s")):
         statistics |= {f"mu{tail}": c[kind].double().mean(0).numpy(), f"sigma{tail}": np.cov(c[kind].double().numpy(), rowvar=False)}
     samples, reference = write_npz(tmp_path / "made.npz", made), write_npz(tmp_path / "real.npz", real, **statistics)
-    plan = read_plan("fid", samples, reference=reference, inception=inception, device=CPU)
-    assert plan.asked == ("fid", "sfid", "is", "precision-recall") and plan.statistics.keys() == {"pool", "spatial"}
-    found = run(replace(plan, asked=asked), CPU)
+    measurement = open_measurement("fid", samples, reference=reference, inception=inception, device=CPU)
+    assert measurement.asked == ("fid", "sfid", "is", "precision-recall") and measurement.statistics.keys() == {"pool", "spatial"}
+    found = run(replace(measurement, asked=asked), CPU)
     p = a["logits"].double().softmax(1)
     wanted = {
         "fid": (of_few(a["pool"], c["pool"]),),
@@ -226,7 +230,7 @@ def test_adm_layout(tmp_path, inception, alone, asked):
 
 def test_few_images_for_kid_are_told(tmp_path, inception, capsys):
     files = [write_npz(tmp_path / f"{name}.npz", pictures(count)) for name, count in (("a", 9), ("b", 7))]
-    read_plan("kid", files[0], reference=files[1], inception=inception, device=CPU)
+    open_measurement("kid", files[0], reference=files[1], inception=inception, device=CPU)
     assert "KID of subsets of all 7 images; published ones are of 1,000" in capsys.readouterr().err
 
 
@@ -235,25 +239,25 @@ def test_statistics_alone(tmp_path, inception, alone):
     reference = tmp_path / "b.npz"
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     given = dict(reference=str(reference), inception=inception, device=CPU)
-    plan = read_plan("fid", samples, **given)
-    assert plan.asked == ("fid", "sfid", "is") and plan.real is None
-    assert read_plan("sfid", samples, **given).statistics.keys() == {"spatial"}
+    measurement = open_measurement("fid", samples, **given)
+    assert measurement.asked == ("fid", "sfid", "is") and measurement.real is None
+    assert open_measurement("sfid", samples, **given).statistics.keys() == {"spatial"}
     for name in ("precision-recall", "kid"):
         with pytest.raises(ConfigError, match=f"no images.*{name}"):
-            read_plan(name, samples, **given)
+            open_measurement(name, samples, **given)
     with pytest.raises(ConfigError, match="no images.*fd"):
-        read_plan("fid", samples, reference=str(reference), extractor="efficientnet-lite0", device=CPU)
+        open_measurement("fid", samples, reference=str(reference), extractor="efficientnet-lite0", device=CPU)
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))  # as pytorch-fid writes them
-    plan = read_plan("fid", samples, **given)
-    assert plan.asked == ("fid", "is") and plan.statistics.keys() == {"pool"}
+    measurement = open_measurement("fid", samples, **given)
+    assert measurement.asked == ("fid", "is") and measurement.statistics.keys() == {"pool"}
     with pytest.raises(ConfigError, match="no images.*sfid"):
-        read_plan("sfid", samples, **given)
+        open_measurement("sfid", samples, **given)
     np.savez(reference, mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(7), sigma_s=np.eye(7))
     with pytest.raises(DataError, match="2048"):
-        read_plan("fid", samples, **given)
+        open_measurement("fid", samples, **given)
     np.savez(reference, mu=np.array([{}], object), sigma=np.eye(7))
     with pytest.raises(DataError, match="cannot be read"):
-        read_plan("fid", samples, **given)
+        open_measurement("fid", samples, **given)
 
 
 @pytest.mark.parametrize("kind", [np.savez, np.savez_compressed])
@@ -322,7 +326,9 @@ def test_an_npz_that_is_not_right(tmp_path, change, words, monkeypatch, alone):
     np.savez(path, pictures(40, 8, 8))
     change(path)
     with pytest.raises(UserError, match=words) as caught:
-        summarise(read_plan("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU)
+        summarise(
+            open_measurement("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU
+        )
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
 
 
@@ -337,9 +343,9 @@ def test_pictures_stand_as_their_camera_noted(tmp_path):
 
 def test_other_sizes_are_told(tmp_path, capsys, alone):
     made, real = write_npz(tmp_path / "a.npz", pictures(5, 16, 16)), write_npz(tmp_path / "b.npz", pictures(5, 32, 24))
-    plan = read_plan("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
+    measurement = open_measurement("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
     assert "images of [16, 16] pixels are compared with those of [32, 24]" in capsys.readouterr().err
-    said = result(plan, {})
+    said = result(measurement, {})
     assert said["size"] == [16, 16] and said["reference"]["size"] == [32, 24]
 
 
@@ -366,7 +372,7 @@ def test_folders(tmp_path):
     assert len(open_images(tmp_path)) == 9
     (tmp_path / "samples.json").write_text('{"format": "ditmoe-samples/1", "num": 50000}')
     with pytest.raises(DataError, match="9 of 50000 images; let ditmoe sample finish"):
-        read_plan("is", str(tmp_path), device=CPU)
+        open_measurement("is", str(tmp_path), device=CPU)
     (empty := tmp_path / "2").mkdir()
     with pytest.raises(DataError, match="no pictures"):
         open_images(empty)
@@ -397,7 +403,7 @@ def test_mistakes(tmp_path, monkeypatch, name, given, words):
     names = dict(a=write_npz(tmp_path / "a.npz", pictures(6)), lines=tmp_path / "lines", harmful=tmp_path / "harmful")
     names["unicode"] = tmp_path / "unicode"
     with pytest.raises(UserError, match=words) as caught:
-        read_plan(name, names["a"], **{key: value.format(**names) for key, value in given.items()}, device=CPU)
+        open_measurement(name, names["a"], **{key: value.format(**names) for key, value in given.items()}, device=CPU)
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
 
 
