@@ -86,8 +86,8 @@ def test_precision_and_recall_directly():
         radii = np.sort(distances(centres, centres), 1)[:, 3]  # [0] is itself
         return (distances(points, centres) <= radii).any(1).mean()
 
-    ours = precision_recall(real, made)
-    assert ours == (covered(y, x), covered(x, y)) and 0.1 < ours.precision < ours.recall < 0.9
+    precision, recall = precision_recall(real, made)
+    assert (precision, recall) == (covered(y, x), covered(x, y)) and 0.1 < precision < recall < 0.9
     assert precision_recall(real, real) == (1, 1) and precision_recall(real, made + 100) == (0, 0)
 
 
