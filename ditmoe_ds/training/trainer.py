@@ -31,7 +31,6 @@ from ditmoe_ds.distributed.topology import (
     describe_placement,
     expert_group,
     hosts_of_ranks,
-    mean_over_ranks,
 )
 from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
@@ -175,7 +174,8 @@ class Trainer:
         self.step += 1
         self.samples_seen += train.global_batch
         sums[3] = self.interruption is not None and self.interruption.asked
-        diffusion, balance, z, stop = mean_over_ranks(sums).tolist()
+        dist.all_reduce(sums)
+        diffusion, balance, z, stop = (sums / self.world.size).tolist()
         self.interrupted = stop > 0 and self.step < train.steps
         parts = clock.stop()
         seconds = time.monotonic() - start
