@@ -142,16 +142,26 @@ def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object
             with contextlib.suppress(FileExistsError):  # another process was first: then its note counts
                 os.link(partial, note)
             partial.unlink()
-        theirs = json.loads(note.read_text())
+        theirs = read_note(root)
         if until_a_unit and isinstance(theirs, dict) and not (root / "units").exists():
             theirs[until_a_unit] = request[until_a_unit]
             if theirs == json.loads(text):
                 _replace(note, text.encode())
     except OSError as error:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
-    except ValueError as error:
-        raise DataError(f"{note}: is damaged ({error}); choose another folder") from None
     refuse_another(root, theirs, json.loads(text))
+
+
+def read_note(root: Path) -> Any:
+    """What is noted in ``root``.
+
+    Raises:
+        DataError: the note is no JSON.
+    """
+    try:
+        return json.loads((root / NOTE).read_text())
+    except ValueError as error:
+        raise DataError(f"{root / NOTE}: is damaged ({error}); choose another folder or delete this one") from None
 
 
 def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:

@@ -553,6 +553,9 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
     assert main([*arguments, "--steps", "4"]) == 2
     assert_one_line(capsys.readouterr().err, "another request (steps 3 -> 4)")
+    (tmp_path / "v" / "request.json").write_text("{")
+    assert main(arguments) == 2
+    assert_one_line(capsys.readouterr().err, "request.json: is damaged")
 
     items = open_source(f"folder:{inputs / 'images'}").items()
     train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], [(16, 16)])
