@@ -29,6 +29,7 @@ setup(
         "tensorboard",
         "packaging",
         "pydantic",
+        "psutil",
         "ninja",  # DeepSpeed compiles its CPU communication kernel at the first start
     ],
     extras_require={

@@ -16,7 +16,7 @@ import torch
 from ditmoe_ds.distributed.ema import EMA, EMAConfig, kind
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.training.callbacks import Validation
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
 KINDS, EVERY = ((0.9, False), (0.99, False), (0.9999, True)), (1, 4, 16)

@@ -23,8 +23,8 @@ import webdataset
 from report import hardware, publish
 from runs import write_latents
 
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import DataConfig, LatentLoader
+from ditmoe_ds.latents.manifest import Manifest
 
 BATCH = 32
 

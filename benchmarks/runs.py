@@ -9,11 +9,12 @@ import torch
 
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.distributed.weights import Weights
-from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
+from ditmoe_ds.latents.tars import ShardWriter
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import parameter_shapes
 from ditmoe_ds.training.callbacks import Record
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dit_moe_s2_8e2a_256.yaml"

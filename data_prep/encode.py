@@ -19,9 +19,9 @@ from data_prep.ahead import ahead
 from data_prep.finalize import finalize
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
-from data_prep.units import Rejection, Request, UnitWriter, claim, device_of_rank, load_record, worker_from_environment, write_text
+from data_prep.units import Rejection, Request, UnitWriter, claim_folder, device_of_rank, load_record, worker_from_environment, write_text
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, weights_sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
@@ -62,7 +62,7 @@ def encode(
     request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
     models = functools.cache(functools.partial(_Encoder, request))
-    claim(root, dataclasses.asdict(request), first=models, until_a_unit="batch")
+    claim_folder(root, dataclasses.asdict(request), first=models, until_a_unit="batch")
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")

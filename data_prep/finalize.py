@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.tally import mean_and_std
 from data_prep.units import Request, load_record
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
 
 
 def finalize(path: str, *, max_rejected: float = 0.01) -> None:

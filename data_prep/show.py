@@ -6,8 +6,8 @@ from pathlib import Path
 
 from data_prep.verify import decoded, spread
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.manifest import Manifest
 
 COLUMNS, ROWS = 8, 4
 

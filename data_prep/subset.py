@@ -12,7 +12,8 @@ from typing import Any
 from data_prep.sources import FLIP, below
 from data_prep.tally import Tally, mean_and_std
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import EMPTY_TEXT, Manifest, Sample, Shard, ShardWriter, Split, Splits, sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, Shard, Split, Splits, sha256
+from ditmoe_ds.latents.tars import Sample, ShardWriter
 
 
 def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> None:

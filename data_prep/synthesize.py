@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from data_prep.progress import Progress
-from data_prep.units import claim, device_of_rank, worker_from_environment
+from data_prep.units import claim_folder, device_of_rank, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.rng import keyed_generator
 
@@ -64,7 +64,7 @@ def synthesize(
     request = dict(pipeline=pipeline, clip=clip, keep=keep, prompt=prompt, per_class=per_class, classes=names, **settings)
     device = device_of_rank()
     models = functools.cache(lambda: (_load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None))
-    claim(root, request, first=models)
+    claim_folder(root, request, first=models)
     number, count = worker or worker_from_environment()
     mine = sorted(names)[number::count]
     todo = [folder for folder in mine if not (root / f"{folder}.jsonl").is_file()]

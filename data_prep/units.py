@@ -31,7 +31,8 @@ from data_prep.tally import Tally
 from ditmoe_ds.config import build
 from ditmoe_ds.distributed.topology import under_srun
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
-from ditmoe_ds.latents.format import Shard, ShardWriter, index_path, sha256
+from ditmoe_ds.latents.manifest import Shard, sha256
+from ditmoe_ds.latents.tars import ShardWriter, index_path
 
 SPLITS = ("train", "val")
 NOTE = "request.json"
@@ -119,7 +120,7 @@ class UnitRecord:
     """0 without text."""
 
 
-def claim(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
+def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
     """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
 
     Args:
@@ -141,16 +142,26 @@ def claim(root: Path, request: dict[str, Any], first: Callable[[], object], unti
             with contextlib.suppress(FileExistsError):  # another process was first: then its note counts
                 os.link(partial, note)
             partial.unlink()
-        theirs = json.loads(note.read_text())
+        theirs = read_note(root)
         if until_a_unit and isinstance(theirs, dict) and not (root / "units").exists():
             theirs[until_a_unit] = request[until_a_unit]
             if theirs == json.loads(text):
                 _replace(note, text.encode())
     except OSError as error:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
-    except ValueError as error:
-        raise DataError(f"{note}: is damaged ({error}); choose another folder") from None
     refuse_another(root, theirs, json.loads(text))
+
+
+def read_note(root: Path) -> Any:
+    """What is noted in ``root``.
+
+    Raises:
+        DataError: the note is no JSON.
+    """
+    try:
+        return json.loads((root / NOTE).read_text())
+    except ValueError as error:
+        raise DataError(f"{root / NOTE}: is damaged ({error}); choose another folder or delete this one") from None
 
 
 def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:

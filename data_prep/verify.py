@@ -16,8 +16,9 @@ from data_prep import images
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, open_source
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest, Sample, Shard
 from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.manifest import Manifest, Shard
+from ditmoe_ds.latents.tars import Sample
 from ditmoe_ds.latents.vae import decode, load_vae
 
 SHEET = 16

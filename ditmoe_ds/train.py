@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ditmoe_ds.distributed.lookout import Lookout
     from ditmoe_ds.distributed.topology import World, agreed, on_all_ranks
     from ditmoe_ds.launching.facts import old_locks
-    from ditmoe_ds.training.recipe import read_plan
+    from ditmoe_ds.training.plan import read_plan
 
     startup.lap("import")
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.encode import encode
 from data_prep.images import decode as decode_images
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.manifest import Manifest
 
 SETTINGS = {"size": ((16, 16),), "shard_size": 12, "holdout": 0.3, "batch": 4}
 

@@ -1,8 +1,10 @@
-"""Images and weights for tests of the FID family."""
+"""Images and weights for tests of the FID family, and distances to compare with."""
 
+import numpy as np
 import torch
 
 from ditmoe_ds.evaluation.inception import Inception
+from ditmoe_ds.evaluation.moments import Moments
 from ditmoe_ds.rng import keyed_generator
 
 
@@ -33,3 +35,18 @@ def projections(features):
     """(N, 3) sums of the features (N, D) with fixed random weights: few numbers that depend on all of them."""
     weights = torch.randn(features.shape[1], 3, generator=keyed_generator("projections"), dtype=torch.float64)
     return features.double() @ weights / features.shape[1] ** 0.5
+
+
+def gaussian(vectors, batch=37):
+    moments = Moments(vectors.shape[1])
+    for part in vectors.split(batch):
+        moments.add(part)
+    return moments.gaussian()
+
+
+def of_few(x, y):
+    """The distance in closed form where there are fewer vectors than features: the root's trace is the nuclear norm of X Y', centred."""
+    centred = [(v - v.mean(0)) / (len(v) - 1) ** 0.5 for v in (x.double().numpy(), y.double().numpy())]
+    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    means = ((x.double().mean(0) - y.double().mean(0)) ** 2).sum().item()
+    return means + (centred[0] ** 2).sum() + (centred[1] ** 2).sum() - 2 * root

@@ -13,7 +13,7 @@ from ditmoe_ds import cli
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.ending import end
 from ditmoe_ds.evaluation.extractors import Extractor
-from ditmoe_ds.evaluation.fidelity import Plan, run
+from ditmoe_ds.evaluation.fidelity import Measurement, run
 from ditmoe_ds.evaluation.images import open_images
 from ditmoe_ds.rng import keyed_generator
 
@@ -32,8 +32,8 @@ PROJECTIONS = Extractor("projections", "", "", features)
 def measure(made, real, world):
     """All scores but those of captions."""
     asked = ("fid", "sfid", "is", "precision-recall", "kid", "cmmd")
-    plan = Plan(asked, open_images(made), None, Path(real), open_images(real), {}, PROJECTIONS, None)
-    return run(plan, world.device, batch=16)
+    measurement = Measurement(asked, open_images(made), None, Path(real), open_images(real), {}, PROJECTIONS, None)
+    return run(measurement, world.device, batch=16)
 
 
 def main(made, real, out):

@@ -19,7 +19,7 @@ from deepspeed.utils import groups
 from ditmoe_ds.distributed import zero3
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.ending import end
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
 

@@ -1,9 +1,12 @@
-"""A small folder of latents for tests: ten classes that differ, without images; and a VAE with random weights."""
+"""Small folders of latents for tests, without images: classes that differ, and values that are known; a VAE with random weights."""
+
+import itertools
 
 import torch
 
 from data_prep.units import write_text
-from ditmoe_ds.latents.format import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, ShardWriter, Split, Splits, Text, sha256, weights_sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256, weights_sha256
+from ditmoe_ds.latents.tars import ShardWriter
 
 
 def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="none", per_shard=1000, text=0, turned=False):
@@ -56,6 +59,32 @@ def write_latents(folder, train=96, val=24, shape=(4, 8, 8), classes=10, vae="no
         splits=Splits(**splits),
     ).save()
     return str(folder)
+
+
+SHAPE = (2, 3, 4)
+
+
+def value(i):
+    return i + torch.arange(24.0).view(SHAPE) / 100
+
+
+def write_values(root, sizes=(7, 6)):
+    """Training shards of the given sizes, of which it returns the manifest; sample i is ``value(i)`` with label i % 3."""
+    shards, samples = [], iter(range(sum(sizes)))
+    for number, size in enumerate(sizes):
+        path = root / f"train-{number:06d}.tar"
+        with ShardWriter(path) as shard:
+            for i in itertools.islice(samples, size):
+                meta = {"label": i % 3, "class": "abc"[i % 3], "source": str(i)}
+                shard.write(f"k{i}", meta, latent=value(i))
+        shards.append(Shard(path.name, size, path.stat().st_size, sha256(path), SHAPE))
+    Manifest(
+        root=str(root), format=FORMAT, version=VERSION, source="test", vae="org/vae", vae_sha256=None, scaling_factor=2.0,
+        shift_factor=0.5, downsample=4, dtype="float32", store="mean", text=None,
+        mean=(0.0, 0.0), std=(1.0, 1.0), num_classes=3, class_names=("a", "b", "c"), class_histogram=(5, 4, 4), rejected=0,
+        splits=Splits(train=Split(sum(sizes), tuple(shards)), val=Split(0, ())),
+    ).save()  # fmt: skip
+    return Manifest.load(root)
 
 
 def write_vae(folder, channels=4, factor=4):

@@ -23,7 +23,8 @@ from ditmoe_ds.models.sizes import SIZES
 from ditmoe_ds.moe import layer
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training import trainer as trainer_module
-from ditmoe_ds.training.recipe import read_plan, read_recipe
+from ditmoe_ds.training.plan import read_plan
+from ditmoe_ds.training.recipe import read_recipe
 from ditmoe_ds.training.trainer import Trainer
 
 real_choice, real_linear = layer.token_choice, torch.nn.functional.linear

@@ -25,8 +25,9 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import Manifest, ShardWriter, Split, sha256
 from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.latents.manifest import Manifest, Split, sha256
+from ditmoe_ds.latents.tars import ShardWriter
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import Run, load_model

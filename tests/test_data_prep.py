@@ -29,9 +29,9 @@ from data_prep.encode import encode
 from data_prep.finalize import finalize
 from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source
-from data_prep.units import Request, UnitWriter, claim, load_record, worker_from_environment
+from data_prep.units import Request, UnitWriter, claim_folder, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
@@ -196,7 +196,7 @@ def test_too_large_a_batch_is_told_and_a_smaller_one_goes_on(inputs, encoded, tm
 def test_workers_that_start_at_once_agree_on_one_request(encoded, tmp_path):
     request = Request.load(encoded)
     arguments = tmp_path / "out", asdict(request), lambda: None
-    processes = [multiprocessing.get_context("fork").Process(target=claim, args=arguments) for _ in range(8)]
+    processes = [multiprocessing.get_context("fork").Process(target=claim_folder, args=arguments) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:
@@ -560,6 +560,9 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
     assert main([*arguments, "--steps", "4"]) == 2
     assert_one_line(capsys.readouterr().err, "another request (steps 3 -> 4)")
+    (tmp_path / "v" / "request.json").write_text("{")
+    assert main(arguments) == 2
+    assert_one_line(capsys.readouterr().err, "request.json: is damaged")
 
     items = open_source(f"folder:{inputs / 'images'}").items()
     train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], [(16, 16)])

@@ -11,12 +11,12 @@ from processes import ROOT, launch
 from ditmoe_ds.evaluation import during_training
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Moments, frechet_distance
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.vae import decode
 from ditmoe_ds.pipelines.run import open_run
 from ditmoe_ds.training.callbacks import Validation
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 
 SAMPLES = 7
 

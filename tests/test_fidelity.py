@@ -1,4 +1,4 @@
-"""FID and its kin: each number against another computation, the networks against the originals, and whatever users may have."""
+"""FID and its kin: on several ranks as on one, the networks against the originals, and whatever users may have."""
 
 import json
 import pickle
@@ -12,21 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from encoding import word_tokenizer
-from fidelity import inception_weights, pictures, projections
+from fidelity import gaussian, inception_weights, of_few, pictures, projections
 from fidelity_worker import PROJECTIONS, features, measure
 from PIL import Image
 from processes import launch
 
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.errors import ConfigError, DataError, UserError
-from ditmoe_ds.evaluation import metrics
 from ditmoe_ds.evaluation.extractors import Look, load_extractor
 from ditmoe_ds.evaluation.features import summarise
-from ditmoe_ds.evaluation.fidelity import read_plan, result, run
+from ditmoe_ds.evaluation.fidelity import open_measurement, result, run
 from ditmoe_ds.evaluation.images import NpzImages, open_images
 from ditmoe_ds.evaluation.inception import Inception
-from ditmoe_ds.evaluation.metrics import InceptionScore, cmmd, kid, precision_recall
-from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
+from ditmoe_ds.evaluation.metrics import cmmd, precision_recall
+from ditmoe_ds.evaluation.moments import frechet_distance
 
 ORIGINALS = json.loads((Path(__file__).parent / "fixtures" / "extractors.json").read_text())
 """``projections`` of features by the networks of torch-fidelity 0.4.0 and efficientnet-lite-pytorch 0.1.0."""
@@ -41,130 +40,7 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """So that everything here takes several."""
-    monkeypatch.setattr(metrics, "BLOCK", 50)
-
-
-def clouds(n, m, width, shift=0.3):
-    """Two sets of vectors that overlap, float32."""
-    draw = torch.Generator().manual_seed(width)
-    mix = torch.randn(width, width, generator=draw) / width**0.5
-    return torch.randn(n, width, generator=draw) @ mix, 1.1 * torch.randn(m, width, generator=draw) @ mix + shift
-
-
-def gaussian(vectors, batch=37):
-    moments = Moments(vectors.shape[1])
-    for part in vectors.split(batch):
-        moments.add(part)
-    return moments.gaussian()
-
-
-# the numbers
-
-
-def test_streamed_moments():
-    vectors = clouds(1000, 1, 20)[0] + 1000  # far from zero, where sums of squares lose their digits
-    found = gaussian(vectors)
-    exact = vectors.double().numpy()
-    assert np.allclose(found.mean, exact.mean(0), rtol=1e-14)
-    assert np.allclose(found.covariance, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-10)
-
-
-def test_frechet_distance_as_torchmetrics():
-    from torchmetrics.image.fid import _compute_fid
-
-    a, b = (gaussian(x) for x in clouds(500, 400, 64))
-    theirs = _compute_fid(a.mean, a.covariance, b.mean, b.covariance).item()
-    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-9)
-    assert abs(frechet_distance(a, a)) < 1e-9
-
-
-def of_few(x, y):
-    """The distance in closed form where there are fewer vectors than features: the root's trace is the nuclear norm of X Y', centred."""
-    centred = [(v - v.mean(0)) / (len(v) - 1) ** 0.5 for v in (x.double().numpy(), y.double().numpy())]
-    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
-    means = ((x.double().mean(0) - y.double().mean(0)) ** 2).sum().item()
-    return means + (centred[0] ** 2).sum() + (centred[1] ** 2).sum() - 2 * root
-
-
-def test_frechet_distance_of_singular_covariances():
-    x, y = clouds(40, 30, 300)
-    a, b = gaussian(x), gaussian(y)
-    assert frechet_distance(a, b) == pytest.approx(of_few(x, y), rel=1e-9)
-    assert abs(frechet_distance(a, a)) < 1e-9
-
-
-def test_frechet_distance_of_known_gaussians():
-    a = Gaussian(torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 0.0]).double()))
-    b = Gaussian(torch.tensor([0.0, 2.0]).double(), torch.diag(torch.tensor([9.0, 1.0]).double()))
-    assert frechet_distance(a, b) == pytest.approx(1 + 4 + (2 - 3) ** 2 + (0 - 1) ** 2)
-
-
-def test_inception_score_as_torchmetrics():
-    from torchmetrics.image.inception import InceptionScore as Theirs
-
-    logits = 3 * clouds(999, 1, 40)[0]
-    theirs = Theirs(feature=torch.nn.Identity(), splits=1)
-    theirs.update(logits.double())
-    ours = InceptionScore(999, 40)
-    ours.add(0, logits[:500])
-    ours.add(500, logits[500:])
-    assert ours.score() == (pytest.approx(theirs.compute()[0].item(), rel=1e-6), 0)
-
-
-def test_inception_score_in_splits_of_5000():
-    logits = 3 * clouds(11_000, 1, 10)[0]
-    ours = InceptionScore(len(logits), 10)
-    for first in range(0, len(logits), 64):
-        ours.add(first, logits[first : first + 64])
-    p = logits.double().softmax(1).numpy()
-    scores = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in (p[:5000], p[5000:10_000], p[10_000:])]
-    assert ours.score() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
-
-
-def test_precision_and_recall_directly():
-    real, made = clouds(230, 170, 6, shift=0.8)
-    x, y = real.double().numpy(), made.double().numpy()
-
-    def distances(a, b):
-        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
-
-    def covered(points, centres):
-        radii = np.sort(distances(centres, centres), 1)[:, 3]  # [0] is itself
-        return (distances(points, centres) <= radii).any(1).mean()
-
-    ours = precision_recall(real, made)
-    assert ours == (covered(y, x), covered(x, y)) and 0.1 < ours.precision < ours.recall < 0.9
-    assert precision_recall(real, real) == (1, 1) and precision_recall(real, made + 100) == (0, 0)
-
-
-def test_kid_as_torchmetrics():
-    from torchmetrics.image.kid import poly_mmd
-
-    a, b = (x.double() for x in clouds(300, 300, 16))
-    assert kid(a, b, subsets=2, size=300) == (pytest.approx(poly_mmd(a, b).item(), rel=1e-9), pytest.approx(0, abs=1e-12))
-
-
-def test_kid_of_subsets_directly():
-    a, b = (x.double().numpy() for x in clouds(120, 90, 16))
-    rng, found = np.random.RandomState(2020), []
-    for _ in range(7):
-        x, y = (v[rng.choice(len(v), 50, replace=False)] for v in (a, b))
-        pairs = [[(p @ q / 16 + 1) ** 3 for q in x for p in x], [(p @ q / 16 + 1) ** 3 for q in y for p in y]]
-        own = sum((sum(k) - sum(k[:: 50 + 1])) / (50 * 49) for k in pairs)
-        found.append(own - 2 * np.mean([(p @ q / 16 + 1) ** 3 for q in x for p in y]))
-    assert kid(torch.from_numpy(a), torch.from_numpy(b), subsets=7, size=50) == pytest.approx((np.mean(found), np.std(found)), rel=1e-9)
-
-
-def test_cmmd_directly():
-    a, b = (torch.nn.functional.normalize(x, dim=1).double().numpy() for x in clouds(110, 90, 16))
-
-    def mean(x, y):
-        return np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / 200).mean()
-
-    assert cmmd(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)), rel=1e-9)
+# the scores
 
 
 def write_npz(path, images, **others):
@@ -189,8 +65,8 @@ def test_four_ranks_are_one(tmp_path, alone):
     assert (ranks[0]["precision"], ranks[0]["recall"]) == precision_recall(b["pool"], a["pool"])
 
     found = json.loads((tmp_path / "result.json").read_text())
-    plan = read_plan("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
-    assert {name: found[name] for name in ("fd", "precision", "recall")} == pytest.approx(run(plan, CPU, batch=16), rel=1e-8)
+    measurement = open_measurement("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
+    assert {name: found[name] for name in ("fd", "precision", "recall")} == pytest.approx(run(measurement, CPU, batch=16), rel=1e-8)
     assert (found["number"], found["samples"], found["reference"]["number"]) == (33, described, 49)
     assert found["extractor"]["name"] == "efficientnet-lite0"
     assert len(found["extractor"]["sha256"]) == len(found["reference"]["sha256"]) == 64
@@ -278,13 +154,17 @@ def test_clip(clip, tmp_path, alone):
     samples, lines = write_npz(tmp_path / "a.npz", images), tmp_path / "captions.txt"
     lines.write_text("\n".join(captions) + "\n")
     extractor = f"clip:{clip}"
-    plan = read_plan("clip-score", samples, extractor=extractor, captions=str(lines), device=CPU)
-    assert run(plan, CPU, batch=4) == {"clip_score": pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)}
-    plan = read_plan("cmmd", samples, reference=write_npz(tmp_path / "b.npz", images.flip(2)), extractor=extractor, device=CPU)
+    measurement = open_measurement("clip-score", samples, extractor=extractor, captions=str(lines), device=CPU)
+    assert run(measurement, CPU, batch=4) == {"clip_score": pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)}
+    measurement = open_measurement(
+        "cmmd", samples, reference=write_npz(tmp_path / "b.npz", images.flip(2)), extractor=extractor, device=CPU
+    )
     with torch.no_grad():
         flipped = torch.nn.functional.normalize(model.visual_projection(model.vision_model(pixels.flip(3)).pooler_output), dim=1)
-    assert run(plan, CPU) == {"cmmd": pytest.approx(cmmd(theirs.image_embeds, flipped), rel=1e-3)}
-    assert plan.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "shorter side to 24" in plan.extractor.input
+    assert run(measurement, CPU) == {"cmmd": pytest.approx(cmmd(theirs.image_embeds, flipped), rel=1e-3)}
+    assert (
+        measurement.extractor.sha256 != load_extractor("efficientnet-lite0").sha256 and "shorter side to 24" in measurement.extractor.input
+    )
 
 
 def test_clip_sees_what_its_processor_shows(clip, tmp_path):
@@ -339,9 +219,9 @@ def test_adm_layout(tmp_path, inception, alone, asked):
     for kind, tail in (("pool", ""), ("spatial", "_s")):
         statistics |= {f"mu{tail}": c[kind].double().mean(0).numpy(), f"sigma{tail}": np.cov(c[kind].double().numpy(), rowvar=False)}
     samples, reference = write_npz(tmp_path / "made.npz", made), write_npz(tmp_path / "real.npz", real, **statistics)
-    plan = read_plan("fid", samples, reference=reference, inception=inception, device=CPU)
-    assert plan.asked == ("fid", "sfid", "is", "precision-recall") and plan.statistics.keys() == {"pool", "spatial"}
-    found = run(replace(plan, asked=asked), CPU)
+    measurement = open_measurement("fid", samples, reference=reference, inception=inception, device=CPU)
+    assert measurement.asked == ("fid", "sfid", "is", "precision-recall") and measurement.statistics.keys() == {"pool", "spatial"}
+    found = run(replace(measurement, asked=asked), CPU)
     p = a["logits"].double().softmax(1)
     wanted = {
         "fid": (of_few(a["pool"], c["pool"]),),
@@ -354,7 +234,7 @@ def test_adm_layout(tmp_path, inception, alone, asked):
 
 def test_few_images_for_kid_are_told(tmp_path, inception, capsys):
     files = [write_npz(tmp_path / f"{name}.npz", pictures(count)) for name, count in (("a", 9), ("b", 7))]
-    read_plan("kid", files[0], reference=files[1], inception=inception, device=CPU)
+    open_measurement("kid", files[0], reference=files[1], inception=inception, device=CPU)
     assert "KID of subsets of all 7 images; published ones are of 1,000" in capsys.readouterr().err
 
 
@@ -363,25 +243,25 @@ def test_statistics_alone(tmp_path, inception, alone):
     reference = tmp_path / "b.npz"
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     given = dict(reference=str(reference), inception=inception, device=CPU)
-    plan = read_plan("fid", samples, **given)
-    assert plan.asked == ("fid", "sfid", "is") and plan.real is None
-    assert read_plan("sfid", samples, **given).statistics.keys() == {"spatial"}
+    measurement = open_measurement("fid", samples, **given)
+    assert measurement.asked == ("fid", "sfid", "is") and measurement.real is None
+    assert open_measurement("sfid", samples, **given).statistics.keys() == {"spatial"}
     for name in ("precision-recall", "kid"):
         with pytest.raises(ConfigError, match=f"no images.*{name}"):
-            read_plan(name, samples, **given)
+            open_measurement(name, samples, **given)
     with pytest.raises(ConfigError, match="no images.*fd"):
-        read_plan("fid", samples, reference=str(reference), extractor="efficientnet-lite0", device=CPU)
+        open_measurement("fid", samples, reference=str(reference), extractor="efficientnet-lite0", device=CPU)
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))  # as pytorch-fid writes them
-    plan = read_plan("fid", samples, **given)
-    assert plan.asked == ("fid", "is") and plan.statistics.keys() == {"pool"}
+    measurement = open_measurement("fid", samples, **given)
+    assert measurement.asked == ("fid", "is") and measurement.statistics.keys() == {"pool"}
     with pytest.raises(ConfigError, match="no images.*sfid"):
-        read_plan("sfid", samples, **given)
+        open_measurement("sfid", samples, **given)
     np.savez(reference, mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(7), sigma_s=np.eye(7))
     with pytest.raises(DataError, match="2048"):
-        read_plan("fid", samples, **given)
+        open_measurement("fid", samples, **given)
     np.savez(reference, mu=np.array([{}], object), sigma=np.eye(7))
     with pytest.raises(DataError, match="cannot be read"):
-        read_plan("fid", samples, **given)
+        open_measurement("fid", samples, **given)
 
 
 @pytest.mark.parametrize("kind", [np.savez, np.savez_compressed])
@@ -450,7 +330,9 @@ def test_an_npz_that_is_not_right(tmp_path, change, words, monkeypatch, alone):
     np.savez(path, pictures(40, 8, 8))
     change(path)
     with pytest.raises(UserError, match=words) as caught:
-        summarise(read_plan("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU)
+        summarise(
+            open_measurement("fid", str(path), reference=str(path), extractor="efficientnet-lite0", device=CPU).samples, PROJECTIONS, CPU
+        )
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
 
 
@@ -465,9 +347,9 @@ def test_pictures_stand_as_their_camera_noted(tmp_path):
 
 def test_other_sizes_are_told(tmp_path, capsys, alone):
     made, real = write_npz(tmp_path / "a.npz", pictures(5, 16, 16)), write_npz(tmp_path / "b.npz", pictures(5, 32, 24))
-    plan = read_plan("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
+    measurement = open_measurement("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
     assert "images of [16, 16] pixels are compared with those of [32, 24]" in capsys.readouterr().err
-    said = result(plan, {})
+    said = result(measurement, {})
     assert said["size"] == [16, 16] and said["reference"]["size"] == [32, 24]
 
 
@@ -494,7 +376,7 @@ def test_folders(tmp_path):
     assert len(open_images(tmp_path)) == 9
     (tmp_path / "samples.json").write_text('{"format": "ditmoe-samples/1", "num": 50000}')
     with pytest.raises(DataError, match="9 of 50000 images; let ditmoe sample finish"):
-        read_plan("is", str(tmp_path), device=CPU)
+        open_measurement("is", str(tmp_path), device=CPU)
     (empty := tmp_path / "2").mkdir()
     with pytest.raises(DataError, match="no pictures"):
         open_images(empty)
@@ -525,7 +407,7 @@ def test_mistakes(tmp_path, monkeypatch, name, given, words):
     names = dict(a=write_npz(tmp_path / "a.npz", pictures(6)), lines=tmp_path / "lines", harmful=tmp_path / "harmful")
     names["unicode"] = tmp_path / "unicode"
     with pytest.raises(UserError, match=words) as caught:
-        read_plan(name, names["a"], **{key: value.format(**names) for key, value in given.items()}, device=CPU)
+        open_measurement(name, names["a"], **{key: value.format(**names) for key, value in given.items()}, device=CPU)
     assert "\n" not in str(caught.value) and not (tmp_path / "was_run").exists()
 
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.format import FORMAT, SAMPLE_LIMIT, VERSION, Manifest, ShardReader, ShardWriter, Split, Splits, Text, index_path
+from ditmoe_ds.latents.manifest import FORMAT, VERSION, Manifest, Split, Splits, Text
+from ditmoe_ds.latents.tars import SAMPLE_LIMIT, ShardReader, ShardWriter, index_path
 
 SHAPE, WIDTH, COUNT = (2, 3, 4), 5, 3
 BLOCK = 512

@@ -26,7 +26,7 @@ from ditmoe_ds.evaluation.geneval.detectors import Instances, _instance, _plain,
 from ditmoe_ds.evaluation.geneval.folder import read_folder, score
 from ditmoe_ds.evaluation.geneval.prompts import COLORS
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits
-from ditmoe_ds.latents.format import weights_sha256
+from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.pipelines.run import open_run
 

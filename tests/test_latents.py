@@ -1,11 +1,8 @@
-"""Shards, the order of samples, and the loader."""
+"""The manifest and the tars of a folder of latents."""
 
 import io
-import itertools
 import json
-import multiprocessing
 import tarfile
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,67 +11,19 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
+from latents import SHAPE, write_values
 
-from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents.format import FORMAT, VERSION, Manifest, Shard, ShardReader, ShardWriter, Split, Splits, Text, sha256
-from ditmoe_ds.latents.loader import Batch, DataConfig, LatentDataset, LatentLoader, MixConfig
-from ditmoe_ds.latents.order import BucketOrder, Order
-
-SHAPE = (2, 3, 4)
-
-
-def value(i: int) -> np.ndarray:
-    return np.full(SHAPE, i, dtype=np.float32) + np.arange(24, dtype=np.float32).reshape(SHAPE) / 100
-
-
-def write_data(root: Path, sizes: tuple[int, ...] = (7, 6)) -> Manifest:
-    """Training shards of the given sizes; sample i is ``value(i)`` with label i % 3."""
-    shards, samples = [], iter(range(sum(sizes)))
-    for number, size in enumerate(sizes):
-        path = root / f"train-{number:06d}.tar"
-        with ShardWriter(path) as shard:
-            for i in itertools.islice(samples, size):
-                meta = {"label": i % 3, "class": "abc"[i % 3], "source": str(i)}
-                shard.write(f"k{i}", meta, latent=torch.from_numpy(value(i)))
-        shards.append(Shard(path.name, size, path.stat().st_size, sha256(path), SHAPE))
-    Manifest(
-        root=str(root), format=FORMAT, version=VERSION, source="test", vae="org/vae", vae_sha256=None, scaling_factor=2.0,
-        shift_factor=0.5, downsample=4, dtype="float32", store="mean", text=None,
-        mean=(0.0, 0.0), std=(1.0, 1.0), num_classes=3, class_names=("a", "b", "c"), class_histogram=(5, 4, 4), rejected=0,
-        splits=Splits(train=Split(sum(sizes), tuple(shards)), val=Split(0, ())),
-    ).save()  # fmt: skip
-    return Manifest.load(root)
-
-
-@pytest.fixture
-def dataset(tmp_path) -> LatentDataset:
-    return LatentDataset([write_data(tmp_path)], "train")
-
-
-# the format
-
-
-def test_samples_come_back_scaled(dataset):
-    assert len(dataset) == 13
-    for i in (0, 6, 7, 12):  # both sides of the border between shards
-        sample = dataset[i]
-        assert torch.equal(sample.latent, (torch.from_numpy(value(i)) - 0.5) * 2.0) and sample.std is None
-        assert (sample.label, dataset.key(i)) == (i % 3, f"k{i}")
-
-
-def test_a_few_samples_are_from_everywhere(tmp_path):
-    """Shards of a folder of images are sorted by class."""
-    few = (dataset := LatentDataset([write_data(tmp_path, (60, 40))], "train")).spread(10)
-    assert sum(i < 50 for i in few) in range(3, 8) and dataset.spread(100)[:10] == few and sorted(dataset.spread(200)) == list(range(100))
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.latents.manifest import Manifest, Text
+from ditmoe_ds.latents.tars import ShardReader, ShardWriter
 
 
 def test_the_manifest_comes_back(tmp_path):
-    manifest = write_data(tmp_path)
+    manifest = write_values(tmp_path)
     assert Manifest.load(tmp_path / "manifest.json") == manifest
     for shard in manifest.shards():
         manifest.verify(shard)
-    with pytest.raises(DataError, match="choose train or val"):
-        manifest.split("test")
     with pytest.raises(DataError, match="val has no samples; encode again"):
         LatentDataset([manifest], "val")
     with pytest.raises(DataError, match="val has no samples of the commonest shape, 4 x 9 x 9; encode again"):
@@ -98,7 +47,7 @@ def test_the_manifest_comes_back(tmp_path):
     ],
 )
 def test_a_damaged_folder_does_not_load(tmp_path, damage, message):
-    write_data(tmp_path)
+    write_values(tmp_path)
     damage(tmp_path)
     with pytest.raises(DataError, match=message):
         Manifest.load(tmp_path)
@@ -111,7 +60,7 @@ def edit(root: Path, **changes) -> None:
 
 def test_a_shard_outside_the_folder_does_not_load(tmp_path):
     (tmp_path / "data").mkdir()
-    manifest = write_data(tmp_path / "data")
+    manifest = write_values(tmp_path / "data")
     shard = {"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": "", "shape": SHAPE}
     edit(Path(manifest.root), splits={"train": {"samples": 1, "shards": [shard]}, "val": {"samples": 0, "shards": []}})
     (tmp_path / "x.tar").write_bytes(b"x")
@@ -122,7 +71,7 @@ def test_a_shard_outside_the_folder_does_not_load(tmp_path):
 def test_folders_beside_the_data_move_with_it_and_others_stay(tmp_path):
     (tmp_path / "home" / "data").mkdir(parents=True)
     near, far = str(tmp_path / "home" / "encoder"), str(tmp_path / "site-packages" / "vae")
-    manifest = write_data(tmp_path / "home" / "data")
+    manifest = write_values(tmp_path / "home" / "data")
     replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c")).save()
     (tmp_path / "deep").mkdir()
     (tmp_path / "home").rename(tmp_path / "deep" / "moved")
@@ -155,7 +104,7 @@ def index_damage(root, change):
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
-    manifest = write_data(tmp_path)
+    manifest = write_values(tmp_path)
     index_damage(tmp_path, change)
     with pytest.raises(DataError, match=message):
         LatentDataset([manifest], "train")[0]
@@ -194,7 +143,7 @@ LATENT = member("k.latent.npy", NPY.getvalue())
     ],
 )
 def test_unsafe_or_odd_members_are_refused(tmp_path, sample, message):
-    manifest = write_data(tmp_path)
+    manifest = write_values(tmp_path)
     (tmp_path / "x.tar").write_bytes(sample)
     np.save(tmp_path / "x.index.npy", np.array([0, len(sample)]))
     with pytest.raises(DataError, match=message):
@@ -202,7 +151,7 @@ def test_unsafe_or_odd_members_are_refused(tmp_path, sample, message):
 
 
 def test_members_as_they_should_be(tmp_path):
-    manifest = write_data(tmp_path)
+    manifest = write_values(tmp_path)
     (tmp_path / "x.tar").write_bytes(JSON + LATENT)
     np.save(tmp_path / "x.index.npy", np.array([0, len(JSON + LATENT)]))
     assert ShardReader(tmp_path / "x.tar", manifest, SHAPE).read(0).key == "k"
@@ -210,7 +159,7 @@ def test_members_as_they_should_be(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_std_and_text_come_back(tmp_path, dtype):
-    manifest = replace(write_data(tmp_path), dtype=dtype, store="mean+std", text=Text("org/encoder", None, 5, 7, ""))
+    manifest = replace(write_values(tmp_path), dtype=dtype, store="mean+std", text=Text("org/encoder", None, 5, 7, ""))
     kind = getattr(torch, dtype)
     latent, std, text = torch.randn(SHAPE).to(kind), torch.rand(SHAPE).to(kind), torch.randn(3, 5).bfloat16()
     with ShardWriter(tmp_path / "x.tar") as shard:
@@ -227,24 +176,6 @@ def test_std_and_text_come_back(tmp_path, dtype):
     assert plain["__key__"] == "k" and torch.equal(safetensors.torch.load(plain["text.safetensors"])["text"], text)
 
 
-def test_the_posterior_is_sampled_anew_at_each_visit(tmp_path):
-    manifest = write_data(tmp_path, sizes=(4,))
-    with ShardWriter(tmp_path / "train-000000.tar") as shard:
-        for i in range(4):
-            shard.write(f"k{i}", {"label": 0}, latent=torch.from_numpy(value(i)), std=torch.full(SHAPE, 0.1))
-    dataset = LatentDataset([replace(manifest, store="mean+std")], "train")
-    first, second = take(dataset, 2, global_batch=4)
-    scaled = {i: (torch.from_numpy(value(i)) - 0.5) * 2.0 for i in range(4)}
-    noise = {}
-    for batch in (first, second):
-        for latent, epoch, i in zip(batch.latents, batch.epochs.tolist(), batch.samples.tolist()):
-            noise[epoch, i] = (latent - scaled[i]) / 0.2
-    assert len(noise) == 8 and 0.8 < torch.stack(list(noise.values())).std() < 1.2
-    assert not torch.equal(noise[0, 0], noise[1, 0])
-    again = take(dataset, 1, global_batch=4, consumed=4)[0]
-    assert torch.equal(again.latents, second.latents)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -258,7 +189,7 @@ def test_the_posterior_is_sampled_anew_at_each_visit(tmp_path):
     ],
 )
 def test_a_damaged_sample_is_refused(tmp_path, old, new):
-    manifest = write_data(tmp_path)
+    manifest = write_values(tmp_path)
     path = tmp_path / "train-000000.tar"
     raw = path.read_bytes()
     assert old in raw
@@ -267,235 +198,3 @@ def test_a_damaged_sample_is_refused(tmp_path, old, new):
         LatentDataset([manifest], "train")[0]
     with pytest.raises(DataError, match="sha256"):
         manifest.verify(manifest.shards()[0])
-
-
-# the order
-
-
-def at(order, first, count):
-    epochs, samples = order.at(first, count)
-    return list(zip(epochs.tolist(), samples.tolist()))
-
-
-@pytest.mark.parametrize("window", [1, 7, 64, 1000])
-def test_an_epoch_is_a_permutation_whatever_the_window(window):
-    sizes = [10, 3, 20, 0, 17]
-    visits = at(Order([sizes], [1], 5, window), 0, 150)
-    for epoch in range(3):
-        assert sorted(visits[50 * epoch : 50 * (epoch + 1)]) == [(epoch, i) for i in range(50)]
-    assert [i for _, i in visits[:50]] != [i for _, i in visits[50:100]]
-    assert at(Order([sizes], [1], 6, window), 0, 50) != visits[:50]
-
-
-def test_the_order_is_the_one_saved_runs_have():
-    torch.manual_seed(123)
-    assert [i for _, i in at(Order([[3, 3, 2]], [1], 0, 16), 0, 8)] == [3, 4, 7, 6, 1, 0, 2, 5]
-    assert [i for _, i in at(Order([[3, 3, 2]], [1], 0, 4), 0, 8)] == [3, 6, 5, 4, 7, 0, 2, 1]
-
-
-def test_a_window_spans_few_shards():
-    order = Order([[100] * 50], [1], 0, 300)
-    for window in range(16):
-        shards = {i // 100 for _, i in at(order, 300 * window, 300)}
-        assert len(shards) == 3
-
-
-@pytest.mark.parametrize("sets, weights", [([[7, 6]], [1]), ([[7, 6], [4, 4, 3]], [1, 5])])
-def test_the_order_is_a_function_of_the_position(sets, weights):
-    order = Order(sets, weights, 3, 5)
-    whole = at(order, 0, 200)
-    for first in (0, 1, 12, 13, 97):
-        for count in (1, 6, 40):
-            assert at(order, first, count) == whole[first : first + count]
-
-
-def test_a_mix_keeps_its_weights_and_its_epochs():
-    visits = at(Order([[7, 6], [4, 4, 3]], [1, 5], 3, 5), 0, 6 * 26)
-    for block in range(26):
-        assert sum(i < 13 for _, i in visits[6 * block : 6 * block + 6]) == 1
-    first = [visit for visit in visits if visit[1] < 13]
-    assert sorted(first) == [(epoch, i) for epoch in range(2) for i in range(13)]
-    second = [visit for visit in visits if visit[1] >= 13]
-    assert sorted(second[:110]) == [(epoch, 13 + i) for epoch in range(10) for i in range(11)]
-    places = {[i < 13 for _, i in visits[6 * block : 6 * block + 6]].index(True) for block in range(26)}
-    assert len(places) > 3, "the place in a block is not drawn"
-
-
-# the loader
-
-
-HERE = DataConfig("unused", workers=0)
-
-
-def take(dataset, count: int, config=HERE, **changes) -> list[Batch]:
-    settings = {"seed": 5, "global_batch": 8, "accumulation": 1, "rank": 0, "world": 1, **changes}
-    loader = LatentLoader(dataset, config, **settings)
-    batches = [next(loader) for _ in range(count)]
-    loader.close()
-    return batches
-
-
-def visits(batches: list[Batch]) -> list[tuple[int, int]]:
-    return [pair for batch in batches for pair in zip(batch.epochs.tolist(), batch.samples.tolist())]
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_step_sees_the_same_samples_on_any_number_of_ranks(dataset, world, accumulation):
-    steps = 4  # 32 visits of 13 samples: crosses two epochs
-    ranks = [take(dataset, steps * accumulation, rank=rank, world=world, accumulation=accumulation) for rank in range(world)]
-    seen = [pair for micro in zip(*ranks) for pair in visits(list(micro))]
-    assert seen == at(Order(dataset.sets[SHAPE], [1], 5, 16384), 0, 8 * steps)
-    for batch in ranks[0]:
-        assert batch.latents.shape == (8 // accumulation // world, *SHAPE)
-        for latent, label, i in zip(batch.latents, batch.labels, batch.samples.tolist()):
-            assert torch.equal(latent, dataset[i].latent) and label == i % 3
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_resumed_loader_continues_exactly(dataset, workers):
-    config = DataConfig("unused", workers=workers, prefetch=2)
-    whole = take(dataset, 10, accumulation=2, rank=1, world=2)
-    resumed = take(dataset, 4, config, accumulation=2, rank=1, world=2, consumed=3 * 8)
-    assert visits(resumed) == visits(whole[6:])
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(resumed, whole[6:]))
-    # also on another number of ranks
-    assert visits(take(dataset, 2, config, consumed=3 * 8)) == visits(take(dataset, 5))[24:]
-
-
-def test_the_loader_draws_no_random_numbers(dataset):
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    take(dataset, 3, DataConfig("unused", workers=1))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_prepare_runs_on_each_batch(dataset):
-    assert take(dataset, 2, prepare=lambda batch: batch.samples.sum().item()) == [b.samples.sum().item() for b in take(dataset, 2)]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_reaches_the_consumer_as_one_line(dataset, workers):
-    path = Path(dataset.manifests[0].root, "train-000001.tar")
-    path.write_bytes(bytes(path.stat().st_size))
-    loader = LatentLoader(dataset, DataConfig("unused", workers=workers), seed=0, global_batch=13, accumulation=1, rank=0, world=1)
-    with pytest.raises(DataError, match=r"train-000001\.tar: sample \d at byte \d+ is damaged") as caught:
-        next(loader)
-    assert "\n" not in str(caught.value)
-    assert list(loader) == []
-
-
-def test_a_damaged_shard_can_be_left_out(dataset):
-    manifest = dataset.manifests[0]
-    config = DataConfig("unused", workers=0, skip_shards=("train-000000.tar",))
-    rest = config.open([manifest], "train")
-    assert len(rest) == 6 and rest.key(0) == "k7"
-    assert sorted(visits(take(rest, 3, config, global_batch=2))) == [(0, i) for i in range(6)]
-    with pytest.raises(ConfigError, match=r"data.skip_shards='train-9.tar'"):
-        DataConfig("unused", skip_shards=("train-9.tar",)).open([manifest], "train")
-
-
-def test_a_shard_to_skip_by_a_relative_path(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    write_data(tmp_path / "here")
-    monkeypatch.chdir(tmp_path)
-    assert len(LatentDataset([Manifest.load("here")], "train", skip=["here/train-000001.tar"])) == 7
-
-
-def test_a_window_of_many_shards_reads_each_index_once(tmp_path):
-    (tmp_path / "latents").mkdir()
-    dataset = LatentDataset([write_data(tmp_path / "latents", (1,) * 300)], "train")
-    keys = [dataset.key(i) for _ in range(2) for i in range(300)]
-    assert len(set(keys)) == 300 and dataset._reader.cache_info().misses == 300
-
-
-def test_a_mix_reads_from_both(tmp_path):
-    manifests = []
-    for name, sizes in (("real", (4,)), ("made", (5, 6))):
-        (tmp_path / name).mkdir()
-        manifests.append(write_data(tmp_path / name, sizes))
-    config = DataConfig("unused", workers=0, weight=1, mix=(MixConfig("unused", 3),))
-    mixed = config.open(manifests, "train")
-    assert len(mixed) == 15 and (mixed.key(3), mixed.key(4), mixed.key(14)) == ("k3", "k0", "k10")
-    seen = [i for batch in take(mixed, 11, config, global_batch=4) for i in batch.samples.tolist()]
-    assert sum(i < 4 for i in seen) == 11 and set(seen) == set(range(15))
-
-
-def write_shapes(root: Path, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> Manifest:
-    """A folder with shards of several shapes: {shape: sizes}; the labels are the sample's number within its shape."""
-    root.mkdir()
-    manifest, shards = write_data(root, (1,)), []
-    for shape, sizes in shapes.items():
-        first = 0
-        for size in sizes:
-            path = root / f"train-{len(shards):06d}-x.tar"
-            with ShardWriter(path) as shard:
-                for i in range(first, first + size):
-                    shard.write(f"{shape[1]}x{shape[2]}-{i}", {"label": None}, latent=torch.full(shape, float(i)))
-            first += size
-            shards.append(Shard(path.name, size, path.stat().st_size, sha256(path), shape))
-    replace(manifest, splits=Splits(Split(sum(shard.samples for shard in shards), tuple(shards)), Split(0, ()))).save()
-    return Manifest.load(root)
-
-
-def test_a_step_has_one_shape_and_each_shape_its_share(tmp_path):
-    manifest = write_shapes(tmp_path / "a", {(2, 3, 4): (11, 13), (2, 4, 3): (5, 3), (2, 2, 6): (16,)})
-    assert manifest.shapes == ((2, 2, 6), (2, 3, 4), (2, 4, 3))
-    dataset = LatentDataset([manifest], "train")
-    assert [dataset.key(i) for i in (0, 16, 39, 40)] == ["2x6-0", "3x4-0", "3x4-23", "4x3-0"]
-    steps = 600
-    whole = take(dataset, steps, global_batch=4)
-    count = Counter(tuple(batch.latents.shape[1:]) for batch in whole)
-    for shape, share in {(2, 2, 6): 1 / 3, (2, 3, 4): 1 / 2, (2, 4, 3): 1 / 6}.items():
-        assert abs(count[shape] / steps - share) < 4 * (share * (1 - share) / steps) ** 0.5
-    for shape, first, total in (((2, 2, 6), 0, 16), ((2, 3, 4), 16, 24), ((2, 4, 3), 40, 8)):
-        seen = [pair for batch in whole if tuple(batch.latents.shape[1:]) == shape for pair in visits([batch])]
-        assert sorted(seen[:total]) == [(0, first + i) for i in range(total)]
-        assert {epoch for epoch, _ in seen} == set(range(-(-len(seen) // total)))
-        values = [float(batch.latents[0, 0, 0, 0]) for batch in whole if tuple(batch.latents.shape[1:]) == shape]
-        assert values == [((i - first) - 0.5) * 2 for _, i in seen[::4]]
-    # whatever the ranks and micro-steps, and from any step on
-    ranks = [take(dataset, 40, global_batch=4, accumulation=2, rank=rank, world=2, consumed=4 * 580) for rank in range(2)]
-    assert [pair for micro in zip(*ranks) for pair in visits(list(micro))] == visits(whole[580:])
-
-
-def test_blocks_hold_the_exact_share_of_each_shape():
-    orders = [Order([[size]], [1], 0, 100) for size in (30, 60, 1)]
-    order = BucketOrder(orders, 2, 0)
-    assert order.shares == [3297, 6593, 110]
-    visited = set()
-    for block in range(2):
-        found = [order.at(2 * step, 2) for step in range(10_000 * block, 10_000 * (block + 1))]
-        seen = [int(samples[0]) for _, samples in found]
-        assert [sum(low <= i < high for i in seen) for low, high in ((0, 30), (30, 90), (90, 91))] == order.shares
-        visited |= {pair for visit in found for pair in zip(*(part.tolist() for part in visit))}
-    assert len(visited) == 2 * 20_000  # a block goes on where the last one ended: nobody is seen twice in an epoch
-
-
-def test_a_mix_visits_the_shapes_of_a_set_alike():
-    """The first has as many of each shape, and five times the weight of the second, nearly all of whose are of one."""
-    sets = ((500, 99_000), (500, 1_000))
-    order = BucketOrder([Order([[size] for size in sizes], [5, 1], 0, 100) for sizes in sets], 2, 0)
-    square, wide = order.shares
-    assert square / wide == pytest.approx((5 * 0.5 + 0.99) / (5 * 0.5 + 0.01), rel=1e-3)
-    assert BucketOrder([Order([[size]], [3], 0, 100) for size in (99_500, 1_500)], 2, 0).shares == [9851, 149]
-
-
-def test_what_is_mixed_must_have_all_shapes(tmp_path):
-    both, one = write_shapes(tmp_path / "both", {(2, 3, 4): (5,), (2, 4, 3): (5,)}), write_shapes(tmp_path / "one", {(2, 3, 4): (5,)})
-    with pytest.raises(DataError, match=r"one: split train has no latents of shape \(2, 4, 3\)"):
-        LatentDataset([both, one], "train")
-
-
-def test_close_ends_the_workers(dataset):
-    loader = LatentLoader(dataset, DataConfig("unused", workers=2), seed=0, global_batch=2, accumulation=1, rank=0, world=1)
-    next(loader)
-    processes = multiprocessing.active_children()
-    assert len(processes) >= 2
-    loader.close()
-    assert list(loader) == [] and not any(process.is_alive() for process in processes)
-
-
-def test_batches_that_do_not_divide_are_refused(dataset):
-    with pytest.raises(ConfigError, match="global_batch=6"):
-        take(dataset, 1, global_batch=6, accumulation=2, world=2)

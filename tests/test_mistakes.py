@@ -20,9 +20,9 @@ from ditmoe_ds.distributed.topology import AgreedError, agreed
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
 from ditmoe_ds.latents.condition import Classes
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import Batch
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.training.plan import read_plan
 
 OFFLOAD = ["parallel.zero_stage=3", "parallel.deepspeed=ds_configs/zero3_offload.json"]
 MISTAKES = {

@@ -29,7 +29,8 @@ from ditmoe_ds.planning.plan import Plan
 from ditmoe_ds.planning.recipe import read_job
 from ditmoe_ds.planning.search import best, clusters, pareto, search, tensor_sizes
 from ditmoe_ds.planning.traffic import crossing, exchange_shares, step_traffic, summed
-from ditmoe_ds.training.recipe import read_plan, read_recipe
+from ditmoe_ds.training.plan import read_plan
+from ditmoe_ds.training.recipe import read_recipe
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 import planner

@@ -28,7 +28,7 @@ from ditmoe_ds.distributed.topology import AgreedError
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.training.callbacks import MetricsWriter
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 from ditmoe_ds.training.trainer import Trainer
 
 STEPS = 12

@@ -17,7 +17,8 @@ from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.engine import BatchShape
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.models.sizes import describe, named_config
-from ditmoe_ds.training.recipe import TrainConfig, cut_batch, read_plan
+from ditmoe_ds.training.plan import cut_batch, read_plan
+from ditmoe_ds.training.recipe import TrainConfig
 
 NAME = "DiT-MoE-Nano/2-4E2A"
 STEPS, HALF, SHORT, LONG = 20, 10, 5, 30

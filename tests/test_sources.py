@@ -25,7 +25,7 @@ from data_prep.images import decode as decode_images
 from data_prep.sources import is_heldout, open_source, safe_key
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.manifest import Manifest
 
 
 def test_tars_as_a_source(inputs, tmp_path):

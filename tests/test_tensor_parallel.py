@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from functools import cache
 
 import numpy as np
@@ -171,22 +170,6 @@ def test_saved_and_loaded_run_is_the_straight_run(runs, folder, saved, loaded):
         end, ours = state(there, STEPS), state(here, STEPS)
         for key, value in end.items():
             assert torch.equal(ours[key], value) and not torch.equal(before[key], value), key
-
-
-def test_checkpoints_without_cuts_are_read(quick_runs, folder, tmp_path):
-    """As written before there was tensor parallelism."""
-    whole = folder / f"token-{title(*BASE)}" / "checkpoints" / f"step_{HALF:08d}"
-    shutil.copytree(whole, tmp_path / whole.name)
-    index = json.loads((whole / "index.json").read_text())
-    assert index.pop("cuts") == {}
-    (tmp_path / whole.name / "index.json").write_text(json.dumps(index | dict(format="ditmoe-checkpoint/3")))
-    old, new = Reader(tmp_path / whole.name), Reader(whole)
-    old.verify()
-    name, shape = next(iter(index["shapes"].items()))
-    outs = [torch.empty(math.prod(shape)) for _ in range(2)]
-    for reader, out in zip((old, new), outs, strict=True):
-        reader.read("ema", name, 0, out)
-    assert torch.equal(*outs)
 
 
 def test_gradients_and_sums_of_any_layout(tmp_path):

@@ -21,7 +21,8 @@ from ditmoe_ds.analysis.adaptive import on_objects, sample_with_takers
 from ditmoe_ds.cli import main
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.detector import detect, shows
-from ditmoe_ds.evaluation.shapes import evaluate, prompts, wilson
+from ditmoe_ds.evaluation.metrics import wilson
+from ditmoe_ds.evaluation.shapes import evaluate, prompts
 from ditmoe_ds.pipelines.run import Run, open_run
 from ditmoe_ds.rng import keyed_generator
 

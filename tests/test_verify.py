@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.cli import main
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.vae import load_vae
 
 

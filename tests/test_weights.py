@@ -146,6 +146,10 @@ def test_what_is_no_weights_is_named(tmp_path):
     (tmp_path / "stranger" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     with pytest.raises(CheckpointError, match="format None"):
         open_weights(tmp_path / "stranger")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "index.json").write_text('{"format": "ditmoe-checkpoint/3"}')
+    with pytest.raises(CheckpointError, match="ditmoe-checkpoint/3.*go on with the one that wrote it"):
+        open_weights(tmp_path / "old")
     (full / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00001-of-00001"):
         open_weights(full)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ditmoe_ds.analysis.routing import watched
-from ditmoe_ds.analysis.summary import plain
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.pipelines.run import Run
+from ditmoe_ds.plain import plain
 
 WHITE = 30
 """A pixel belongs to an object if one of its channels is so much darker than white."""

@@ -11,13 +11,14 @@ from ditmoe_ds.analysis.experts import answers_alike, weights_alike
 from ditmoe_ds.analysis.plots import plot_loss, plot_shares
 from ditmoe_ds.analysis.report import write_report
 from ditmoe_ds.analysis.routing import count_takings
-from ditmoe_ds.analysis.summary import plain, read_metrics, summary, training
+from ditmoe_ds.analysis.summary import read_metrics, summary, training
 from ditmoe_ds.errors import CheckpointError, ConfigError
-from ditmoe_ds.latents.format import Manifest
 from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.remote import is_url
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.pipelines.run import Run
+from ditmoe_ds.plain import plain
 
 COMPARED = 32
 """Samples on which experts' answers are compared."""

@@ -16,7 +16,7 @@ DIVERGING, RISING = "RdBu_r", "YlOrBr"
 INKS = ("var(--ink1)", "var(--ink2)", "var(--ink3)")
 
 
-def read(text: str) -> str:
+def hint(text: str) -> str:
     """The sentence that says how to read a figure."""
     return f'<p class="read">{html.escape(text)}</p>'
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from ditmoe_ds.analysis.figures import photo, read
+from ditmoe_ds.analysis.figures import hint, photo
 from ditmoe_ds.analysis.sections import SECTIONS
 from ditmoe_ds.analysis.summary import Numbers
 
@@ -28,7 +28,7 @@ def write_report(path: Path, title: str, numbers: Numbers, facts: dict[str, str]
         if content := section(numbers):
             parts[name] = content
     if pictures:
-        parts["Compute on sampled images"] = read(
+        parts["Compute on sampled images"] = hint(
             "A row per prompt: its image, then the experts that take each token. Red is twice the mean and more, white the mean, blue none."
         ) + "".join(f"<h3>{html.escape(title)}</h3>{photo(pictures[name], title)}" for name, title in PICTURES.items())
     numbered = list(enumerate(parts.items(), 1))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ditmoe_ds.analysis.figures import RISING, bars, columns, heat, lines, number, panels, read, scale, table
+from ditmoe_ds.analysis.figures import RISING, bars, columns, heat, hint, lines, number, panels, scale, table
 from ditmoe_ds.analysis.summary import Numbers
 
 TIME = ("image (t = 0)", "noise (t = 1)")
@@ -38,16 +38,16 @@ def dependence(numbers: Numbers) -> str:
         charts.append(f"<div><h3>{axis}</h3>{chart}</div>")
     most, permutations = numbers["information"]["position"]["experts"][-1], numbers["permutations"]
     return (
-        read(f"Of the uncertainty about the expert, in the mean over layers, {'; '.join(words)}.")
+        hint(f"Of the uncertainty about the expert, in the mean over layers, {'; '.join(words)}.")
         + table(["mean over layers", "bits", "shuffled", "above, of entropy", "z", "p"], rows)
-        + read(
+        + hint(
             f"Mutual information of a selection's expert with its label, of at most {number(most)} bits. Shuffled: its mean over "
             f"{permutations} permutations of the labels (classes between images, times within an image, positions by shifting an image's "
             "grid), which is what chance alone gives. z: standard deviations from there. p: the share of permutations that reach the "
             f"value; below {1 / (permutations + 1):.3f} it cannot be with so many."
         )
         + columns(charts)
-        + read("The same by layer. The line across a bar is what 95 % of the permutations stay below.")
+        + hint("The same by layer. The line across a bar is what 95 % of the permutations stay below.")
     )
 
 
@@ -62,7 +62,7 @@ def _shares(numbers: Numbers, axis: str, how: str) -> str:
     )[axis]()
     most = f"{100 * share[layer, row, expert]:.0f} % of the selections {place}"
     told = f"The strongest preference: in layer {numbers['layers'][layer]}, expert {expert} gets {most}; even would be {100 * even:.0f} %."
-    return read(f"{how} {told}") + scale("0", f"{even:.2f} (even)", f"{2 * even:.2f} and more")
+    return hint(f"{how} {told}") + scale("0", f"{even:.2f} (even)", f"{2 * even:.2f} and more")
 
 
 def over_time(numbers: Numbers) -> str:
@@ -108,11 +108,11 @@ def balance(numbers: Numbers) -> str:
     least = entropies.min().item()
     loads = heat(load.T, 0, 2 * even, "load of each expert by layer", ratio=2.4)
     calm = heat(entropies, min(0.8 * most, least), most, "entropy by layer and time", "Blues", ratio=2.4)
-    left = read(
+    left = hint(
         f"A column per layer, a row per expert: its share of all selections. The fullest, in layer {numbers['layers'][worst]}, has "
         f"{fullest[worst] / even:.2f} times the even share."
     )
-    right = read(
+    right = hint(
         f"Entropy of the experts' shares: a row per layer, from image (left) to noise (right). {number(least)} to "
         f"{number(entropies.max().item())} of {number(most)} bits: less means fewer experts do the work then."
     )
@@ -128,7 +128,7 @@ def training(numbers: Numbers) -> str:
         return ""
     ends = (f"step {told['steps'][0]}", f"step {told['steps'][-1]}")
     loss = told["loss"].tolist()
-    left = read(f"Training loss, mean of each {told['every']} steps: {number(loss[0])} to {number(loss[-1])}.") + lines(
+    left = hint(f"Training loss, mean of each {told['every']} steps: {number(loss[0])} to {number(loss[-1])}.") + lines(
         {"loss": loss}, ends, "training loss"
     )
     key = "max_over_mean" if numbers["routing"] == "token" else "takers_std"
@@ -144,7 +144,7 @@ def training(numbers: Numbers) -> str:
     first, last = number(means[0].item()), number(means[-1].item())
     text = f"{what}: a row per layer, left to right the steps. Mean over layers {first} at first, {last} last."
     low = values.min().item() if key == "takers_std" else 1.0
-    right = read(text) + heat(values, low, high, "load over training", RISING, ratio=2.4) + scale(number(low), "", number(high), RISING)
+    right = hint(text) + heat(values, low, high, "load over training", RISING, ratio=2.4) + scale(number(low), "", number(high), RISING)
     return columns([f"<div>{left}</div>", f"<div>{right}</div>"])
 
 
@@ -156,7 +156,7 @@ def pairs(numbers: Numbers) -> str:
     strongest, low, high = lifts.nan_to_num(0).amax(), lifts.nan_to_num(1).amin().item(), 2.0
     layer, one, other = (int(i) for i in torch.unravel_index(lifts.nan_to_num(0).argmax(), lifts.shape))
     return (
-        read(
+        hint(
             "How often two experts take the same token, over how often their loads alone imply: 1 is independence, red pairs seek each "
             f"other, blue ones avoid each other. From {number(low)} to {number(strongest.item())}; the closest pair: experts {one} and "
             f"{other} in layer {numbers['layers'][layer]}."
@@ -177,7 +177,7 @@ def similarity(numbers: Numbers) -> str:
         return f"<h3>{titles[name]}</h3>{drawn}"
 
     return (
-        read(
+        hint(
             "Cosines between the experts of a layer: 1 (red) alike, 0 (white) unrelated, -1 (blue) opposite. Between different experts "
             f"the mean is {means['outputs']:.2f} of their answers, {means['w1']:.2f} of w1 and {means['w2']:.2f} of w2. Weights can differ "
             "where answers do not: hidden units have no order."
@@ -196,17 +196,17 @@ def compute(numbers: Numbers) -> str:
     names = dict(untaken="tokens that no expert takes", std="standard deviation of experts per token", gini="Gini coefficient")
     charts = [
         f"<div><h3>{title}</h3>{lines({title: spread[key]}, TIME, title)}"
-        + read(f"{number(spread[key][0])} near the image, {number(spread[key][-1])} near noise.")
+        + hint(f"{number(spread[key][0])} near the image, {number(spread[key][-1])} near noise.")
         + "</div>"
         for key, title in names.items()
     ]
     mean = numbers["experts_per_token"]
     maps = numbers["takers_by_position"]
     return (
-        read(f"Experts choose: the mean is fixed at {number(mean)} experts per token at every time; how unequally tokens share it is not.")
+        hint(f"Experts choose: the mean is fixed at {number(mean)} experts per token at every time; how unequally tokens share it is not.")
         + columns(charts)
         + "<h3>where in the image</h3>"
-        + read(f"Mean experts per token by patch: from {number(maps.min().item())} to {number(maps.max().item())}.")
+        + hint(f"Mean experts per token by patch: from {number(maps.min().item())} to {number(maps.max().item())}.")
         + scale("0", f"{number(mean)} (mean)", f"{number(2 * mean)} and more")
         + by_layer(numbers, maps, lambda one, name: heat(one.view(numbers["sides"]), 0, 2 * mean, f"{name}, experts per token"), 110)
     )

@@ -102,14 +102,3 @@ def training(records: list[dict[str, Any]]) -> dict[str, Any]:
     loss = torch.tensor([sum(r["loss"] for r in stretch) / len(stretch) for stretch in stretches])
     steps = stretches[0][-1]["step"] - stretches[0][0]["step"] + 1  # of more than RECORDS not each is among the records
     return dict(steps=[stretch[-1]["step"] for stretch in stretches], every=steps, loss=loss, router=router)
-
-
-def plain(value: Any) -> Any:
-    """For JSON: tensors as lists, and None for what is not a number."""
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,8 +32,6 @@ from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.slices import Cut, Slice
 
 FORMAT = "ditmoe-checkpoint/4"
-READABLE = ("ditmoe-checkpoint/3", FORMAT)
-"""3 has no cuts."""
 
 T = TypeVar("T")
 
@@ -199,8 +197,9 @@ class Reader:
             self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no readable index.json ({error}); is this a finished checkpoint?") from None
-        if self.index.get("format") not in READABLE:
-            raise CheckpointError(f"{folder}: format {self.index.get('format')!r}, this code reads {FORMAT!r}")
+        if self.index.get("format") != FORMAT:
+            found = self.index.get("format")
+            raise CheckpointError(f"{folder}: format {found!r}, this release reads {FORMAT!r}; go on with the one that wrote it")
         self.opened: dict[int, TensorFile] = {}
 
     def verify(self) -> None:
@@ -228,7 +227,7 @@ class Reader:
 
     def _parts(self, name: str) -> list[Slice | None]:
         """The slices that the tensor is stored in; None is all of it."""
-        if name not in self.index.get("cuts", {}):
+        if name not in self.index["cuts"]:
             return [None]
         dim, blocks, parts = self.index["cuts"][name]
         shape = tuple(self.index["shapes"][name])

@@ -277,12 +277,6 @@ def describe_placement(hosts: list[str], ep_size: int, tensor: int = 1) -> str:
     )
 
 
-def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """All-reduce ``values`` in place to their mean over all ranks."""
-    dist.all_reduce(values)
-    return values.div_(dist.get_world_size())
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

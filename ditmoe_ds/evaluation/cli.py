@@ -75,11 +75,11 @@ def _shapes(arguments: argparse.Namespace) -> int:
 
 def _measure(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.distributed.topology import World, agreed, on_all_ranks
-    from ditmoe_ds.evaluation.fidelity import Plan, read_plan, result, run
+    from ditmoe_ds.evaluation.fidelity import Measurement, open_measurement, result, run
 
     out = Path(arguments.out)
 
-    def plan(world: World) -> Plan:
+    def opened(world: World) -> Measurement:
         if arguments.batch < 1:
             raise ConfigError("--batch", arguments.batch, "at least 1")
         try:
@@ -87,16 +87,16 @@ def _measure(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError("--out", arguments.out, f"cannot be made ({error.strerror})") from None
         given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
-        return read_plan(arguments.measure, arguments.samples, device=world.device, **given)
+        return open_measurement(arguments.measure, arguments.samples, device=world.device, **given)
 
     def measure(world: World) -> None:
-        checked = agreed(lambda: plan(world))
-        scores = run(checked, world.device, arguments.batch)
+        measurement = agreed(lambda: opened(world))
+        scores = run(measurement, world.device, arguments.batch)
         if world.rank == 0:
-            (out / "result.json").write_text(json.dumps(result(checked, scores), indent=1) + "\n")
+            (out / "result.json").write_text(json.dumps(result(measurement, scores), indent=1) + "\n")
             for name, value in scores.items():
                 print(f"{name:<12}{value:>12.5g}")
-            extractor = f"{checked.extractor.name} {checked.extractor.sha256[:8]}"
-            print(f"{len(checked.samples):,} samples, {extractor}: {out / 'result.json'}", flush=True)
+            extractor = f"{measurement.extractor.name} {measurement.extractor.sha256[:8]}"
+            print(f"{len(measurement.samples):,} samples, {extractor}: {out / 'result.json'}", flush=True)
 
     return on_all_ranks(measure, LONG_PATIENCE)

@@ -12,7 +12,7 @@ from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.training.callbacks import Record, TrainerView, due, sample_latents, share_out
-from ditmoe_ds.training.recipe import Plan
+from ditmoe_ds.training.plan import Plan
 
 
 class FrechetDistance:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.evaluation import efficientnet, inception
-from ditmoe_ds.latents.format import sha256
+from ditmoe_ds.latents.manifest import sha256
 
 KINDS = "inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH"
 CLIP = "clip:openai/clip-vit-large-patch14-336"

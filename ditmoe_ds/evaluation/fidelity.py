@@ -22,7 +22,7 @@ from ditmoe_ds.evaluation.images import MEMBER, FolderImages, Images, npz_member
 from ditmoe_ds.evaluation.metrics import KID_SUBSET, cmmd, kid, precision_recall
 from ditmoe_ds.evaluation.moments import Gaussian, frechet_distance
 from ditmoe_ds.evaluation.ranks import share, total
-from ditmoe_ds.latents.format import sha256
+from ditmoe_ds.latents.manifest import sha256
 
 OF_PAIRS = {"precision-recall", "kid", "cmmd"}
 """Need the features of both sets, not only their moments."""
@@ -31,7 +31,7 @@ FEWEST = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class Measurement:
     """What is measured on what; everything a user can have wrong was checked."""
 
     asked: tuple[str, ...]
@@ -47,7 +47,7 @@ class Plan:
     captions: list[str] | None
 
 
-def read_plan(
+def open_measurement(
     measure: str,
     samples: str,
     *,
@@ -56,7 +56,7 @@ def read_plan(
     inception: str | None = None,
     captions: str | None = None,
     device: torch.device,
-) -> Plan:
+) -> Measurement:
     """Open and check everything before the long work.
 
     Args:
@@ -102,17 +102,21 @@ def read_plan(
         print(f"{samples}: KID of subsets of all {fewest} images; published ones are of {KID_SUBSET:,}", file=sys.stderr)
     if first and real and real.shape != made.shape:
         print(f"{samples}: images of {made.shape[:2]} pixels are compared with those of {real.shape[:2]} of {reference}", file=sys.stderr)
-    return Plan(asked, made, described, path, real, statistics, load_extractor(name, device, inception), lines)
+    return Measurement(asked, made, described, path, real, statistics, load_extractor(name, device, inception), lines)
 
 
-def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
+def run(measurement: Measurement, device: torch.device, batch: int = 64) -> dict[str, float]:
     """The scores by name. Collective; the same on every rank."""
-    pairs = bool(OF_PAIRS & {*plan.asked})
-    made = summarise(plan.samples, plan.extractor, device, batch=batch, keep=pairs or plan.captions is not None, label="samples")
-    real = summarise(plan.real, plan.extractor, device, batch=batch, keep=pairs, label="reference") if plan.real else None
-    gaussians = (real.gaussians if real else {}) | plan.statistics
+    pairs = bool(OF_PAIRS & {*measurement.asked})
+    made = summarise(
+        measurement.samples, measurement.extractor, device, batch=batch, keep=pairs or measurement.captions is not None, label="samples"
+    )
+    real = (
+        summarise(measurement.real, measurement.extractor, device, batch=batch, keep=pairs, label="reference") if measurement.real else None
+    )
+    gaussians = (real.gaussians if real else {}) | measurement.statistics
     scores: dict[str, float] = {}
-    for measure in plan.asked:
+    for measure in measurement.asked:
         if measure in ("fid", "fd"):
             scores[measure] = decided(lambda: frechet_distance(made.gaussians["pool"], gaussians["pool"]))
         elif measure == "sfid":
@@ -121,8 +125,8 @@ def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
             assert made.inception_score
             scores["is"], scores["is_std"] = made.inception_score
         elif measure == "clip-score":
-            assert made.features is not None and plan.captions and plan.extractor.text
-            scores["clip_score"] = clip_score(made.features, plan.captions, plan.extractor.text, batch)
+            assert made.features is not None and measurement.captions and measurement.extractor.text
+            scores["clip_score"] = clip_score(made.features, measurement.captions, measurement.extractor.text, batch)
         else:
             assert made.features is not None and real and real.features is not None
             if measure == "precision-recall":
@@ -134,23 +138,23 @@ def run(plan: Plan, device: torch.device, batch: int = 64) -> dict[str, float]:
     return scores
 
 
-def result(plan: Plan, scores: dict[str, float]) -> dict[str, Any]:
+def result(measurement: Measurement, scores: dict[str, float]) -> dict[str, Any]:
     """What ``result.json`` says. ``samples`` is how they were made, null where that is not known."""
     reference: dict[str, Any] | None = None
-    if plan.reference:
+    if measurement.reference:
         # of a folder, of all its pictures
-        digest = plan.real.sha256() if plan.real else sha256(plan.reference)
-        number = len(plan.real) if plan.real else None
-        reference = dict(path=str(plan.reference), sha256=digest, number=number, published_statistics=[*plan.statistics])
-        reference["size"] = plan.real.shape[:2] if plan.real else None
+        digest = measurement.real.sha256() if measurement.real else sha256(measurement.reference)
+        number = len(measurement.real) if measurement.real else None
+        reference = dict(path=str(measurement.reference), sha256=digest, number=number, published_statistics=[*measurement.statistics])
+        reference["size"] = measurement.real.shape[:2] if measurement.real else None
     return {
         **scores,
-        "number": len(plan.samples),
-        "path": str(plan.samples.path),
-        "size": plan.samples.shape[:2],
-        "samples": plan.described,
+        "number": len(measurement.samples),
+        "path": str(measurement.samples.path),
+        "size": measurement.samples.shape[:2],
+        "samples": measurement.described,
         "reference": reference,
-        "extractor": plan.extractor.describe(),
+        "extractor": measurement.extractor.describe(),
         "ditmoe_ds": ditmoe_ds.__version__,
         "torch": torch.__version__,
         "command": sys.argv,

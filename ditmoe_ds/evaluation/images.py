@@ -19,7 +19,7 @@ from PIL import Image
 from data_prep.images import FORMATS, rgb, upright
 from data_prep.sources import SUFFIXES
 from ditmoe_ds.errors import DataError, in_a_line
-from ditmoe_ds.latents.format import sha256
+from ditmoe_ds.latents.manifest import sha256
 
 MEMBER = "arr_0.npy"
 READERS = 4

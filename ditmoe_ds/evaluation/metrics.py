@@ -1,9 +1,9 @@
-"""Scores of features (N, D), computed in float64 and in blocks: no matrix of all pairs. The ranks share the blocks; all are collective."""
+"""Scores of features (N, D), computed in float64 and in blocks: no matrix of all pairs. The ranks share the blocks; they are collective."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,18 +47,13 @@ class InceptionScore:
         return scores.mean().item(), scores.std(correction=0).item()
 
 
-class PrecisionRecall(NamedTuple):
-    precision: float
-    recall: float
-
-
-def precision_recall(real: Tensor, made: Tensor, neighbours: int = 3) -> PrecisionRecall:
+def precision_recall(real: Tensor, made: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall, arXiv 1904.06991.
 
     Precision is the share of ``made`` that lies in a ball around one of ``real``, whose radius is the distance to its
     ``neighbours``-th nearest other; recall the reverse.
     """
-    return PrecisionRecall(_covered(made, real, _squared_radii(real, neighbours)), _covered(real, made, _squared_radii(made, neighbours)))
+    return _covered(made, real, _squared_radii(real, neighbours)), _covered(real, made, _squared_radii(made, neighbours))
 
 
 def kid(a: Tensor, b: Tensor, subsets: int = 100, size: int = KID_SUBSET) -> tuple[float, float]:
@@ -93,6 +88,14 @@ def cmmd(a: Tensor, b: Tensor) -> float:
         return (-squared / (2 * 10**2)).exp()
 
     return 1000 * (_mean_of_pairs(a, a, kernel) + _mean_of_pairs(b, b, kernel) - 2 * _mean_of_pairs(a, b, kernel))
+
+
+def wilson(right: int, count: int) -> list[float]:
+    """The 95 % confidence interval of a share, [low, high] (Wilson's). Of two counts, and not collective."""
+    z, share = 1.96, right / count
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    ends = (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    return [min(max(end, 0.0), 1.0) for end in ends]  # rounding may leave it
 
 
 def _mean_of_pairs(a: Tensor, b: Tensor, of: Callable[[Tensor], Tensor]) -> float:

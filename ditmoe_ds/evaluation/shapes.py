@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from data_prep.shapes import CATEGORIES, SIZE, Scene, scenes
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.detector import detect, shows
+from ditmoe_ds.evaluation.metrics import wilson
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.pipelines.run import Run
 
@@ -79,11 +79,3 @@ def evaluate(
     (out / "shapes.json").write_text(json.dumps(report, indent=1) + "\n")
     save_grid(sampled, out / "shapes.png", columns=images)
     return report
-
-
-def wilson(right: int, count: int) -> list[float]:
-    """The 95 % confidence interval of a share, [low, high] (Wilson's)."""
-    z, share = 1.96, right / count
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    ends = (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
-    return [min(max(end, 0.0), 1.0) for end in ends]  # rounding may leave it

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.format import Manifest, Sample, Shard, ShardReader, index_path, index_size, sha256
+from ditmoe_ds.latents.manifest import Manifest, Shard, SplitName, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
+from ditmoe_ds.latents.tars import Sample, ShardReader, index_path, index_size
 from ditmoe_ds.rng import keyed_generator
 
 INDEX_BYTES = 64 << 20
@@ -66,7 +67,7 @@ class DataConfig:
     log_samples: bool = False
     """Write the keys of every global batch into ``metrics.jsonl``, under ``samples``."""
 
-    def open(self, manifests: Sequence[Manifest], split: str, shape: tuple[int, ...] | None = None) -> LatentDataset:
+    def open(self, manifests: Sequence[Manifest], split: SplitName, shape: tuple[int, ...] | None = None) -> LatentDataset:
         """The samples of a split of the data sets, of one shape or all. Raises as ``LatentDataset``, or ConfigError of ``cache``."""
         try:
             cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
@@ -140,7 +141,7 @@ class LatentDataset:
     def __init__(
         self,
         manifests: Sequence[Manifest],
-        split: str,
+        split: SplitName,
         skip: Sequence[str] = (),
         cache: remote.Cache | None = None,
         shape: tuple[int, ...] | None = None,
@@ -239,8 +240,7 @@ class LatentDataset:
         return self._download(manifest, shard) if remote.is_url(manifest.root) else Path(manifest.root, shard.name)
 
     def _download(self, manifest: Manifest, shard: Shard) -> Path:
-        if not self.cache:
-            raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
+        assert self.cache, "whoever opens data sets behind a URL has a cache for them"
 
         def whole(path: Path) -> None:
             if sha256(path) != shard.sha256:
@@ -266,13 +266,10 @@ class LatentLoader:
 
     Args:
         config: of the order, the worker processes and the mix.
-        global_batch: samples per optimizer step, over all ranks and micro-steps.
+        global_batch: samples per optimizer step, over all ranks and micro-steps; a multiple of ``accumulation * world``.
         accumulation: micro-steps per optimizer step.
         consumed: global position to begin at: samples that all ranks together have seen.
         prepare: runs on each ``Batch`` ahead of time, in the worker; the iterator then yields its result.
-
-    Raises:
-        ConfigError: ``global_batch`` cannot be divided evenly.
     """
 
     def __init__(
@@ -288,9 +285,7 @@ class LatentLoader:
         consumed: int = 0,
         prepare: Callable[[Batch], Any] | None = None,
     ):
-        if global_batch % (accumulation * world):
-            fix = f"must be a multiple of accumulation x ranks = {accumulation} x {world}"
-            raise ConfigError("global_batch", global_batch, fix)
+        assert global_batch % (accumulation * world) == 0, (global_batch, accumulation, world)
         micro = global_batch // accumulation
         weights = [config.weight, *(other.weight for other in config.mix)]
         orders = [Order(sets, weights, seed, config.window) for sets in dataset.sets.values()]

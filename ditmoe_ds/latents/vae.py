@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
-from ditmoe_ds.latents.format import weights_sha256
+from ditmoe_ds.latents.manifest import weights_sha256
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 

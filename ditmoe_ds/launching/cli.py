@@ -99,7 +99,7 @@ def _python(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.training.recipe import read_plan
+    from ditmoe_ds.training.plan import read_plan
 
     _check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1

@@ -25,7 +25,7 @@ from ditmoe_ds.launching.problems import Node, compare
 from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.restarts import MISTAKE, should_restart
 from ditmoe_ds.training.interruption import MARKER
-from ditmoe_ds.training.recipe import read_plan
+from ditmoe_ds.training.plan import read_plan
 
 OTHERS = 50.0
 """Seconds that the other hosts have to end by themselves when one has failed (a lookout needs 42 at most)."""

@@ -21,7 +21,7 @@ from ditmoe_ds.distributed.topology import ExpertGroup
 from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
-from ditmoe_ds.latents.format import weights_sha256
+from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decoder_space, load_vae
 from ditmoe_ds.models.dit import DiT, DiTConfig

@@ -8,19 +8,10 @@ from pathlib import Path
 from ditmoe_ds.distributed.settings import offloads, read_ds_config, zero_settings
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.latents.format import Manifest
+from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.planning.job import Cluster, Job, Shape
-from ditmoe_ds.training.recipe import (
-    Recipe,
-    begun_on,
-    check_parallel,
-    cut_batch,
-    fitted,
-    named_network,
-    network_of,
-    read_recipe,
-    starting_weights,
-)
+from ditmoe_ds.training.plan import begun_on, check_parallel, cut_batch, fitted, named_network, network_of, starting_weights
+from ditmoe_ds.training.recipe import Recipe, read_recipe
 
 
 def read_job(arguments: list[str], image_size: int | None, text_tokens: int | None) -> tuple[Recipe, Job]:

@@ -13,9 +13,10 @@ from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
 from ditmoe_ds.distributed.topology import data_group, expert_group
 from ditmoe_ds.models.dit import DiT, DiTConfig
-from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.planning.counting import Count
-from ditmoe_ds.training.recipe import Recipe, begun_on, cut_batch
+from ditmoe_ds.training.network import arrange
+from ditmoe_ds.training.plan import begun_on, cut_batch
+from ditmoe_ds.training.recipe import Recipe
 from ditmoe_ds.training.step import Prepared, compute_loss
 
 
@@ -39,11 +40,7 @@ class Rehearsal:
         self.batch = cut_batch(train, processes, begun_on(recipe, processes), recipe.parallel.tensor)
         with torch.device("meta"):
             net = DiT(model, ep_size=group.size)
-        net.checkpoint_activations = train.activation_checkpointing
-        if recipe.parallel.tensor > 1:
-            from ditmoe_ds.distributed import tensor_parallel
-
-            tensor_parallel.cut(net, *tensor_plan(net))
+        arrange(net, recipe)
         with count:
             count.kind = "buffers"  # all but what is named below
             self.engine = build(net, recipe.parallel, train.optimizer, self.batch, train.precision, ds_config, torch.device("cpu"))

@@ -6,7 +6,6 @@ A callback may add to the record; ``MetricsWriter`` comes last and writes it dow
 import errno
 import hashlib
 import json
-import math
 import mmap
 import time
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from ditmoe_ds.distributed.topology import World, data_group, tensor_place
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
+from ditmoe_ds.plain import plain
 from ditmoe_ds.rng import keyed_generator
-from ditmoe_ds.training.recipe import Plan
+from ditmoe_ds.training.plan import Plan
 
 Record = dict[str, Any]
 VALIDATION_TIMES = [(i + 0.5) / 8 for i in range(8)]
@@ -217,7 +217,7 @@ class MetricsWriter:
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         train = trainer.plan.recipe.train
-        self._try(lambda: _append(self.file, json.dumps(_finite(record)) + "\n"))
+        self._try(lambda: _append(self.file, json.dumps(plain(record)).encode() + b"\n"))
         if due(trainer.step, train.log_every, train.steps) or record.keys() & {"val_loss", "fd", "skipped", "spike"}:
             if self.tensorboard:
                 self._try(lambda: self._tell_tensorboard(trainer.step, record))
@@ -238,12 +238,12 @@ class MetricsWriter:
             self.failed = True
 
 
-def _append(path: Path, line: str) -> None:
+def _append(path: Path, line: bytes) -> None:
     """All of the line, or nothing."""
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
-            if (written := file.write(line.encode())) < len(line.encode()):
+            if (written := file.write(line)) < len(line):
                 raise OSError(errno.ENOSPC, f"{written} bytes fitted")
         except OSError:
             file.truncate(end)
@@ -263,15 +263,6 @@ def _cut_after(metrics: Path, step: int) -> None:
                     break
                 end = start
         file.truncate(end)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(record: Record) -> dict[str, float]:

@@ -31,20 +31,19 @@ from ditmoe_ds.distributed.topology import (
     describe_placement,
     expert_group,
     hosts_of_ranks,
-    mean_over_ranks,
 )
 from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
-from ditmoe_ds.models.tensor_plan import tensor_plan
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.lock import claim
-from ditmoe_ds.training.recipe import Plan
+from ditmoe_ds.training.network import arrange
+from ditmoe_ds.training.plan import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
 
@@ -84,11 +83,7 @@ class Trainer:
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
         initial = plan.weights or InitialWeights(model, train.seed)
-        model.checkpoint_activations = train.activation_checkpointing
-        if recipe.parallel.tensor > 1:
-            from ditmoe_ds.distributed import tensor_parallel
-
-            tensor_parallel.cut(model, *tensor_plan(model))
+        arrange(model, recipe)
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         if train.compile:
             model.compile_blocks()
@@ -179,7 +174,8 @@ class Trainer:
         self.step += 1
         self.samples_seen += train.global_batch
         sums[3] = self.interruption is not None and self.interruption.asked
-        diffusion, balance, z, stop = mean_over_ranks(sums).tolist()
+        dist.all_reduce(sums)
+        diffusion, balance, z, stop = (sums / self.world.size).tolist()
         self.interrupted = stop > 0 and self.step < train.steps
         parts = clock.stop()
         seconds = time.monotonic() - start
@@ -283,12 +279,13 @@ class Trainer:
                     "choose another run_dir or the old settings"
                 )
 
-        before, now = reader.index["recipe"]["train"]["optimizer"].get("name", "adamw"), self.plan.recipe.train.optimizer.name
-        if before != now:
-            raise CheckpointError(f"train.optimizer.name={now!r}: run_dir={str(self.run_dir)!r} was trained with {before}; keep that")
-        seeded, seed = reader.index["recipe"]["train"].get("seed", 0), self.plan.recipe.train.seed
-        if seeded != seed:
-            raise CheckpointError(f"train.seed={seed}: run_dir={str(self.run_dir)!r} has its order of samples by {seeded}; keep that")
+        before, now = reader.index["recipe"]["train"], self.plan.recipe.train
+        trained, name = before["optimizer"]["name"], now.optimizer.name
+        if trained != name:
+            raise CheckpointError(f"train.optimizer.name={name!r}: run_dir={str(self.run_dir)!r} was trained with {trained}; keep that")
+        if before["seed"] != now.seed:
+            seeded = f"run_dir={str(self.run_dir)!r} has its order of samples by {before['seed']}"
+            raise CheckpointError(f"train.seed={now.seed}: {seeded}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ditmoe_ds.evaluation.geneval.prompts import PROMPTS, RELATIONS, Clause, Prompt
-from ditmoe_ds.evaluation.shapes import wilson
+from ditmoe_ds.evaluation.metrics import wilson
 
 MOST = 16
 """Objects of one class that are looked at."""

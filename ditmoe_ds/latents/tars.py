@@ -1,0 +1,223 @@
+"""The shards of a folder of latents: tar files, written and read at random.
+
+    {key}.json              label (int or null), class, caption, source
+    {key}.latent.npy        (C, H, W) before any scaling
+    {key}.std.npy           (C, H, W) the posterior's, if it is stored
+    {key}.text.safetensors  "text": (tokens, width), valid tokens only
+
+bfloat16, which npy lacks, is stored as ``latent.safetensors``. Stock webdataset reads the tars.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from ditmoe_ds.errors import DataError
+
+if TYPE_CHECKING:  # which opens the shards that it lists
+    from ditmoe_ds.latents.manifest import Manifest, Text
+
+REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
+SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
+KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
+
+
+class ShardWriter:
+    """Writes one tar file and its index, under temporary names until the ``with`` block ends without an error."""
+
+    def __init__(self, path: str | Path):
+        from webdataset import TarWriter  # only writers need it
+
+        self._path = Path(path)
+        self._partial = self._path.with_suffix(".tar.partial")
+        self._stream = open(self._partial, "wb")  # noqa: SIM115 - __exit__ closes it
+        # Fixed owner and time: the same samples give the same bytes.
+        self._tar = TarWriter(self._stream, user="", group="", mtime=0, encoder=False)
+        self._starts: list[int] = []
+
+    def write(self, key: str, meta: dict[str, Any], **tensors: torch.Tensor) -> None:
+        """Append a sample; ``tensors`` are ``latent`` and maybe ``std`` and ``text``. ``key`` has no dot and at most 80 characters."""
+        assert KEY.fullmatch(key), key
+        self._starts.append(self._tar.tarstream.offset)
+        members = {f"{name}.{_kind(tensor.dtype)}": _encode(name, tensor) for name, tensor in tensors.items()}
+        self._tar.write({"__key__": key, "json": json.dumps(meta).encode(), **members})
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        end = self._tar.tarstream.offset
+        self._tar.close()
+        self._stream.close()
+        if failure is not None:
+            self._partial.unlink()
+            return
+        index = index_path(self._path)
+        with open(index.with_suffix(".partial"), "wb") as file:
+            np.save(file, np.array([*self._starts, end], dtype="<i8"))
+        index.with_suffix(".partial").replace(index)
+        self._partial.replace(self._path)  # last: a tar under its name is complete and has an index
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of a shard lies."""
+    return tar.with_suffix(".index.npy")
+
+
+def index_size(samples: int) -> int:
+    """Bytes of the index of so many samples."""
+    return len(_npy_header((samples + 1,), "int64")) + 8 * (samples + 1)
+
+
+class Sample(NamedTuple):
+    """One sample as stored."""
+
+    key: str
+    meta: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    """By name; as stored, ``latent`` before any scaling."""
+
+
+class ShardReader:
+    """Random access to the samples of a tar file, which may come from anyone: nothing is extracted, every header is checked.
+
+    Args:
+        shape: (C, H, W) of its latents.
+
+    Raises:
+        DataError: the index is missing or does not fit the tar.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, shape: tuple[int, ...]):
+        self.path, self.manifest, self.shape = path, manifest, shape
+        index = index_path(path)
+        try:
+            raw, size = index.read_bytes(), path.stat().st_size
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: is not there; {REMAKE}") from None
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        # As of tensors, the header is compared and not believed.
+        count = (len(raw) - len(_npy_header((0,), "int64"))) // 8
+        header = _npy_header((max(count, 0),), "int64")
+        if count < 1 or raw[: len(header)] != header or len(raw) != len(header) + 8 * count:
+            raise DataError(f"{index}: does not hold the starts of samples; {REMAKE}")
+        starts = np.frombuffer(raw, "<i8", offset=len(header))
+        if starts[0] < 0 or (np.diff(starts) <= 0).any() or starts[-1] > size:
+            raise DataError(f"{index}: does not fit {path.name}; {REMAKE}")
+        self.starts = starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def read(self, i: int) -> Sample:
+        """The ``i``-th sample.
+
+        Raises:
+            DataError: its bytes are cut short, or are not a sample as the manifest describes it.
+        """
+        start, size = int(self.starts[i]), int(self.starts[i + 1] - self.starts[i])
+        try:
+            if size > SAMPLE_LIMIT:
+                raise ValueError(f"{size} bytes, more than {SAMPLE_LIMIT}")
+            # Opened per read: a large data set has more shards than a process may hold open.
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                raw = os.pread(file, size, start)
+            finally:
+                os.close(file)
+            return self._parse(raw)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+        except Exception as error:  # bytes from anywhere: each parser of them fails in its own ways
+            raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {REMAKE}") from None
+
+    def _parse(self, raw: bytes) -> Sample:
+        keys, members = set(), {}
+        position = 0
+        while position < len(raw):
+            header = tarfile.TarInfo.frombuf(raw[position : position + 512], "utf-8", "strict")
+            key, _, kind = header.name.partition(".")
+            if header.type != tarfile.REGTYPE or not KEY.fullmatch(key) or kind in members:
+                raise ValueError(f"member {header.name!r} is not part of the format")
+            begin = position + 512
+            if not 0 <= header.size <= len(raw) - begin:
+                raise ValueError(f"member {header.name!r} has {header.size} bytes, of which {len(raw) - begin} are there")
+            members[kind] = raw[begin : begin + header.size]
+            keys.add(key)
+            position = begin + -(-header.size // 512) * 512
+        latent = f"latent.{_kind(getattr(torch, self.manifest.dtype))}"
+        wanted = {"json", latent}
+        wanted |= {latent.replace("latent", "std")} if self.manifest.store == "mean+std" else set()
+        wanted |= {"text.safetensors"} if self.manifest.text else set()
+        if members.keys() != wanted or len(keys) != 1:
+            raise ValueError(f"members {sorted(members)} of keys {sorted(keys)}, the manifest says {sorted(wanted)} of one")
+        meta = json.loads(members.pop("json"))
+        if not isinstance(meta, dict) or type(meta.get("label", "")) not in (int, type(None)):
+            raise ValueError("the json has no label: a number or null")
+        if type(meta.get("caption")) not in (str, type(None)):
+            raise ValueError("the json's caption is no text")
+        tensors = {kind.partition(".")[0]: self._tensor(kind, content) for kind, content in members.items()}
+        return Sample(keys.pop(), meta, tensors)
+
+    def _tensor(self, kind: str, content: bytes) -> torch.Tensor:
+        name, _, form = kind.partition(".")
+        if form == "npy":
+            # The header is compared, not believed: a forged one could ask for any amount of memory.
+            header = _npy_header(self.shape, self.manifest.dtype)
+            shape, dtype = self.shape, getattr(torch, self.manifest.dtype)
+            if content[: len(header)] != header or len(content) - len(header) != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} is not the manifest's {self.manifest.dtype} {shape}")
+            return torch.frombuffer(bytearray(content), dtype=dtype, offset=len(header)).view(shape)
+        if name == "text":
+            assert self.manifest.text
+            return parse_text(content, self.manifest.text)
+        tensor = _bfloat16(content, name)
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
+        return tensor
+
+
+def parse_text(content: bytes, text: Text) -> torch.Tensor:
+    tensor = _bfloat16(content, "text")
+    if not (tensor.ndim == 2 and tensor.shape[1] == text.width and 1 <= len(tensor) <= text.max_tokens):
+        raise ValueError(f"text has shape {list(tensor.shape)}, not the manifest's")
+    return tensor
+
+
+def _bfloat16(content: bytes, name: str) -> torch.Tensor:
+    tensor = safetensors.torch.load(content).get(name)
+    if tensor is None or tensor.dtype != torch.bfloat16:
+        raise ValueError(f"holds no bfloat16 tensor {name!r}")
+    return tensor
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "safetensors" if dtype == torch.bfloat16 else "npy"
+
+
+def _encode(name: str, tensor: torch.Tensor) -> bytes:
+    tensor = tensor.contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return safetensors.torch.save({name: tensor})
+    array = tensor.numpy()
+    return _npy_header(array.shape, array.dtype.name) + array.tobytes()
+
+
+@functools.lru_cache
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, dict(descr=np.dtype(dtype).newbyteorder("<").str, fortran_order=False, shape=shape))
+    return stream.getvalue()

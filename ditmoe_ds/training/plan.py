@@ -1,0 +1,316 @@
+"""The plan of a run: a recipe with its data, network and starting weights, cut for so many processes; and the checks that they fit."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditmoe_ds import config
+from ditmoe_ds.diffusion.objectives import DiffusionConfig
+from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
+from ditmoe_ds.distributed.checkpoint import newest_index
+from ditmoe_ds.distributed.engine import BatchShape
+from ditmoe_ds.distributed.settings import offloads, read_ds_config
+from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
+from ditmoe_ds.distributed.weights import Weights, differently_encoded, open_weights
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.latents import remote
+from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
+from ditmoe_ds.latents.loader import DataConfig, LatentDataset
+from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.text import load_text_encoder, text_width
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.sizes import named_config, parameter_shapes
+from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
+from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig, read_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that was found fit for its data and number of processes."""
+
+    recipe: Recipe
+    manifests: tuple[Manifest, ...]
+    """Of ``data.manifest`` and of what is mixed in."""
+    model: DiTConfig
+    begun_on: int
+    """Processes for which ``train.accumulation`` was chosen; a tensor-parallel group counts as one, here as in ``batch``."""
+    batch: BatchShape
+    """As the processes that there are now cut it."""
+    ds_config: dict[str, Any]
+    weights: Weights | None
+    """What training starts from; None for new weights."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first data set's, which also has the validation split."""
+        return self.manifests[0]
+
+    def data_digest(self) -> str:
+        """sha256 of what decides which sample is where in the run."""
+        data = self.recipe.data
+        weights = [data.weight, *(other.weight for other in data.mix)]
+        parts = [manifest.digest for manifest in self.manifests]
+        steps = self.recipe.train.global_batch if len(self.manifest.shapes) > 1 else None  # all of a step have one shape
+        return hashlib.sha256(json.dumps([parts, weights, data.window, steps]).encode()).hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The commonest (C, H, W) of the latents: what is validated on and sampled."""
+        return _commonest_shape(self.manifest)
+
+    def open_heldout(self) -> LatentDataset:
+        """Held-out samples of the commonest shape. Raises as ``LatentDataset``."""
+        return self.recipe.data.open([self.manifest], "val", self.shape)
+
+    def conditioner(self, device: torch.device) -> Conditioner:
+        """Of the model's kind: classes, stored texts, or captions encoded on ``device``.
+
+        Raises:
+            ConfigError, DataError: the text encoder or the stored empty caption cannot be used.
+        """
+        data = self.recipe.data
+        if self.model.num_classes:
+            return Classes(self.model.num_classes)
+        if data.text_encoder:
+            return Captions(
+                load_text_encoder(data.text_encoder, data.text_max_tokens, device, ("data.text_encoder", "data.text_max_tokens"))
+            )
+        return Texts(self.manifest.empty_text())
+
+    def asked_for(self, count: int, conditioner: Conditioner) -> list[Any]:
+        """What the ``count`` pictures of a sample grid are asked to show: classes in turn, or held-out captions."""
+        if self.model.num_classes:
+            return [i % self.model.num_classes for i in range(count)]
+        heldout = self.open_heldout()
+        samples = heldout.spread(count)
+        return list(conditioner.told(heldout.batch([samples[i % len(samples)] for i in range(count)])))
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must say about itself to be sampled from."""
+        manifest, data = self.manifest, self.recipe.data
+        latents: dict[str, Any] = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
+        latents |= dict(vae_sha256=manifest.vae_sha256, shape=list(self.shape))
+        if self.model.text_width:
+            stored = None if data.text_encoder else manifest.text
+            if stored:
+                latents["text"] = dict(encoder=stored.encoder, max_tokens=stored.max_tokens, sha256=stored.encoder_sha256)
+            else:
+                latents["text"] = dict(encoder=data.text_encoder, max_tokens=data.text_max_tokens, sha256=None)
+        return dict(
+            recipe=asdict(self.recipe),
+            processes=self.begun_on,
+            data_sha256=self.data_digest(),
+            model=asdict(self.model),
+            diffusion=asdict(self.recipe.diffusion),
+            latents=latents | dict(class_names=list(manifest.class_names), manifest=manifest.root),
+        )
+
+
+def read_plan(arguments: list[str], world: int) -> Plan:
+    """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
+
+    Raises:
+        ConfigError, DataError: with the key, the value and the fix.
+    """
+    recipe = read_recipe(arguments)
+    train, tensor = recipe.train, recipe.parallel.tensor
+    wanted = Path(recipe.run_dir).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
+    weights = starting_weights(recipe)
+    named = network_of(weights, recipe) if weights else named_network(recipe.model)
+    if weights:
+        weights.check(parameter_shapes(named))
+    check_parallel(recipe.parallel, named, world)
+    require_tensor_parallel(tensor)
+    processes = world // tensor
+    begun = begun_on(recipe, processes)
+    batch = cut_batch(train, processes, begun, tensor)
+    ds_config = read_ds_config(recipe.parallel)
+    if train.optimizer.name != "adamw" and offloads(ds_config):
+        raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
+    manifests = _load_manifests(recipe)
+    model, *_ = (fitted(named, recipe, manifest) for manifest in manifests)
+    if weights and model != replace(named, input_size=model.input_size):
+        theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
+        fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
+        raise ConfigError("model.weights", recipe.model.weights, fix)
+    if train.sample_every or train.fd_every:
+        scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
+    manifest = manifests[0]
+    if (train.validate_every or train.fd_every) and not manifest.splits.val.samples:
+        fix = "holds out no sample to validate on: encode again with --holdout, or set train.validate_every=0 and train.fd_every=0"
+        raise ConfigError("data.manifest", recipe.data.manifest, fix)
+    if (train.sample_every or train.fd_every) and manifest.vae_sha256 and not Path(manifest.vae).is_dir():
+        fix = f"its VAE is not at {manifest.vae}, which sample grids need: put it there, or set train.sample_every=0 and train.fd_every=0"
+        raise ConfigError("data.manifest", recipe.data.manifest, fix)
+    plan = Plan(recipe, manifests, model, begun, batch, ds_config, weights)
+    if weights:
+        _check_encoders(plan, weights.description["latents"])
+    return plan
+
+
+def starting_weights(recipe: Recipe) -> Weights | None:
+    """What the recipe starts from, or goes on with. Nothing is read yet. Raises as ``open_weights``."""
+    source = recipe.model.weights
+    if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
+        source = recipe.run_dir  # a run that goes on needs no others
+    return open_weights(source) if source is not None else None
+
+
+def named_network(given: ModelConfig) -> DiTConfig:
+    """The network that a recipe names, before the data say its latents and classes. Raises as ``named_config``, for the router too."""
+    named = named_config(given.name or "")
+    qk_norm = named.qk_norm if given.qk_norm is None else given.qk_norm
+    config = replace(named, qk_norm=qk_norm, routing=given.routing or named.routing, router=given.router)
+    if config.routing == "dense" and (config.expert_activation != "gelu" or config.shared):
+        raise ConfigError("model.routing", "dense", f"{given.name} has SwiGLU and shared experts; a dense twin has EC-DIT")
+    factors = given.router.layer_capacity
+    if factors and (config.routing == "token" or len(factors) != len(config.sparse_layers)):
+        fix = f"is for expert choice, one factor for each of {len(config.sparse_layers)} sparse layers"
+        raise ConfigError("model.router.layer_capacity", list(factors), fix)
+    factor = given.router.capacity_factor
+    if min((*factors, 1.0 if factor is None else factor)) <= 0:
+        raise ConfigError("model.router.capacity_factor", factor, "must be above 0, as each of layer_capacity")
+    return config
+
+
+def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
+    """The network that starting weights are. Raises ConfigError: the recipe names one too, or another objective."""
+    given = recipe.model
+    if given != ModelConfig(weights=given.weights):
+        raise ConfigError(
+            "model.weights", given.weights, "the network is that of the weights: leave out model.name, qk_norm, routing and router"
+        )
+    theirs = config.build(DiffusionConfig, weights.description["diffusion"])
+    for key in ("objective", "time_scale"):
+        if getattr(theirs, key) != getattr(recipe.diffusion, key):
+            fix = f"model.weights={given.weights!r} were trained with {getattr(theirs, key)!r}; set this"
+            raise ConfigError(f"diffusion.{key}", getattr(recipe.diffusion, key), fix)
+    return config.build(DiTConfig, weights.description["model"])
+
+
+def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
+    data = recipe.data
+    first = Manifest.load(data.manifest)
+    others = []
+    for i, other in enumerate(data.mix):
+        if other.weight < 1:
+            raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
+        manifest = Manifest.load(other.manifest)
+        by_name = ["vae"] if first.vae_sha256 is None else []  # hub ids have no sha256
+        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", *by_name, "store", "text", "class_names"):
+            theirs, ours = getattr(manifest, key), getattr(first, key)
+            if theirs != ours:
+                raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
+        others.append(manifest)
+    for manifest in (first, *others):
+        if remote.is_url(manifest.root) and not data.cache:
+            raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
+    return first, *others
+
+
+def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:
+    """The network as the data make it: size and channels of their latents, classes or width of their texts.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    data = recipe.data
+    if named.num_classes and data.text_encoder:
+        raise ConfigError("data.text_encoder", data.text_encoder, "this model is conditioned on classes; leave it out")
+    if named.num_classes and not manifest.num_classes:
+        raise ConfigError("data.manifest", manifest.root, "its samples have no classes; this model is conditioned on classes")
+    samples, classified = manifest.splits.train.samples, sum(manifest.class_histogram)
+    if named.num_classes and classified < samples:
+        fix = f"{samples - classified} of {samples} training samples have no class; encode those that have, or train text to image"
+        raise ConfigError("data.manifest", manifest.root, fix)
+    for _, height, width in manifest.shapes:
+        if height % named.patch or width % named.patch:
+            fix = f"the data has latents of {height}x{width}, the model patches of {named.patch}"
+            raise ConfigError("model.name", recipe.model.name, fix)
+    channels, height, _ = _commonest_shape(manifest)
+    model = replace(named, input_size=height, in_channels=channels)
+    if named.num_classes:
+        return replace(model, num_classes=manifest.num_classes)
+    return replace(model, text_width=_text_width(data, manifest))
+
+
+def _commonest_shape(manifest: Manifest) -> tuple[int, ...]:
+    """(C, H, W)."""
+    found = Counter[tuple[int, ...]]()
+    for shard in manifest.splits.train.shards:
+        found[shard.shape] += shard.samples
+    return found.most_common(1)[0][0]
+
+
+def _text_width(data: DataConfig, manifest: Manifest) -> int:
+    if data.text_encoder:
+        return text_width(data.text_encoder, "data.text_encoder")
+    if manifest.text is None:
+        raise ConfigError(
+            "data.manifest",
+            data.manifest,
+            "holds no encoded text; encode with --text, or, if its samples have captions, name a data.text_encoder",
+        )
+    return manifest.text.width
+
+
+def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:
+    """Refuse data of another VAE or text encoder than the starting weights', as far as those know theirs."""
+    if difference := differently_encoded(plan.describe()["latents"], theirs):
+        fix = f"{difference} of model.weights={plan.recipe.model.weights!r}; encode as the data that they were trained on"
+        raise ConfigError("data.manifest", plan.recipe.data.manifest, fix)
+
+
+def check_parallel(parallel: ParallelConfig, model: DiTConfig, world: int) -> None:
+    """Refuse tensor- and expert-parallel sizes that do not go with a model and so many processes.
+
+    Raises:
+        ConfigError: naming sizes that fit.
+    """
+    check_tensor_parallel(parallel.tensor, divided(model), world)
+    if parallel.tensor > 1 and has_biased_experts(model):
+        fix = "experts with biases, as upcycled from a dense DiT, are not cut; set 1 and spread them with parallel.expert"
+        raise ConfigError("parallel.tensor", parallel.tensor, fix)
+    check_expert_parallel(parallel.expert, model.experts if model.routed_layers else 0, world, parallel.tensor)
+
+
+def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1) -> BatchShape:
+    """How processes cut the global batch, where a tensor-parallel group counts as one.
+
+    Args:
+        begun_on: those for which ``train.accumulation`` was chosen; on others it becomes the least with which no rank computes more images
+            at once than on those.
+        tensor: tensor-parallel size.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+    accumulation = train.accumulation
+    if processes != begun_on and train.global_batch % processes == 0:
+        images, most = train.global_batch // processes, train.global_batch // (begun_on * accumulation)
+        accumulation = next(n for n in range(1, images + 1) if images % n == 0 and images // n <= most)
+    parts = processes * accumulation
+    if train.global_batch % parts:
+        near, called = max(train.global_batch // parts, 1) * parts, "processes" if tensor == 1 else "tensor-parallel groups"
+        fix = f"must divide by {processes} {called} x {accumulation} accumulation steps; {near} does"
+        raise ConfigError("train.global_batch", train.global_batch, fix)
+    return BatchShape(train.global_batch, accumulation, train.global_batch // parts)
+
+
+def begun_on(recipe: Recipe, processes: int) -> int:
+    """Processes for which the recipe's accumulation was chosen: those that a run began on, unless the recipe now cuts another way."""
+    saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
+    if saved is None:
+        return processes
+    before = saved["recipe"]["train"]
+    same = all(before[key] == getattr(recipe.train, key) for key in ("global_batch", "accumulation"))
+    return saved["processes"] if same else processes
