@@ -148,7 +148,7 @@ class CountOnMeta(Count):
 
 
 def asks_for_meta(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a tensor that is not on meta is to be moved there; autograd names the device of what it converts back to another dtype."""
+    """Whether an operator that is given no meta tensor is to make one; autograd names the device of what it converts back to a dtype."""
     return kwargs.get("device") == torch.device("meta") and not (func is aten._to_copy.default and args[0].is_meta)
 
 
