@@ -8,10 +8,8 @@ the folder's disk (four files of a checkpoint's size) and 36 of memory.
 """
 
 import argparse
-import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from report import forget_peak, hardware, host_bytes, publish
 
 from ditmoe_ds import cli
@@ -225,24 +224,7 @@ def measure_exports(folder: Path, repeats: int) -> dict[str, tuple[int, list[flo
     return {"plain": (size, seconds, len(CHUNK))} | results
 
 
-# -- starting processes, and the report ----------------------------------------------------------------------------------------
-
-
-def on_ranks(world: int, action: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``action(*arguments)`` in ``world`` new processes that find each other; returns what rank 0 returned."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(rank_main, (results, action, arguments), world)
-    return results.get()
-
-
-def rank_main(rank: int, results: Any, action: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    result = action(*arguments)
-    if rank == 0:
-        results.put(result)
+# -- the report ---------------------------------------------------------------------------------------------------------------
 
 
 def row(what: str, size: int, seconds: list[float], peer: list[float], *more: str) -> str:
@@ -313,16 +295,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/checkpoint"), help="a new folder, deleted at the end")
     parser.add_argument("--write", action="store_true", help="put the figures into checkpoint.md")
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the deepspeed launcher does
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True)
     try:
         start, others, tables = time.monotonic(), os.getloadavg()[0], []
         for world, parallel in LOADED:
             saves = (world, parallel) == SAVED
-            size, *rest = on_ranks(world, measure_run, arguments.model, parallel, folder, arguments.repeats, saves)
+            (size, *rest), *_ = on_ranks(world, measure_run, arguments.model, parallel, folder, arguments.repeats, saves)
             tables += report_run(world, parallel, size, *rest)
-        tables += report_exports(on_ranks(1, measure_exports, folder, arguments.repeats))
+        tables += report_exports(*on_ranks(1, measure_exports, folder, arguments.repeats))
         where = machine(folder)
     finally:
         shutil.rmtree(folder)

@@ -12,9 +12,9 @@ import argparse
 import contextlib
 import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +46,13 @@ def write_images(folder: Path, count: int, size: int) -> None:
         coarse.resize((size * 5 // 4, size * 5 // 4), Image.Resampling.BICUBIC).save(folder / "class" / f"{i:06d}.jpg", quality=90)
 
 
+def cells(row: Iterable[float]) -> list[str]:
+    return [form.format(value) for form, value in zip(("{:.1f}", "{:.1f}", "{:.1%}"), row)]
+
+
 def main() -> None:
     import torch
-    from report import hardware, publish
+    from report import Page
 
     from data_prep.encode import encode
     from ditmoe_ds.latents.vae import encode as encode_images
@@ -63,6 +67,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of the bare loop and encode in turn")
     parser.add_argument("--write", action="store_true", help="put the figures into encode.md")
     arguments = parser.parse_args()
+    shape = f"VAE of width {arguments.width}, {arguments.size} x {arguments.size} pixels, batches of {arguments.batch}"
+    page = Page(__file__, arguments.write, f"{torch.get_num_threads()} threads. {shape}, {arguments.decoders} decoder(s)")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_vae(root / "vae", arguments.width)
@@ -70,12 +76,13 @@ def main() -> None:
         vae = load_vae(str(root / "vae"), "cuda" if torch.cuda.is_available() else "cpu")
         batch = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
         encode_images(vae, batch)
-        rates: dict[str, list[float]] = {"bare": [], "encode": []}
-        for repeat in range(arguments.repeats):
+        page.table("repeat", "the VAE alone, images/s", "`encode`, images/s", "share")
+        rows = []
+        for repeat in range(1, arguments.repeats + 1):
             start = time.perf_counter()
             for _ in range(arguments.images // arguments.batch):
                 encode_images(vae, batch)[0].cpu()
-            rates["bare"].append(arguments.images / (time.perf_counter() - start))
+            bare = arguments.images / (time.perf_counter() - start)
             start = time.perf_counter()
             with contextlib.redirect_stdout(None):
                 encode(
@@ -86,20 +93,10 @@ def main() -> None:
                     batch=arguments.batch,
                     decoders=arguments.decoders,
                 )
-            rates["encode"].append(arguments.images / (time.perf_counter() - start))
-    shares = [ours / bare for bare, ours in zip(rates["bare"], rates["encode"])]
-    shape = f"VAE of width {arguments.width}, {arguments.size} x {arguments.size} pixels, batches of {arguments.batch}"
-    lines = [
-        f"`python {' '.join(sys.argv)}`. {hardware()}; {torch.get_num_threads()} threads. {shape}, {arguments.decoders} decoder(s).",
-        "",
-        "| images/s | " + " | ".join(map(str, range(1, arguments.repeats + 1))) + " | median |",
-        "|---" * (arguments.repeats + 2) + "|",
-    ]
-    for name, found, form in (("the VAE alone", rates["bare"], ".1f"), ("`encode`", rates["encode"], ".1f"), ("share", shares, ".1%")):
-        lines.append(f"| {name} | " + " | ".join(f"{value:{form}}" for value in found) + f" | {statistics.median(found):{form}} |")
-    print("\n".join(lines))
-    if arguments.write:
-        publish(__file__, "\n".join(lines))
+            ours = arguments.images / (time.perf_counter() - start)
+            rows.append((bare, ours, ours / bare))
+            page.row(repeat, *cells(rows[-1]))
+    page.row("median", *cells(map(statistics.median, zip(*rows))))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ dispatch of GShard's kind: a one-hot (experts, places, tokens) tensor and einsum
 """
 
 import argparse
-import sys
 
 import torch
-from report import Layer, hardware, measure, publish
+from report import Layer, Page, measure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,22 +47,15 @@ def main() -> None:
     moe.to(device, dtype)
     parameters = list(moe.parameters())
     layers = {"ours": Layer(lambda x: moe(x)[0], parameters), "one-hot": Layer(lambda x: one_hot(moe, x), parameters)}
-    lines = [
-        f"`python {' '.join(sys.argv)}`. {hardware()}, {dtype}; width {arguments.width}, {arguments.experts} experts, 2 per token.",
-        "",
-        "| tokens | ours, microseconds per token | one-hot | ours / one-hot | ours, KB per token | one-hot |",
-        "|---|---|---|---|---|---|",
-    ]
+    page = Page(__file__, arguments.write, f"{dtype}; width {arguments.width}, {arguments.experts} experts, 2 per token")
+    page.table("tokens", "ours, microseconds per token", "one-hot", "ours / one-hot", "ours, KB per token", "one-hot")
     for length in LENGTHS:
         x = torch.randn(1, length, arguments.width, device=device, dtype=dtype, requires_grad=True)
         near = dict(rtol=2e-2, atol=2e-3) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(moe(x)[0], one_hot(moe, x), **near)
         (ours, memory), (theirs, other) = measure(layers, x, arguments.repeats).values()
-        speed = f"| {length:,} | {1e6 * ours / length:.1f} | {1e6 * theirs / length:.1f} | {ours / theirs:.2f} "
-        lines.append(speed + f"| {memory / length / 1e3:.1f} | {other / length / 1e3:.1f} |")
-    print("\n".join(lines))
-    if arguments.write:
-        publish(__file__, "\n".join(lines))
+        speed = f"{1e6 * ours / length:.1f}", f"{1e6 * theirs / length:.1f}", f"{ours / theirs:.2f}"
+        page.row(f"{length:,}", *speed, f"{memory / length / 1e3:.1f}", f"{other / length / 1e3:.1f}")
 
 
 if __name__ == "__main__":

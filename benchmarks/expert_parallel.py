@@ -7,11 +7,7 @@ Every rank trains with the real trainer on random latents. NCCL where there is a
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
+from ranks import CPU, on_ranks
 from report import Page
 from runs import make_trainer, train, write_latents
 from torch import Tensor
 
 from ditmoe_ds.distributed.topology import join, leave
-from ditmoe_ds.ending import end
 from ditmoe_ds.moe.layer import Router
 from ditmoe_ds.moe.routing import places
 
@@ -75,43 +71,29 @@ class Needed:
         self.visits += int(by_rank.count_nonzero())
 
 
-def work(case: dict[str, Any], out: Path) -> None:
-    """One rank: time some steps, then count in some more; its report."""
+def work(settings: dict[str, Any], steps: int) -> dict[str, float]:
+    """Time some steps on this rank, then count in some more, and report."""
     world = join()
     torch.manual_seed(0)
-    trainer = make_trainer(world, case["settings"] | {"run_dir": out / "run"})
+    trainer = make_trainer(world, settings)
     for _ in range(2):
         train(trainer)
-    records = [train(trainer) for _ in range(case["steps"])]
+    records = [train(trainer) for _ in range(steps)]
     shares = [record["seconds"].get("all_to_all", 0.0) / record["seconds"]["total"] for record in records]
-    sent, needed = Sent(), Needed(trainer.engine.module, case["settings"]["parallel.expert"])
-    for _ in range(case["steps"]):
+    sent, needed = Sent(), Needed(trainer.engine.module, settings["parallel.expert"])
+    for _ in range(steps):
         train(trainer)
     trainer.loader.close()
-    row = 4 * trainer.plan.model.hidden * (2 if trainer.plan.recipe.train.precision == "bf16" else 4) / case["steps"]
-    report = dict(
+    leave()
+    row = 4 * trainer.plan.model.hidden * (2 if trainer.plan.recipe.train.precision == "bf16" else 4) / steps
+    return dict(
         seconds=statistics.median(record["seconds"]["total"] for record in records),
         share=statistics.median(shares),
         memory=records[-1]["peak_memory_gb"],
-        sent=sent.bytes / case["steps"],
+        sent=sent.bytes / steps,
         needed=needed.takings * row,
         once=needed.visits * row,
     )
-    (out / f"{world.rank}.json").write_text(json.dumps(report))
-    leave()
-    end(0)
-
-
-def measure(world: int, case: dict[str, Any]) -> list[dict[str, float]]:
-    """Run a case on fresh processes; their reports by rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if torch.cuda.device_count() < world:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, "--case", json.dumps(case), "--out", folder], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-6000:]
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 def main() -> None:
@@ -122,12 +104,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16" if torch.cuda.device_count() > 1 else "fp32", choices=["bf16", "fp32"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the figures into expert_parallel.md")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case:
-        work(arguments.case, arguments.out)
-        return
     settings = f"{arguments.model}, {arguments.precision}, {arguments.images} images a step, ZeRO-2"
     page = Page(__file__, arguments.write, settings)
     page.table("processes", "EP", "experts chosen by", "sent, MB per step and rank", "least", "sent / least", "once per rank / least",
@@ -135,10 +112,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_latents(Path(folder) / "latents", 1, 256)
         for world in arguments.worlds:
+            environment = CPU if torch.cuda.device_count() < world else {}
             for ep, routing in ((1, "token"), (1, "expert"), (world, "token"), (world, "expert")):
                 named = {"model.name": arguments.model, "model.routing": routing, "data.manifest": f"{folder}/latents", "data.workers": 1}
                 train = {"train.global_batch": arguments.images, "train.precision": arguments.precision, "parallel.expert": ep}
-                reports = measure(world, dict(settings=named | train, steps=arguments.steps))
+                settings = named | train | {"run_dir": tempfile.mkdtemp(dir=folder)}
+                reports = on_ranks(world, work, settings, arguments.steps, environment=environment)
                 mean = {key: statistics.fmean(report[key] for report in reports) for key in reports[0]}
                 sent, needed = mean["sent"], mean["needed"]
                 ratios = [f"{sent / needed:.3f}", f"{mean['once'] / needed:.3f}"] if needed else ["", ""]

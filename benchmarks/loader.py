@@ -9,9 +9,7 @@ cache for all. --write puts the tables under "Measured" in loader.md.
 
 import argparse
 import itertools
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import webdataset
-from report import hardware, publish
+from report import Page
 from runs import write_latents
 
 from ditmoe_ds.latents.loader import DataConfig, LatentLoader
@@ -67,10 +65,6 @@ def bytes_alone(manifest: Manifest) -> float:
     return manifest.splits.train.samples / (time.monotonic() - start)
 
 
-def table(head: str, rows: list[tuple[Any, ...]]) -> list[str]:
-    return [head, "|---" * (head.count("|") - 1) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
 def median(measure: Callable[[], float]) -> float:
     return sorted(measure() for _ in range(3))[1]
 
@@ -82,33 +76,25 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the figures into loader.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    start, lines = time.monotonic(), []
+    page = Page(__file__, arguments.write, f"webdataset {webdataset.__version__}")
     try:
-        rows = []
+        page.table("", "workers", "ours, samples/s", "plain webdataset", "bytes alone", "ours / plain")
         for text in (False, True):
             manifest = write_latents(arguments.folder / f"text-{text}", 20, 250 if text else 1000, text=(64, 768) if text else None)
             what = "latents + 64 x 768 text" if text else "8 KB latents"
             alone = median(lambda manifest=manifest: bytes_alone(manifest))  # type: ignore[misc]
             for workers in (0, 1, 2):
                 rates = [median(lambda read=read: samples_per_second(read(manifest, workers), arguments.seconds)) for read in (ours, plain)]  # type: ignore[misc]  # noqa: B023
-                rows.append((what, workers, *(f"{rate:,.0f}" for rate in (*rates, alone)), f"{rates[0] / rates[1]:.2f}"))
+                page.row(what, workers, *(f"{rate:,.0f}" for rate in (*rates, alone)), f"{rates[0] / rates[1]:.2f}")
             shutil.rmtree(arguments.folder / f"text-{text}")
-        lines += table("| | workers | ours, samples/s | plain webdataset | bytes alone | ours / plain |", rows)
-        rows = []
+        page.table("shards of 100 samples", "samples", "ours without workers, microseconds per sample")
         for shards in (10, 100, 1000):
             manifest = write_latents(arguments.folder / f"{shards}", shards, 100)
             rate = median(lambda: samples_per_second(ours(manifest, 0), arguments.seconds))  # noqa: B023
-            rows.append((f"{shards:,}", f"{shards * 100:,}", f"{1e6 / rate:.0f}"))
+            page.row(f"{shards:,}", f"{shards * 100:,}", f"{1e6 / rate:.0f}")
             shutil.rmtree(arguments.folder / f"{shards}")
-        lines += table("| shards of 100 samples | samples | ours without workers, microseconds per sample |", rows)
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
-    minutes = (time.monotonic() - start) / 60
-    head = f"`python {' '.join(sys.argv)}`, {minutes:.1f} minutes. {hardware()}, webdataset {webdataset.__version__}."
-    report = "\n".join([f"{head} Load average at the end: {os.getloadavg()[0]:.1f}.", "", *lines])
-    print(report)
-    if arguments.write:
-        publish(__file__, report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Memory of a training rank, measured, beside the formula of ``ditmoe_ds.distributed.memory``.
 
-python benchmarks/memory.py [--accumulation 2] [--out memory.json]     every ZeRO stage x EP 1, 2, 4 on 4 processes
-python benchmarks/memory.py --gather [--out gather.json]               what ZeRO-3 holds gathered, by its settings
+python benchmarks/memory.py [--accumulation 2]     every ZeRO stage x EP 1, 2, 4 on 4 processes
+python benchmarks/memory.py --gather               what ZeRO-3 holds gathered, by its settings
 
 Each shape is a fresh group of processes on the CPU, where host memory tells all: a small model trains first, so that
 libraries and connections are not counted; then a large one with small activations. Needs 8 GB.
@@ -9,17 +9,14 @@ libraries and connections are not counted; then a large one with small activatio
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from ranks import CPU, on_ranks
 from report import forget_peak, host_bytes
 
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
@@ -29,7 +26,6 @@ from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build
 from ditmoe_ds.distributed.memory import training_memory
 from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
-from ditmoe_ds.ending import end
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.training.step import Prepared, compute_loss
 
@@ -45,6 +41,7 @@ GATHER = {
     "a small bucket alone": (False, dict(prefetch_bucket_size=1, max_live_parameters=10**9, max_reuse_distance=0)),
 }
 """Whether to recompute activations, and ZeRO-3's settings."""
+ENVIRONMENT = CPU | dict(MALLOC_MMAP_THRESHOLD_="65536")  # large freed tensors go back to the system at once
 
 
 class Run:
@@ -105,7 +102,8 @@ def layer(name: str) -> Any:
 
 
 def work(stage: int, ep: int, precision: str, accumulation: int, zero: dict[str, int], recompute: bool) -> dict[str, Any]:
-    """Train on this rank and report; one report per rank."""
+    """Train on this rank and report."""
+    join()
     run = Run(SMALL, stage, ep, precision, accumulation, zero, recompute)
     run.step()
     del run
@@ -128,18 +126,8 @@ def work(stage: int, ep: int, precision: str, accumulation: int, zero: dict[str,
         block = sum(count for name, count in whole.items() if layer(name) == 0)
         groups = {p.ds_process_group.size() for name, p in run.engine.module.named_parameters() if name in expert}
         report |= dict(gathered_layers=watch.most / block, experts_ahead=watch.ahead, expert_gather_group=sorted(groups))
+    leave()
     return report
-
-
-def measure(**case: Any) -> list[dict[str, Any]]:
-    """Run a case on fresh processes; their reports by rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", __file__]
-        # large freed tensors go back to the system at once
-        environment = os.environ | dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536")
-        done = subprocess.run([*command, "--case", json.dumps(case), "--out", folder], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-6000:]
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 def check_shards(case: dict[str, Any], reports: list[dict[str, Any]]) -> None:
@@ -158,28 +146,19 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--expert", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--gather", action="store_true", help="vary ZeRO-3's settings at EP 2 instead")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    if arguments.case:
-        world = join()
-        (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(**arguments.case)))
-        leave()
-        end(0)
-
-    results = []
     common = dict(precision=arguments.precision, accumulation=arguments.accumulation)
     if arguments.gather:
         for name, (recompute, values) in GATHER.items():
             zero = {f"stage3_{key}": value for key, value in values.items()}
-            report = measure(stage=3, ep=2, **common, zero=zero, recompute=recompute)[0]
-            results.append(dict(settings=name) | report)
-            print(json.dumps(results[-1]), flush=True)
+            case = partial(work, 3, 2, **common, zero=zero, recompute=recompute)
+            report, *_ = on_ranks(WORLD, case, environment=ENVIRONMENT)
+            print(json.dumps(dict(settings=name) | report), flush=True)
     else:
         for stage in arguments.stages:
             for ep in arguments.expert:
                 case = dict(stage=stage, ep=ep, **common, zero={}, recompute=False)
-                reports = measure(**case)
+                reports = on_ranks(WORLD, partial(work, **case), environment=ENVIRONMENT)
                 check_shards(case, reports)
                 dense, experts = reports[0]["local_dense"], reports[0]["local_expert"] * ep
                 formula = training_memory(dense, experts, stage, ep, WORLD, **common, bucket=BUCKET)
@@ -188,10 +167,7 @@ def main() -> None:
                     measured = [report[key] for report in reports]
                     mib = [round(value / 2**20) for value in (min(measured), max(measured), getattr(formula, key))]
                     row |= {key: mib, f"{key}_off": round(max(abs(value / getattr(formula, key) - 1) for value in measured), 3)}
-                results.append(row)
                 print(json.dumps(row), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,16 @@ if that is not free.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 from planner import case, case_model, plan_of, rehearse
-from report import forget_peak, hardware, host_bytes, publish
+from ranks import CPU, on_ranks
+from report import Page, forget_peak, host_bytes
 
 from ditmoe_ds.distributed.topology import join, leave
-from ditmoe_ds.ending import end
 from ditmoe_ds.models.sizes import describe
 from ditmoe_ds.planning.counting import Count
 
@@ -41,6 +36,7 @@ def large(experts: int) -> dict[str, Any]:
 
 def work(experts: int, steps: int) -> dict[str, Any]:
     """On this rank: bytes before the model, between steps and at the peak; seconds of each step."""
+    join()
     rehearse(SMALL, Count(WORLD)).step()
     forget_peak()
     before, run, seconds = host_bytes("VmRSS"), rehearse(large(experts), Count(WORLD)), []
@@ -50,7 +46,9 @@ def work(experts: int, steps: int) -> dict[str, Any]:
         start = time.monotonic()
         run.step()
         seconds.append(time.monotonic() - start)
-    return dict(before=before, built=built, resident=host_bytes("VmRSS"), peak=host_bytes("VmHWM"), seconds=seconds)
+    report = dict(before=before, built=built, resident=host_bytes("VmRSS"), peak=host_bytes("VmHWM"), seconds=seconds)
+    leave()
+    return report
 
 
 def main() -> None:
@@ -58,41 +56,20 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="into the page")
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.out:
-        world = join()
-        (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.experts, arguments.steps)))
-        leave()
-        end(0)
     point = large(arguments.experts)
     plan, parameters = plan_of(point), describe(case_model(point))["total"]
     planned = f"{parameters / 1e9:.2f}B parameters; planned: {plan.peak / 1e9:.2f} GB a process ({plan.when})"
-    print(planned, flush=True)
     if (needed := WORLD * (plan.peak + 0.6e9)) > (free := psutil.virtual_memory().available):
-        sys.exit(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free: end other work, or take fewer --experts")
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-        environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", WORLD_SIZE=str(WORLD)) | GIVE_BACK
-        command = [sys.executable, __file__, *sys.argv[1:], "--out", folder]
-        ranks = [subprocess.Popen(command, env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(WORLD)]
-        codes = [process.wait() for process in ranks]
-        assert not any(codes), codes
-        reports = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(WORLD)]
-    lines = [
-        "| process | planned peak GB | measured | off | between steps | while built | before | seconds of the steps |",
-        "|---" * 8 + "|",
-    ]
+        sys.exit(f"{planned}; {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free: end other work, or take fewer --experts")
+    page = Page(__file__, arguments.write, planned)
+    reports = on_ranks(WORLD, work, arguments.experts, arguments.steps, environment=CPU | GIVE_BACK)
+    page.table("process", "planned peak GB", "measured", "off", "between steps", "while built", "before", "seconds of the steps")
     for rank, report in enumerate(reports):
         peak, resident, built = ((report[key] - report["before"]) / 1e9 for key in ("peak", "resident", "built"))
-        cells = [rank, f"{plan.peak / 1e9:.2f}", f"{peak:.2f}", f"{plan.peak / 1e9 / peak - 1:+.1%}", f"{resident:.2f}", f"{built:.2f}"]
-        cells += [f"{report['before'] / 1e9:.2f}", ", ".join(f"{second:.0f}" for second in report["seconds"])]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    both = sum(report["peak"] for report in reports) / 1e9
-    figures = "\n".join([f"`python {' '.join(sys.argv)}`. {hardware()}. {planned}; both processes: {both:.1f} GB.", "", *lines])
-    print(figures)
-    if arguments.write:
-        publish(__file__, figures)
+        measured = f"{peak:.2f}", f"{plan.peak / 1e9 / peak - 1:+.1%}", f"{resident:.2f}", f"{built:.2f}", f"{report['before'] / 1e9:.2f}"
+        page.row(rank, f"{plan.peak / 1e9:.2f}", *measured, ", ".join(f"{second:.0f}" for second in report["seconds"]))
+    page.add("", f"Both processes: {sum(report['peak'] for report in reports) / 1e9:.1f} GB.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory and traffic of real training processes, counted to the byte, beside what ``ditmoe plan`` says of them.
 
-python benchmarks/planner.py [--from POINT] [--out planner.json]
+python benchmarks/planner.py [--from POINT]
 
 Each point is a fresh group of processes on the CPU: the real engine with DeepSpeed, masters, an average and optimizer steps on
 random latents. Memory is every storage while somebody holds it, from before the model is built;
@@ -11,24 +11,18 @@ points from that number (from 0) on, and prints their rows.
 import argparse
 import gc
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import CPU, on_ranks
 from report import hardware, publish
 
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.hardware import GPUS
 from ditmoe_ds.distributed.settings import read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, join, leave, tensor_group
-from ditmoe_ds.ending import end
 from ditmoe_ds.latents.loader import DataConfig
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.planning.counting import Count
@@ -126,6 +120,7 @@ def rehearse(case: dict[str, Any], count: Count) -> Rehearsal:
 
 def work(case: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank; bytes at the peak of the third step, and that it sent in it."""
+    join()
     sent, count = Sent(), Count(per_node=case["world"])
     rehearsal = rehearse(case, count)
     for _ in range(2):  # ZeRO-3 learns the order of modules in the first
@@ -134,25 +129,8 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
     sent.bytes.clear()
     count.start()
     rehearsal.step()
+    leave()
     return dict(peak=count.peak, sent=dict(sent.bytes))
-
-
-def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a case on fresh processes; their reports by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
-        environment |= dict(MASTER_PORT=port, WORLD_SIZE=str(case["world"]))
-        command = [sys.executable, __file__, "--case", json.dumps(case), "--out", folder]
-        ranks = [
-            subprocess.Popen(command, env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.DEVNULL)
-            for rank in range(case["world"])
-        ]
-        codes = [process.wait() for process in ranks]
-        assert not any(codes), (case, codes)
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(case["world"])]
 
 
 def plan_of(case: dict[str, Any]) -> Plan:
@@ -191,21 +169,12 @@ def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--from", dest="first", type=int, default=0, metavar="POINT")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    if arguments.case:
-        world = join()
-        (arguments.out / f"{world.rank}.json").write_text(json.dumps(work(arguments.case)))
-        leave()
-        end(0)
     points = []
     for point in POINTS[arguments.first :]:
-        points.append((point, compare(point, measure(point))))
+        points.append((point, compare(point, on_ranks(point["world"], work, point, environment=CPU))))
         print(json.dumps(points[-1]), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(points, indent=1))
     if arguments.first:
         return print(table(points))
     publish(__file__, f"{hardware()}.\n\n{table(points)}")

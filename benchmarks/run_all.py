@@ -20,8 +20,6 @@ import torch
 from benchmarks.report import hardware
 
 ROOT = Path(__file__).parents[1]
-GRACE = 15
-"""Seconds between asking a benchmark to end and ending it."""
 KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**34))
 """glibc gives freed memory back to the system, which has to map it again in the next step; a GPU's allocator keeps it."""
 
@@ -58,18 +56,12 @@ def run(benchmark: Benchmark, seconds: float, write: bool) -> str:
     environment = KEEP_MEMORY | os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        code = process.wait(seconds - GRACE)
+        code = process.wait(seconds)
         return "done" if code == 0 else f"failed with {code}"
     except subprocess.TimeoutExpired:
-        pass
-    for number in (signal.SIGTERM, signal.SIGKILL):  # a launcher among them ends its ranks if it is asked to
-        os.killpg(process.pid, number)
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    return "out of time: its last rows are missing"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "out of time: its last rows are missing"
 
 
 def main() -> None:
@@ -84,7 +76,7 @@ def main() -> None:
         if arguments.only and benchmark.name not in arguments.only:
             continue
         start = time.monotonic()
-        if end - start < benchmark.least + GRACE:
+        if end - start < benchmark.least:
             ending = f"skipped: {end - start:.0f} s are left"
         else:
             print(f"\n== {benchmark.name}", flush=True)

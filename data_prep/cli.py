@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of everything that ``ditmoe-data`` takes."""
+    """The command line of ``ditmoe-data``."""
     parser = argparse.ArgumentParser(prog="ditmoe-data", description="Prepare latents for training.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -64,18 +64,18 @@ def parser() -> argparse.ArgumentParser:
         "--size",
         type=_sizes,
         default="32",
-        help="pixels: 256 is 256x256; of several HEIGHTxWIDTH with commas between, each image gets the one most like its own shape",
+        help="pixels: 256 is 256x256; or several HEIGHTxWIDTH, comma-separated: each image gets the one nearest to its own aspect ratio",
     )
-    encode.add_argument("--shard-size", type=_positive, default=1000, help="images per unit of work; of wds, each tar is one")
+    encode.add_argument("--shard-size", type=_positive, default=1000, help="images per unit of work; for wds, each tar is one unit")
     encode.add_argument("--holdout", type=_fraction, default=0.1, help="share of samples in the split val")
     encode.add_argument("--batch", type=_positive, default=100, help="images encoded at once")
     encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of stored latents")
-    encode.add_argument("--store", choices=("mean", "mean+std", "sample"), default="mean", help="what of the VAE's posterior")
+    encode.add_argument("--store", choices=("mean", "mean+std", "sample"), default="mean", help="what is stored of the VAE's posterior")
     encode.add_argument("--seed", type=int, default=0, help="of --store sample")
-    encode.add_argument("--flip-copies", action="store_true", help="a mirrored copy of each image too")
+    encode.add_argument("--flip-copies", action="store_true", help="also encode a mirrored copy of each image")
     encode.add_argument("--text", help="folder or hub id of a transformers text encoder; None stores captions alone")
     encode.add_argument("--text-max-tokens", type=_positive, default=77, help="longer captions are cut")
-    encode.add_argument("--classes", type=_positive, help="of wds and hf: number of classes; None counts to the largest label")
+    encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; None: as the largest label needs")
     encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")
     encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: a SLURM array's task, a process's rank")
     rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of images that may be unreadable")
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some images above their decoded latents")
     verify.add_argument("--source", help="where those images are, if not where the manifest says")
 
-    inspect = commands.add_parser("inspect", help="say what is in a folder or shard")
+    inspect = commands.add_parser("inspect", help="print what is in a folder or shard")
     inspect.add_argument("path", type=_local, metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")
     inspect.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some decoded latents")
 
@@ -104,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
         "synthesize", help="make images with a text-to-image pipeline", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     make.add_argument("--pipeline", required=True, help="folder or hub id of a diffusers text-to-image pipeline")
-    make.add_argument("--classes", required=True, help="file with a class a line: folder, or folder, tab, name for the prompt")
-    make.add_argument("--out", required=True, help="folder for the images, a sub-folder per class: a source folder:OUT")
+    make.add_argument("--classes", required=True, help="file with a class per line: folder, or folder, tab, name for the prompt")
+    make.add_argument("--out", required=True, help="folder for the images, a sub-folder per class; encode it as folder:OUT")
     make.add_argument("--per-class", type=_positive, required=True, help="images of each class that are kept")
     make.add_argument("--prompt", default="a photo of a {}", help="{} stands for the name")
     make.add_argument("--clip", help="folder or hub id of a transformers CLIP model, to choose by")

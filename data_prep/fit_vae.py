@@ -1,4 +1,4 @@
-"""``ditmoe-data fit-vae``: a small AutoencoderKL of one's own, for data that no public VAE fits."""
+"""``ditmoe-data fit-vae``: train a small AutoencoderKL, for data that no public VAE fits."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _UPRIGHT: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF's number of the way a camera was held."""
+"""By EXIF's number for how a camera was held."""
 
 
 def size_names(sizes: Sequence[Size]) -> str:
@@ -41,7 +41,7 @@ def size_names(sizes: Sequence[Size]) -> str:
 
 def decode(images: list[Path | bytes | np.ndarray | str], sizes: Sequence[Size]) -> list[np.ndarray | str]:
     """Each image as (height, width, 3) uint8, or why it cannot be used. An array (h, w) or (h, w, 3) uint8 is only cropped.
-    What is a reason already stays one.
+    Where an input is such a reason already, it is returned.
 
     Args:
         sizes: to choose from; an image gets the one whose aspect ratio is nearest to its own.
@@ -76,7 +76,7 @@ def _decode(image: Path | bytes | np.ndarray | str, sizes: Sequence[Size]) -> np
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The way up that a camera noted. Pillow's own function writes all of the note anew, and fails where another line of it is odd."""
+    """The image turned as EXIF says. Pillow's own function rewrites all of EXIF, and fails if another entry of it is invalid."""
     image.load()  # of a TIFF, Pillow turns the pixels itself, and then takes the note away
     way = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if way is None else image.transpose(way)
@@ -96,7 +96,7 @@ def crop(image: Image.Image, sizes: Sequence[Size]) -> np.ndarray:
     """The centre at the size of nearest aspect ratio, resized as ADM does: halve with a box filter while large, then bicubic.
 
     Raises:
-        ValueError: so narrow that it would become enormous on the way.
+        ValueError: it is so narrow that it would become enormous while it is resized.
     """
     ratio = image.height / image.width
     rows, columns = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))

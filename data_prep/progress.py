@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, a line every half minute in a log."""
+"""Progress of a long loop: a bar on a terminal, a line every half minute in a log."""
 
 from __future__ import annotations
 

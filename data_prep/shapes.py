@@ -28,7 +28,7 @@ COLORS = {
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 RADIUS = 8, 11  # pixels, smallest and largest
-SHARPNESS = 8  # drawn so many times larger, then averaged
+SHARPNESS = 8  # drawn this many times larger, then averaged
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Scene:
 
     @property
     def held_out(self) -> set[str]:
-        """The kinds of composition in which it is none of training's."""
+        """The kinds of composition in which this scene does not occur in training."""
         names = [f"{thing.color} {thing.shape}" for thing in self.things]
         shapes = sorted({thing.shape for thing in self.things})
         held = set()
@@ -84,7 +84,7 @@ HELD_COUNTS = {(2, "triangle"), (3, "square"), (4, "circle")}
 
 
 def scenes(category: str, unseen: bool) -> list[Scene]:
-    """All of a category: those of training, or those whose composition is new, and nothing else about them.
+    """All scenes of a category: those of training, or those in which the composition is new, and nothing else.
 
     A single object without a colour has no composition: there is one set for both.
     """
@@ -106,7 +106,7 @@ def scenes(category: str, unseen: bool) -> list[Scene]:
 
 
 def draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
-    """A picture (SIZE, SIZE, 3) uint8 on white; colours that the caption leaves open are such as training has."""
+    """A picture (SIZE, SIZE, 3) uint8 on white; colours that the caption leaves open are chosen among those of training."""
     places = _place(scene, random)
     picture = Image.new("RGB", (SIZE * SHARPNESS,) * 2, "white")
     for thing, (x, y, radius) in zip(scene.things, places):
@@ -118,7 +118,7 @@ def draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
 
 
 def outline_of(shape: str) -> list[tuple[float, float]]:
-    """Corners in [-1, 1] x [-1, 1], of which it touches all four sides."""
+    """Corners in [-1, 1] x [-1, 1]; the outline touches all four sides."""
     if shape == "circle":
         angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
         return [(float(np.cos(a)), float(np.sin(a))) for a in angles]
@@ -158,7 +158,7 @@ def _place(scene: Scene, random: np.random.Generator) -> list[tuple[float, float
 
 
 def side(a: Any, b: Any, clearly: float = 1.5) -> str | None:
-    """On which side of ``b`` the object ``a`` is, both (x, y, ...): so many times farther along one axis than along the other."""
+    """On which side of ``b`` the object ``a`` is, both (x, y, ...): clearly farther along one axis than along the other."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     if abs(dx) > clearly * abs(dy):
         return "left of" if dx < 0 else "right of"

@@ -41,9 +41,9 @@ class Item:
     label: int | None
     caption: str | None
     origin: str
-    """Where it came from, for people; of tars, the key there."""
+    """Where it came from, for messages; for tars, its key there."""
     image: Path | bytes | np.ndarray | str
-    """As ``images.decode`` takes it; of a sample that cannot be used, why."""
+    """As ``images.decode`` takes it; for a sample that cannot be used, the reason."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Source:
 
     name: str
     class_names: tuple[str, ...] | None
-    """None: whichever labels will be found."""
+    """None: the labels found while reading."""
     images: int | None
-    """None if that is not known before all is read."""
+    """Number of images; None if it is not known before all are read."""
     units: int
     unit: Callable[[int], Iterable[Item]]
     """The items of a unit, always the same in the same order."""
     sha256: str
-    """Of what the source lists, without reading its images."""
+    """sha256 of what the source lists, without reading its images."""
 
     def items(self) -> Iterator[Item]:
         """All items, unit by unit."""
@@ -70,11 +70,11 @@ def open_source(name: str, unit_size: int = 1000, classes: int | None = None) ->
     """The source ``folder:PATH``, ``wds:URLS``, ``hf:PATH``, ``sample:digits``, ``sample:emoji`` or ``sample:shapes``.
 
     Args:
-        unit_size: images in a unit; of tars each is one.
-        classes: for labels without names, how many there are.
+        unit_size: images in a unit; for tars, each tar is a unit.
+        classes: number of classes, for labels without names.
 
     Raises:
-        ConfigError: ``classes`` does not go with this source.
+        ConfigError: ``classes`` does not fit this source.
         DataError: an unknown source, one that cannot be read or has no images, a missing package.
     """
     from data_prep.samples import digits, emoji
@@ -99,7 +99,7 @@ def open_source(name: str, unit_size: int = 1000, classes: int | None = None) ->
 
 
 def is_heldout(key: str, fraction: float) -> bool:
-    """Whether a sample belongs to the held-out split: a hash of its key alone, so adding images moves no other."""
+    """Whether a sample belongs to the held-out split: a hash of its key alone, so that adding images moves no others."""
     return below(key.removesuffix(FLIP), fraction)
 
 

@@ -17,7 +17,7 @@ from ditmoe_ds.latents.tars import Sample, ShardWriter
 
 
 def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> None:
-    """Copy the samples whose key's hash is below ``fraction`` into a finished folder ``out``; smaller fractions are among larger ones.
+    """Copy the samples whose key's hash is below ``fraction`` into a finished folder ``out``; smaller fractions are subsets of larger ones.
 
     Raises:
         DataError: ``path`` is not finished or damaged, ``out`` exists, or nothing is left to learn from.

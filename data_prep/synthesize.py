@@ -1,4 +1,4 @@
-"""``ditmoe-data synthesize``: a text-to-image pipeline makes images of classes, CLIP keeps the fitting ones.
+"""``ditmoe-data synthesize``: a text-to-image pipeline makes images of classes, CLIP selects those that fit.
 
 OUT/request.json        how they are made
 OUT/goldfish/000.png    a class is a sub-folder, as the source folder:OUT takes it
@@ -45,14 +45,14 @@ def synthesize(
 
     Args:
         pipeline: folder or hub id of a diffusers text-to-image pipeline; safetensors only.
-        classes: file with a class a line: its folder's name, or folder, tab, name for the prompt.
+        classes: file with a class per line: its folder's name, or folder, tab, name for the prompt.
         prompt: ``{}`` stands for the name.
         clip: folder or hub id of a transformers CLIP model, which scores each image against its prompt.
         keep: share of the images made that is kept, the best scores first; below 1 it needs ``clip``.
         size: pixels; the pipeline's own units, such as multiples of 8.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: an impossible value.
         DataError: the classes or a model cannot be read, or ``out`` holds something else.
     """
     names = _classes(classes)

@@ -1,9 +1,9 @@
 """The folder being encoded: what was asked for, and which units of it are done.
 
-    request.json          what is encoded, so that a later run knows whether it may go on here
+    request.json          what is encoded, so that a later run knows whether it may continue here
     train-000003.tar ...  unit 3's samples, unless it has none of that split
     units/000003.json     written last: unit 3 is done
-    partial/000003-.../   unit 3 in the making
+    partial/000003-.../   unit 3 while it is written
 
 Any number of processes work here at once, each on units of its own. No file depends on which process wrote it, or when.
 """
@@ -46,7 +46,7 @@ class Request:
     source_sha256: str
     units: int
     class_names: tuple[str, ...] | None
-    """None: as many as the labels need, known at the end."""
+    """None: as many as the labels need, which is known at the end."""
     vae: str
     vae_sha256: str | None
     scaling_factor: float
@@ -58,7 +58,7 @@ class Request:
     """(height, width) in pixels. Each image is cropped to the one whose aspect ratio is nearest to its own."""
     shard_size: int
     batch: int
-    """Images encoded at once: another number rounds otherwise."""
+    """Images encoded at once: another number rounds differently."""
     holdout: float
     dtype: Literal["float32", "float16", "bfloat16"]
     store: Literal["mean", "mean+std", "sample"]
@@ -78,7 +78,7 @@ class Request:
         return _read(cls, root / NOTE, f"{root}: was not begun by ditmoe-data encode of this release")
 
     def command(self, root: Path) -> str:
-        """The command that goes on with it, as typed into a shell."""
+        """The command that continues it, as typed into a shell."""
         fields = ("shard_size", "batch", "holdout", "dtype", "store", "seed")
         options = dict(source=self.source, vae=self.vae, out=root, size=size_names(self.sizes)) | {f: getattr(self, f) for f in fields}
         options |= dict(text=self.text, text_max_tokens=self.text_max_tokens) if self.text else {}
@@ -103,17 +103,17 @@ class UnitRecord:
     """A unit that is done."""
 
     train: tuple[Shard, ...]
-    """One of each size that it has; with ``val``, in the order of their names."""
+    """One shard for each size that occurs; as ``val``, in the order of their names."""
     val: tuple[Shard, ...]
     images: int
-    """Of the source, the rejected ones too."""
+    """Images of the source, the rejected ones included."""
     rejected: tuple[Rejection, ...]
     pixels: int
-    """Of all training latents."""
+    """Pixels of all training latents."""
     sum: tuple[float, ...]
-    """(C,) over the pixels of all training latents, unscaled."""
+    """(C,) sum over the pixels of all training latents, unscaled."""
     squares: tuple[float, ...]
-    """(C,) of the same."""
+    """(C,) sum of their squares."""
     histogram: tuple[int, ...]
     """Training samples of each label, up to the largest label in either split."""
     text_width: int
@@ -121,11 +121,11 @@ class UnitRecord:
 
 
 def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
-    """Note in ``root`` what is being made there, unless it is noted; of processes that start at once, one writes.
+    """Write into ``root`` what is made there, unless that is written; of processes that start at once, one writes.
 
     Args:
-        first: called before anything is noted: opens what the request names, since a mistake in that shall not keep the folder.
-        until_a_unit: of the request, what may become another as long as no unit is done.
+        first: called before anything is noted: opens what the request names, since a mistake in it must not claim the folder.
+        until_a_unit: field of the request that may change as long as no unit is done.
 
     Raises:
         DataError: ``root`` is another request's, or not ditmoe-data's.
@@ -168,7 +168,7 @@ def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:
     """Compare a note that was found in ``root`` with this request.
 
     Raises:
-        DataError: it is of another.
+        DataError: it is another request's.
     """
     if not isinstance(theirs, dict) or theirs != ours:
         before = theirs if isinstance(theirs, dict) else {}
@@ -280,7 +280,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def worker_from_environment() -> tuple[int, int]:
-    """(i, n) of a SLURM array's task, of a rank of torchrun or srun, or of such a rank in a task; (0, 1) if this process is alone.
+    """Worker i of n: a SLURM array's task, a rank of torchrun or srun, or such a rank in a task; (0, 1) if this process is alone.
 
     Raises:
         ConfigError: an array's tasks are not 0 to n - 1, as of one that is submitted again in part.

@@ -1,4 +1,4 @@
-"""``ditmoe-data verify``: is it all still there, and does it look like its images?"""
+"""``ditmoe-data verify``: is everything still intact, and does it look like its images?"""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SHEET = 16
 
 
 def verify(path: str, *, sheet: str | None = None, source: str | None = None) -> None:
-    """Read all of a finished folder: sha256, counts, shapes, labels, that every value is finite and no key is there twice.
+    """Read all of a finished folder: sha256, counts, shapes, labels, that every value is finite and every key unique.
 
     Args:
         sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
-        source: where the images are, as for ``encode``; the manifest's unless given, if that is no tars: their URLs may be commands.
+        source: where the images are, as for ``encode``; None is the manifest's, unless that is tars: their URLs may be commands.
 
     Raises:
         DataError: the first thing that is wrong.

@@ -1,4 +1,4 @@
-"""``ditmoe``: train, info, and the commands of the rooms, each of which has a cli.py."""
+"""``ditmoe``: train, info, and the commands that the packages add, each in its cli.py."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from ditmoe_ds.planning import cli as planning
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 of a doctor who found problems, or 2 after one line about a user's mistake."""
+    """Returns the exit code: 0, 1 if ``doctor`` found problems, or 2 after one line about a user's mistake."""
     parser = argparse.ArgumentParser(prog="ditmoe", description="Mixture-of-Experts diffusion transformers on DeepSpeed-MoE.")
     commands = parser.add_subparsers(required=True)
 

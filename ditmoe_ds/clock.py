@@ -9,7 +9,7 @@ import torch
 
 
 class Clock:
-    """Adds up what happens from ``start`` to ``stop``, by part. Parts may lie within one another; each shows in a profiler's trace."""
+    """Adds up the time from ``start`` to ``stop``, by part. Parts may be nested; each shows in a profiler's trace."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[str, Any, Any]] | None = None
@@ -49,4 +49,4 @@ def _now() -> Any:
 
 
 clock = Clock()
-"""Of this process. Layers deep inside a model tell it of their exchanges."""
+"""The clock of this process, global so that layers deep inside a model can time their exchanges."""

@@ -23,7 +23,7 @@ from ditmoe_ds.errors import ConfigError
 
 T = TypeVar("T")
 
-# A manifest is built of hundreds of thousands of shards.
+# Cached: a manifest builds hundreds of thousands of ``Shard``s, and each would look its types up anew.
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []  # a key may be what no set holds, which YAML refuses in its own words
+        seen: list[Any] = []  # no set: a key that cannot be hashed is refused below, by YAML itself
         for name, _ in node.value:
             if (key := self.construct_object(name)) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice; join the two", name.start_mark)
@@ -95,7 +95,7 @@ def dump(config: Any, path: str | Path) -> None:
 
 
 def _keys(cls: Any, prefix: str = ".") -> list[str]:
-    """Of all values in a dataclass and its sections: dotted, and with a dot before the first."""
+    """Dotted keys of all values in a dataclass and its sections, each with a dot in front."""
     keys = []
     for name, hint in _hints(cls).items():
         keys += _keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]

@@ -1,4 +1,4 @@
-"""The last thing that a process of several does."""
+"""How one of several processes ends."""
 
 import atexit
 import multiprocessing
@@ -10,9 +10,9 @@ from typing import NoReturn
 
 
 def end(code: int) -> NoReturn:
-    """End this process with this exit code, but not through Python's own shutdown.
+    """End this process with this exit code, bypassing Python's own shutdown.
 
-    In that, a thread of gloo's that just then lets go of a tensor aborts the process, now and then, and SIGTERM, which a launcher may send
+    During that shutdown a thread of gloo that is releasing a tensor sometimes aborts the process, and SIGTERM, which a launcher may send
     when another rank has ended, kills it. Either hides the exit code.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's loader would raise an error for each

@@ -19,12 +19,12 @@ class ConfigError(UserError):
         self.key, self.value, self.fix = key, value, fix
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
-        """For a loader's process, which hands it to the rank."""
+        """So that it can be pickled: a loader's process sends it to its rank."""
         return type(self), (self.key, self.value, self.fix)
 
 
 def in_a_line(error: object, most: int = 200) -> str:
-    """What a library's error says, of any number of lines, for one of ours."""
+    """A library's error message in one line, cut to ``most`` characters, to be part of one of ours."""
     return " ".join(str(error).split())[:most]
 
 

@@ -30,14 +30,14 @@ class Slice:
     parts: int
 
     def places(self, start: int, stop: int) -> Tensor:
-        """Offsets in the flattened whole tensor of the flattened part's elements ``start`` to ``stop``; rising."""
+        """Offsets in the flattened whole tensor of the flattened part's elements ``start`` to ``stop``, in ascending order."""
         kept, inner = self._kept(), self._inner
         index = torch.arange(start, stop)
         row, inside = index // inner, index % inner
         return (row // len(kept) * self.shape[self.cut.dim] + kept[row % len(kept)]) * inner + inside
 
     def before(self, place: int) -> int:
-        """How many of the part's elements come before an offset in the flattened whole tensor."""
+        """How many of this part's elements lie before offset ``place`` of the flattened whole tensor."""
         kept, inner = self._kept(), self._inner
         row, inside = divmod(place, inner)
         outer, along = divmod(row, self.shape[self.cut.dim])

@@ -188,7 +188,7 @@ def test_an_index_that_asks_for_the_world(whole, monkeypatch):
         stream = io.BytesIO()
         np.save(stream, np.array(starts, dtype=None if starts else np.int64))
         assert not any(outcome(whole, tar, stream.getvalue()))
-    monkeypatch.setattr("ditmoe_ds.latents.format.SAMPLE_LIMIT", 1000)  # no sample is so small
+    monkeypatch.setattr("ditmoe_ds.latents.tars.SAMPLE_LIMIT", 1000)  # no sample is so small
     assert not any(outcome(whole, tar, index))
     huge = io.BytesIO()
     np.lib.format.write_array_header_1_0(huge, dict(descr="<i8", fortran_order=False, shape=(1 << 60,)))

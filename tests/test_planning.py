@@ -12,7 +12,7 @@ import torch.distributed as dist
 from latents import write_latents
 from megatron.core import parallel_state
 from models import DENSE, SPARSE, random_weights
-from processes import ROOT, launch
+from processes import ROOT
 from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend
 
 from ditmoe_ds.cli import main
@@ -35,6 +35,7 @@ from ditmoe_ds.training.recipe import read_recipe
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 import planner
 from plan_recipes import renewed
+from ranks import CPU, on_ranks
 
 G = "recipes/dit_moe_g2_16e2a_256.yaml"
 DEMOS = ("digits", "emoji", "shapes")
@@ -150,11 +151,10 @@ SLOW_CASES = ("stage 2, EP 2, text", "stage 1, TP 2")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CASES else name for name in CASES])
-def test_a_real_step_sends_and_holds_what_was_planned(tmp_path, name):
+def test_a_real_step_sends_and_holds_what_was_planned(name):
     """Collectives to 5 %, allocated memory to 10 %, on 2 processes."""
     case = planner.case(**CASES[name])
-    launch(2, [ROOT / "benchmarks" / "planner.py", "--case", json.dumps(case), "--out", tmp_path])
-    row = planner.compare(case, [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)])
+    row = planner.compare(case, on_ranks(2, planner.work, case, environment=CPU))
     for kind, (planned, counted) in row["sent"].items():
         assert counted == pytest.approx(planned, rel=0.05, abs=1000), kind
     assert (row["sent"]["gradients"][1] > 1000) == (case["tensor"] == 1)

@@ -29,7 +29,8 @@ from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.pipelines.run import open_run
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training.callbacks import MetricsWriter, _flat
-from ditmoe_ds.training.recipe import Recipe, read_plan
+from ditmoe_ds.training.plan import read_plan
+from ditmoe_ds.training.recipe import Recipe
 from ditmoe_ds.training.step import Preparation
 
 STEPS = 8

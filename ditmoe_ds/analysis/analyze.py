@@ -41,7 +41,7 @@ def analyze(
     Args:
         run_dir: has ``metrics.jsonl``, if it is a run's.
         dataset: folder of latents, if not the run's own; its held-out split is taken.
-        samples: at most so many, chosen by chance, the same ones each time.
+        samples: the most to take; they are drawn at random, but the same ones every time.
         prompts: for which images are sampled, to show how much compute their tokens get.
 
     Returns:

@@ -58,7 +58,7 @@ def weights_alike(run: Run, name: str) -> Tensor:
 
 @contextmanager
 def compared(model: nn.Module, tokens: int = 64) -> Iterator[list[Tensor]]:
-    """Inside the block every forward appends, per sparse layer, the mean cosine of what experts make of the same tokens: (E, E)."""
+    """Within this context every forward appends, per sparse layer, the mean cosine of what experts make of the same tokens: (E, E)."""
     alike: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -70,7 +70,7 @@ def information(units: Tensor, labels: Tensor, rows: int, shuffle: Shuffle, perm
     Args:
         units: (U, L, E) takings of what has one label.
         labels: (U,) below ``rows``.
-        shuffle: draws other labels (U,), as likely as these if they tell nothing.
+        shuffle: draws other labels (U,), as likely as these if labels do not matter.
     """
 
     def table(rows_of: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ditmoe_ds.rng import keyed_generator
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the block every forward appends, per sparse layer, who took which token: bool (B * N, E), on the model's device."""
+    """Within this context every forward appends, per sparse layer, which expert took which token: bool (B * N, E), on its device."""
     taken: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, LayerStats]) -> None:

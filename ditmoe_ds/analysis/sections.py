@@ -44,7 +44,7 @@ def dependence(numbers: Numbers) -> str:
             f"Mutual information of a selection's expert with its label, of at most {number(most)} bits. Shuffled: its mean over "
             f"{permutations} permutations of the labels (classes between images, times within an image, positions by shifting an image's "
             "grid), which is what chance alone gives. z: standard deviations from there. p: the share of permutations that reach the "
-            f"value; below {1 / (permutations + 1):.3f} it cannot be with so many."
+            f"value; with this many permutations it cannot be below {1 / (permutations + 1):.3f}."
         )
         + columns(charts)
         + hint("The same by layer. The line across a bar is what 95 % of the permutations stay below.")

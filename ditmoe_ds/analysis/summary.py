@@ -21,7 +21,7 @@ PLACES = 100
 
 
 def summary(run: Run, counted: Takings, sides: tuple[int, int], labels: Tensor, permutations: int) -> Numbers:
-    """What follows from the counts; layers are those with experts, ``layers`` tells their numbers."""
+    """What follows from the counts; layers are those with experts, whose numbers are in ``layers``."""
     config, labelled = run.model.config, labels >= 0  # held-out samples may have no class
     classes = config.num_classes if labelled.any() else 0
     samples, times, layers, experts = counted.by_time.shape
@@ -77,9 +77,9 @@ def spread(takers: Tensor) -> dict[str, Tensor]:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, without skipped steps and a last line that is not whole; none if there is no such file.
+    """The records of ``metrics.jsonl``, without skipped steps and without an incomplete last line; none if there is no such file.
 
-    Of more than ``RECORDS`` steps every second, third, ... and those that were validated: a file may be larger than the memory.
+    Of more than ``RECORDS`` steps only every n-th and those with a validation loss: a file may be larger than the memory.
     """
     if not metrics.is_file():
         return []

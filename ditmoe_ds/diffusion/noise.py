@@ -1,4 +1,4 @@
-"""Every random number of a training step, drawn per sample from (seed, epoch, sample) and so from nothing else."""
+"""Every random number of a training step, drawn per sample from (seed, epoch, sample) alone."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ditmoe_ds.rng import keyed_generator
 
 
 class Draws(NamedTuple):
-    """What chance decides for B samples."""
+    """Random numbers for B samples."""
 
     noise: Tensor
     """(B, C, H, W) standard normal."""

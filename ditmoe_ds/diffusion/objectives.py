@@ -1,6 +1,6 @@
 """Training objectives: what time a sample is noised to, and the loss of a prediction there.
 
-``predict(z, t)`` is the model with its condition bound: z (B, C, H, W), t (B,) as the embedding wants it.
+``predict(z, t)`` is the model with its condition bound: z (B, C, H, W), t (B,) as ``Objective.embed`` gives it.
 Time is in [0, 1] everywhere here; 0 is the image, 1 is noise.
 """
 
@@ -38,11 +38,16 @@ class DiffusionConfig:
 
 
 class Objective(Protocol):
-    def time(self, draws: Draws) -> Tensor: ...
+    """How samples are noised, and what the model learns to predict of them."""
 
-    def embed(self, t: Tensor) -> Tensor: ...
+    def time(self, draws: Draws) -> Tensor:
+        """(B,) the times in [0, 1] to which samples are noised."""
 
-    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor, where: Tensor | None = None) -> Tensor: ...
+    def embed(self, t: Tensor) -> Tensor:
+        """(B,) what the model's timestep embedding receives for t (B,)."""
+
+    def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor, where: Tensor | None = None) -> Tensor:
+        """(B,) the loss of ``predict`` for x0 and noise (B, C, H, W) at t (B,), over the pixels ``where`` (B, 1, H, W) is 1, or all."""
 
 
 class RectifiedFlow:
@@ -60,7 +65,7 @@ class RectifiedFlow:
         return t if self.time_shift == 1 else self.time_shift * t / (1 + (self.time_shift - 1) * t)
 
     def embed(self, t: Tensor) -> Tensor:
-        """What the model's timestep embedding receives for t."""
+        """(B,) t times ``time_scale``."""
         return t * self.time_scale
 
     def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor, where: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ SCHEDULERS: dict[str, dict[Sampler, str]] = {
     "rectified_flow": {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler", **_BOTH},
     "ddpm": {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", **_BOTH},
 }
-"""Of diffusers, by objective; the first is the default."""
+"""Classes of diffusers, by objective; the first is the default."""
 After = Callable[[int, Tensor, Tensor], tuple[Tensor, bool]]
 
 
@@ -29,9 +29,10 @@ class Guidance:
     scale: float = 1.0
     """1 is no guidance."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Only at times from the first to the second, 1 being noise; conditional elsewhere. Source: arXiv 2404.07724, section 3."""
+    """Guide only at times from the first to the second, where 1 is noise; elsewhere the prediction is the conditional one.
+    Source: arXiv 2404.07724, section 3."""
     channels: int | None = None
-    """The latent channels it acts on, the first so many; None is all."""
+    """How many latent channels are guided, from the first on; None guides all."""
 
 
 def guided(
@@ -45,13 +46,13 @@ def guided(
     """Bind a condition to ``model(x, t, **condition)``, with guidance.
 
     Args:
-        condition: arguments of 2 B rows: what is asked for, and for as many the absence of it.
-        weak: a worse model, told the same, to be guided away from (autoguidance, arXiv 2406.02507, section 3). Without one that is the
-            model itself told nothing (classifier-free guidance), both halves in one batched call.
+        condition: arguments with 2 B rows: the B conditions, then as many empty ones.
+        weak: a worse model to guide away from, under the same condition (autoguidance, arXiv 2406.02507, section 3). None: the model
+            itself under the empty condition (classifier-free guidance), both halves in one batched call.
         apart: two calls, for models in which the halves would compete for experts.
 
     Returns:
-        ``predict(z, t)``; t lies on the CPU, so that nobody waits for the device to learn the time.
+        ``predict(z, t)``; t lies on the CPU, so that reading it does not wait for the device.
     """
     low, high = guidance.interval
 
@@ -93,7 +94,8 @@ def sample(
     Args:
         scheduler: of diffusers; see ``scheduled``.
         generator: for noise that is added on the way; one for each image makes it independent of the others.
-        after: ``after(i, t, z)``, called after step i from the scheduler's time t, returns what to go on with, and whether to.
+        after: ``after(i, t, z)``, called after step i from the scheduler's time t, returns the latents to continue with, and whether to
+            continue.
 
     Raises:
         ConfigError: as ``scheduled``.
@@ -121,7 +123,7 @@ def make_scheduler(config: DiffusionConfig, sampler: Sampler | None = None) -> A
     """A scheduler by our name for it, by default euler or ddim.
 
     Raises:
-        ConfigError: it does not go with the objective.
+        ConfigError: it does not fit the objective.
     """
     import diffusers  # takes seconds
 
@@ -136,13 +138,13 @@ def make_scheduler(config: DiffusionConfig, sampler: Sampler | None = None) -> A
 
 
 def scheduled(scheduler: Any, config: DiffusionConfig, steps: int, key: str = "--steps") -> Any:
-    """``fitted``, and set to so many steps. It stays on the CPU: its numbers are read there, and a scalar may meet tensors of any device.
+    """``fitted``, and set to ``steps`` steps. It stays on the CPU, where its numbers are read; scalars combine with tensors of any device.
 
     Args:
-        key: where ``steps`` come from.
+        key: what the user calls ``steps``.
 
     Raises:
-        ConfigError: the scheduler does not go with the objective, or cannot take so many steps.
+        ConfigError: the scheduler does not fit the objective, or cannot take that many steps.
     """
     scheduler, most = fitted(scheduler, config), DDPM.steps
     if not 1 <= steps <= most:
@@ -159,7 +161,7 @@ def scheduled(scheduler: Any, config: DiffusionConfig, steps: int, key: str = "-
             near = [max(n for n in range(1, steps) if most % n == 0), min(n for n in range(steps, most + 1) if most % n == 0)]
             raise ConfigError(key, steps, f"DDIM's steps are equal parts of {most}: take {near[0]} or {near[1]}, or another sampler")
         if len(scheduler.timesteps) != steps:  # rounding gave it one more, at time -1
-            raise ConfigError(key, steps, f"{name} cannot space so many over {most} times; take some more or less")
+            raise ConfigError(key, steps, f"{name} cannot spread that many steps over {most} times; take a few more or fewer")
     return scheduler
 
 
@@ -169,7 +171,7 @@ def fitted(scheduler: Any, config: DiffusionConfig) -> Any:
     So ``pipe.scheduler = X.from_config(pipe.scheduler.config)`` needs to know nothing of the model.
 
     Raises:
-        ConfigError: its class does not go with the objective.
+        ConfigError: its class does not fit the objective.
     """
     known, name = SCHEDULERS[config.objective], type(scheduler).__name__
     if name not in known.values():

@@ -47,23 +47,23 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints; one is also written at the end."""
     keep: int = 3
-    """The newest so many are kept."""
+    """How many of the newest are kept."""
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are never deleted; 0 for none."""
     asynchronous: bool = False
-    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file, of a GPU up to
-    twice: torch pins memory by powers of two."""
+    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file, from a GPU up to
+    twice as much: torch rounds pinned memory up to powers of two."""
     on_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (a full disk): stop the run, or say so and train on. An asynchronous failure
     is printed at once and stops the run at the next save."""
 
 
 class Saver:
-    """Writes a run's checkpoints into ``folder``. Methods are collective; one checkpoint is in the making at a time."""
+    """Writes a run's checkpoints into ``folder``. Methods are collective; one checkpoint is written at a time."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
-        # its own, so that a background thread never meets the training's collectives; now, as it takes a connection to every rank
+        # a group of its own, so that a background thread never meets training's collectives; made now, as it connects to every rank
         self.group = dist.new_group(backend="gloo")
         self.buffers: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
@@ -82,7 +82,7 @@ class Saver:
             description: what else to store, JSON-able: the model, the data position.
 
         Raises:
-            CheckpointError: this one (asynchronous: the one before) could not be written and the configuration says stop.
+            AgreedError: this one (asynchronous: the one before) could not be written, and ``on_failure`` is stop.
         """
         self.finish()
         self.lost = False
@@ -113,7 +113,7 @@ class Saver:
         self.thread.start()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises as ``save``."""
+        """Wait for the checkpoint that is being written. Raises AgreedError, as ``save`` does."""
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -123,7 +123,7 @@ class Saver:
             raise failure
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there, if that takes no longer than ``PATIENCE``; not collective."""
+        """Wait, for at most ``PATIENCE``, until the checkpoint that is being written is complete. Not collective."""
         if self.thread:
             self.thread.join(PATIENCE)
 
@@ -257,7 +257,8 @@ class Reader:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that ``folder/latest`` names; if it is damaged, the newest whole one before, said aloud. None before the first save.
+    """The checkpoint that ``folder/latest`` names; if that is damaged, the newest intact one before it, which is printed. None before the
+    first save.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
@@ -277,7 +278,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def newest_index(folder: Path) -> dict[str, Any] | None:
-    """The newest index that can be read; whether its checkpoint is whole, ``newest`` finds out and says."""
+    """The newest index that can be read. Whether its checkpoint is intact, ``newest`` checks."""
     for path in _named(folder):
         with suppress(CheckpointError):
             return Reader(path).index
@@ -295,7 +296,7 @@ def _named(folder: Path) -> list[Path]:
 def load(reader: Reader, engine: Engine, shards: list[Shard], ema: EMA) -> None:
     """Restore weights, moments, step count and EMA, whatever shape of run saved them. Collective.
 
-    An average that was not kept until now begins at the weights.
+    An average that the checkpoint does not have begins at the weights.
     """
 
     def read_the_rest() -> None:

@@ -18,7 +18,7 @@ class EMAConfig:
     decays: tuple[float, ...] = (0.9999,)
     """One average each, all kept and saved; validation, sample grids and ``ditmoe sample`` take the first."""
     every: int = 1
-    """Optimizer steps between updates. The decay is raised to this power, so the average reaches as far back; harmless where
+    """Optimizer steps between updates. The decay is raised to this power, so the average reaches equally far back; harmless where
     that is much farther than this (``benchmarks/ema.md``)."""
     warmup: bool = True
     """Begin with smaller decays, (1 + n) / (10 + n) after n steps, so that short runs forget their start."""
@@ -57,7 +57,7 @@ class EMA:
     def applied(self, engine: Engine) -> Iterator[None]:
         """Compute with the first average inside the block. Collective; no second copy of the model is made.
 
-        An error leaves it so: whoever it meets ends, and must not wait for the others here, which are elsewhere.
+        After an error the average stays in place: the rank that met it ends, and must not wait here for the others, which are elsewhere.
         """
         self._swap(engine)
         yield

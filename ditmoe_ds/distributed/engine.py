@@ -39,9 +39,9 @@ class OptimizerConfig:
     """rmsprop, with momentum, is EC-DIT's."""
     lr: float = 1e-4
     beta1: float = 0.9
-    """Of the mean gradient; rmsprop's momentum."""
+    """Decay of the mean gradient; with rmsprop the momentum."""
     beta2: float = 0.999
-    """Of the mean square of the gradient."""
+    """Decay of the mean square of the gradient."""
     eps: float = 1e-8
     weight_decay: float = 0.0
     """Decoupled with adamw; with rmsprop added to the gradient."""
@@ -71,7 +71,7 @@ class Engine(DeepSpeedEngine):
 
     grad_clip = 0.0
     clip = 1.0
-    """What this step's gradient is multiplied with, at stage 0."""
+    """Factor that clips this step's gradient; used at stage 0 only."""
 
     def _broadcast_model(self) -> None:
         """Not needed: every rank fills in the same weights, later."""
@@ -94,7 +94,7 @@ class Engine(DeepSpeedEngine):
         """At stage 0: gradients that this rank shares with no other stay where they are, instead of being copied into a bucket and back."""
         if dist.get_world_size(dp_group) > 1:
             super().allreduce_no_retain(bucket, dp_group, numel_per_bucket, dp_world_size)
-        elif dp_world_size != 1:  # of experts, whose tokens came from so many ranks
+        elif dp_world_size != 1:  # experts: their tokens came from this many ranks
             torch._foreach_mul_(bucket, 1 / dp_world_size)
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
@@ -200,8 +200,8 @@ def build(
 
 
 def _powers_afresh(optimizer: Any) -> None:
-    """DeepSpeed's CPU Adam multiplies the powers of its betas from step to step, but computes the first after a resume, which rounds
-    otherwise. A step of number 0, of no weights, lets each be computed."""
+    """DeepSpeed's CPU Adam updates the powers of its betas from step to step, but computes them anew in the first step after a resume,
+    which rounds differently. A step numbered 0, without weights, before each step makes it always compute them anew."""
     adam, step, nothing = optimizer.optimizer, optimizer.step, [torch.empty(0)] * 4
 
     def afresh(*arguments: Any, **named: Any) -> Any:
@@ -214,10 +214,10 @@ def _powers_afresh(optimizer: Any) -> None:
 
 def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
     """The gradient norm with ZeRO by one kernel. DeepSpeed's copies each gradient to double first, and at stages 1 and 2 looks before that
-    for values that are not finite in each, a dozen small kernels for every parameter; but a norm that is not finite tells, too."""
+    for values that are not finite in each, a dozen small kernels for every parameter; but a norm that is not finite shows them as well."""
 
     def norm_of(gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
-        """Of this rank's part of a group of parameters and the others'; -1 if it is not finite, as DeepSpeed wants it told."""
+        """Of this rank's part of a group of parameters and the others'; -1 if it is not finite, as DeepSpeed expects."""
         proper = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         counted = [g for g, p in zip(proper, parameters) if is_model_parallel_parameter(p) or optimizer.model_parallel_rank == 0]
         square = _square_sum(counted) if counted else torch.zeros((), dtype=torch.float64, device=optimizer.device)
@@ -279,11 +279,11 @@ def _step_masters_at_once(engine: Engine, blocks: list[Tensor]) -> None:
 
 
 def _gather_by_layer(model: nn.Module) -> dict[str, int]:
-    """Settings with which ZeRO-3 holds about a layer's weights whole, and fetches the next as it lets go of this one.
+    """Settings with which ZeRO-3 holds about a layer's weights whole, and fetches the next one while it releases this one.
 
-    DeepSpeed's prefetch goes on at every module until ``max_live_parameters`` elements are whole (and may exceed it by one
+    DeepSpeed's prefetch continues at every module until ``max_live_parameters`` elements are whole (and may exceed it by one
     tensor): that, not the bucket, is what bounds it. What is needed again within ``max_reuse_distance`` elements is
-    not let go, here the layer that backward begins with or recomputes.
+    not released: here the layer that backward begins with or recomputes.
     """
     stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
     layer = max(sum(parameter.numel() for parameter in layer.parameters()) for stack in stacks for layer in stack)

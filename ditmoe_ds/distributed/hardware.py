@@ -10,7 +10,7 @@ class Gpu:
     """One accelerator and its links. TFLOP/s are 10^12 dense bf16 operations a second, without sparsity."""
 
     name: str
-    """Part of what the driver calls it."""
+    """Part of the driver's name for it."""
     tflops: float
     memory: float
     """GB (10^9 bytes)."""

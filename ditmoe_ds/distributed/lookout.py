@@ -47,13 +47,13 @@ class Lookout:
     def __init__(self, world: World):
         self.world = world
         self.step = 0
-        """The last finished one."""
+        """The last finished step."""
         self.since = time.monotonic()
-        """When that was."""
+        """When it was finished."""
         self.stacks: Path | None = None
         """Folder for the stacks of a rank in a long step."""
         self.before_end: Callable[[], object] = lambda: None
-        """Called before an error of one rank ends all, whose processes are all there yet: finishes what threads are writing together."""
+        """Called before one rank's error ends all, while all processes still exist: finishes what their threads are writing together."""
         self._closing = False
         self._answered = threading.Event()
         self._sending = threading.Lock()
@@ -77,7 +77,7 @@ class Lookout:
             self._office.forget()
 
     def __call__(self, trainer: Any, record: dict[str, Any]) -> None:
-        """A callback: tells the step."""
+        """A callback that reports the step."""
         self.step, self.since = record["step"], time.monotonic()
         self._send()
 

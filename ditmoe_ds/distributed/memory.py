@@ -25,13 +25,13 @@ class Memory:
     gradients: float
     """Buffers that DeepSpeed never frees (stage 3)."""
     backward: float
-    """More during the last backward before a step."""
+    """Additional bytes during the last backward before a step."""
     step: float
-    """More while the optimizer steps."""
+    """Additional bytes while the optimizer steps."""
 
     @property
     def kept(self) -> float:
-        """Between steps."""
+        """What is held between steps."""
         return self.weights + self.master + self.moments + self.averages + self.gradients
 
     @property
@@ -42,7 +42,7 @@ class Memory:
 @lru_cache
 def touched(tensors: Sequence[int], ranks: int, group: float = math.inf) -> tuple[int, ...]:
     """Elements of the gradients that each of ``ranks`` keeps at stages 1 and 2. DeepSpeed cuts groups of tensors into a part for each rank,
-    which keeps those whole of which its part has any: of groups with fewer tensors than ranks, one or two instead of a part.
+    and a rank keeps whole every tensor of which its part has elements: in groups with fewer tensors than ranks, one or two, not a part.
 
     Args:
         tensors: their sizes, in the order of the model.

@@ -13,7 +13,7 @@ from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 
 SUPPORTED = (Version("0.19.8"), Version("0.20"))
-"""DeepSpeed from, and below: those before apply gradients that are not finite at ZeRO 1 to 3; newer releases are untried."""
+"""DeepSpeed from the first and below the second: older releases apply gradients that are not finite at ZeRO 1 to 3, newer are untested."""
 
 
 def offloads(ds_config: dict[str, Any]) -> bool:
@@ -101,7 +101,7 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
-    """As DeepSpeed reads its section, with its defaults."""
+    """The ZeRO section as DeepSpeed reads it, with its defaults."""
     return DeepSpeedZeroConfig(**(config.get("zero_optimization") or {}))
 
 

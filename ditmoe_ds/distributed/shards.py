@@ -1,4 +1,4 @@
-"""What of the training state lives on this rank, in terms that no ZeRO stage, EP or world size changes.
+"""The part of the training state that lives on this rank, in terms that depend on no ZeRO stage, EP or world size.
 
 A logical tensor is a parameter of the whole model: a dense weight, or the (E, ...) weights of all experts of a layer.
 Whatever the stage, a rank's part of it is one range of its flattened elements, or of its tensor-parallel slice's; a
@@ -25,7 +25,7 @@ class Shard:
 
     name: str
     shape: tuple[int, ...]
-    """Of the logical tensor."""
+    """Shape of the logical tensor."""
     start: int
     """Offset of the range in the flattened logical tensor, or in the flattened ``slice``."""
     master: Tensor
@@ -33,7 +33,7 @@ class Shard:
     saved: bool
     """Whether this rank is the one that writes the range to a checkpoint (False for a replica's copy)."""
     slice: Slice | None
-    """Of the logical tensor, where tensor parallelism cuts it."""
+    """The slice of the logical tensor, where tensor parallelism cuts it."""
 
     def read(self, read: Callable[[str, int, Tensor], None], out: Tensor) -> None:
         """Fill ``out`` with the range, where ``read(name, start, out)`` fills ``out`` with a range of the flattened logical tensor."""

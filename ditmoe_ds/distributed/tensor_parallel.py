@@ -26,7 +26,7 @@ with warnings.catch_warnings():  # that Transformer Engine and Apex are missing;
 
 
 class ModelParallelUnit:
-    """megatron-core's groups by all the names that DeepSpeed asks for; there is no model parallelism but this."""
+    """megatron-core's groups under all the names by which DeepSpeed asks for them; there is no other model parallelism."""
 
     get_tensor_model_parallel_group = get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
@@ -38,19 +38,19 @@ class ModelParallelUnit:
 
 
 def join_groups(size: int) -> ModelParallelUnit:
-    """Make groups of ``size`` consecutive ranks, unless there are. Collective."""
+    """Make groups of ``size`` consecutive ranks, unless they exist. Collective."""
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(size, create_gloo_process_groups=False)
     return ModelParallelUnit()
 
 
 def enter(x: Tensor) -> Tensor:
-    """What every rank of the group has alike, for each to compute with its part: the gradient is summed over the group."""
+    """Returns x, which all ranks of the group have alike and each uses with its part: backward sums the gradient over the group."""
     return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(x))
 
 
 def leave(x: Tensor) -> Tensor:
-    """Sum over the group; the gradient is every rank's."""
+    """Sum over the group; backward gives every rank the whole gradient."""
     return reduce_from_tensor_model_parallel_region(x.contiguous())
 
 
@@ -89,18 +89,18 @@ class InputsCut(RowParallelLinear):
 
 
 class HeadNorm(nn.LayerNorm):
-    """LayerNorm over the dimensions of a head. Its weights are whole and meet this rank's heads only: backward sums their gradients."""
+    """LayerNorm over the dimensions of a head. Its weights are whole, applied to this rank's heads only: backward sums their gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, enter(self.weight), enter(self.bias), self.eps)
 
 
 def cut(model: nn.Module, cuts: dict[str, Cut], head_norms: list[str]) -> None:
-    """Leave this rank's part of a model on the meta device.
+    """Reduce a model on the meta device to this rank's part.
 
     Args:
-        cuts: of parameters, by name. A linear layer becomes one of megatron-core's, but inside a MoE layer, which is entered and left
-            as a whole.
+        cuts: of parameters, by name. A linear layer becomes one of megatron-core's, except inside a MoE layer, which is entered and
+            left as a whole.
         head_norms: modules that become a ``HeadNorm``.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()

@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    """In the file; what ``fetch`` returns is converted piece by piece."""
+    """The dtype in the file; what ``fetch`` returns is converted piece by piece."""
     shape: Sequence[int]
     fetch: Callable[[], Tensor]
     """Called when its turn comes; the result is dropped before the next call."""
@@ -51,7 +51,7 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
     """Write a file and sync it to disk. Holds one tensor at a time.
 
     Raises:
-        CheckpointError: a value is finite but not so in the file's dtype (fp16 ends at 65504).
+        CheckpointError: a finite value would not be finite in the file's dtype (fp16 ends at 65504).
     """
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # every tensor aligned, as the library does it
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

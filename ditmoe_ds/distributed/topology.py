@@ -17,7 +17,7 @@ from ditmoe_ds.errors import ConfigError, UserError
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
-"""In training, where all compute the same at the same time."""
+"""How long a collective may take in training, where all ranks compute the same at the same time."""
 _OWN_STEPS = 0xFFFFFFF0
 """SLURM numbers its own steps from here: a batch script, the shell of salloc."""
 
@@ -35,7 +35,7 @@ class ParallelConfig:
     expert: int = 1
     """Expert parallelism: ranks that share one set of experts. Divides the experts and the world size."""
     tensor: int = 1
-    """Tensor parallelism, by megatron-core: ranks that share every attention head's and feed-forward's weights, and see the same images."""
+    """Tensor parallelism, by megatron-core: ranks that divide heads and hidden units of every layer among them, and see the same images."""
     deepspeed: str = "ds_configs/zero{zero_stage}.json"
     """DeepSpeed's own settings; a relative path is looked up here and beside the installed package."""
 
@@ -69,7 +69,7 @@ def join(patience: timedelta = PATIENCE) -> World:
     ``patience``.
 
     Raises:
-        UserError: on every rank of a host, where they see fewer GPUs than they are.
+        UserError: on every rank of a host where they see fewer GPUs than there are ranks.
     """
     env = os.environ
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -142,7 +142,8 @@ def on_all_ranks(work: Callable[[World], None], patience: timedelta = PATIENCE) 
 
 
 def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run ``action`` on every rank (of ``group``); if it is a user's mistake on any, raise the same error on all, with who alone met it.
+    """Run ``action`` on every rank (of ``group``); if it raises a user's mistake on any of them, raise the same error on all, naming
+    the ranks that met it if these are not all.
 
     Without it, one rank would leave while the others wait for it in a collective.
     """

@@ -75,7 +75,7 @@ class Weights(Tensors):
 
 
 def differently_encoded(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """How two descriptions of latents differ, as far as both know: ``key: ours -> theirs``; None if they go together."""
+    """How two descriptions of latents differ, as far as both know: ``key: ours -> theirs``; None if they agree."""
     pairs = {key: (ours.get(key), theirs.get(key)) for key in ("scaling_factor", "shift_factor", "vae_sha256")}
     pairs["text.sha256"] = ours.get("text", {}).get("sha256"), theirs.get("text", {}).get("sha256")
     for key, (mine, other) in pairs.items():
@@ -85,10 +85,10 @@ def differently_encoded(ours: dict[str, Any], theirs: dict[str, Any]) -> str | N
 
 
 def locate(path: str | Path) -> Path:
-    """The folder that ``open_weights`` reads: of a run directory its newest checkpoint, which a moment later may be another; else ``path``.
+    """The folder that ``open_weights`` reads: for a run directory its newest checkpoint (a run may soon write another), else ``path``.
 
     Raises:
-        CheckpointError: nothing that it knows is there.
+        CheckpointError: there is neither a finished checkpoint nor a weights folder.
     """
     path = Path(path)
     if any((path / mark).is_file() for mark in ("config.json", "index.json")):
@@ -104,8 +104,8 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
     """Open a run directory (its newest checkpoint), a checkpoint folder ``step_N`` or a weights folder.
 
     Args:
-        kind: which weights of a checkpoint: ``ema``, or ``master`` for the raw ones. A weights folder holds one set, whose
-            kind its description tells.
+        kind: which weights of a checkpoint: ``ema`` (its first average), one average by its name, such as ``ema_0.999``, or ``master`` for
+            the raw ones. A weights folder holds one set, whose kind is in its description.
 
     Raises:
         CheckpointError: nothing of the three is there, or it is incomplete.
@@ -163,7 +163,7 @@ def write_weights(folder: str | Path, weights: Weights, dtype: str = "fp32", sha
     Args:
         folder: a new or empty folder; it gets its name when all is written.
         dtype: a key of ``DTYPES``.
-        shard_bytes: most bytes of tensors per file, but for a single larger tensor.
+        shard_bytes: most bytes of tensors per file, except for a single larger tensor.
 
     Raises:
         CheckpointError: the folder is not empty, a tensor is missing from the source, or does not fit ``dtype``.

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 among many ranks.
+"""DeepSpeed's ZeRO-3 with many ranks.
 
 DeepSpeed 0.19 cuts every weight that it gathered, and every gradient that it scatters, into a view for each rank of the group: among 512
 ranks that takes the host seconds in each micro-batch, whatever the GPU does (docs/log.md). Here each is one strided copy. After a step it
@@ -29,7 +29,7 @@ _together = Init._allgather_params_coalesced
 
 
 def install() -> None:
-    """Put what is below into DeepSpeed's places, for all engines of this process."""
+    """Replace DeepSpeed's functions by those below, for all engines of this process."""
     setattr(PartitionedParameterCoordinator, GATHER, gather_in_order)
     AllGatherCoalescedHandle.wait = wait
     Init._allgather_params_coalesced = gather_together

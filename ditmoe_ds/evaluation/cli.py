@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     for measure, what in MEASURES.items():
         parser = kinds.add_parser(measure, help=what, description=f"{what}. Under deepspeed, torchrun or srun the ranks share the images.")
         parser.set_defaults(command=_measure, measure=measure)
-        parser.add_argument("samples", help="npz with arr_0 (N, H, W, 3) uint8, or a folder of PNG or JPEG")
+        parser.add_argument("samples", help="npz with arr_0 (N, H, W, 3) uint8, or a folder of pictures (PNG, JPEG, WebP, TIFF and others)")
         parser.add_argument("--reference", help="real images: the same, or an npz with ADM's statistics")
         parser.add_argument("--out", required=True, help="folder for result.json")
         parser.add_argument("--extractor", help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH")

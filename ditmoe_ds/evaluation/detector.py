@@ -17,9 +17,9 @@ FARTHEST = 80.0
 PURE = 0.6
 """Share of an object's pixels that must have its colour."""
 SMALLEST = 40
-"""Pixels of an object; less is a speck."""
+"""Fewest pixels of an object; a smaller one is ignored."""
 OVERLAP = 0.7
-"""Intersection over union with its shape, at least."""
+"""Least intersection over union of an object with its shape."""
 GRID = 32
 
 
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     x: float
     y: float
     color: str | None
-    """None: of several, or of none."""
+    """None: of several colours, or of none."""
     shape: str | None
     """None: like no shape."""
 

@@ -16,11 +16,11 @@ from ditmoe_ds.training.plan import Plan
 
 
 class FrechetDistance:
-    """``fd`` of EMA's samples to held-out data, both decoded by the VAE: what the VAE cannot draw does not count. The samples are asked
-    to show what the held-out ones do, in turn. The ranks share the work. It is biased by the number of images: compare it between steps
-    and runs of the same ``train.fd_samples``, with nothing else.
+    """``fd`` of EMA's samples to held-out data, both decoded by the VAE: what the VAE cannot draw does not count. The samples take
+    the classes or captions of the held-out ones in turn. The ranks share the work. The number of images biases it: compare it only
+    between steps and runs with the same ``train.fd_samples``.
 
-    Where images cannot be decoded or looked at, rank 0 says so and training goes on.
+    If images cannot be decoded or scored, rank 0 prints it and training continues.
 
     Raises:
         ConfigError, DataError: the VAE or the extractor cannot be loaded, or there are too few held-out samples.
@@ -63,7 +63,7 @@ class FrechetDistance:
         return self.dataset.batch([self.samples[i % len(self.samples)] for i in items])
 
     def _parts(self, trainer: TrainerView, items: list[int], answered: int) -> Iterator[tuple[list[int], int]]:
-        """Micro-batches, and how many of each this rank answers for."""
+        """Micro-batches, and how many of each count as this rank's."""
         size = trainer.plan.batch.micro
         for first in range(0, len(items), size):
             yield items[first : first + size], min(max(answered - first, 0), size)

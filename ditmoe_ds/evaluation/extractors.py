@@ -17,32 +17,32 @@ from ditmoe_ds.latents.manifest import sha256
 
 KINDS = "inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH"
 CLIP = "clip:openai/clip-vit-large-patch14-336"
-"""That of CMMD."""
+"""The extractor of CMMD."""
 
 
 class Extractor(NamedTuple):
-    """A frozen network with its way of looking at images."""
+    """A frozen network with its preprocessing of images."""
 
     name: str
     sha256: str
-    """Of the weights' file; of weights from a hub, of their tensors."""
+    """sha256 of the file of weights; for weights from a hub, of their tensors."""
     input: str
-    """Size, resizing and normalisation, for people."""
+    """Size, resizing and normalisation, in words."""
     features: Callable[[Tensor], dict[str, Tensor]]
     """Images (B, H, W, 3) uint8 on its device to ``pool`` (B, D) and, of Inception, ``spatial`` and ``logits``."""
     text: Callable[[list[str]], Tensor] | None = None
-    """Of CLIP: captions to unit vectors (B, D) in the space of its ``pool``."""
+    """For CLIP: captions to unit vectors (B, D) in the space of its ``pool``."""
 
     def describe(self) -> dict[str, str]:
         return {"name": self.name, "sha256": self.sha256, "input": self.input}
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu", weights: str | None = None, key: str = "--extractor") -> Extractor:
-    """One of ``KINDS``.
+    """Load one of ``KINDS``.
 
     Args:
         weights: Inception's file; by default torch's cache, else downloaded.
-        key: what the user calls it by.
+        key: name of the setting, for errors.
 
     Raises:
         ConfigError: an unknown name, a package is missing.
@@ -140,7 +140,7 @@ def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
 
 
 class Look(NamedTuple):
-    """The shorter side to ``size``, bicubic, and of the longer its middle; then (x / 255 - mean) / std."""
+    """Resize the shorter side to ``size``, bicubic, crop the middle of the longer; then (x / 255 - mean) / std."""
 
     size: int
     mean: list[float]

@@ -1,4 +1,4 @@
-"""How close samples are to real images: FID, sFID, Inception Score, precision and recall as the ADM evaluator has them; FD, KID, CMMD;
+"""How close samples are to real images: FID, sFID, Inception Score, precision and recall as the ADM evaluator computes them; FD, KID, CMMD;
 and how well they fit their captions: CLIP score."""
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ditmoe_ds.evaluation.ranks import share, total
 from ditmoe_ds.latents.manifest import sha256
 
 OF_PAIRS = {"precision-recall", "kid", "cmmd"}
-"""Need the features of both sets, not only their moments."""
+"""Measures that need the features of both sets, not only their moments."""
 FEWEST = 4
-"""Images: each has three others."""
+"""Fewest images: each needs three others."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured on what; everything a user can have wrong was checked."""
+    """What is measured on what; everything that a user can get wrong has been checked."""
 
     asked: tuple[str, ...]
     samples: Images
@@ -40,9 +40,9 @@ class Measurement:
     """How the samples were made, if they say so."""
     reference: Path | None
     real: Images | None
-    """Of the reference; None where its statistics are enough."""
+    """Images of the reference; None where its statistics are enough."""
     statistics: dict[str, Gaussian]
-    """That the reference carries."""
+    """Published statistics that the reference has."""
     extractor: Extractor
     captions: list[str] | None
 
@@ -62,12 +62,12 @@ def open_measurement(
     Args:
         measure: a name of ``ditmoe eval``.
         samples, reference: a folder of pictures or an npz; a reference may have ADM's statistics instead, or too.
-        extractor: default: that of the measure.
-        inception: file of its weights.
+        extractor: None is the measure's own.
+        inception: file of Inception's weights.
         captions: file with a caption per line, in the order of the samples.
 
     Raises:
-        ConfigError: what is given does not go together.
+        ConfigError: arguments that do not fit together.
         DataError: a file or weights that cannot be read.
     """
     of_clip = measure in ("cmmd", "clip-score")

@@ -1,4 +1,4 @@
-"""Sets of images on disk, in order and a batch at a time: an npz as ADM lays it out, or a folder of pictures."""
+"""Sets of images on disk, in order and a batch at a time: an npz in ADM's layout, or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class NpzImages:
         return sha256(self.path)
 
     def description(self) -> Any:
-        """Of FILE.json beside FILE.npz, where ``ditmoe sample`` says how the images were made; None without it."""
+        """Content of FILE.json beside FILE.npz, where ``ditmoe sample`` writes how the images were made; None without it."""
         return _read_json(self.path.with_suffix(".json"))
 
     @contextmanager
@@ -98,7 +98,7 @@ class NpzImages:
 
 
 class FolderImages:
-    """PNG, JPEG and WebP files below a folder, in the order of their paths, all of one size.
+    """Pictures below a folder, files that end in one of ``SUFFIXES``, in the order of their paths, all of one size.
 
     Raises:
         DataError: no such folder, or no pictures there.
@@ -116,7 +116,7 @@ class FolderImages:
         return len(self.files)
 
     def batches(self, first: int, last: int, size: int) -> Iterator[np.ndarray]:
-        """As of ``NpzImages``."""
+        """As ``NpzImages.batches``."""
         with ThreadPoolExecutor(READERS) as readers:
             for start in range(first, last, size):
                 files = self.files[start : min(start + size, last)]
@@ -133,7 +133,7 @@ class FolderImages:
         return sha256(*self.files)
 
     def description(self) -> Any:
-        """Of ``samples.json`` in the folder; None without it."""
+        """Content of ``samples.json`` in the folder; None without it."""
         return _read_json(self.path / "samples.json")
 
     def _read(self, file: Path) -> np.ndarray:
@@ -171,10 +171,10 @@ def npz_members(path: Path) -> list[str]:
 
 
 def published_statistics(path: Path) -> dict[str, np.ndarray]:
-    """``mu``, ``sigma`` (of FID), ``mu_s``, ``sigma_s`` (of sFID) that ADM's reference files carry, as far as they are there.
+    """``mu``, ``sigma`` (of FID), ``mu_s``, ``sigma_s`` (of sFID) from one of ADM's reference files, as far as it has them.
 
     Raises:
-        DataError: the file is no npz, or has others than finite vectors with their covariances.
+        DataError: the file is no npz, or these are not finite vectors with their covariances.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

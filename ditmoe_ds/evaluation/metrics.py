@@ -113,7 +113,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _squared_radii(x: Tensor, neighbours: int) -> Tensor:
-    """(N,) squared distances to the so-many-th nearest other."""
+    """(N,) squared distances to the ``neighbours``-th nearest other."""
     first, last = share(len(x))
     radii = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for start in range(first, last, BLOCK):

@@ -1,4 +1,4 @@
-"""The benchmark ``shapes``: does a text-to-image model draw what captions say that it never saw in training?"""
+"""The benchmark ``shapes``: does a text-to-image model draw what captions say, when it never saw such captions in training?"""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.pipelines.run import Run
 
 CAPTIONS = 12
-"""Of each category at most."""
+"""Most captions of each category."""
 
 
 def prompts(unseen: bool = True) -> list[Scene]:
-    """The same for everyone: of each category up to ``CAPTIONS`` scenes, evenly spread over all."""
+    """The same prompts for every model: of each category up to ``CAPTIONS`` scenes, evenly spread over all."""
     chosen = []
     for category in CATEGORIES:
         found = scenes(category, unseen)
@@ -45,7 +45,7 @@ def evaluate(
         What is in ``shapes.json``: of each category ``right``, ``images``, ``score`` and ``ci95`` (Wilson), and their ``mean``.
 
     Raises:
-        ConfigError: images of another size, or a model of classes; and as ``Run.sample``.
+        ConfigError: images of another size, or a model conditioned on classes; and as ``Run.sample``.
     """
     if images < 1:
         raise ConfigError("--images", images, "at least 1 of each prompt")

@@ -12,16 +12,16 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_commands(commands: Any) -> None:
-    """Add the three to ``ditmoe``'s subparsers."""
-    export = commands.add_parser("export", help="write a run's weights for others")
+    """Add the three commands to ``ditmoe``'s subparsers."""
+    export = commands.add_parser("export", help="write a run's weights for other programs")
     export.set_defaults(command=_export)
     export.add_argument("run", help="a run directory, a checkpoint folder or a weights folder")
     export.add_argument("--to", choices=["safetensors", "diffusers", "reference"], default="safetensors")
-    export.add_argument("--vae", help="of --to diffusers: its folder, where the weights name none or it has moved")
+    export.add_argument("--vae", help="for --to diffusers: folder of the VAE, where the weights name none or it has moved")
     add_weights(export)
     _add_output(export, "a new folder; for --to reference also a file NAME.pt")
 
-    importing = commands.add_parser("import", help="make a weights folder of others' weights").add_subparsers(required=True)
+    importing = commands.add_parser("import", help="make a weights folder from other programs' weights").add_subparsers(required=True)
     reference = importing.add_parser("reference", help="a checkpoint of the DiT-MoE reference code")
     reference.set_defaults(command=_import_reference)
     reference.add_argument("file", help="*.pt, *.safetensors or a folder of shards")
@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
     diffusers.add_argument("folder")
     _add_output(diffusers)
 
-    upcycle = commands.add_parser("upcycle", help="make a sparse model of a dense one that computes the same")
+    upcycle = commands.add_parser("upcycle", help="make a sparse model that computes the same as a dense one")
     upcycle.set_defaults(command=_upcycle)
     upcycle.add_argument("dense", help="a run directory, a checkpoint folder or a weights folder of a dense DiT")
     upcycle.add_argument("--experts", type=int, default=8)

@@ -30,7 +30,7 @@ _SETTINGS |= {"router.balance_alpha", "router.balance_scope", "router.z_alpha"}
 
 
 def layout(config: DiTConfig) -> Layout:
-    """Our names without those that DeepSpeed asks for."""
+    """Our names without the parts that DeepSpeed needs."""
     shorter = {".mlp.deepspeed_moe.gate.": ".mlp.router.", ".mlp.deepspeed_moe.experts.deepspeed_experts.0.": ".mlp.experts."}
     out: Layout = {}
     for name, shape in parameter_shapes(config).items():
@@ -46,13 +46,13 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
     ``DiffusionPipeline.from_pretrained(out, custom_pipeline="pipeline_ditmoe", trust_remote_code=True)``.
 
     Args:
-        vae_folder: instead of the run's, or where the weights name none.
+        vae_folder: folder of the VAE, instead of the one that the weights name, if they name any.
 
     Returns:
         Whether the VAE is in it: the run's, if that is a local folder.
 
     Raises:
-        CheckpointError: the model has something that the shipped code has not, or ``out`` is not empty.
+        CheckpointError: the model has a setting that the shipped code lacks, or ``out`` is not empty.
         ConfigError: no such ``vae_folder``, or one of other latents.
     """
     config = configuration.build(DiTConfig, weights.description["model"])
@@ -95,7 +95,7 @@ def diffusers_weights(path: Path) -> Weights:
     (``DiTTransformer2DModel``); its transformer folder will do.
 
     Raises:
-        CheckpointError: another model, a setting that ours has not, or a damaged folder.
+        CheckpointError: another model, a setting that ours lacks, or a damaged folder.
     """
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     settings = _read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""How another code's tensors make up ours: said once, used to read and to write.
+"""How another program's tensors make up ours: written once, used to read and to write.
 
 A ``Layout`` gives for each of our parameters the tensors of theirs (key, shape) whose flattened elements, one after the
 other, are the parameter's. Packing experts and fusing gate with up, or q with k and v, are no more than that.
@@ -27,7 +27,7 @@ def assemble(theirs: Tensors, layout: Layout, description: dict[str, Any], ignor
     """Their tensors as our weights; nothing is read yet.
 
     Args:
-        ignored: keys of theirs that ours can do without.
+        ignored: keys of theirs that our model does not need.
 
     Raises:
         CheckpointError: a tensor of theirs is missing, unknown or of another shape.

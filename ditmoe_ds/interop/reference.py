@@ -24,11 +24,11 @@ from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import load_model
 
 CONTAINERS = ("ema", "model", "module", "state_dict")
-"""Where the weights may lie in a checkpoint file, the preferred first; a bare state dict works too."""
+"""Keys under which a checkpoint file may hold the weights, the preferred first; a bare state dict works too."""
 
 _SETTINGS = {"hidden", "depth", "heads", "patch", "input_size", "in_channels", "num_classes", "experts", "top_k", "shared", "qk_norm"}
 _SETTINGS |= {"learn_variance", "router.balance_alpha", "router.balance_scope", "router.z_alpha"}
-"""What the reference's model can be told, or needs to be told only in training."""
+"""Settings that the reference's model has, or that matter in training only."""
 
 _RENAMED = {
     "x_embed.": "x_embedder.proj.",
@@ -74,12 +74,12 @@ def reference_weights(
 ) -> Weights:
     """Open weights of the reference code.
 
-    What the shapes tell is read from them: width, depth, experts, patch, variance channels, qk-norm.
+    What follows from the shapes is read from them: width, depth, experts, patch, variance channels, qk-norm.
 
     Args:
         source: a file of ``torch.save`` (read whole, with ``weights_only=True``) in any of ``CONTAINERS`` or bare, with or
             without a ``module.`` prefix, or its content; a safetensors file, or a folder with ``model.safetensors.index.json``.
-        top_k, num_heads, num_classes, input_size, objective, balance_alpha: what the shapes do not tell.
+        top_k, num_heads, num_classes, input_size, objective, balance_alpha: what does not follow from the shapes.
         time_scale: factor on rectified flow's t before the model sees it: 1 for the released weights.
 
     Raises:
@@ -159,7 +159,7 @@ def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
             for the whole model at once.
 
     Raises:
-        CheckpointError: the model has something that the reference's has not, or ``out`` exists.
+        CheckpointError: the model has a setting that the reference's lacks, or ``out`` exists.
     """
     config = configuration.build(DiTConfig, weights.description["model"])
     refuse_settings_without_place(config, _SETTINGS, "the reference code")

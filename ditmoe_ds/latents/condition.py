@@ -1,8 +1,7 @@
-"""What a model is told beside the noisy latent: from a batch's classes, stored texts or captions to keyword arguments of ``DiT``.
+"""What a model is conditioned on: from a batch's classes, stored texts or captions to keyword arguments of ``DiT``.
 
-A way of telling it is one class here: ``told`` looks up what a batch's samples say, of which some may be replaced by
-``null`` (classifier-free guidance); ``pack`` makes one value of a list of those, in the loader's processes; ``unpack``
-makes the arguments, on the device.
+Each kind of condition is a class here. ``told`` gives the condition of each sample of a batch, some of which may be replaced
+by ``null`` (classifier-free guidance); ``pack`` joins them, in the loader's processes; ``unpack`` makes the arguments, on the device.
 """
 
 from __future__ import annotations
@@ -20,19 +19,23 @@ Condition = dict[str, Tensor]
 
 
 class Conditioner(Protocol):
-    """See the module."""
+    """One kind of condition; see the module."""
 
     null: Any
+    """The condition of a sample without one."""
 
-    def told(self, batch: Batch) -> Sequence[Any]: ...
+    def told(self, batch: Batch) -> Sequence[Any]:
+        """The condition of each sample of a batch."""
 
-    def pack(self, told: Sequence[Any]) -> Any: ...
+    def pack(self, told: Sequence[Any]) -> Any:
+        """One value, for ``unpack``, of the conditions of a micro-batch."""
 
-    def unpack(self, packed: Any, device: torch.device) -> Condition: ...
+    def unpack(self, packed: Any, device: torch.device) -> Condition:
+        """Keyword arguments of ``DiT``, on the device."""
 
 
 class _Packed:
-    """What is told without an encoder is ready when it is packed."""
+    """A condition that needs no encoder: packing makes the arguments."""
 
     def unpack(self, packed: Condition, device: torch.device) -> Condition:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
@@ -70,7 +73,7 @@ class Texts(_Packed):
 
 
 class Captions:
-    """As ``Texts``, encoded as they are needed."""
+    """As ``Texts``, of captions that are encoded when they are needed."""
 
     def __init__(self, encoder: TextEncoder):
         self.encoder, self.null = encoder, ""

@@ -24,12 +24,12 @@ from ditmoe_ds.latents.tars import Sample, ShardReader, index_path, index_size
 from ditmoe_ds.rng import keyed_generator
 
 INDEX_BYTES = 64 << 20
-"""Of the indices that a process holds: those of about 7 million samples, in shards of 1000."""
+"""Most bytes of shard indices that a process holds: enough for about 7 million samples, in shards of 1000."""
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """One more data set, of the same VAE, latent shape and classes."""
+    """One more data set, with the same VAE, latent shape and classes."""
 
     manifest: str
     weight: int = 1
@@ -53,22 +53,22 @@ class DataConfig:
     workers: int = 2
     """Processes per rank that load ahead; 0 loads in the training process."""
     prefetch: int = 4
-    """Micro-batches that each of them holds ready, at least 1."""
+    """Micro-batches that each worker holds ready, at least 1."""
     cache: str = ""
     """Local folder for the shards of a data set behind a URL."""
     cache_gb: float = 100.0
-    """Most gigabytes there; the longest unused shards are deleted."""
+    """Most gigabytes in the cache; the least recently used shards are deleted."""
     skip_shards: tuple[str, ...] = ()
     """Names of training shards to leave out, such as one that was found damaged; of a mix, FOLDER/NAME where several have it."""
     text_encoder: str = ""
     """transformers folder or hub id that encodes captions in training; empty: the text in the shards."""
     text_max_tokens: int = 77
-    """Of ``text_encoder``; longer captions are cut."""
+    """Most tokens of a caption with ``text_encoder``; longer captions are cut."""
     log_samples: bool = False
     """Write the keys of every global batch into ``metrics.jsonl``, under ``samples``."""
 
     def open(self, manifests: Sequence[Manifest], split: SplitName, shape: tuple[int, ...] | None = None) -> LatentDataset:
-        """The samples of a split of the data sets, of one shape or all. Raises as ``LatentDataset``, or ConfigError of ``cache``."""
+        """The samples of a split of the data sets, of one shape or all. Raises as ``LatentDataset``, and ConfigError for ``cache``."""
         try:
             cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
         except OSError as error:
@@ -111,7 +111,7 @@ class Batch(NamedTuple):
 
 
 def collate(chosen: list[Latent], epochs: Tensor, samples: Tensor) -> Batch:
-    """A batch of samples, with their own latents or, where a deviation is stored, their mean."""
+    """A batch of samples. Where a deviation is stored, the latents are the means."""
     texts = [sample.text for sample in chosen if sample.text is not None]
     return Batch(
         torch.stack([sample.latent for sample in chosen]),
@@ -134,7 +134,7 @@ class LatentDataset:
         shape: (C, H, W) to choose the samples by.
 
     Raises:
-        ConfigError: a name to skip is no shard's, or several data sets'.
+        ConfigError: a name to skip fits no shard, or shards of several data sets.
         DataError: a split is empty, or has no samples of a shape that another has.
     """
 
@@ -203,7 +203,7 @@ class LatentDataset:
         return collate([self[i] for i in items], torch.zeros(len(items), dtype=torch.int64), torch.tensor(items))
 
     def spread(self, count: int) -> list[int]:
-        """So many samples, or all, the same each time, in no order: shards may be sorted by class, and their first samples show few."""
+        """``count`` samples, or all, drawn alike every time: shards may be sorted by class, so that the first samples show few."""
         return torch.randperm(len(self), generator=keyed_generator("spread"))[:count].tolist()
 
     def key(self, i: int) -> str:

@@ -1,4 +1,4 @@
-"""The order of samples, as a pure function of (seed, position). Nothing else decides who is seen when.
+"""The order of samples, as a pure function of (seed, position). Nothing else decides which sample is seen when.
 
 A data set is a list of shards. In each of its epochs the shards are permuted, and the samples, in that order, are cut into
 windows whose samples are permuted: a reader is never busy with more shards than a window spans. Several data sets are mixed
@@ -75,7 +75,7 @@ class Order:
         self.ranks = torch.cat([torch.arange(weight) for weight in weights])  # a slot's number among those of its set
 
     def at(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Epochs (count,) of their own sets and samples (count,), both int64, at the global positions from ``first`` on."""
+        """Epochs (count,), each of the sample's own set, and samples (count,), both int64, at the global positions from ``first`` on."""
         positions = torch.arange(first, first + count)
         blocks = positions // len(self.slots)
         if len(self.orders) == 1:
@@ -120,7 +120,7 @@ class BucketOrder:
         self._block = functools.lru_cache(maxsize=2)(self._permuted_block)
 
     def at(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Epochs (count,) of their own shape and samples (count,), both int64, at global positions of one global batch."""
+        """Epochs (count,), each of the sample's own shape, and samples (count,), both int64, at global positions of one global batch."""
         step, offset = divmod(first, self.global_batch)
         assert offset + count <= self.global_batch, (first, count)
         block, place = divmod(step, sum(self.shares))

@@ -17,7 +17,7 @@ from typing import BinaryIO, TypeVar
 from ditmoe_ds.errors import DataError
 
 ATTEMPTS = 6
-"""With pauses of 1, 2, 4, 8 and 16 seconds."""
+"""Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
 
 _OURS = re.compile(r"[0-9a-f]{32}\.(tar|index\.npy)")
 """What a cache holds, and may delete; its folder may have other files."""
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def is_url(root: str) -> bool:
-    """Whether ``root`` is no local folder: https, gs and whatever else webdataset opens, but for ``pipe:``, which is a shell."""
+    """Whether ``root`` is a URL that webdataset opens (https://, gs://, ...). ``pipe:`` is not: it would run a shell command."""
     return re.match(r"(?!pipe:)[a-z][a-z0-9]*://", root) is not None
 
 
@@ -34,7 +34,7 @@ def read(url: str) -> bytes:
     """The content of a small file.
 
     Raises:
-        DataError: it cannot be read, also after several attempts.
+        DataError: it cannot be read, not even after several attempts.
     """
     stream = io.BytesIO()
     fetch(url, stream)
@@ -45,7 +45,7 @@ def fetch(url: str, out: BinaryIO) -> None:
     """Write the content of a file into ``out``, which is emptied before each attempt.
 
     Raises:
-        DataError: it cannot be read, also after several attempts.
+        DataError: it cannot be read, not even after several attempts.
     """
 
     def attempt() -> None:
@@ -57,7 +57,7 @@ def fetch(url: str, out: BinaryIO) -> None:
 
 
 class Cache:
-    """A folder of downloaded files, shared by all processes of a machine; the longest unused make room for new ones.
+    """A folder of downloaded files, shared by all processes of a machine; the least recently used make room for new ones.
 
     Args:
         folder: made if it is not there.
@@ -69,15 +69,15 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, url: str, name: str, check: Callable[[Path], None], beside: str = "") -> Path:
-        """The local copy, downloaded unless it is there. Another process may need its room before it is opened.
+        """The local copy, downloaded unless it is there. Another process may delete it, to make room, before it is opened.
 
         Args:
             name: 32 hexadecimal digits and .tar or .index.npy.
             check: raises OSError if a new one is damaged.
-            beside: another name, which makes no room for this one.
+            beside: name of a file that is not deleted to make room for this one.
 
         Raises:
-            DataError: it cannot be had whole, also after several attempts.
+            DataError: no whole copy could be fetched, not even after several attempts.
         """
         path = self.folder / name
         with contextlib.suppress(FileNotFoundError):

@@ -34,11 +34,11 @@ def load_text_encoder(
 
     Args:
         path_or_id: local folder, or hub id; safetensors only, and no code of the model's own.
-        keys: what the user calls these two, for errors.
+        keys: what the user calls ``path_or_id`` and ``max_tokens``, for errors.
 
     Raises:
         DataError: there is no such model, or it is no text encoder.
-        ConfigError: it cannot take so many tokens.
+        ConfigError: it cannot take ``max_tokens`` tokens.
     """
     import transformers  # takes seconds
 
@@ -64,7 +64,7 @@ class TextEncoder:
     """The last hidden states of a text encoder of transformers.
 
     Args:
-        max_tokens: longer captions are cut, which is said the first time and counted in ``cut``.
+        max_tokens: longer captions are cut; the first is printed, and ``cut`` counts them.
         name, limit: what the user calls the encoder and ``max_tokens``, for messages.
     """
 

@@ -49,10 +49,10 @@ def latent_space(path_or_id: str) -> LatentSpace:
 
 
 def decoder_space(vae: str, channels: int) -> LatentSpace:
-    """That of the VAE which a user has named for a model's latents.
+    """The latent space of the VAE that a user named for a model whose latents have ``channels``.
 
     Raises:
-        ConfigError: it has other channels.
+        ConfigError: it has another number of channels.
         DataError: as ``latent_space``.
     """
     space = latent_space(vae)
@@ -68,7 +68,7 @@ def load_vae(path_or_id: str, device: str | torch.device, sha256: str | None = N
         sha256: of the weights that the latents are known to be made with.
 
     Raises:
-        DataError: there is no such folder or id, its weights cannot be read, or are others by now.
+        DataError: there is no such folder or id, its weights cannot be read, or have changed since.
     """
     _, cls = _config(path_or_id)
     if sha256 and weights_sha256(path_or_id) not in (None, sha256):

@@ -23,8 +23,10 @@ def add_commands(commands: Any) -> None:
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
     slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1")
     slurm.add_argument("--cpus-per-task", type=int)
-    slurm.add_argument("--time", help="limit as sbatch takes it; 180 s before it the run saves and is queued again")
-    slurm.add_argument("--signal-seconds", type=int, default=180, help="that many seconds; more than one step and one save")
+    slurm.add_argument("--time", help="limit as sbatch takes it; shortly before it the run saves and is queued again")
+    slurm.add_argument(
+        "--signal-seconds", type=int, default=180, help="how long before the limit the run saves; more than one step and one save take"
+    )
     slurm.add_argument("--max-restarts", type=int, default=3, help="starts in a row that may bring no new checkpoint")
     _add_submission(slurm)
 
@@ -47,7 +49,7 @@ def add_commands(commands: Any) -> None:
     hostfile.add_argument("--master-port", type=int, default=29500)
     hostfile.add_argument("--bind-cores", action="store_true", help="give each process cores of its own (needs numactl)")
     hostfile.add_argument("--max-restarts", type=int, default=0, help="starts in a row that may bring no new checkpoint")
-    hostfile.add_argument("--min-nodes", type=int, help="go on with so many if others are lost; default: all")
+    hostfile.add_argument("--min-nodes", type=int, help="continue with at least this many if others are lost; default: all")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

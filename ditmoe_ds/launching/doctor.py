@@ -23,9 +23,9 @@ from ditmoe_ds.launching.problems import Node, Problem, compare, in_words
 FACTS_SECONDS = 60.0
 MEASURE_SECONDS = 2 * RENDEZVOUS + 2 * COLLECTIVES
 LATER_SECONDS = 10.0
-"""What the others still get once a process has failed to join them: they would wait for it in vain, but may fail likewise."""
+"""Seconds that the others still get once a process has failed to join them: they would wait for it in vain, but may fail likewise."""
 LOGINS, LOGIN_SECONDS = 8, 0.5
-"""As many begin on a host at once, and then so much later the next: of more than 10 that are not let in yet sshd drops some."""
+"""How many logins start on a host at once, and seconds until the next ones: of more than 10 unfinished logins sshd drops some."""
 
 _SSH_FIXES = {
     "Could not resolve hostname": "correct its name in the hostfile, or add it to DNS or /etc/hosts",
@@ -114,7 +114,7 @@ def _here(run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
 
 
 def _within_srun(run_dir: str, ep: int) -> tuple[list[Node], list[Problem]]:
-    """Returns on rank 0 only. The others leave with 0: rank 0 shall not be ended by srun before it has reported."""
+    """Returns on rank 0 only. The others exit with 0, so that srun does not end rank 0 before it has reported."""
     from ditmoe_ds.distributed.topology import host_name
 
     host = host_name()

@@ -1,4 +1,4 @@
-"""What one node says of itself, without the network: ``python -m ditmoe_ds.launching.facts RUN_DIR``."""
+"""What one node reports about itself, without the network: ``python -m ditmoe_ds.launching.facts RUN_DIR``."""
 
 import json
 import os
@@ -26,12 +26,12 @@ _MARK = "ditmoe doctor: "
 
 
 def say(what: dict[str, Any]) -> None:
-    """Hand ``what`` to whoever reads this process's output, where libraries print too."""
+    """Print ``what`` for the reader of this process's output, into which libraries print too."""
     print(_MARK + json.dumps(what), flush=True)
 
 
 def heard(output: str) -> dict[str, Any]:
-    """All that the process with this output said, as one dictionary."""
+    """All that ``say`` printed into this output, as one dictionary."""
     found: dict[str, Any] = {}
     for line in output.splitlines():
         _, mark, text = line.partition(_MARK)
@@ -41,7 +41,7 @@ def heard(output: str) -> dict[str, Any]:
 
 
 def facts(run_dir: str) -> dict[str, Any]:
-    """Versions, GPUs, disks, limits and the means of compiling. Sizes are GB; None is "not there" or, of a limit, "unlimited"."""
+    """Versions, GPUs, disks, limits and what compiling needs. Sizes are GB; None is "not there" or, of a limit, "unlimited"."""
     folder = _existing(Path(run_dir).absolute())
     driver = _driver()
     extensions = _extensions()
@@ -67,7 +67,7 @@ def facts(run_dir: str) -> dict[str, Any]:
 
 
 def old_locks() -> list[str]:
-    """Files that let every later build of a DeepSpeed extension, and so the start of training, wait without a word."""
+    """Files that make every later build of a DeepSpeed extension, and so the start of training, wait silently."""
     return [str(lock) for lock in sorted(_extensions().glob("**/lock")) if _age(lock) > LOCK_SECONDS]
 
 

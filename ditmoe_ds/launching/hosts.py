@@ -45,7 +45,7 @@ def read_hostfile(path: str) -> dict[str, int]:
 def start(
     host: str | None, command: list[str], environment: dict[str, str], output: int | IO[Any] = subprocess.PIPE
 ) -> "subprocess.Popen[str]":
-    """Run ``command`` on ``host`` in this folder, with this Python on its path; standard input must stay open while it shall run.
+    """Run ``command`` on ``host`` in this folder, with this Python on its path; it runs only as long as standard input stays open.
 
     None is this machine, without ssh. ssh never asks for a password; an unreachable host ends with code 255 after at most 15 seconds.
     """

@@ -1,7 +1,7 @@
 """What only a process on every node can find out: ``python -m ditmoe_ds.launching.network HOST RUN_DIR EP``.
 
 The processes know their places by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as in training. They meet in torch's
-key-value store at rank 0, which tells them what to do and gathers what they found. No wait is without an end.
+key-value store at rank 0, which tells them what to do and gathers what they found. Every wait has a time limit.
 """
 
 import contextlib

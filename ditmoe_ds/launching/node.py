@@ -1,6 +1,6 @@
 """Runs one command on this host for someone at the other end of ssh: ``python -m ditmoe_ds.launching.node``.
 
-The first line of standard input is JSON: the command as a list, the variables to set and the folder to stand in, so that nothing of
+The first line of standard input is JSON: the command as a list, the variables to set and the folder to run in, so that none of
 them passes through a shell. Standard input then stays open as long as the other end lives; when it closes, the command is asked to
 end (SIGTERM), and after ``GRACE`` seconds it and all that it started are killed. Exits with the command's code.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 GRACE = 300.0
-"""Seconds: what a rank needs to end its step and save."""
+"""Seconds, enough for a rank to end its step and save."""
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""From what is known of the nodes to what is wrong with them."""
+"""Finds out what is wrong with nodes from what is known about them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -54,11 +54,11 @@ _EQUAL = {
     "gpus": ("GPUs", "compare nvidia-smi on the nodes; leave the node out if it lacks one"),
 }
 _MAY_DIFFER = ("driver", "gpus")
-"""Training works all the same, as fast as the slowest."""
+"""Training works all the same, at the speed of the slowest."""
 
 
 def compare(nodes: list[Node], min_free_gb: float) -> list[Problem]:
-    """All problems that show in what the nodes say of themselves and in what was measured between them."""
+    """All problems that appear from the nodes' facts and from what was measured between them."""
     found: list[Problem] = []
     first = next((node.host for node in nodes if node.facts), "")
     told = {node.host: node.facts for node in nodes if node.facts}

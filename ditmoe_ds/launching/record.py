@@ -12,7 +12,7 @@ from ditmoe_ds.errors import ConfigError
 
 
 def prepare(run_dir: Path, recipe: str) -> Path:
-    """Make ``RUN_DIR/launch`` with a copy of the recipe, so that the queue may be longer than the user's patience with it.
+    """Make ``RUN_DIR/launch`` with a copy of the recipe, so that the user may edit the recipe while the job waits in the queue.
 
     Returns:
         The copy.

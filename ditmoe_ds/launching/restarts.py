@@ -15,9 +15,9 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
     """Decide, and note the end in ``restarts.jsonl``.
 
     Args:
-        job: what the restarts belong to; those of other jobs do not count.
-        code: that the run ended with. Done and a user's mistake are final, unless it was interrupted.
-        most: starts in a row that may bring no new checkpoint.
+        job: whose restarts count; those of other jobs do not.
+        code: exit code of the run. Done and a user's mistake are final, unless the run was interrupted.
+        most: how many starts in a row may bring no new checkpoint.
 
     Returns:
         The decision, and one line that gives the reason.
@@ -32,7 +32,7 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
     lines = history.read_text().splitlines() if history.is_file() else []
     ends = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # a node or a disk may end in the midst of one
+        with contextlib.suppress(ValueError):  # a node or a disk may fail in the middle of a line
             ends.append(json.loads(line))
     fruitless = 0
     for end in reversed([end for end in ends if end["job"] == job]):

@@ -15,7 +15,7 @@ def fill_in(script: str, options: dict[str, str | int | None], settings: dict[st
     """A script of ours with its options, variables and arguments written into it.
 
     Args:
-        options: of sbatch, without the dashes; None leaves the script's own, "" is one without a value.
+        options: of sbatch, without the dashes; None keeps the script's own, "" is for one without a value.
         settings: variables that the script reads.
         arguments: what it would get on its command line.
 

@@ -44,15 +44,15 @@ class DiTConfig:
     condition: int | None = None
     """Width of the vector that adaLN is given, from timestep, class and mean text token; None is ``hidden``."""
     positions: Literal["sincos", "rope"] = "sincos"
-    """Added to the patches once, or turning q and k of every self-attention."""
+    """sincos: added to the patches once. rope: rotates q and k in every self-attention."""
     experts: int = 0
     sparse_first: int = 0
-    """The first layer with experts,"""
+    """Index of the first layer with experts."""
     sparse_every: int = 1
-    """and every so manieth after it; the others have a dense MLP."""
+    """From there on, every ``sparse_every``-th layer has experts; all others have a dense MLP."""
     routing: Literal["token", "expert", "dense"] = "token"
-    """Tokens choose experts (DiT-MoE), experts choose tokens (EC-DIT), or: in place of experts a dense MLP, ``top_k`` of them wide,
-    the twin with the same active parameters."""
+    """token: tokens choose experts (DiT-MoE). expert: experts choose tokens (EC-DIT). dense: instead of experts a dense MLP as wide as
+    ``top_k`` of them, for a twin with the same active parameters."""
     top_k: int = 2
     """Experts per token; with expert choice, on average."""
     shared: int = 2
@@ -93,7 +93,7 @@ class DiTConfig:
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
-        """The layers with experts proper: none in a dense twin."""
+        """The layers with real experts: none in a dense twin."""
         return self.sparse_layers if self.routing != "dense" else ()
 
     def mlp_width(self, layer: int) -> int:
@@ -228,7 +228,7 @@ class FinalLayer(nn.Module):
 
 
 def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Where the first input is: Triton launches on the current device, whichever tensors it is given."""
+    """Run ``forward`` with the first input's device as the current one: Triton launches there, whichever tensors it is given."""
 
     @wraps(forward)
     def run(self: nn.Module, x: Tensor, *rest: Any, **named: Any) -> Any:
@@ -241,7 +241,7 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class DiT(nn.Module):
-    """Diffusion transformer, told a class, a text, both or neither.
+    """Diffusion transformer, conditioned on a class, a text, both or neither.
 
     Args:
         config: the network.
@@ -261,7 +261,7 @@ class DiT(nn.Module):
         self.final = FinalLayer(config)
 
     def compile_blocks(self, graphs: bool = False) -> None:
-        """By torch.compile, each by itself: blocks are alike, and so are compiled once.
+        """Compile each block by itself with torch.compile: blocks are alike, so they are compiled once.
 
         Args:
             graphs: replay each as a CUDA graph, which saves launching its kernels one by one. For inference alone, in one shape.
@@ -289,7 +289,7 @@ class DiT(nn.Module):
 
         Args:
             x: latents (B, C, H, W), H and W multiples of the patch.
-            t: timesteps (B,) on the 0..1000 scale.
+            t: (B,) on the scale that the model was trained with, as ``Objective.embed`` gives it.
             y: class labels (B,); ``num_classes`` means none.
             text: (B, T, text_width), with ``mask`` (B, T) true for tokens and false for padding.
             keep: (B, n) numbers of the patches to compute, row by row; the output is 0 at the others.

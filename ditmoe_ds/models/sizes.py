@@ -14,6 +14,8 @@ from ditmoe_ds.models.embeddings import TimestepEmbedder
 
 @dataclass(frozen=True)
 class Size:
+    """Dimensions of a DiT and of the DiT-MoE of the same name."""
+
     depth: int
     hidden: int
     heads: int
@@ -35,10 +37,12 @@ _NAME = re.compile(r"DiT(?P<moe>-MoE)?-(?P<size>\w+)/(?P<patch>[248])(?:-(?P<exp
 
 @dataclass(frozen=True)
 class TextSize:
+    """Dimensions of an EC-DIT; see ``DiTConfig``."""
+
     depth: int
-    """Of the sparse model;"""
+    """Layers of the sparse model."""
     dense_depth: int
-    """and of the dense one."""
+    """Layers of the dense one."""
     hidden: int
     heads: int
     kv_heads: int
@@ -161,7 +165,7 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
 
 
 def expert_macs(config: DiTConfig, tokens: int) -> int:
-    """Of ``macs``, those of routed experts, or of their dense twins: of the tokens' choices, or as many as a capacity factor leaves."""
+    """The part of ``macs`` in routed experts or their dense twins: of all choices of tokens, or of as many as a capacity factor keeps."""
     matrices, left = 3 if config.expert_activation == "swiglu" else 2, 1.0
     if config.routing == "token" and config.router.capacity_factor:
         left = min(config.router.capacity_factor, 1.0)
@@ -170,7 +174,7 @@ def expert_macs(config: DiTConfig, tokens: int) -> int:
 
 
 def uncut_macs(config: DiTConfig, tokens: int, text_tokens: int) -> int:
-    """Of ``macs``, those that tensor parallelism leaves whole on every rank: embeddings, routers, adaLN and the final layer."""
+    """The part of ``macs`` that tensor parallelism leaves whole on every rank: embeddings, routers, adaLN and the final layer."""
     h, c, N, T, L = config.hidden, config.condition_width, tokens, text_tokens, config.depth
     per_token = config.patch**2 * h * (config.in_channels + config.out_channels)
     per_token += len(config.routed_layers) * config.experts * h
@@ -181,7 +185,7 @@ def uncut_macs(config: DiTConfig, tokens: int, text_tokens: int) -> int:
 
 
 def attention_macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
-    """Of ``macs``, those of attention's projections, to the text too, and of its two matrix products."""
+    """The parts of ``macs`` in attention's projections, those for the text included, and in its two matrix products."""
     h, N, T, L = config.hidden, tokens, text_tokens, config.depth
     kv = h * (config.kv_heads or config.heads) // config.heads
     projections = N * (2 * h * h + 2 * h * kv) + (N + T) * 2 * h * h * bool(T)
@@ -189,7 +193,7 @@ def attention_macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[in
 
 
 def recomputed_macs(config: DiTConfig, tokens: int, text_tokens: int, recompute: Recompute) -> int:
-    """What of an image's forward backward does again."""
+    """Multiply-accumulates of an image's forward that backward computes again."""
     if recompute == "attention":
         return sum(attention_macs(config, tokens, text_tokens))
     return sum(macs(config, tokens, text_tokens)) if recompute else 0

@@ -1,4 +1,4 @@
-"""What of a DiT tensor parallelism cuts: heads, and hidden widths of feed-forwards. Says nothing of how."""
+"""What tensor parallelism cuts in a DiT: heads, and hidden widths of feed-forwards. How it is cut is not decided here."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from ditmoe_ds.slices import Cut
 
 
 class TensorPlan(NamedTuple):
-    """By names in the model."""
+    """What is cut and what is affected by that, by names in the model."""
 
     cuts: dict[str, Cut]
-    """Of parameters; the others are whole on every rank."""
+    """How parameters are cut; the others are whole on every rank."""
     head_norms: list[str]
-    """Modules whose weights are whole on every rank, but meet the rank's heads only."""
+    """Modules whose weights are whole on every rank, but are applied to the rank's heads only."""
 
 
 def tensor_plan(model: nn.Module) -> TensorPlan:
-    """List what can be cut; where a matrix's outputs are, the next one's inputs are, too."""
+    """List what can be cut. Where the outputs of a matrix are cut, so are the inputs of the next one."""
     cuts: dict[str, Cut] = {}
     norms: list[str] = []
 
@@ -53,7 +53,7 @@ def tensor_plan(model: nn.Module) -> TensorPlan:
 
 
 def divided(config: DiTConfig) -> dict[str, int]:
-    """What a tensor-parallel size must divide, by what a user calls it."""
+    """The numbers that a tensor-parallel size must divide, by a name for the user."""
     found = {"heads": config.heads, "heads of k and v": config.kv_heads or config.heads}
     if len(config.sparse_layers) < config.depth:
         found["hidden units of a dense MLP"] = 4 * config.hidden

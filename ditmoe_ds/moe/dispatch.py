@@ -18,15 +18,15 @@ class Exchange(NamedTuple):
     receive: list[int]
     """Rows from each rank of the group."""
     order: Tensor
-    """(R,) received rows, which arrive by (source rank, local expert), sorted by local expert;"""
+    """(R,) index that sorts the received rows, which arrive by (source rank, local expert), by local expert."""
     back: Tensor
-    """(R,) and back."""
+    """(R,) its inverse."""
     counts: Tensor
     """(E_local,) rows of each local expert."""
 
 
 def plan(assignment: Assignment, group: dist.ProcessGroup) -> Exchange:
-    """Derive the splits from the takings per expert: exchange them, the layer's only device-to-host sync. Equal ones are known."""
+    """Derive the splits from the takings per expert, by exchanging these: the layer's only device-to-host sync. Equal ones are known."""
     counts, ranks = assignment.counts, dist.get_world_size(group)
     if assignment.equal:
         rows = torch.arange(len(assignment.tokens), device=counts.device)
@@ -60,14 +60,14 @@ class Permute(torch.autograd.Function):
 class InFlight:
     """Rows on their way. ``wait`` returns them; what is computed before it overlaps with the transfer, and so does its backward.
 
-    The gradient sets out where ``wait`` was and is waited for where the transfer began: autograd, which goes back through
-    what is ready in the reverse order of its making, computes the gradients of what lies between meanwhile.
+    In backward the gradient's transfer begins where ``wait`` was called and is waited for where the rows' transfer began. In between
+    autograd, which runs what is ready in reverse order of creation, computes the gradients of what was computed between the two.
     """
 
     def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup):
         self.send, self.receive, self.group = send, receive, group
         self.under_way: tuple[dist.Work, Tensor, Tensor]
-        """With the rows, which the transfer reads until its end, and where they arrive."""
+        """The transfer, the rows, which it reads until its end, and the tensor where they arrive."""
         self.received = _Begin.apply(rows, self)
 
     def wait(self) -> Tensor:
@@ -83,7 +83,7 @@ class InFlight:
 
     def end(self) -> Tensor:
         work, _, out = self.under_way
-        with clock("all_to_all"):  # what of it nothing hid
+        with clock("all_to_all"):  # the part that nothing hid
             work.wait()
         del self.under_way
         return out

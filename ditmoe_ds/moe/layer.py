@@ -32,7 +32,8 @@ class Router(nn.Module):
     """Linear without bias and softmax in fp32, then a routing function. ``weight`` is (E, D).
 
     Args:
-        choice: "token": each token takes ``experts_per_token`` experts; "expert": so many take it on average.
+        choice: "token": each token takes ``experts_per_token`` experts; "expert": experts choose, and a token is taken by
+            ``experts_per_token`` of them on average.
     """
 
     def __init__(self, dim: int, experts: int, choice: str, experts_per_token: float, config: RouterConfig):
@@ -89,7 +90,7 @@ class RoutedExperts(MOELayer):
         their experts, the second while they come back; so are their gradients.
 
         Returns:
-            Output (B, N, D) and what ``LayerStats`` has, of this rank's tokens.
+            (output (B, N, D), selections, takers, mean_scores, z); the last four are the fields of ``LayerStats``, for this rank's tokens.
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)

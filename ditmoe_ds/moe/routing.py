@@ -22,8 +22,8 @@ class RouterConfig:
     route_scale: float = 1.0
     """Factor on every routed weight."""
     capacity_factor: float | None = None
-    """Token choice: None keeps every token (dropless); otherwise an expert takes ceil(factor * T * K / E) of a rank's tokens and no more,
-    and computes as many, taken or not.
+    """Token choice: None keeps every token (dropless); otherwise an expert takes at most ceil(factor * T * K / E) of a rank's tokens, and
+    always computes that many rows: places that no token fills have weight 0.
     Expert choice: experts per token on average, f_c; None is the model's K."""
     layer_capacity: tuple[float, ...] = ()
     """Expert choice: the capacity factor of each sparse layer, where they differ."""
@@ -31,9 +31,10 @@ class RouterConfig:
     """Expert choice: the tokens that compete, those of an image or of all images of a rank's micro-batch. With "image", what
     becomes of an image does not depend on the others."""
     input: Literal["modulated", "decoupled"] = "modulated"
-    """What the router sees: the experts' own input, or the token before adaLN's modulation beside the timestep's embedding."""
+    """What the router sees. modulated: the experts' own input. decoupled: the token before adaLN's modulation, joined to the vector that
+    adaLN is given."""
     balance_alpha: float = 0.005
-    """Weight of the expert-level balance loss; of token choice, since expert choice is balanced by construction."""
+    """Weight of the expert-level balance loss; for token choice only, since expert choice is balanced by construction."""
     balance_scope: Literal["global", "local"] = "global"
     """Tokens over which the balance loss counts: the whole global micro-batch, or each rank's own."""
     z_alpha: float = 0.0
@@ -50,9 +51,10 @@ class Assignment(NamedTuple):
     counts: Tensor
     """(E,) takings of each expert."""
     equal: bool = False
-    """Whether all counts are one number, and the same on every rank: then nobody needs to ask for them."""
+    """Whether all counts are equal, on every rank: then ranks need not exchange them."""
     order: Tensor | None = None
-    """Where all tokens have K takings, (M,) the number of each among all first choices, then all second choices, and so on."""
+    """Only where every token has exactly K takings: (M,) index of each taking in the list of all first choices, then all second ones,
+    ...; ``order % T`` is its token."""
 
 
 def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignment, Tensor]:
@@ -64,8 +66,8 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
 
     Returns:
         The assignment and the (T, K) chosen experts, before any capacity drop. Under a capacity factor all first
-        choices rank before all second choices, then earlier tokens before later ones; every expert has its full
-        capacity of takings, so that shapes are static, those that nobody fills with weight 0.
+        choices rank before all second choices, then earlier tokens before later ones, and every expert has as many
+        takings as its capacity, so that shapes are static: places that no token fills have weight 0.
     """
     tokens, experts = scores.shape
     weights, chosen = best(scores, k)
@@ -113,7 +115,7 @@ _decisions: ContextVar[list[Tensor] | Iterator[Tensor] | None] = ContextVar("dec
 
 
 class Deciding:
-    """While entered, routers keep what they choose in ``kept``; or, ``again``, they choose what is there."""
+    """Within this context routers append what they choose to ``kept``; or, with ``again``, they choose what is in it."""
 
     def __init__(self, kept: list[Tensor], again: bool):
         self.kept, self.again = kept, again
@@ -126,7 +128,7 @@ class Deciding:
 
 
 def same_decisions() -> tuple[Deciding, Deciding]:
-    """For ``torch.utils.checkpoint``'s ``context_fn``: what backward computes again is routed as it was, however it is rounded."""
+    """For ``torch.utils.checkpoint``'s ``context_fn``: what backward computes again is routed as before, even if it rounds differently."""
     kept: list[Tensor] = []
     return Deciding(kept, again=False), Deciding(kept, again=True)
 
@@ -147,7 +149,7 @@ def places(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
     """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all.
 
     Args:
-        capacity: as a ratio: torch.compile follows a number of tokens that varies through whole numbers alone.
+        capacity: as a ratio of whole numbers: only through those can torch.compile follow a number of tokens that varies.
     """
     over, under = capacity
     return min(max((2 * tokens * over + under * experts) // (2 * under * experts), 1), tokens)

@@ -12,32 +12,35 @@ if TYPE_CHECKING:
     from ditmoe_ds.pipelines.run import Run
 
 LONG_PATIENCE = timedelta(days=1)
-"""For ranks that make or look at images, each its own: one on a slower or a shared card is late by hours."""
+"""For ranks that each make or score their own images: one on a slower or shared GPU may be hours late."""
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Add --vae, --text-encoder and --weights."""
     parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    parser.add_argument("--text-encoder", help="likewise")
+    parser.add_argument("--text-encoder", help="folder or hub id, where the weights name none or it has moved")
     add_weights(parser)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --weights."""
     parser.add_argument("--weights", default="ema", help="of a run: ema, master (the raw weights) or one average by name: ema_0.999")
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype and --offload-experts."""
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
     parser.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
 
 
 def check_guidance(guidance: float) -> None:
-    """Raises ConfigError: not a finite number."""
+    """Raises ConfigError if it is not a finite number."""
     if not math.isfinite(guidance):
         raise ConfigError("--guidance", guidance, "a number; 1 is none")
 
 
 def check_told_nothing(run: "Run", guidance: float) -> None:
-    """Raises ConfigError: a model that never saw an image without its condition cannot be guided away from it."""
+    """Raises ConfigError if the model never saw an image without its condition, and so cannot be guided away from that."""
     if guidance != 1 and run.diffusion.condition_dropout == 0:
         fix = "this model was trained with diffusion.condition_dropout=0, so without its condition it is untrained; give 1"
         raise ConfigError("--guidance", guidance, fix)
@@ -52,7 +55,8 @@ def open_named(arguments: argparse.Namespace, path: str, group: "ExpertGroup | N
 
 
 def open_for_captions(arguments: argparse.Namespace, path: str, key: str) -> "Run":
-    """As ``open_named``, for a benchmark of text to image. Raises ConfigError, naming ``key``: it is told classes, or cannot be guided."""
+    """As ``open_named``, for a benchmark of text to image. Raises ConfigError, naming ``key``, if the model takes
+    classes or cannot be guided."""
     run = open_named(arguments, path)
     if run.model.config.num_classes:
         raise ConfigError(key, path, "this model is told classes; the benchmark is for captions")

@@ -1,4 +1,4 @@
-"""Many images, by any number of ranks, into a folder of PNGs or one npz in ADM's layout. A killed run is gone on with.
+"""Many images, by any number of ranks, into a folder of PNGs or one npz in ADM's layout. A killed run can be continued.
 
 Image i is a function of (seed, i) and the settings: on a CPU bit for bit, for which each image is computed alone by one thread (a
 matrix product rounds differently with other rows or threads); on a GPU within rounding, batch by batch. ``samples.json`` says what the
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def folder(self) -> Path:
-        """Of the PNGs."""
+        """The folder of the PNGs."""
         return self.out.with_name(self.out.name + ".parts") if self.npz else self.out
 
     @property
@@ -144,10 +144,10 @@ def sample_many(
     """Make the images 0..count that are missing. Collective.
 
     Args:
-        asked: classes or prompts; image i shows the one numbered i modulo their number.
+        asked: classes or prompts, which the images take in turn.
         batch: images computed together on a GPU, unless they would compete for experts.
-        settings: for the description.
-        options: of the pipeline.
+        settings: what the description says.
+        options: further arguments of the pipeline.
 
     Raises:
         ConfigError: as ``Target.begin``; and as ``Run.sample``.

@@ -1,4 +1,4 @@
-"""Sets of images that are made in parts, by several processes, and gone on with: a part gets its name when it is whole."""
+"""Sets of images that several processes make in parts, and that can be continued: a part gets its name when it is complete."""
 
 import json
 import os
@@ -15,10 +15,10 @@ DESCRIPTION = "samples.json"
 
 
 def describe(note: Path, settings: dict[str, Any], key: str, *places: Path) -> None:
-    """Write into the file ``note`` what the images of ``places`` are; where it is there already, compare.
+    """Write into the file ``note`` how the images at ``places`` are made; if it exists, compare.
 
     Args:
-        settings: a ``checkpoint`` among them is the path of weights that are known by their sha256, and not compared.
+        settings: ``checkpoint`` among them, the path of the weights, is not compared: their sha256 is.
         key: what the user calls the first of ``places``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""diffusers pipelines of our models: ``DiTMoEPipeline`` is told classes, ``ECDiTPipeline`` texts.
+"""diffusers pipelines of our models: ``DiTMoEPipeline`` for classes, ``ECDiTPipeline`` for texts.
 
 pipe = DiTMoEPipeline.from_pretrained(folder)
 pipe(class_labels=[207, 360], guidance_scale=2.0).images
@@ -27,8 +27,8 @@ Generators = torch.Generator | list[torch.Generator] | None
 class _Pipeline(DiffusionPipeline):
     """What both share: noise, the loop, the VAE.
 
-    ``scaling_factor``, ``shift_factor`` and ``latent_shape`` (C, H, W) are the training's where they are not what the VAE and the
-    transformer say.
+    ``scaling_factor``, ``shift_factor`` and ``latent_shape`` (C, H, W) are those of training, where they differ from what the
+    VAE and the transformer say.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012 (as diffusers declares it)
@@ -153,7 +153,7 @@ class ECDiTPipeline(_Pipeline):
     """Images of texts.
 
     Args:
-        text_encoder, tokenizer: of transformers, the training's.
+        text_encoder, tokenizer: of transformers, those of training.
         max_tokens: longer prompts are cut.
     """
 

@@ -43,11 +43,11 @@ class Run:
     latents: dict[str, Any]
     """VAE, scaling, class names, shape and text encoder of the training data; imported weights know none of them."""
     weights: Weights
-    """Where the model's came from."""
+    """What the model's weights were read from."""
 
     @cached_property
     def conditioner(self) -> Conditioner:
-        """Of classes, or of prompts.
+        """For classes or for prompts.
 
         Raises:
             ConfigError, DataError: no text encoder known, or it cannot be used.
@@ -130,10 +130,10 @@ class Run:
         """Sample one image for each class, or prompt.
 
         Args:
-            asked: B classes or prompts, as the model was trained.
+            asked: B classes or B prompts, whichever the model was trained on.
             first: number of the first image; all randomness of image i depends on (seed, first + i) alone.
             sampler: by default euler for rectified flow, ddim for ddpm.
-            options: further ones of the pipeline.
+            options: further arguments of the pipeline.
 
         Returns:
             uint8 images (B, H, W, 3).
@@ -147,7 +147,7 @@ class Run:
     def numbered(
         self, numbers: Iterable[int], asked: Sequence[Any], seed: int, sampler: Sampler | None, steps: int, **options: Any
     ) -> Tensor:
-        """As ``sample``, of any ``numbers``, and still scaled latents (B, C, h, w)."""
+        """As ``sample``, for images of any ``numbers``, but returns scaled latents (B, C, h, w)."""
         pipe, generators = self.pipeline, image_generators(seed, numbers)
         pipe.scheduler = make_scheduler(self.diffusion, sampler)
         found: Tensor = pipe(asked, num_inference_steps=steps, generator=generators, output_type="latent", **options).images
@@ -159,13 +159,13 @@ class Run:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the latents that are sampled: the commonest in training."""
+        """(C, H, W) of the latents that are sampled: the most common in training."""
         config = self.model.config
         return tuple(self.latents.get("shape", (config.in_channels, config.input_size, config.input_size)))
 
 
 def versions() -> dict[str, str]:
-    """Of what computes images."""
+    """Versions of the packages that compute images."""
     import diffusers  # takes seconds
 
     return dict(version=ditmoe_ds.__version__, torch=torch.__version__, diffusers=diffusers.__version__)
@@ -179,7 +179,7 @@ def load_model(
     group: ExpertGroup | None = None,
     offload_experts: bool = False,
 ) -> DiT:
-    """The model with these weights, of which no more is read than stays here.
+    """The model with these weights; only what this rank keeps is read.
 
     Args:
         group: hold this rank's share of the experts only; every forward is then collective in the group.
@@ -221,7 +221,7 @@ def open_run(
     """Load what ``open_weights`` opens, whatever shape of run saved it.
 
     Args:
-        weights: ``ema`` or ``master`` (the raw weights).
+        weights: ``ema``, ``master`` (the raw weights) or one average by its name, such as ``ema_0.999``.
         vae, text_encoder: folders or hub ids, instead of those that the weights name, if they name any.
         dtype: of the model, a key of ``DTYPES``.
         group, offload_experts: see ``load_model``.

@@ -31,7 +31,7 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(cls, dit: DiT, diffusion: DiffusionConfig) -> "DiTMoETransformer":
-        """Around a model that is there already, whose memory it shares."""
+        """Wrap an existing model; its memory is shared."""
         with torch.device("meta"):
             made = cls(asdict(dit.config), asdict(diffusion))
         made.dit = dit

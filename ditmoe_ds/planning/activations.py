@@ -13,7 +13,7 @@ class MicroBatch:
     model: DiTConfig
     images: int
     patches: int
-    """Of an image, that the network sees."""
+    """Patches of an image that the network sees."""
     text: int
     """Tokens of a caption; 0 for models without."""
     ep: int
@@ -22,14 +22,14 @@ class MicroBatch:
     cuda: bool = True
     """Whether a GPU multiplies the rows of all experts at once, where it can."""
     tensor: int = 1
-    """Ranks that share heads and hidden units, by tensor parallelism; what they compute them from, and what comes of them, is whole."""
+    """Ranks that share heads and hidden units, by tensor parallelism; inputs and outputs of these are whole on each."""
 
     @property
     def tokens(self) -> int:
         return self.images * self.patches
 
     def rows(self, layer: int) -> int:
-        """Takings in a layer with experts, of this rank's tokens; by its experts as many, where the load is even."""
+        """Takings of this rank's tokens in a layer with experts; with an even load its experts process equally many."""
         model, capacity = self.model, self.model.capacity(layer)
         if model.routing == "expert":
             pools, pool = (1, self.tokens) if model.router.pool == "microbatch" else (self.images, self.patches)
@@ -44,9 +44,9 @@ class Activations:
     """Bytes on one rank."""
 
     kept: float
-    """From forward to backward."""
+    """Kept from forward to backward."""
     recomputed: float
-    """Of the block that backward computes again; 0 where nothing is."""
+    """Kept of the block that backward computes again; 0 if none is."""
     working: float
     """Gradients and temporaries beside them, at the most."""
     exchange: float

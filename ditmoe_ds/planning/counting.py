@@ -32,7 +32,7 @@ GATHERED = "ZeRO-3 live layers"
 
 
 class Count(TorchDispatchMode):
-    """Inside the block: every storage, from the operator that makes it until nobody holds it, and every collective.
+    """Within this context, counts every storage, from the operator that makes it until nobody holds it, and every collective.
 
     Attributes:
         kind: what storages that are made from now on count as.
@@ -81,7 +81,7 @@ class Count(TorchDispatchMode):
         return out
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Do what the operator is asked for."""
+        """Run the operator."""
         return func(*args, **kwargs)
 
     def _kind_of(self, tensor: Tensor) -> str:
@@ -129,7 +129,7 @@ class Count(TorchDispatchMode):
 
 
 class CountOnMeta(Count):
-    """The same, where every tensor is made a meta tensor, whatever device is asked for; those asked for on meta are not counted.
+    """As ``Count``, but every tensor becomes a meta tensor, whatever device is asked for; those asked for on meta are not counted.
 
     What Python asks a tensor for is False, 0 or 1.0: no overflow, a finite norm. Python's own numbers, as tensors, stay real.
     """
@@ -148,7 +148,7 @@ class CountOnMeta(Count):
 
 
 def asks_for_meta(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a meta tensor is wanted of what is none; autograd names the device of what it converts back to another dtype."""
+    """Whether an operator that is given no meta tensor is to make one; autograd names the device of what it converts back to a dtype."""
     return kwargs.get("device") == torch.device("meta") and not (func is aten._to_copy.default and args[0].is_meta)
 
 

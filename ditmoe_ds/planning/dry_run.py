@@ -55,7 +55,7 @@ def dry_run(where: str, arguments: list[str]) -> None:
     require_tensor_parallel(recipe.parallel.tensor)
     count = CountOnMeta(cluster.per_node)
 
-    torch.set_num_threads(max(job.model.experts, 1))  # on a CPU experts are taken so many at a time, on a GPU all at once
+    torch.set_num_threads(max(job.model.experts, 1))  # on a CPU this many experts are computed at a time, on a GPU all
     # At stages 1 and 2 a rank that keeps most gradients; of these the last, which owns the last weights and allots first, beside all
     # activations. At stage 3 the ranks are alike, and compare notes with rank 0, which here only rank 0 can.
     rank = 0
@@ -78,7 +78,7 @@ def dry_run(where: str, arguments: list[str]) -> None:
 
 
 def cluster_of(where: str) -> tuple[Cluster, int | None]:
-    """``8x8``, ``8x8@h200-141gb`` or ``8x8@h200-141gb/512px``: GPUs, and the images' pixels if they are told. Raises ConfigError."""
+    """``8x8``, ``8x8@h200-141gb`` or ``8x8@h200-141gb/512px``: GPUs, and the images' pixels if given. Raises ConfigError."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@([^/]+))?(?:/([1-9]\d*)px)?", where)
     if not match or (match[3] or "h100-80gb") not in GPUS:
         fix = f"write NODESxGPUS, NODESxGPUS@GPU or NODESxGPUS@GPU/PIXELSpx, as 8x8@h100-80gb/512px; GPUs are {', '.join(GPUS)}"

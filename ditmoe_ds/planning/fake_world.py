@@ -18,7 +18,7 @@ from ditmoe_ds.moe.routing import Assignment
 
 
 class _OnMeta(CPU_Accelerator):
-    """DeepSpeed's CPU, which takes meta tensors for its own."""
+    """DeepSpeed's CPU accelerator, but it also accepts meta tensors as its own."""
 
     def on_accelerator(self, tensor: Tensor) -> bool:
         return tensor.is_meta
@@ -29,7 +29,7 @@ class _OnMeta(CPU_Accelerator):
 
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
-    """Inside the block this process is one of ``size``; once in a process, since DeepSpeed keeps its groups.
+    """Within this context the process is one of ``size`` ranks; only once in a process, since DeepSpeed keeps its groups.
 
     Meta tensors take the paths of a GPU's: fused attention, the fused optimizer, all experts at once.
     """

@@ -1,4 +1,4 @@
-"""What is planned: a job, a cluster, a way to spread the one over the other."""
+"""What is planned: a job, a cluster, and how the job is spread over it."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ class Job:
 
     model: DiTConfig
     patches: int
-    """Of an image, that the network sees."""
+    """Patches of an image that the network sees."""
     text: int
     """Tokens of a caption; 0 for models without."""
     precision: str
@@ -30,6 +30,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Cluster:
+    """Nodes with equal numbers of equal GPUs."""
+
     gpu: Gpu
     nodes: int
     per_node: int
@@ -71,24 +73,27 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layers:
-    """Elements of the weights, on a rank of a tensor-parallel group."""
+    """Numbers of elements of the weights, on a rank of a tensor-parallel group."""
 
     dense: int
+    """Of all weights but those of experts."""
     experts: int
+    """Of all experts' weights."""
     dense_layer: int
-    """Of the largest layer,"""
+    """Of the largest layer's weights but those of its experts."""
     expert_layer: int
+    """Of the experts' weights of the largest layer."""
     largest: tuple[int, int]
-    """and its largest tensor of either kind."""
+    """Of the largest layer: of its largest dense tensor, and of its largest tensor of experts."""
     dense_tensors: tuple[int, ...]
-    """Sizes of all, outermost weights too, in the model's order,"""
+    """Of each dense tensor, those outside the layers included, in the model's order."""
     expert_tensors: tuple[int, ...]
-    """and of those of experts."""
+    """Of each tensor of experts, in the model's order."""
 
 
 @lru_cache
 def layers(model: DiTConfig, tensor: int = 1) -> Layers:
-    """Of the whole model (EP 1) that ``tensor`` ranks share; nothing is allocated."""
+    """``Layers`` of the whole model (EP 1), shared by ``tensor`` ranks; nothing is allocated."""
     with torch.device("meta"):
         net = DiT(model)
     cuts, sizes = tensor_plan(net).cuts, dict[str, list[tuple[bool, int]]]()

@@ -11,7 +11,7 @@ from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Layers, Shape, lay
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
 
 ZERO3_HOOKS = 0.015
-"""Seconds of a core for a layer's forward and backward (docs/log.md)."""
+"""Seconds that a core needs for a layer's forward and backward (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """Tensor-parallel ones, each with images of its own: as many ranks share the state of a weight, or of a part of it."""
+        """Number of tensor-parallel groups, each with its own images: that many ranks share the state of a weight, or of a part of it."""
         return self.cluster.world // self.shape.tensor
 
     @property
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def _images(self) -> float:
-        """Of a step, for each rank."""
+        """Images of a step, for each rank."""
         return self.job.global_batch / self.cluster.world
 
     @property
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def empty_flops(self) -> float:
-        """Of a rank's experts, for places that no token takes: what token choice computes for a capacity factor above 1; no progress."""
+        """FLOPs of a rank's experts for places that no token fills, under token choice with a capacity factor above 1; no progress."""
         model, layers = self.job.model, self.job.model.sparse_layers
         if model.routing != "token" or not layers:
             return 0.0
@@ -164,7 +164,7 @@ class Plan:
 
     @property
     def alike_flops(self) -> float:
-        """What a rank computes beyond its share as the others of its tensor-parallel group do, for what is not cut; no progress."""
+        """FLOPs beyond a rank's share that all ranks of its tensor-parallel group repeat, for what is not cut; no progress."""
         job, times = self.job, 8.0 if self.shape.recompute is True else 6.0
         return times * uncut_macs(job.model, job.patches, job.text) * self._images * (self.shape.tensor - 1)
 
@@ -190,7 +190,7 @@ class Plan:
 
     @property
     def _memory_rate(self) -> float:
-        """Bytes a second."""
+        """Bytes per second."""
         return self.cluster.gpu.memory_bandwidth * 1e9 * self.assumptions.link
 
     @property
@@ -220,12 +220,12 @@ class Plan:
 
     @property
     def host_seconds(self) -> float:
-        """Of a step, for ZeRO-3's hooks in Python, on one core of the machine where they were measured; not in ``step_seconds``."""
+        """Seconds of a step in ZeRO-3's Python hooks, on one core of the machine where they were measured; not in ``step_seconds``."""
         return ZERO3_HOOKS * self.job.model.depth * self.accumulation if self.shape.stage == 3 else 0.0
 
     @property
     def mfu(self) -> float:
-        """Of the whole step; recomputing is no progress."""
+        """MFU of the whole step; recomputing is no progress."""
         return self.flops / self.step_seconds / (self.cluster.gpu.tflops * 1e12)
 
     @property

@@ -18,7 +18,7 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     """Read ``RECIPE.yaml [key=value ...]``.
 
     Args:
-        image_size: pixels, with an f=8 VAE; None for the data's largest, if they are here, else the model's usual ones.
+        image_size: pixels, with an f=8 VAE; None for the largest of the data, if they are here, else the model's usual size.
         text_tokens: of a caption, for models with text; None for the recipe's, the longest of the data, if they are here, else 77.
 
     Raises:
@@ -52,7 +52,7 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
 
 
 def stages(parallel: ParallelConfig) -> dict[int, Shape]:
-    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; TP, EP, micro-batch and recomputation are yet to choose.
+    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; TP, EP, micro-batch and recomputation are open.
 
     Raises:
         ConfigError: of the recipe's own stage: as ``read_ds_config``, or the optimizer is offloaded.
@@ -74,7 +74,7 @@ def _of_stage(parallel: ParallelConfig) -> Shape:
 
 
 def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape]) -> Shape:
-    """As the recipe says.
+    """The shape that the recipe itself describes.
 
     Raises:
         ConfigError: the batch, the experts or what tensor parallelism cuts do not divide by the cluster.

@@ -1,4 +1,4 @@
-"""A rank's training step as ``training.trainer`` builds and runs it, on latents that mean nothing, to be counted."""
+"""A rank's training step as ``training.trainer`` builds and runs it, on random latents, to be counted."""
 
 import math
 from typing import Any

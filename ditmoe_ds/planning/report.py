@@ -12,7 +12,7 @@ RECOMPUTED: dict[Recompute, str] = {False: "nothing", "attention": "attention", 
 
 
 def overrides(plan: Plan, tensor: int = 1) -> str:
-    """What makes a recipe train so. ``tensor`` is the recipe's tensor-parallel size; 1 need not be told where it is 1."""
+    """Overrides with which a recipe trains in this shape; ``tensor`` is its own tensor-parallel size. Where both are 1, it is left out."""
     shape = plan.shape
     cut = f"parallel.tensor={shape.tensor} " if {shape.tensor, tensor} != {1} else ""
     return (
@@ -44,7 +44,7 @@ def _numbers(plan: Plan, own: Plan) -> dict[str, Any]:
 
 
 def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str) -> str:
-    """For people, about 50 lines."""
+    """About 50 lines to read."""
     job, cluster, gpu = plan.job, plan.cluster, plan.cluster.gpu
     size = describe(job.model, job.text)
     text = f" and {job.text} of text" if job.text else ""

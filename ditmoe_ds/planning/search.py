@@ -14,7 +14,7 @@ Objective = Literal["time", "memory", "gpus"]
 
 
 def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shape]:
-    """Every TP, EP, micro-batch and recomputation that divides, of ``stages``, which say the rest."""
+    """Every shape whose TP, EP and micro-batch divide, with each kind of recomputation, completed by ``stages``."""
     experts = job.model.experts if job.model.routed_layers else 1
     for stage in stages:
         for tensor in tensor_sizes(job.model, cluster):
@@ -26,7 +26,7 @@ def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shap
 
 
 def tensor_sizes(model: DiTConfig, cluster: Cluster) -> list[int]:
-    """Those that the model can be cut into and that stay inside a node: a layer's sums are not for the network."""
+    """Tensor-parallel sizes that the model can be cut into and that stay inside a node: the network is too slow for a layer's sums."""
     return [1] if has_biased_experts(model) else divisors(gcd(cluster.per_node, *divided(model).values()))
 
 
@@ -35,7 +35,7 @@ def divisors(number: int) -> list[int]:
 
 
 def clusters(cluster: Cluster) -> list[Cluster]:
-    """It and its halves and quarters and so on: fewer nodes, then fewer GPUs of one."""
+    """The cluster, its half, its quarter and so on: fewer nodes, then fewer GPUs of one node."""
     found = [cluster]
     while found[-1].world > 1:
         last = found[-1]
@@ -51,9 +51,9 @@ def search(job: Job, cluster: Cluster, stages: Iterable[Shape], assumptions: Ass
 
 
 def best(plans: Iterable[Plan], objective: Objective) -> Plan | None:
-    """Of those that fit: the fastest, the one with the least memory, or the fastest on the fewest GPUs. None if none fits.
+    """The best of those that fit: the fastest, the one with the least memory, or the fastest on the fewest GPUs. None if none fits.
 
-    Of those as fast the one with the largest micro-batch: a plan's arithmetic takes as long in small ones, a GPU's does not.
+    Of equally fast ones, that with the largest micro-batch: small ones take a GPU longer, which a plan does not know.
     """
     orders = {
         "time": lambda plan: (round(plan.step_seconds, 6), -plan.shape.micro, plan.peak),
@@ -73,5 +73,5 @@ def pareto(plans: Iterable[Plan], objective: Objective) -> list[Plan]:
 
 
 def cost(plan: Plan, objective: Objective) -> float:
-    """What is traded for time."""
+    """What is traded against time."""
     return plan.cluster.world if objective == "gpus" else plan.peak

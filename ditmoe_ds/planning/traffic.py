@@ -33,7 +33,7 @@ class Traffic:
 def step_traffic(
     batch: MicroBatch, accumulation: int, recompute: Recompute, stage: int, world: int, per_node: int, weights: dict[str, float]
 ) -> list[Traffic]:
-    """Of all micro-batches of a step and the optimizer.
+    """The traffic of all micro-batches of a step and of the optimizer.
 
     Args:
         weights: elements on a rank of a tensor-parallel group: ``dense``, ``experts`` (all of them), and of both together those that ZeRO-3

@@ -1,4 +1,4 @@
-"""A step's micro-batches, on their way to the device while the step before is computed."""
+"""A step's micro-batches, loaded and copied to the device while the step before is computed."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ditmoe_ds.training.step import Prepared
 
 
 class Ahead:
-    """On a GPU samples are copied, and captions encoded, by a stream of its own.
+    """Loads the next step's micro-batches while this step computes; on a GPU, copies them and encodes captions on a stream of its own.
 
     Args:
         loader: of one rank's micro-batches.
@@ -26,10 +26,10 @@ class Ahead:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # the encoder's weights are on their way
         self.ready: list[Prepared] | UserError | None = None
         self.waited = 0.0
-        """Seconds for samples, since the last ``take``."""
+        """Seconds spent waiting for samples since the last ``take``."""
 
     def begin(self) -> None:
-        """Start to bring those of the next step. What cannot be read is told by ``take``: the step under way does not suffer."""
+        """Start to load those of the next step. An error in reading is raised by ``take``, so that the current step is still finished."""
         start = time.monotonic()
         try:
             loaded = [next(self.loader) for _ in range(self.accumulation)]
@@ -41,7 +41,7 @@ class Ahead:
             self.ready = [batch.to(self.device, self.conditioner) for batch in loaded]
 
     def take(self) -> list[Prepared]:
-        """Those of the next step, for the current stream.
+        """The next step's micro-batches, for use on the current stream.
 
         Raises:
             UserError: as the loader's.

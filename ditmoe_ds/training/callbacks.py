@@ -56,10 +56,10 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def share_out(count: int) -> tuple[list[int], int]:
-    """Deal 0..count over the ranks that see different images, equally many to each since every forward is collective.
+    """Divide 0..count among the ranks that see different images, equally many to each, since every forward is collective.
 
     Returns:
-        This rank's items, and for how many of them (the first) it answers; the rest are repetitions, or a tensor-parallel peer's.
+        This rank's items, and how many of them, from the first on, count as its own; the rest are repetitions, or a tensor-parallel peer's.
     """
     rank, ranks = dist.get_rank(data_group()), dist.get_world_size(data_group())
     mine = list(range(rank, count, ranks))
@@ -108,7 +108,7 @@ class Validation:
 
 
 def sample_latents(trainer: TrainerView, items: list[int], asked: list[Any]) -> torch.Tensor:
-    """The current weights' latents (B, C, H, W) of the images numbered ``items``, which show what is ``asked``. Collective.
+    """Latents (B, C, H, W) that the current weights sample for the images numbered ``items``, under the conditions ``asked``. Collective.
 
     An image's noise is the same at every step.
     """
@@ -163,7 +163,7 @@ class SampleGrid:
 
 
 class Checkpoints:
-    """Saves every so often, at the end, and when the run is asked to stop."""
+    """Saves every ``checkpoint.every`` steps, at the end, and when the run is asked to stop."""
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
         recipe = trainer.plan.recipe
@@ -193,8 +193,8 @@ class Progress:
 
 
 class MetricsWriter:
-    """``metrics.jsonl``, one object per optimizer step; of those that are printed or special, TensorBoard and Weights & Biases if asked
-    for. Rank 0 only. What cannot be written is left out: whether a full disk ends the run is the checkpoint's to say."""
+    """``metrics.jsonl``, one object per optimizer step; printed and special steps also go to TensorBoard and Weights & Biases, if asked
+    for. Rank 0 only. What cannot be written is left out: whether a full disk ends the run is decided when a checkpoint is written."""
 
     def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
         self.file = run_dir / "metrics.jsonl"

@@ -17,7 +17,7 @@ from ditmoe_ds.training.step import Prepared
 MAX_KEYS = 8
 
 Key = Callable[[int], str]
-"""The data set's key of a sample."""
+"""From a sample's index to its key in the data set."""
 
 
 def explain(model: nn.Module, batches: list[Prepared], forward: Callable[[Prepared], Tensor], key: Key) -> str:
@@ -29,7 +29,7 @@ def explain(model: nn.Module, batches: list[Prepared], forward: Callable[[Prepar
 
     Returns:
         The first module (in the order of computation) whose output is not finite, with its rank, the range of t and the samples of its
-        micro-batch: experts hand on to other ranks what is not finite. If all are finite, the same of the gradients in backward.
+        micro-batch: experts pass what is not finite on to other ranks. If all are finite, the same of the gradients in backward.
     """
     for first_bad, what in ((_first_bad_output, "the output of"), (_first_bad_gradient, "the gradient of the output of")):
         mine: list[tuple[int, int, int, str]] = []
@@ -57,14 +57,14 @@ class SpikeWatch:
         self.recent: deque[float] = deque(maxlen=100)
 
     def __call__(self, loss: float, losses: list[Tensor], batches: list[Prepared], key: Key) -> str | None:
-        """Look at a step. Collective; the same answer on every rank. The first 20 steps of a start only fill the memory.
+        """Look at a step. Collective; the same answer on every rank. The first 20 steps after a start are only recorded.
 
         Args:
             loss: of the step, over all ranks.
             losses: () each, of this rank's micro-batches.
 
         Returns:
-            On a jump, what was usual, and the micro-batch of the largest loss over all ranks: its range of t and samples.
+            On a jump, the usual loss, and the micro-batch of the largest loss over all ranks: its range of t and samples.
         """
         usual = list(self.recent)
         self.recent.append(loss)
@@ -88,7 +88,7 @@ def _describe(batch: Prepared, key: Key) -> str:
 
 @torch.no_grad()
 def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
-    """The how manieth, and its name."""
+    """Its number in the order of computation, and the module's name."""
     finite: list[tuple[str, Tensor]] = []
     with _watched(model, lambda name, args, out: finite.append((name, out.isfinite().all()))):
         run()
@@ -113,7 +113,7 @@ def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> tuple[in
 
 @contextmanager
 def _watched(model: nn.Module, look: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
-    """Inside the block ``look`` sees every floating-point output of every module, with the module's name and arguments."""
+    """Within this context ``look`` is called with every floating-point output of every module, and with the module's name and arguments."""
 
     def hook(name: str, module: nn.Module, args: Any, out: Any) -> None:
         for tensor in out if isinstance(out, tuple) else (out,):

@@ -1,6 +1,6 @@
-"""Being asked to stop: SIGUSR1 (a time limit comes near), SIGTERM (pre-emption) and Ctrl-C let the step end, save, and leave with code 0.
+"""Requests to stop: on SIGUSR1 (a time limit is near), SIGTERM (pre-emption) or Ctrl-C a run ends its step, saves, and exits with code 0.
 
-``interrupted.json`` in the run directory then tells whoever started the run that it is not finished and can go on.
+``interrupted.json`` in the run directory then tells whoever started the run that it is not finished and can be continued.
 """
 
 import json
@@ -27,7 +27,7 @@ class Interruption:
 
 
 def mark(run_dir: Path, step: int) -> None:
-    """Leave word that the run can go on from ``step``."""
+    """Write into ``interrupted.json`` that the run can be continued from ``step``."""
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     (run_dir / MARKER).write_text(json.dumps(dict(step=step, time=when)) + "\n")
 

@@ -11,11 +11,11 @@ from ditmoe_ds.errors import ConfigError
 
 
 def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
-    """Keep ``run_dir`` for this process for as long as it lives. The lock is the kernel's, or of a network file system the server's, so
-    that it ends with its holder, however that ends; where there are none, nothing is kept.
+    """Reserve ``run_dir`` for this process for as long as it lives. The kernel holds the lock or, on a network file system, the server, so
+    that it ends with the process, however that ends; on a file system without locks nothing is reserved.
 
     Args:
-        patience: seconds to wait: a file server may take a minute or two to miss a host that died.
+        patience: seconds to wait: a file server may take a minute or two to notice that a host died.
 
     Raises:
         ConfigError: somebody else still trains there, or the directory cannot be written.

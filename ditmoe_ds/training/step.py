@@ -15,14 +15,16 @@ from ditmoe_ds.moe.routing import balance_loss
 
 
 class Prepared(NamedTuple):
-    """A micro-batch with everything that chance decides."""
+    """A micro-batch with everything that is drawn at random."""
 
     latents: Tensor
+    """(B, C, H, W), scaled."""
     condition: Any
     """As the conditioner packed it; on the device, keyword arguments of the model."""
     times: Tensor
     """(B,) in [0, 1]."""
     noise: Tensor
+    """(B, C, H, W)."""
     samples: Tensor
     """(B,) indices into the data set."""
     keep: Tensor | None
@@ -37,7 +39,7 @@ class Prepared(NamedTuple):
         return Prepared(latents, condition, times, noise, samples, keep)
 
     def tokens(self, patch: int) -> int:
-        """Of each image, that the network sees."""
+        """How many tokens of each image the network sees."""
         return self.latents[0, 0].numel() // patch**2 if self.keep is None else self.keep.shape[1]
 
 
@@ -73,11 +75,13 @@ class StepLoss(NamedTuple):
     """What one micro-batch yields. ``total`` is minimised; the rest is for the record."""
 
     total: Tensor
+    """() the sum of ``diffusion``, ``balance`` and ``z``."""
     diffusion: Tensor
     """() this rank's mean."""
     balance: Tensor
     """() balance loss; with global scope, its mean over ranks is the loss of the global micro-batch."""
     z: Tensor
+    """() this rank's router z-loss."""
     selections: Tensor
     """(L, E) over all ranks, how often each expert was chosen; (0, 0) for a dense model."""
     takers: Tensor

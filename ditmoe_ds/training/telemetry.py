@@ -22,7 +22,7 @@ def throughput(
     """Entries of ``metrics.jsonl`` for one optimizer step.
 
     FLOPs are those of the model: 2 per multiply-accumulate, of active experts alone, with attention, and three times the forward for
-    forward and backward. What activation checkpointing computes again is no progress and stands apart.
+    forward and backward. What activation checkpointing computes again is no progress and is counted separately.
 
     Args:
         batches: this rank's micro-batches.

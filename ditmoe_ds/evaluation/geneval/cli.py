@@ -30,7 +30,9 @@ def add_command(kinds: Any) -> None:
     command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id; tells colours")
     command.add_argument("--threshold", type=float, default=0.3, help="an object scores more")
     command.add_argument("--counting-threshold", type=float, default=0.9, help="in the task counting")
-    command.add_argument("--max-overlap", type=float, default=1.0, help="of boxes that overlap as much (IoU) the strongest counts; 1: all")
+    command.add_argument(
+        "--max-overlap", type=float, default=1.0, help="of boxes that overlap this much (IoU) the strongest counts; 1: all"
+    )
 
 
 def geneval(arguments: argparse.Namespace) -> int:

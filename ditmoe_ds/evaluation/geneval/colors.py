@@ -13,7 +13,7 @@ from ditmoe_ds.evaluation.geneval.prompts import COLORS
 from ditmoe_ds.evaluation.geneval.scorer import Detected
 
 BACKGROUND = "#999"
-"""Around an object whose colour is asked."""
+"""Background of an object whose colour is asked for."""
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 

@@ -13,7 +13,7 @@ from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.evaluation.geneval.scorer import Detected
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
-"""Pixels of what the protocol's detector sees. The converted checkpoints' own setting, 384 x 384, loses small objects."""
+"""Pixels of a picture as the protocol's detector sees it. The converted checkpoints' own setting, 384 x 384, loses small objects."""
 SYNONYMS = {
     **{"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard", "motorbike": "motorcycle"},
     **{"aeroplane": "airplane", "sofa": "couch", "tvmonitor": "tv", "hair dryer": "hair drier"},
@@ -29,7 +29,7 @@ class Detector(Protocol):
     """How it differs from the protocol's, in words; empty if it does not."""
 
     def check(self, names: list[str]) -> None:
-        """Raises ConfigError if it does not know one of these classes."""
+        """Raises ConfigError if it lacks one of these classes."""
 
     def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
         """Of each class, the objects that score more than ``threshold``, in any order."""
@@ -120,7 +120,7 @@ class Instances(_OfKnownClasses):
 
 
 def _instance(share: Tensor, logits: Tensor) -> Detected | None:
-    """Its score is the share of its class times the mean probability of its mask's pixels (H, W)."""
+    """An object whose score is the probability of its class times the mean probability of its mask's pixels (H, W)."""
     mask = logits > 0
     if not mask.any():
         return None

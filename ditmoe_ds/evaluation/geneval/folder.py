@@ -31,7 +31,7 @@ Colors = Callable[[Image.Image, str, list[Detected]], list[str]]
 
 @dataclass
 class Pictures:
-    """Of one prompt."""
+    """The pictures of one prompt."""
 
     prompt: Prompt
     files: list[Path]
@@ -44,7 +44,7 @@ def settle(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images
         Numbers of the prompts whose pictures are not all there.
 
     Raises:
-        ConfigError: it holds pictures that were made otherwise.
+        ConfigError: it holds pictures that were made differently.
     """
     asked = hashlib.sha256("\n".join(prompt.line for prompt in prompts).encode()).hexdigest()
     describe(folder / DESCRIPTION, dict(**settings, images=images, prompts=asked), "SAMPLES", folder)
@@ -134,7 +134,7 @@ def _open(file: Path) -> Image.Image:
 
 
 def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorClassifier, limits: Limits) -> list[str]:
-    """In what, apart from its implementation, an evaluation is not the published one. Prompts are told by their tasks, models by size."""
+    """How an evaluation differs from the published one, apart from its implementation. It knows prompts by their tasks, models by size."""
     found = []
     counts = Counter(part.prompt.task for part in pictures)
     if counts != PROMPTS:

@@ -13,14 +13,14 @@ from ditmoe_ds.errors import DataError
 PROMPTS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
 """The tasks, and how many of the 553 published prompts each has."""
 IMAGES = 4
-"""Of each prompt."""
+"""Pictures of each prompt."""
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
 class Clause:
-    """So many objects of a class, perhaps of a colour, perhaps on one side of the objects of an earlier clause."""
+    """A number of objects of a class, perhaps of a colour, perhaps on one side of the objects of an earlier clause."""
 
     name: str
     count: int
@@ -38,7 +38,7 @@ class Prompt:
     include: tuple[Clause, ...]
     """All of them are wanted."""
     exclude: tuple[Clause, ...]
-    """So many, or more, are wrong."""
+    """A picture with that many, or more, is wrong."""
     line: str
     """As it was read."""
 

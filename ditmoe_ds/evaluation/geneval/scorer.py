@@ -12,7 +12,7 @@ from ditmoe_ds.evaluation.geneval.prompts import PROMPTS, RELATIONS, Clause, Pro
 from ditmoe_ds.evaluation.metrics import wilson
 
 MOST = 16
-"""Objects of one class that are looked at."""
+"""Most objects of one class that count."""
 MARGIN = 0.1
 """Share of both objects' sizes by which their centres may differ and still count as level."""
 
@@ -33,9 +33,9 @@ class Limits(NamedTuple):
     threshold: float = 0.3
     """Objects score more than this."""
     counting: float = 0.9
-    """The same for prompts of the task counting."""
+    """The same for prompts of the task ``counting``."""
     overlap: float = 1.0
-    """Of two boxes of a class with at least this intersection over union, the weaker goes; 1 leaves all."""
+    """Of two boxes of a class with at least this intersection over union, the weaker is dropped; 1 keeps all."""
 
 
 def kept(found: Sequence[Detected], task: str, limits: Limits) -> list[Detected]:
