@@ -19,7 +19,7 @@ import yaml
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from latents import write_latents
-from models import DENSE, random_weights
+from models import DENSE, SPARSE, random_weights
 from processes import ROOT, launch
 
 from ditmoe_ds.cli import main
@@ -28,7 +28,7 @@ from ditmoe_ds.distributed.topology import AgreedError
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.training.callbacks import MetricsWriter
-from ditmoe_ds.training.plan import read_plan
+from ditmoe_ds.training.plan import CLASS_TABLE, read_plan
 from ditmoe_ds.training.trainer import Trainer
 
 STEPS = 12
@@ -296,6 +296,25 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     assert [code for code, _ in results] == [2, 2] and "diffusion.time_scale=1.0" in results[0][1]
     (folder / "sparse").rename(folder / "moved")
     assert "resumed at step 1" in train(folder / "sparse.yaml", 2, "train.steps=2")[0][1], "a run that goes on needs no others' weights"
+
+
+def test_training_starts_from_weights_of_other_classes(folder, recipe):
+    """Every class begins as "no class", all else as it is; said once, it is no hindrance to a resume."""
+    _, given = random_weights(replace(SPARSE, input_size=4, num_classes=3, learn_variance=False))
+    write_weights(folder / "three", given)
+    content = yaml.safe_load(recipe.read_text()) | dict(model=dict(weights=str(folder / "three")), run_dir=str(folder / "ten"))
+    content["parallel"] = dict(zero_stage=3)
+    (folder / "ten.yaml").write_text(yaml.safe_dump(content))
+    results = train(folder / "ten.yaml", 1, check=False)
+    assert results[0][0] == 2 and "trained on 3 classes, data.manifest has 10; set model.new_classes=true" in results[0][1]
+    train(folder / "ten.yaml", 1, "model.new_classes=true", "train.steps=1", "train.optimizer.lr=0")
+    started = open_weights(folder / "ten")
+    for name in given.shapes:
+        expected = given.tensor(name)[-1].expand(11, -1) if name == CLASS_TABLE else given.tensor(name)
+        torch.testing.assert_close(started.tensor(name), expected, atol=0, rtol=0)
+    assert "resumed at step 1" in train(folder / "ten.yaml", 1, "model.new_classes=true", "train.steps=2")[0][1]
+    results = train(recipe, 1, "model.new_classes=true", f"run_dir={folder / 'named'}", check=False)
+    assert results[0][0] == 2 and "is for training that starts from model.weights" in results[0][1]
 
 
 def test_every_experts_every_tensor_is_in_the_export(folder, recipe):

@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ditmoe_ds import config
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -24,10 +27,13 @@ from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder, text_width
-from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import named_config, parameter_shapes
 from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig, read_recipe
+
+CLASS_TABLE = "y_embed.table.weight"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,12 @@ class Plan:
     def shape(self) -> tuple[int, ...]:
         """The commonest (C, H, W) of the latents: what is validated on and sampled."""
         return _commonest_shape(self.manifest)
+
+    def initial(self, model: DiT) -> Callable[[str, int, Tensor], None]:
+        """What fills any range of a flattened weight of ``model`` (may be on meta), as ``InitialWeights.read`` does."""
+        if self.weights is None:
+            return InitialWeights(model, self.recipe.train.seed).read
+        return partial(_without_classes, self.weights) if self.recipe.model.new_classes else self.weights.read
 
     def open_heldout(self) -> LatentDataset:
         """Held-out samples of the commonest shape. Raises as ``LatentDataset``."""
@@ -138,10 +150,8 @@ def read_plan(arguments: list[str], world: int) -> Plan:
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
     manifests = _load_manifests(recipe)
     model, *_ = (fitted(named, recipe, manifest) for manifest in manifests)
-    if weights and model != replace(named, input_size=model.input_size):
-        theirs, ours = ((m.in_channels, m.num_classes, m.text_width) for m in (named, model))
-        fix = f"trained on (channels, classes, text width) {theirs}, data.manifest has {ours}"
-        raise ConfigError("model.weights", recipe.model.weights, fix)
+    if weights:
+        _check_conditions(recipe, named, model)
     if train.sample_every or train.fd_every:
         scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
     manifest = manifests[0]
@@ -169,6 +179,8 @@ def named_network(given: ModelConfig) -> DiTConfig:
     """The network that a recipe names, before the data say its latents and classes. Raises as ``named_config``, for the router too."""
     named = named_config(given.name or "")
     qk_norm = named.qk_norm if given.qk_norm is None else given.qk_norm
+    if given.new_classes:
+        raise ConfigError("model.new_classes", True, "is for training that starts from model.weights; leave it out")
     config = replace(named, qk_norm=qk_norm, routing=given.routing or named.routing, router=given.router)
     if config.routing == "dense" and (config.expert_activation != "gelu" or config.shared):
         raise ConfigError("model.routing", "dense", f"{given.name} has SwiGLU and shared experts; a dense twin has EC-DIT")
@@ -185,7 +197,7 @@ def named_network(given: ModelConfig) -> DiTConfig:
 def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
     """The network that starting weights are. Raises ConfigError: the recipe names one too, or another objective."""
     given = recipe.model
-    if given != ModelConfig(weights=given.weights):
+    if given != ModelConfig(weights=given.weights, new_classes=given.new_classes):
         raise ConfigError(
             "model.weights", given.weights, "the network is that of the weights: leave out model.name, qk_norm, routing and router"
         )
@@ -194,7 +206,10 @@ def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
         if getattr(theirs, key) != getattr(recipe.diffusion, key):
             fix = f"model.weights={given.weights!r} were trained with {getattr(theirs, key)!r}; set this"
             raise ConfigError(f"diffusion.{key}", getattr(recipe.diffusion, key), fix)
-    return config.build(DiTConfig, weights.description["model"])
+    network = config.build(DiTConfig, weights.description["model"])
+    if given.new_classes and not network.num_classes:
+        raise ConfigError("model.new_classes", True, f"model.weights={given.weights!r} are of a text-to-image model; leave it out")
+    return network
 
 
 def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
@@ -261,6 +276,30 @@ def _text_width(data: DataConfig, manifest: Manifest) -> int:
             "holds no encoded text; encode with --text, or, if its samples have captions, name a data.text_encoder",
         )
     return manifest.text.width
+
+
+def _check_conditions(recipe: Recipe, theirs: DiTConfig, ours: DiTConfig) -> None:
+    """Refuse data of another kind than the starting weights'; their classes may be others if the recipe says so."""
+    pairs = {"latent channels": (theirs.in_channels, ours.in_channels), "text width": (theirs.text_width, ours.text_width)}
+    if not recipe.model.new_classes:
+        pairs["classes"] = theirs.num_classes, ours.num_classes
+    for what, (trained, given) in pairs.items():
+        if trained != given:
+            fix = (
+                "set model.new_classes=true to begin with new ones" if what == "classes" else "encode as the data that they were trained on"
+            )
+            raise ConfigError("model.weights", recipe.model.weights, f"trained on {trained} {what}, data.manifest has {given}; {fix}")
+
+
+def _without_classes(weights: Weights, name: str, start: int, out: Tensor) -> None:
+    """As ``weights.read``, with "no class", the last row of their table, for every class."""
+    if name != CLASS_TABLE:
+        weights.read(name, start, out)
+        return
+    rows, dim = weights.shapes[name]
+    none = torch.empty(dim)
+    weights.read(name, (rows - 1) * dim, none)
+    out.copy_(none[torch.arange(start, start + out.numel()) % dim])
 
 
 def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:

@@ -27,6 +27,9 @@ class ModelConfig:
     weights: str | None = None
     """Instead of a name: start from these weights, as the network that they are. A run (its EMA), a checkpoint or a weights
     folder, such as ``ditmoe import`` and ``ditmoe upcycle`` make."""
+    new_classes: bool = False
+    """Start from weights of other classes than the data's: each class begins as the weights' "no class", so that the model begins as
+    theirs without a condition."""
     qk_norm: bool | None = None
     """LayerNorm on q and k; unset, as published for the size."""
     routing: Literal["token", "expert", "dense"] | None = None

@@ -35,7 +35,6 @@ from ditmoe_ds.distributed.topology import (
 from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
-from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
@@ -82,7 +81,7 @@ class Trainer:
                 print(f"experts by {KERNELS[fastest_kernel(world.device, dtype, plan.model.equal_load)]}", flush=True)
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
-        initial = plan.weights or InitialWeights(model, train.seed)
+        initial = plan.initial(model)
         arrange(model, recipe)
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         if train.compile:
@@ -91,7 +90,7 @@ class Trainer:
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
         if saved is None:
-            shards.fill(self.engine, self.shards, initial.read)
+            shards.fill(self.engine, self.shards, initial)
         self.ema = EMA(self.shards, recipe.ema)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self.spikes = SpikeWatch(train.spike_threshold)
