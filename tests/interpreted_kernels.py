@@ -5,6 +5,8 @@ import torch
 from masters import stepped_alike
 from torch.nn import functional as F
 
+from ditmoe_ds.models.embeddings import rotate
+from ditmoe_ds.models.rotary import Rotate
 from ditmoe_ds.moe import kernels
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
@@ -47,6 +49,21 @@ def test_rows_of_tokens(tokens, width, dtype):
     found = kernels.weigh_backward(upward, rows, tokens, weights)
     torch.testing.assert_close(found[0], rows_grad.to(dtype), **NEAR[dtype])
     torch.testing.assert_close(found[1], weights_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("tables", [1, 2])  # one for all images, or each its own, where tokens are masked
+@pytest.mark.parametrize("images, tokens, heads, width", [(2, 6, 3, 16), (2, 5, 18, 64), (2, 4, 1, 4), (0, 4, 1, 4)])
+def test_rotate(images, tokens, heads, width, tables, dtype):
+    whole, upward = torch.randn(images, tokens, heads + 1, width), torch.randn(images, heads, tokens, width)
+    x, upward = whole.to(dtype).requires_grad_()[:, :, 1:], upward.to(dtype).transpose(1, 2)  # neither lies side by side
+    angles = 3 * torch.randn(min(tables, images) or 1, tokens, width // 2)
+    outcomes = []
+    for function in (rotate, Rotate.apply):
+        out = function(x, angles.cos(), angles.sin())
+        outcomes.append((out, *torch.autograd.grad(out, x, upward)))
+    for found, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, plain, **NEAR[dtype])
 
 
 def test_adamw():

@@ -94,8 +94,6 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     heads += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
     attention = size * 4 * D + 8 + heads / tensor
     parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
-    if model.positions == "rope":
-        parts["attention"] += 4 * 2 * head * batch.patches  # cosines and sines, for q and for k
     if batch.text:
         # of heads: q, q normed, the output; k and v, k normed; x and its norm are whole
         per_patch = size * (2 + model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
@@ -127,7 +125,8 @@ def _outside(batch: MicroBatch) -> float:
     loss = 4 * pixels * (4 * model.in_channels + 2 * model.out_channels)
     final = size * batch.tokens * (3 * model.hidden + model.patch**2 * model.out_channels)
     text = size * batch.images * batch.text * (model.text_width + 3 * model.hidden)
-    return loss + final + text + size * batch.images * 4 * model.condition_width
+    rotation = 4 * model.hidden // model.heads * batch.patches * (model.positions == "rope")  # cosines and sines, for all blocks
+    return loss + final + text + rotation + size * batch.images * 4 * model.condition_width
 
 
 def _working(batch: MicroBatch) -> float:
