@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
-from ditmoe_ds.moe import kernels
+from ditmoe_ds.moe import experts, kernels
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
 
@@ -49,6 +49,32 @@ def test_rows_of_tokens(tokens, width, dtype):
     found = kernels.weigh_backward(upward, rows, tokens, weights)
     torch.testing.assert_close(found[0], rows_grad.to(dtype), **NEAR[dtype])
     torch.testing.assert_close(found[1], weights_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 0, 2], [1, 1, 1, 1], [0, 0, 0, 0], [2, 0, 0, 0]])
+@pytest.mark.parametrize("shape", [(30, 50), (400, 500)])  # a block and a half; more blocks than programs
+def test_clear(shape, counts):
+    counts = torch.tensor(counts)
+    matrices = torch.full((4, *shape), torch.nan).bfloat16()
+    kernels.clear(matrices, counts.cumsum(0).to(torch.int32))
+    assert torch.equal(matrices.isnan(), (counts > 0)[:, None, None].expand_as(matrices)) and not matrices.nan_to_num().any()
+
+
+def test_an_expert_without_rows_has_no_gradient(monkeypatch):
+    """On Blackwell a grouped GEMM leaves its memory as it was."""
+    real = F.grouped_mm
+
+    def leaving(a, b, offs):
+        out = real(a, b, offs=offs)
+        return out.masked_fill((offs.diff(prepend=offs.new_zeros(1)) == 0)[:, None, None], torch.nan) if out.dim() == 3 else out
+
+    monkeypatch.setattr(F, "grouped_mm", leaving)
+    monkeypatch.setattr(experts, "leaves_gaps", lambda device: True)
+    monkeypatch.setattr(experts, "kernels", kernels, raising=False)
+    x, w1, w2 = torch.randn(6, 32), torch.randn(3, 128, 32, requires_grad=True), torch.randn(3, 32, 64, requires_grad=True)
+    experts.ExpertFFN.apply(x, w1, None, w2, None, torch.tensor([4, 0, 2]), "grouped", "swiglu").sum().backward()
+    for grad in (w1.grad, w2.grad):
+        assert (grad[1] == 0).all() and grad.isfinite().all() and grad[0].norm() > 0 < grad[2].norm()
 
 
 @pytest.mark.parametrize("dtype", NEAR)

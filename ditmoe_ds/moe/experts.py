@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from ditmoe_ds.moe.rows import activate, activate_backward
 
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.moe import kernels
+
 
 class PackedExperts(nn.Module):
     """``num_experts`` feed-forward networks of width F, run on tokens sorted by expert.
@@ -142,8 +145,7 @@ def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x
     if part.ends is not None:
         found = F.grouped_mm(grad.t(), x, offs=part.ends)
         if leaves_gaps(x.device):
-            empty = part.ends.diff(prepend=part.ends.new_zeros(1)) == 0
-            found.masked_fill_(empty[:, None, None], 0.0)
+            kernels.clear(found, part.ends)
         return found
     weight_grad = torch.empty_like(weight) if weight_grad is None else weight_grad
     own = weight_grad[part.experts]

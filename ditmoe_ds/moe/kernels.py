@@ -51,6 +51,12 @@ def weigh_backward(grad: Tensor, rows: Tensor, tokens: Tensor, weights: Tensor) 
     return rows_grad, weights_grad
 
 
+def clear(matrices: Tensor, ends: Tensor) -> None:
+    """Zeros for those of the matrices (E, N, K) whose experts have no rows; ``ends`` (E,) is where each expert's end."""
+    experts, size = len(matrices), matrices[0].numel()
+    _clear[experts, min(triton.cdiv(size, BLOCK), 128)](matrices, ends, size, BLOCK)
+
+
 def _grid(rows: Tensor) -> tuple[int, int]:
     return len(rows), triton.cdiv(rows.shape[1], BLOCK)
 
@@ -105,3 +111,12 @@ def _weigh_backward(grad, rows, tokens, weights, rows_grad, weights_grad, width,
     own = tl.load(rows + row * width + columns, inside, other=0.0).to(tl.float32)
     tl.store(rows_grad + row * width + columns, upward * tl.load(weights + row), inside)
     tl.store(weights_grad + row, tl.sum(upward * own))
+
+
+@triton.jit
+def _clear(matrices, ends, size, BLOCK: tl.constexpr):
+    expert = tl.program_id(0).to(tl.int64)
+    if tl.load(ends + expert) == tl.load(ends + expert - 1, expert > 0, other=0):
+        for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(matrices + expert * size + at, 0.0, at < size)
