@@ -101,6 +101,7 @@ class ExpertFFN(torch.autograd.Function):
         for part, before in zip(ctx.parts, first, strict=True):
             inner, before_grad = activate_backward(before, multiply(grad[part.rows], w2[part.experts], part.ends), ctx.activation)
             w2_grad = fill(w2_grad, w2, part, grad[part.rows], inner)
+            del inner  # makes room for the rest
             w1_grad = fill(w1_grad, w1, part, before_grad, x[part.rows])
             x_grads.append(multiply(before_grad, w1[part.experts], part.ends))
             if ctx.biased:

@@ -19,12 +19,12 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """``swiglu`` of x again, and the gradient of x, given that of its result."""
-    again, x_grad = torch.empty_like(grad), torch.empty_like(x)
+def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
+    """The gradient of x, given that of ``swiglu``'s result, which is written to ``again`` if it is there; that may be ``grad`` itself."""
+    x_grad = torch.empty_like(x)
     if len(x):
         _swiglu_backward[_grid(grad)](x, grad, again, x_grad, grad.shape[1], BLOCK)
-    return again, x_grad
+    return x_grad
 
 
 def sum_takings(rows: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ def _swiglu_backward(x, grad, again, x_grad, width, BLOCK: tl.constexpr):
     upward = tl.load(grad + row * width + columns, inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     gated = gate * sigmoid
-    tl.store(again + row * width + columns, gated * up, inside)
+    if again is not None:
+        tl.store(again + row * width + columns, gated * up, inside)
     tl.store(x_grad + row * 2 * width + columns, upward * up * sigmoid * (1 + gate * (1 - sigmoid)), inside)
     tl.store(x_grad + row * 2 * width + width + columns, upward * gated, inside)
 

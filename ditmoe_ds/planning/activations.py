@@ -142,9 +142,11 @@ def _working(batch: MicroBatch) -> float:
         matrix, edge = size * D * experts * width, size * rows * D
         hidden = size * rows * width / (1 if batch.cuda else experts)  # of what is computed at once
         # the gradient of outputs, weighted, on a CPU in fp32 and twice; the activation again and its backward, on a CPU with every
-        # step of SwiGLU's; then the gradients of both matrices and of the rows, when the outputs are gone
+        # step of SwiGLU's; with them the gradient of w2; then, without the activation, those of both matrices and of the rows, when the
+        # outputs are gone
         combined = edge if batch.cuda else 8 * rows * D + 4 * batch.tokens * D
-        activation = edge + ((4 if batch.cuda else 7) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
-        both = (2 + gated) * matrix + 2 * edge + (2 + gated) * hidden
-        moments = [combined, activation - edge, both - edge]
+        activation = edge + ((3 if batch.cuda else 6) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
+        second = matrix + edge + (2 + gated) * hidden
+        both = (2 + gated) * matrix + 2 * edge + (1 + gated) * hidden
+        moments = [combined, activation - edge, second - edge, both - edge]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
