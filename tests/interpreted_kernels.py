@@ -5,7 +5,9 @@ import torch
 from masters import stepped_alike
 from torch.nn import functional as F
 
-from ditmoe_ds.moe import kernels
+from ditmoe_ds.models.embeddings import rotate
+from ditmoe_ds.models.rotary import Rotate
+from ditmoe_ds.moe import experts, kernels
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
 
@@ -22,12 +24,12 @@ def test_swiglu(rows, width, dtype):
     leaf = x.float().requires_grad_()
     gate, up = leaf.chunk(2, dim=-1)
     wanted = F.silu(gate) * up
-    again, x_grad = kernels.swiglu_backward(x, upward)
-    for found, plain in (
-        (kernels.swiglu(x), wanted),
-        (again, wanted),
-        (x_grad, *torch.autograd.grad(wanted, leaf, upward.float())),
-    ):
+    (plain_grad,) = torch.autograd.grad(wanted, leaf, upward.float())
+    alone = kernels.swiglu_backward(x, upward, None)
+    again = upward.clone()
+    x_grad = kernels.swiglu_backward(x, again, again)
+    assert torch.equal(alone, x_grad)
+    for found, plain in ((kernels.swiglu(x), wanted), (again, wanted), (x_grad, plain_grad)):
         torch.testing.assert_close(found, plain.to(dtype), **NEAR[dtype])
 
 
@@ -47,6 +49,47 @@ def test_rows_of_tokens(tokens, width, dtype):
     found = kernels.weigh_backward(upward, rows, tokens, weights)
     torch.testing.assert_close(found[0], rows_grad.to(dtype), **NEAR[dtype])
     torch.testing.assert_close(found[1], weights_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 0, 2], [1, 1, 1, 1], [0, 0, 0, 0], [2, 0, 0, 0]])
+@pytest.mark.parametrize("shape", [(30, 50), (400, 500)])  # a block and a half; more blocks than programs
+def test_clear(shape, counts):
+    counts = torch.tensor(counts)
+    matrices = torch.full((4, *shape), torch.nan).bfloat16()
+    kernels.clear(matrices, counts.cumsum(0).to(torch.int32))
+    assert torch.equal(matrices.isnan(), (counts > 0)[:, None, None].expand_as(matrices)) and not matrices.nan_to_num().any()
+
+
+def test_an_expert_without_rows_has_no_gradient(monkeypatch):
+    """On Blackwell a grouped GEMM leaves its memory as it was."""
+    real = F.grouped_mm
+
+    def leaving(a, b, offs):
+        out = real(a, b, offs=offs)
+        return out.masked_fill((offs.diff(prepend=offs.new_zeros(1)) == 0)[:, None, None], torch.nan) if out.dim() == 3 else out
+
+    monkeypatch.setattr(F, "grouped_mm", leaving)
+    monkeypatch.setattr(experts, "leaves_gaps", lambda device: True)
+    monkeypatch.setattr(experts, "kernels", kernels, raising=False)
+    x, w1, w2 = torch.randn(6, 32), torch.randn(3, 128, 32, requires_grad=True), torch.randn(3, 32, 64, requires_grad=True)
+    experts.ExpertFFN.apply(x, w1, None, w2, None, torch.tensor([4, 0, 2]), "grouped", "swiglu").sum().backward()
+    for grad in (w1.grad, w2.grad):
+        assert (grad[1] == 0).all() and grad.isfinite().all() and grad[0].norm() > 0 < grad[2].norm()
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("tables", [1, 2])  # one for all images, or each its own, where tokens are masked
+@pytest.mark.parametrize("images, tokens, heads, width", [(2, 6, 3, 16), (2, 5, 18, 64), (2, 4, 1, 4), (0, 4, 1, 4)])
+def test_rotate(images, tokens, heads, width, tables, dtype):
+    whole, upward = torch.randn(images, tokens, heads + 1, width), torch.randn(images, heads, tokens, width)
+    x, upward = whole.to(dtype).requires_grad_()[:, :, 1:], upward.to(dtype).transpose(1, 2)  # neither lies side by side
+    angles = 3 * torch.randn(min(tables, images) or 1, tokens, width // 2)
+    outcomes = []
+    for function in (rotate, Rotate.apply):
+        out = function(x, angles.cos(), angles.sin())
+        outcomes.append((out, *torch.autograd.grad(out, x, upward)))
+    for found, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, plain, **NEAR[dtype])
 
 
 def test_adamw():

@@ -10,7 +10,7 @@ from ditmoe_ds.distributed import adamw, engine
 
 
 def stepped_alike(device: str, rounding: float) -> None:
-    """Weights of all sizes, in two groups, one with a decay; gradients that lie badly; clipping; a step that is not the first.
+    """Weights of all sizes, in two groups; a decay; gradients that lie badly; clipping; a step that is not the first.
 
     Args:
         rounding: how far bf16 weights may be from their masters.
@@ -24,14 +24,15 @@ def stepped_alike(device: str, rounding: float) -> None:
     for at_once in (False, True):
         masters = [[master.clone().requires_grad_() for master in group] for group in start]
         weights = [[torch.nn.Parameter(master.detach().bfloat16()) for master in group] for group in masters]
-        groups = [dict(params=masters[0]), dict(params=masters[1], weight_decay=0.1, lr=3e-3)]
-        adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-2, weight_decay=0.0, fused=True)
+        adam = torch.optim.AdamW(
+            [dict(params=group) for group in masters], lr=1e-2, betas=(0.9, 0.99), eps=1e-2, weight_decay=0.1, fused=True
+        )
         pretended: Any = SimpleNamespace(clip=0.3, optimizer=SimpleNamespace(optimizer=adam, fp16_groups=weights, fp32_groups=masters))
         for number in range(5):
             for parameter, gradient in zip(chain(*weights), chain(*gradients)):
                 parameter.grad = torch.cat([gradient.new_zeros(1), gradient[number].flatten()])[1:].view(parameter.shape)
             if at_once and number:  # the first step makes the state
-                engine._step_masters_at_once(pretended, [adamw.blocks_of(group) for group in masters])
+                engine._step_masters_at_once(pretended, adamw.blocks_of([*chain(*masters)]))
             else:
                 engine._step_masters(pretended)
         found.append([*chain(*masters), *(state[key] for state in adam.state.values() for key in ("exp_avg", "exp_avg_sq", "step"))])

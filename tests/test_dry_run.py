@@ -30,11 +30,10 @@ def counted(tmp_path_factory):
         (folder / f"zero{stage}.json").write_text(json.dumps(dict(zero_optimization=zero)))
     common = [str(ROOT / G), f"parallel.deepspeed={folder}/zero{{zero_stage}}.json", "parallel.expert=2", "train.global_batch=8"]
     common += ["train.accumulation=2", "train.activation_checkpointing=true"]
-    cases = {
-        f"stage {stage}": [*common, "model.name=EC-DIT-Nano-4E", f"parallel.zero_stage={stage}", "train.mask_ratio=0.5"]
-        for stage in (1, 2, 3)
-    }
-    cases["tokens choose"] = [*common, "model.name=DiT-MoE-Nano/2-4E2A"]
+    cases = {"tokens choose": [*common, "model.name=DiT-MoE-Nano/2-4E2A"]}
+    for stage in (1, 2, 3):  # so many images that the peak comes with the first block recomputed, whoever lets go of a bucket late
+        own = [f"parallel.zero_stage={stage}", "train.mask_ratio=0.5", "train.global_batch=16"]
+        cases[f"stage {stage}"] = [*common, "model.name=EC-DIT-Nano-4E", *own]
     # the last, for the groups that it makes stay
     cases["tensor"] = [*cases["stage 3"], "parallel.tensor=2", "parallel.expert=1"]
     launch(2, [WORKER, "real", folder, json.dumps(cases)])

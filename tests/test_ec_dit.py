@@ -181,10 +181,11 @@ def test_rotation_knows_distances_only():
     angles = rotary_angles(4, 5, 8, torch.device("cpu"))
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 20, 1, 8)
-    products = (rotate(q, angles[None])[0, :, 0] @ rotate(k, angles[None])[0, :, 0].T).view(4, 5, 4, 5)
+    rotation = angles[None].cos(), angles[None].sin()
+    products = (rotate(q, *rotation)[0, :, 0] @ rotate(k, *rotation)[0, :, 0].T).view(4, 5, 4, 5)
     torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3])
     assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) > 1e-3
-    torch.testing.assert_close(rotate(q, angles[None]).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(rotate(q, *rotation).norm(dim=-1), q.norm(dim=-1))
     omega = [10000 ** (-i / 2) for i in range(2)]
     assert angles[2 * 5 + 3].tolist() == pytest.approx([place * w for place in (3, 2) for w in omega])  # row 2, column 3
     from_first = products[0, 0]  # a row further and a column further are each a distance of their own

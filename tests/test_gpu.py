@@ -12,6 +12,7 @@ from masters import stepped_alike
 from PIL import Image
 from processes import ROOT, demo_on, losses
 
+from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.moe.experts import fastest_kernel
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig
@@ -74,6 +75,20 @@ def test_the_layer_rounds_the_same_on_every_run(name):
     moe, x, upward = make_layer(name, torch.bfloat16)
     for ours, again in zip(outcome(moe, x, upward), outcome(moe, x, upward), strict=True):
         assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tables", [1, 3])
+def test_one_kernel_rotates(tables, compiled):
+    x, upward = torch.randn(3, 40, 6, 64).bfloat16(), torch.randn(3, 40, 5, 64).bfloat16()
+    angles = 3 * torch.randn(tables, 40, 32)
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        leaf, turn = x.to(device).requires_grad_(), torch.compile(rotate) if compiled and device == "cuda" else rotate
+        out = turn(leaf[:, :, 1:], angles.cos().to(device), angles.sin().to(device))
+        outcomes.append((out.cpu(), torch.autograd.grad(out, leaf, upward.to(device))[0].cpu()))
+    for plain, found in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2)
 
 
 def test_one_kernel_steps_all_weights():

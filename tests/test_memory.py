@@ -1,11 +1,15 @@
 """The memory formula by hand; ``benchmarks/memory.md`` holds it against measured runs."""
 
+from itertools import pairwise
+from mmap import PAGESIZE
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from ditmoe_ds.distributed.engine import Engine
+from ditmoe_ds.distributed.host import empty_on_host
 from ditmoe_ds.distributed.memory import EXPERT_GROUP, TRAVELLING, touched, training_memory
 
 
@@ -65,3 +69,64 @@ def test_experts_are_stepped_in_groups():
 def test_buckets():
     without, reducing = (training_memory(0, 0, 2, ep=1, world=1, bucket=b) for b in (0, 10))
     assert reducing.peak - without.peak == 3 * 2 * 10
+
+
+class Runtime:
+    """CUDA's, of a GPU that is not there: what of the host is page-locked."""
+
+    cudaError = SimpleNamespace(success=0)
+
+    def __init__(self):
+        self.locked, self.code = {}, 0
+
+    def cudaHostRegister(self, address, size, flags):
+        assert address % PAGESIZE == size % PAGESIZE == 0 < size
+        self.locked[address] = size
+        return self.code
+
+    def cudaHostUnregister(self, address):
+        del self.locked[address]
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    found = Runtime()
+    monkeypatch.setattr("torch.cuda.cudart", lambda: found)
+    monkeypatch.setattr("torch.cuda._cudart", found)
+    return found
+
+
+def test_host_memory_is_locked_as_long_as_it_is_used(runtime):
+    shapes = [(0,), (3, 5), (PAGESIZE // 4,), (33, 1000)]
+    tensors = [empty_on_host(torch.Size(shape), torch.float32, locked=True).zero_() for shape in shapes]
+    assert [tensor.shape for tensor in tensors] == shapes
+    ranges = sorted(runtime.locked.items())
+    assert all(start + size <= after for (start, size), (after, _) in pairwise(ranges))  # no page is locked twice
+    for tensor in tensors:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        assert not tensor.nbytes or (start in runtime.locked and end <= start + runtime.locked[start] <= end + PAGESIZE)
+    held = torch.nn.Parameter(tensors.pop())
+    last = held.data_ptr()
+    del tensor, tensors
+    assert list(runtime.locked) == [last]
+    held = held.data[1:2]
+    assert list(runtime.locked) == [last]
+    del held
+    assert not runtime.locked
+
+
+def test_host_memory_that_cannot_be_locked_is_an_error(runtime, monkeypatch):
+    runtime.code = 2
+    monkeypatch.setattr("torch.cuda.check_error", lambda code: pytest.fail(f"code {code}") if code else None)
+    with pytest.raises(pytest.fail.Exception, match="code 2"):
+        empty_on_host(torch.Size([4]), torch.float32, locked=True)
+
+
+@pytest.mark.gpu
+def test_a_gpu_copies_from_locked_memory():
+    tensor = empty_on_host(torch.Size([3, 1000]), torch.float32, locked=True).normal_()
+    assert tensor.is_pinned()
+    assert torch.equal(tensor.to("cuda", non_blocking=True).cpu(), tensor)
+    address = tensor.data_ptr()
+    del tensor
+    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0  # it was unlocked with the tensor

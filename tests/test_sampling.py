@@ -250,7 +250,8 @@ def test_offloaded_experts_and_bf16(weights, folder):
 def test_offloaded_experts_lie_on_the_host(weights):
     how = dict(steps=2, guidance=2.0)
     run = open_run(weights["rectified_flow"], offload_experts=True)
-    assert {p.device.type for name, p in run.model.named_parameters() if "deepspeed_experts" in name} == {"cpu"} != {run.device.type}
+    experts = [p for name, p in run.model.named_parameters() if "deepspeed_experts" in name]
+    assert all(p.is_pinned() for p in experts) and {p.device.type for p in experts} == {"cpu"} != {run.device.type}
     images = open_run(weights["rectified_flow"]).sample([0, 1], **how)
     assert (run.sample([0, 1], **how).int() - images.int()).abs().max() <= 1
 

@@ -44,7 +44,9 @@ def adamw(
     """
     gradients = [g if g.is_contiguous() and g.data_ptr() % 16 == 0 else g.clone(memory_format=torch.contiguous_format) for g in gradients]
     places = zip(gradients, masters, means, squares, weights, strict=True)
-    table = torch.tensor([[*(tensor.data_ptr() for tensor in place), place[0].numel()] for place in places]).to(blocks.device)
+    rows = [[*(tensor.data_ptr() for tensor in place), place[0].numel()] for place in places]
+    # from page-locked memory, so that nothing waits; in every step, as backward puts gradients where it finds room
+    table = torch.tensor(rows, pin_memory=blocks.is_cuda).to(blocks.device, non_blocking=True)
     rate, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
     _adamw[(len(blocks),)](blocks, table, clip, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], rate, root, eps, BLOCK, num_warps=8)
 

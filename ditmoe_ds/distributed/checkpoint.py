@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import Engine
+from ditmoe_ds.distributed.host import empty_on_host
 from ditmoe_ds.distributed.shards import Shard, fill, set_optimizer_step
 from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
 from ditmoe_ds.distributed.topology import agreed
@@ -51,8 +52,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are never deleted; 0 for none."""
     asynchronous: bool = False
-    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file, from a GPU up to
-    twice as much: torch rounds pinned memory up to powers of two."""
+    """Copy to host memory, write in the background and train on. The copy takes as much host memory as the rank's file."""
     on_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (a full disk): stop the run, or say so and train on. An asynchronous failure
     is printed at once and stops the run at the next save."""
@@ -129,7 +129,7 @@ class Saver:
 
     def _host_copy(self, key: str, values: Tensor) -> Tensor:
         if key not in self.buffers:
-            self.buffers[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self.buffers[key] = empty_on_host(values.shape, values.dtype, locked=values.is_cuda)
         return self.buffers[key].copy_(values, non_blocking=True)
 
     def _write(self, index: dict[str, Any], entries: list[Entry], pieces: list[Any]) -> None:

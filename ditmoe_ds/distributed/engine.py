@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import deepspeed
@@ -192,7 +193,7 @@ def build(
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
         if device.type == "cuda" and optimizer.name == "adamw":
-            engine.optimizer.step = partial(_step_masters_at_once, engine, [blocks_of(group) for group in engine.optimizer.fp32_groups])
+            engine.optimizer.step = partial(_step_masters_at_once, engine, blocks_of([*chain(*engine.optimizer.fp32_groups)]))
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
@@ -254,28 +255,27 @@ def _step_masters(engine: Engine) -> None:
         torch._foreach_copy_([parameter.data for parameter in low], [master.data for master in high])
 
 
-def _step_masters_at_once(engine: Engine, blocks: list[Tensor]) -> None:
-    """``_step_masters`` of AdamW on a GPU, given ``blocks_of`` each group of weights."""
+def _step_masters_at_once(engine: Engine, blocks: Tensor) -> None:
+    """``_step_masters`` of AdamW on a GPU, of all groups together, given ``blocks_of`` their masters. Groups have the same settings."""
     optimizer = engine.optimizer
-    adam = optimizer.optimizer
-    number = int(next(iter(adam.state.values()))["step"]) + 1
-    for low, high, group, places in zip(optimizer.fp16_groups, optimizer.fp32_groups, adam.param_groups, blocks, strict=True):
-        states = [adam.state[master] for master in high]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        adamw(
-            [parameter.grad for parameter in low],
-            high,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            low,
-            places,
-            number,
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            engine.clip,
-        )
+    adam, masters, weights = optimizer.optimizer, [*chain(*optimizer.fp32_groups)], [*chain(*optimizer.fp16_groups)]
+    states, settings = [adam.state[master] for master in masters], adam.param_groups[0]
+    number = int(states[0]["step"]) + 1
+    torch._foreach_add_([state["step"] for state in states], 1)
+    adamw(
+        [parameter.grad for parameter in weights],
+        masters,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        weights,
+        blocks,
+        number,
+        settings["lr"],
+        settings["betas"],
+        settings["eps"],
+        settings["weight_decay"],
+        engine.clip,
+    )
 
 
 def _gather_by_layer(model: nn.Module) -> dict[str, int]:

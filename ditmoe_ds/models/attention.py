@@ -25,14 +25,14 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D). ``angles`` (B or 1, N, head_dim / 2) rotate q and k by their positions (RoPE)."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D). ``rotation``, cosines and sines (B or 1, N, head_dim / 2), turns q and k by their positions (RoPE)."""
         heads = self.qkv(x).unflatten(2, (-1, self.head_dim))  # (B, N, heads, d)
         kv = heads.shape[2] // (self.group + 2)  # the heads that are here: tensor parallelism deals them out
         q, k, v = heads.split([self.group * kv, kv, kv], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         grouped = self.group > 1
         if grouped and q.is_cuda and q.dtype == torch.float32:  # of fp32 no fused kernel takes groups, and all scores would be in memory
             k, v, grouped = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2), False

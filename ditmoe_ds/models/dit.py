@@ -184,7 +184,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         c: Tensor,
-        angles: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
         text: Tensor | None = None,
         mask: Tensor | None = None,
         recompute_attention: bool = False,
@@ -196,7 +196,7 @@ class Block(nn.Module):
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
         attend = partial(checkpoint, self.attend, use_reentrant=False) if recompute_attention else self.attend
-        x = attend(x, shift1, scale1, gate1, angles, text, mask)
+        x = attend(x, shift1, scale1, gate1, rotation, text, mask)
         plain = self.norm2(x)
         modulated = modulate(plain, shift2, scale2)
         if self.decoupled and isinstance(self.mlp, MoE):
@@ -206,10 +206,17 @@ class Block(nn.Module):
         return x + gate2 * out, *stats
 
     def attend(
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, angles: Tensor | None, text: Tensor | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        text: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """The first half: x after attention to itself and to the text."""
-        x = x + gate * self.attn(modulate(self.norm1(x), shift, scale), angles)
+        x = x + gate * self.attn(modulate(self.norm1(x), shift, scale), rotation)
         return x if self.cross is None else x + self.cross(self.norm_cross(x), text, mask)
 
 
@@ -318,11 +325,12 @@ class DiT(nn.Module):
             assert text is not None and mask is not None
             text, pooled = self.text_embed(text, mask)
             c = c + pooled
+        rotation = None if angles is None else (angles.cos(), angles.sin())  # once for all layers, their q and k
         stats = []
         again = self.checkpoint_activations if self.training else False
         for block in self.blocks:
             run = partial(checkpoint, block, use_reentrant=False, context_fn=same_decisions) if again is True else block
-            x, *layer = run(x, c, angles, text, mask, again == "attention")
+            x, *layer = run(x, c, rotation, text, mask, again == "attention")
             if layer:
                 stats.append(layer)
         out = self.final(x, c)

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.models import rotary
+
 
 @functools.lru_cache(maxsize=64)
 def position_table(rows: int, columns: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -27,9 +30,11 @@ def rotary_angles(rows: int, columns: int, dim: int, device: torch.device) -> Te
     return _grid(_angles(columns, dim // 4), _angles(rows, dim // 4)).float().to(device)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_(i + d/2)) of x (B, N, heads, d) by ``angles`` (B or 1, N, d / 2), in fp32."""
-    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_(i + d/2)) of x (B, N, heads, d) by angles with these cosines and sines (B or 1, N, d / 2), in fp32."""
+    if x.is_cuda and not torch.compiler.is_compiling():  # a compiler makes one kernel of what follows
+        return rotary.Rotate.apply(x, cos, sin)
+    cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 

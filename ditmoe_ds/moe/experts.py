@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from ditmoe_ds.moe.rows import activate, activate_backward
 
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.moe import kernels
+
 
 class PackedExperts(nn.Module):
     """``num_experts`` feed-forward networks of width F, run on tokens sorted by expert.
@@ -98,6 +101,7 @@ class ExpertFFN(torch.autograd.Function):
         for part, before in zip(ctx.parts, first, strict=True):
             inner, before_grad = activate_backward(before, multiply(grad[part.rows], w2[part.experts], part.ends), ctx.activation)
             w2_grad = fill(w2_grad, w2, part, grad[part.rows], inner)
+            del inner  # makes room for the rest
             w1_grad = fill(w1_grad, w1, part, before_grad, x[part.rows])
             x_grads.append(multiply(before_grad, w1[part.experts], part.ends))
             if ctx.biased:
@@ -142,8 +146,7 @@ def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x
     if part.ends is not None:
         found = F.grouped_mm(grad.t(), x, offs=part.ends)
         if leaves_gaps(x.device):
-            empty = part.ends.diff(prepend=part.ends.new_zeros(1)) == 0
-            found.masked_fill_(empty[:, None, None], 0.0)
+            kernels.clear(found, part.ends)
         return found
     weight_grad = torch.empty_like(weight) if weight_grad is None else weight_grad
     own = weight_grad[part.experts]

@@ -19,12 +19,12 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """``swiglu`` of x again, and the gradient of x, given that of its result."""
-    again, x_grad = torch.empty_like(grad), torch.empty_like(x)
+def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
+    """The gradient of x, given that of ``swiglu``'s result, which is written to ``again`` if it is there; that may be ``grad`` itself."""
+    x_grad = torch.empty_like(x)
     if len(x):
         _swiglu_backward[_grid(grad)](x, grad, again, x_grad, grad.shape[1], BLOCK)
-    return again, x_grad
+    return x_grad
 
 
 def sum_takings(rows: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
@@ -49,6 +49,12 @@ def weigh_backward(grad: Tensor, rows: Tensor, tokens: Tensor, weights: Tensor) 
         width = rows.shape[1]
         _weigh_backward[(len(rows),)](grad, rows, tokens, weights, rows_grad, weights_grad, width, triton.next_power_of_2(width))
     return rows_grad, weights_grad
+
+
+def clear(matrices: Tensor, ends: Tensor) -> None:
+    """Zeros for those of the matrices (E, N, K) whose experts have no rows; ``ends`` (E,) is where each expert's end."""
+    experts, size = len(matrices), matrices[0].numel()
+    _clear[experts, min(triton.cdiv(size, BLOCK), 128)](matrices, ends, size, BLOCK)
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:
@@ -79,7 +85,8 @@ def _swiglu_backward(x, grad, again, x_grad, width, BLOCK: tl.constexpr):
     upward = tl.load(grad + row * width + columns, inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     gated = gate * sigmoid
-    tl.store(again + row * width + columns, gated * up, inside)
+    if again is not None:
+        tl.store(again + row * width + columns, gated * up, inside)
     tl.store(x_grad + row * 2 * width + columns, upward * up * sigmoid * (1 + gate * (1 - sigmoid)), inside)
     tl.store(x_grad + row * 2 * width + width + columns, upward * gated, inside)
 
@@ -105,3 +112,12 @@ def _weigh_backward(grad, rows, tokens, weights, rows_grad, weights_grad, width,
     own = tl.load(rows + row * width + columns, inside, other=0.0).to(tl.float32)
     tl.store(rows_grad + row * width + columns, upward * tl.load(weights + row), inside)
     tl.store(weights_grad + row, tl.sum(upward * own))
+
+
+@triton.jit
+def _clear(matrices, ends, size, BLOCK: tl.constexpr):
+    expert = tl.program_id(0).to(tl.int64)
+    if tl.load(ends + expert) == tl.load(ends + expert - 1, expert > 0, other=0):
+        for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(matrices + expert * size + at, 0.0, at < size)

@@ -31,14 +31,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """``activate`` of x (M, N) again, and the gradient of x, given that of its result."""
+    """``activate`` of x (M, N) again, and the gradient of x, given that of its result, in whose memory the former may be put."""
     if activation == "gelu":
         return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     if fused(x):
-        return kernels.swiglu_backward(x, grad)
+        x_grad = kernels.swiglu_backward(x, grad, again=grad)
+        return grad, x_grad
     gate, up = x.chunk(2, dim=-1)
     gated = F.silu(gate)
-    return gated * up, torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * gated], dim=-1)
+    x_grad = torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * gated], dim=-1)
+    return gated.mul_(up), x_grad
 
 
 class SwiGLU(torch.autograd.Function):
@@ -52,7 +54,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return activate_backward(x.contiguous().flatten(0, -2), grad.contiguous().flatten(0, -2), "swiglu")[1].view_as(x)
+        return kernels.swiglu_backward(x.contiguous().flatten(0, -2), grad.contiguous().flatten(0, -2), None).view_as(x)
 
 
 def by_token(assignment: Assignment, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -9,14 +9,12 @@ from ditmoe_ds.moe.experts import PackedExperts
 def keep_experts_on_the_host(model: nn.Module, device: torch.device) -> None:
     """Copy each layer's experts, which lie in host memory, to ``device`` when the layer runs, and let the copy go after it.
 
-    The device holds the experts of one layer at a time. From page-locked memory the copy runs beside the host's work, not beside the
-    device's.
+    The device holds the experts of one layer at a time. From page-locked memory, as of ``empty_on_host``, the copy runs beside the host's
+    work, not beside the device's.
     """
     for module in model.modules():
         if isinstance(module, PackedExperts):
             parameters = list(module.parameters())
-            for parameter in parameters:
-                parameter.data = parameter.data.pin_memory() if device.type == "cuda" else parameter.data
             _visit(module, parameters, [parameter.data for parameter in parameters], device)
 
 

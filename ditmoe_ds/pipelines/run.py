@@ -17,6 +17,7 @@ from ditmoe_ds import config
 from ditmoe_ds.diffusion.noise import image_generators
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import Sampler, make_scheduler
+from ditmoe_ds.distributed.host import empty_on_host
 from ditmoe_ds.distributed.topology import ExpertGroup
 from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
 from ditmoe_ds.errors import ConfigError
@@ -190,21 +191,24 @@ def load_model(
     """
     settings = config.build(DiTConfig, weights.description["model"])
     weights.check(parameter_shapes(settings))
+    device = torch.device(device)
     with torch.device("meta"):
         model = DiT(settings, group.size if group else 1)
     for module in model.modules():
         if group and isinstance(module, MoE):
             module.set_deepspeed_parallelism()
         for key, parameter in list(module.named_parameters(recurse=False)):
-            place = "cpu" if offload_experts and is_moe_param(parameter) else device
-            made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=place))
+            if offload_experts and is_moe_param(parameter):
+                made = nn.Parameter(empty_on_host(parameter.shape, dtype, locked=device.type == "cuda"))
+            else:
+                made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
             made.__dict__.update(parameter.__dict__)  # DeepSpeed's mark of an expert
             setattr(module, key, made)
     for name, parameter in model.named_parameters():
         start = group.rank * parameter.numel() if group and is_moe_param(parameter) else 0
         weights.read(name, start, parameter.view(-1))
     if offload_experts:
-        keep_experts_on_the_host(model, torch.device(device))
+        keep_experts_on_the_host(model, device)
     return model.eval()
 
 

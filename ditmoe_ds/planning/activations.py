@@ -94,8 +94,6 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     heads += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
     attention = size * 4 * D + 8 + heads / tensor
     parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
-    if model.positions == "rope":
-        parts["attention"] += 4 * 2 * head * batch.patches  # cosines and sines, for q and for k
     if batch.text:
         # of heads: q, q normed, the output; k and v, k normed; x and its norm are whole
         per_patch = size * (2 + model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
@@ -127,7 +125,8 @@ def _outside(batch: MicroBatch) -> float:
     loss = 4 * pixels * (4 * model.in_channels + 2 * model.out_channels)
     final = size * batch.tokens * (3 * model.hidden + model.patch**2 * model.out_channels)
     text = size * batch.images * batch.text * (model.text_width + 3 * model.hidden)
-    return loss + final + text + size * batch.images * 4 * model.condition_width
+    rotation = 4 * model.hidden // model.heads * batch.patches * (model.positions == "rope")  # cosines and sines, for all blocks
+    return loss + final + text + rotation + size * batch.images * 4 * model.condition_width
 
 
 def _working(batch: MicroBatch) -> float:
@@ -143,9 +142,11 @@ def _working(batch: MicroBatch) -> float:
         matrix, edge = size * D * experts * width, size * rows * D
         hidden = size * rows * width / (1 if batch.cuda else experts)  # of what is computed at once
         # the gradient of outputs, weighted, on a CPU in fp32 and twice; the activation again and its backward, on a CPU with every
-        # step of SwiGLU's; then the gradients of both matrices and of the rows, when the outputs are gone
+        # step of SwiGLU's; with them the gradient of w2; then, without the activation, those of both matrices and of the rows, when the
+        # outputs are gone
         combined = edge if batch.cuda else 8 * rows * D + 4 * batch.tokens * D
-        activation = edge + ((4 if batch.cuda else 7) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
-        both = (2 + gated) * matrix + 2 * edge + (2 + gated) * hidden
-        moments = [combined, activation - edge, both - edge]
+        activation = edge + ((3 if batch.cuda else 6) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
+        second = matrix + edge + (2 + gated) * hidden
+        both = (2 + gated) * matrix + 2 * edge + (1 + gated) * hidden
+        moments = [combined, activation - edge, second - edge, both - edge]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches
