@@ -88,8 +88,9 @@ def test_no_shared_path():
     torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_shared_path_is_computed_while_tokens_are_on_their_way(monkeypatch):
-    """Forward and backward, each of the four transfers beside half of it. One rank is its own peer."""
+def test_what_is_computed_while_tokens_are_on_their_way(monkeypatch):
+    """The shared path, forward and backward, each of the four transfers beside half of it; and, while their numbers are asked for, the
+    order in which they are summed. One rank is its own peer."""
     events = []
 
     class Work:
@@ -101,11 +102,12 @@ def test_the_shared_path_is_computed_while_tokens_are_on_their_way(monkeypatch):
             self.copy[0].copy_(self.copy[1])  # not before: what is computed meanwhile cannot have used it
             events.append("end")
 
-    def transfer(out, rows, *_, async_op=False, **__):
-        return Work(out.fill_(torch.nan), rows) if async_op else out.copy_(rows)
+    def transfer(out, rows, *_, async_op, **__):
+        return Work(out.fill_(torch.nan if out.is_floating_point() else -1), rows)
 
     monkeypatch.setattr(dispatch.dist, "all_to_all_single", transfer)
     monkeypatch.setattr(dispatch.dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr("ditmoe_ds.moe.layer.by_token", lambda *given: events.append("by token") or rows_of.by_token(*given))
     moe, x = layer(), torch.randn(T, D, requires_grad=True)
     moe.deepspeed_moe.ep_size = 2
     moe.deepspeed_moe._set_ep_group(None)
@@ -121,8 +123,8 @@ def test_the_shared_path_is_computed_while_tokens_are_on_their_way(monkeypatch):
         out.square().sum().backward()
         found.append([out, x.grad, *(parameter.grad for parameter in moe.parameters())])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-    forward = ["begin", "w1", "end", "begin", "w2", "end"]
-    assert events[:12] == [*forward, "begin", "gradient of w2", "end", "begin", "gradient of w1", "end"]
+    forward = ["begin", "by token", "end", "begin", "w1", "end", "begin", "w2", "end"]
+    assert events[:15] == [*forward, "begin", "gradient of w2", "end", "begin", "gradient of w1", "end"]
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient():

@@ -25,17 +25,25 @@ class Exchange(NamedTuple):
     """(E_local,) rows of each local expert."""
 
 
-def plan(assignment: Assignment, group: dist.ProcessGroup) -> Exchange:
-    """Derive the splits from the takings per expert, by exchanging these: the layer's only device-to-host sync. Equal ones are known."""
-    counts, ranks = assignment.counts, dist.get_world_size(group)
+def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work] | None:
+    """Begin to exchange the takings per expert, for ``plan``. Equal ones are known."""
     if assignment.equal:
+        return None
+    arriving = torch.empty_like(assignment.counts)
+    return arriving, dist.all_to_all_single(arriving, assignment.counts, group=group, async_op=True)
+
+
+def plan(assignment: Assignment, asked: tuple[Tensor, dist.Work] | None, group: dist.ProcessGroup) -> Exchange:
+    """Derive the splits from the takings per expert, which were ``asked`` for: the layer's only device-to-host sync."""
+    counts, ranks = assignment.counts, dist.get_world_size(group)
+    if asked is None:
         rows = torch.arange(len(assignment.tokens), device=counts.device)
         split = [len(rows) // ranks] * ranks
         arrived = rows.view(ranks, len(counts) // ranks, -1)  # (source rank, local expert, places)
         order, back = (rows.transpose(0, 1).reshape(-1) for rows in (arrived, arrived.view(len(counts) // ranks, ranks, -1)))
         return Exchange(split, split, order, back, counts[: len(counts) // ranks] * ranks)
-    arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=group)
+    arriving, work = asked
+    work.wait()
     send, receive = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
     local = torch.arange(len(counts) // ranks, device=counts.device).repeat(ranks)
     order = local.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)

@@ -94,6 +94,7 @@ class RoutedExperts(MOELayer):
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)
+        asked = dispatch.ask(assignment, self.ep_group) if self.ep_size > 1 else None
         listed = by_token(assignment, len(tokens))
         rows = Take.apply(tokens, assignment.tokens, *listed)
         experts = self.experts.deepspeed_experts[0]
@@ -101,7 +102,7 @@ class RoutedExperts(MOELayer):
             rows = experts(rows, assignment.counts, assignment.equal)
             beside = shared(x) if shared else None
         else:
-            exchange = dispatch.plan(assignment, self.ep_group)
+            exchange = dispatch.plan(assignment, asked, self.ep_group)
             order, back = exchange.order, exchange.back
             outward = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
             inner: Any = shared.up(x) if shared else None
