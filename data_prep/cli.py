@@ -19,6 +19,10 @@ SOURCE = (
     "hf:PATH (saved with datasets' save_to_disk), sample:digits (5,000 MNIST digits), sample:emoji (3,778 Twemoji with captions) or "
     "sample:shapes (12,000 captioned scenes of coloured shapes)"
 )
+TEXT = (
+    "folder or hub id of a transformers text encoder; None stores captions alone, and none of folder:PATH, whose captions are x.txt "
+    "beside x.png, or lines of a metadata.jsonl or metadata.csv with file_name and text"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--store", choices=("mean", "mean+std", "sample"), default="mean", help="what is stored of the VAE's posterior")
     encode.add_argument("--seed", type=int, default=0, help="of --store sample")
     encode.add_argument("--flip-copies", action="store_true", help="also encode a mirrored copy of each image")
-    encode.add_argument("--text", help="folder or hub id of a transformers text encoder; None stores captions alone")
+    encode.add_argument("--text", help=TEXT)
     encode.add_argument("--text-max-tokens", type=_positive, default=77, help="longer captions are cut")
     encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; None: as the largest label needs")
     encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")

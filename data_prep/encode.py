@@ -58,7 +58,7 @@ def encode(
         DataError: the source or VAE cannot be read, ``out`` cannot be written or holds another request, too many bad images.
     """
     number, count = worker or worker_from_environment()
-    found = open_source(source, shard_size, classes)
+    found = open_source(source, shard_size, classes, "captions" if text else "classes")
     request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
     models = functools.cache(functools.partial(_Encoder, request))
@@ -187,11 +187,12 @@ def _encode(
         progress.total = -(-source.images * len(units) // source.units)
     with ExitStack() as stack:
         unit: UnitWriter | None = None
-        batches = ((task, [item.image for item in task.items]) for task in _tasks(root, source, units, encoder.request.batch))
-        for task, pixels in ahead(batches, functools.partial(images.decode, sizes=encoder.request.sizes), decoders):
+        tasks = _tasks(root, source, units, encoder.request.batch)
+        batches = ((task, [(item.image, item.caption_file) for item in task.items]) for task in tasks)
+        for task, contents in ahead(batches, functools.partial(images.read, sizes=encoder.request.sizes), decoders):
             if unit is None:
                 unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shapes, encoder.text_width))
-            encoder.add(unit, task.items, pixels)
+            encoder.add(unit, task.items, contents)
             progress.update(len(task.items))
             if task.last:
                 encoder.flush(unit)
@@ -213,16 +214,16 @@ class _Encoder:
         self.text_width = self.text.width if self.text else 0
         self.waiting: dict[tuple[int, ...], list[tuple[Item, np.ndarray]]] = {}
 
-    def add(self, unit: UnitWriter, items: list[Item], pixels: list[np.ndarray | str]) -> None:
-        """Encode ``items`` with their ``pixels`` (height, width, 3) uint8, or the reasons why there are none, into ``unit``.
-        They wait until there is a full batch of their size."""
+    def add(self, unit: UnitWriter, items: list[Item], contents: list[tuple[np.ndarray | str, str | None]]) -> None:
+        """Encode ``items`` with their pixels (height, width, 3) uint8, or the reasons why there are none, into ``unit``, and the
+        captions that were in files. They wait until there is a full batch of their size."""
         unit.images += len(items)
-        for item, found in zip(items, pixels):
+        for item, (found, caption) in zip(items, contents):
             if isinstance(found, str):
                 unit.rejected.append(Rejection(item.key, item.origin, found))
                 continue
             waiting = self.waiting.setdefault(found.shape, [])
-            waiting.append((item, found))
+            waiting.append((item if caption is None else dataclasses.replace(item, caption=caption), found))
             if len(waiting) == self.request.batch:
                 self._write(unit, self.waiting.pop(found.shape))
 

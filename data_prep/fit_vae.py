@@ -43,7 +43,7 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
         raise DataError(f"--out={out!r}: the folder is not empty and holds no VAE; choose another")
     if factor < 1 or factor & (factor - 1) or size % factor:
         raise ConfigError("--factor", factor, f"must be a power of two that divides --size {size}")
-    items = list(open_source(source).items())
+    items = list(open_source(source, wanted="images").items())
     train, heldout = (_images([item for item in items if is_heldout(item.key, HOLDOUT) == held], size) for held in (False, True))
     if not len(train) or not len(heldout):
         raise DataError(f"--source={source!r}: too few images to learn from some and test on others")

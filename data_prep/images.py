@@ -1,4 +1,4 @@
-"""Encoded images to pixels. Runs in the decoding processes, so nothing heavy is imported here."""
+"""Encoded images to pixels, and their captions from files. Runs in the decoding processes, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from data_prep import captions
 from ditmoe_ds.errors import DataError
 
 Size = tuple[int, int]
@@ -37,6 +38,25 @@ _UPRIGHT: dict[Any, Image.Transpose] = {
 def size_names(sizes: Sequence[Size]) -> str:
     """As on the command line: ``192x320,256x256``."""
     return ",".join(f"{height}x{width}" for height, width in sizes)
+
+
+def read(
+    pairs: list[tuple[Path | bytes | np.ndarray | str, Path | None]], sizes: Sequence[Size]
+) -> list[tuple[np.ndarray | str, str | None]]:
+    """Of each image, with the file of its caption if there is one, what ``decode`` makes of it, and the caption.
+
+    Raises:
+        DataError: a file cannot be read at all.
+    """
+    found = []
+    for image, text in pairs:
+        caption = None
+        try:
+            caption = captions.read(text) if text else None
+        except ValueError as error:
+            image = str(error)[:200]
+        found.append((_decode(image, sizes), caption))
+    return found
 
 
 def decode(images: list[Path | bytes | np.ndarray | str], sizes: Sequence[Size]) -> list[np.ndarray | str]:

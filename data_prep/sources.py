@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from data_prep import shapes
+from data_prep import captions, shapes
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
 from ditmoe_ds.latents import remote
 
@@ -28,6 +29,7 @@ MEMBER_LIMIT = 256 << 20
 LABELS = 1_000_000
 """Most classes: a manifest lists them all, and an id of another kind would fill the memory."""
 _URL = re.compile("[a-z][a-z0-9]*:")
+Wanted = Literal["classes", "captions", "images"]
 FLIP = "-flip"
 """Ends the key of a mirrored copy."""
 
@@ -44,6 +46,8 @@ class Item:
     """Where it came from, for messages; for tars, its key there."""
     image: Path | bytes | np.ndarray | str
     """As ``images.decode`` takes it; for a sample that cannot be used, the reason."""
+    caption_file: Path | None = None
+    """Holds the caption, if ``caption`` does not; read together with the image."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,14 @@ class Source:
         return (item for unit in range(self.units) for item in self.unit(unit))
 
 
-def open_source(name: str, unit_size: int = 1000, classes: int | None = None) -> Source:
+def open_source(name: str, unit_size: int = 1000, classes: int | None = None, wanted: Wanted = "classes") -> Source:
     """The source ``folder:PATH``, ``wds:URLS``, ``hf:PATH``, ``sample:digits``, ``sample:emoji`` or ``sample:shapes``.
 
     Args:
         unit_size: images in a unit; for tars, each tar is a unit.
         classes: number of classes, for labels without names.
+        wanted: what a folder's images are used with. For ``classes``, those in no sub-folder are left out; ``captions`` are looked for
+            beside them; for ``images`` alone, neither.
 
     Raises:
         ConfigError: ``classes`` does not fit this source.
@@ -94,7 +100,7 @@ def open_source(name: str, unit_size: int = 1000, classes: int | None = None) ->
     if name == "sample:emoji":
         return listed(name, *emoji(), unit_size)
     if kind == "folder" and value:
-        return listed(name, *_folder(name, Path(value)), unit_size)
+        return listed(name, *_folder(name, Path(value), wanted), unit_size)
     raise DataError(f"--source={name!r}: choose folder:PATH, wds:URLS, hf:PATH, sample:digits, sample:emoji or sample:shapes")
 
 
@@ -120,7 +126,8 @@ def _digest(name: str) -> str:
 
 def listed(name: str, class_names: tuple[str, ...], items: list[Item], unit_size: int) -> Source:
     """A source of ``items``; each unit is ``unit_size`` of them."""
-    digest = hashlib.sha256(json.dumps([(item.key, item.label, item.caption) for item in items]).encode()).hexdigest()
+    listing = [(item.key, item.label, item.caption_file.name if item.caption_file else item.caption) for item in items]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     units = -(-len(items) // unit_size)
     return Source(name, class_names, len(items), units, lambda unit: items[unit * unit_size : (unit + 1) * unit_size], digest)
 
@@ -135,30 +142,50 @@ def _shapes(name: str, unit_size: int) -> Source:
     return Source(name, shapes.CATEGORIES, shapes.IMAGES, -(-shapes.IMAGES // unit_size), unit, digest)
 
 
-def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
+def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], list[Item]]:
     if not root.is_dir():
         raise DataError(f"--source={name!r}: no such folder")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    items, others = [], sum(path.is_file() and not path.name.startswith(".") for path in root.iterdir())
-    for label, class_name in enumerate(classes):
-        for path in sorted(root.joinpath(class_name).rglob("*")):
-            if any(part.startswith(".") for part in path.relative_to(root).parts):  # a file manager's, a notebook's, an unfinished class
+    with os.scandir(root) as entries:  # which knows what is a folder without asking the disk about each of a million files
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    items: list[Item] = []
+    others: dict[str, Path] = {}
+    known = set(classes)
+    folders = ((label, root.joinpath(class_name).rglob("*")) for label, class_name in enumerate(classes))
+    for label, paths in ((None, (path for path in root.iterdir() if path.name not in known)), *folders):
+        for path in paths:
+            origin = path.relative_to(root).as_posix()
+            if "/." in f"/{origin}":  # a file manager's, a notebook's, an unfinished class
                 continue
-            if path.suffix.lower() not in SUFFIXES:
-                others += path.is_file() or path.is_symlink()
+            if path.suffix.lower() not in SUFFIXES or (label is None and wanted == "classes"):
+                others[origin] = path
             else:
-                origin = path.relative_to(root).as_posix()
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
                 items.append(Item(_digest(origin), label, None, origin, path))
-    if others:
+    texts = {captions.text_of(item.origin) for item in items}  # known by their names, for the same reason
+    strange = [path for origin, path in others.items() if origin not in texts and path.name not in captions.METADATA]
+    if count := sum(path.is_file() or path.is_symlink() for path in strange):
+        place = " in a class's folder" if wanted == "classes" else ""
         print(
-            f"--source={name!r}: {others} files are no images ({', '.join(SUFFIXES)}) in a class's folder, or linked folders; left out",
-            file=sys.stderr,
+            f"--source={name!r}: {count} files are no images ({', '.join(SUFFIXES)}){place}, or linked folders; left out", file=sys.stderr
         )
     if not items:
-        raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
+        what = "one folder per class there, with files" if wanted == "classes" else "there files"
+        raise DataError(f"--source={name!r}: no images; put {what} of {', '.join(SUFFIXES)}")
+    if wanted == "captions":
+        found = captions.beside(name, [item.origin for item in items], others)
+        items = [_captioned(item, found[item.origin]) for item in items]
     # Not class after class: shards that hold one class or two give batches of few classes.
     return tuple(classes), sorted(items, key=lambda item: item.key)
+
+
+def _captioned(item: Item, caption: Any) -> Item:
+    if isinstance(caption, Path):
+        return replace(item, caption_file=caption)
+    try:
+        _check(item.label, caption)
+        return replace(item, caption=caption)
+    except ValueError as error:
+        return replace(item, image=str(error)[:200])
 
 
 def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:

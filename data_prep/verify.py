@@ -69,7 +69,7 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
     samples = spread(manifest, manifest.splits.val.shards or manifest.splits.train.shards, SHEET)
     wanted = {sample.key.removesuffix(FLIP) for sample in samples}
     origins = {}
-    for item in open_source(source or manifest.source).items():
+    for item in open_source(source or manifest.source, wanted="images").items():
         if item.key in wanted:
             origins[item.key] = item.image
             if len(origins) == len(wanted):

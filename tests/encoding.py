@@ -89,3 +89,21 @@ def word_tokenizer(*words: str):
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=12)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def write_text_encoder(folder: Path, kind: str) -> None:
+    """A transformers folder with a tiny random model of width 12 and a tokenizer of words that ends each caption."""
+    import transformers
+
+    word_tokenizer("a", "red", "square").save_pretrained(folder)
+    torch.manual_seed(0)
+    size = dict(vocab_size=6, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    if kind == "clip":
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, eos_token_id=1, pad_token_id=0))
+    elif kind == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**size))
+    elif kind == "roberta":
+        model = transformers.RobertaModel(transformers.RobertaConfig(**size, pad_token_id=1))
+    else:
+        model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=6, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    model.save_pretrained(folder)

@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
-from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encode, samples, word_tokenizer, write_tar
+from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encode, samples, write_tar, write_text_encoder
 from PIL import Image
 from processes import ROOT
 
@@ -395,24 +394,6 @@ def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind, capsys):
     assert main(["verify", str(out)]) == 0
 
 
-def write_text_encoder(folder: Path, kind: str) -> None:
-    """A transformers folder with a tiny random model of width 12 and a tokenizer of words that ends each caption."""
-    import transformers
-
-    word_tokenizer("a", "red", "square").save_pretrained(folder)
-    torch.manual_seed(0)
-    size = dict(vocab_size=6, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
-    if kind == "clip":
-        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, eos_token_id=1, pad_token_id=0))
-    elif kind == "bert":
-        model = transformers.BertModel(transformers.BertConfig(**size))
-    elif kind == "roberta":
-        model = transformers.RobertaModel(transformers.RobertaConfig(**size, pad_token_id=1))
-    else:
-        model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=6, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    model.save_pretrained(folder)
-
-
 def test_a_text_encoder_whose_weights_are_elsewhere(tmp_path):
     """As while accelerate offloads it: its hooks send the inputs after the weights."""
     write_text_encoder(tmp_path / "bert", "bert")
@@ -494,7 +475,8 @@ def test_a_vae_may_be_made_where_one_stands(inputs, tmp_path, monkeypatch):
 
 def test_an_encoder_that_is_none_does_not_keep_the_folder(inputs, tmp_path, capsys):
     write_text_encoder(tmp_path / "bert", "bert")
-    wanted = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(tmp_path / "o")]
+    write_tar(tmp_path / "in.tar", [{"__key__": f"k{i}", "png": png(i)} for i in range(9)])
+    wanted = ["encode", "--source", f"wds:{tmp_path / 'in.tar'}", "--vae", str(inputs / "vae"), "--out", str(tmp_path / "o")]
     wanted += ["--size", "16", "--text-max-tokens", "8", "--decoders", "0", "--text"]
     assert main([*wanted, str(inputs / "vae")]) == 2
     assert_one_line(capsys.readouterr().err, "readable text encoder")

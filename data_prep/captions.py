@@ -1,0 +1,110 @@
+"""Captions that lie beside the images of a folder: ``x.txt`` beside ``x.png``, or lines of ``metadata.jsonl`` or ``metadata.csv``.
+
+``x.txt`` is read in the decoding processes, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import posixpath
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ditmoe_ds.errors import DataError, in_a_line
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+COLUMNS = ("caption", "text")
+"""What a caption may be called, the first that there is."""
+LIMIT = 1 << 20
+"""Most bytes of a text, and characters of a line."""
+
+
+def read(path: Path) -> str:
+    """The text in a file, without the space around it.
+
+    Raises:
+        ValueError: it is too long, or no UTF-8.
+        DataError: the file cannot be read at all.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LIMIT + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
+    if len(content) > LIMIT:
+        raise ValueError(f"{path.name} has more than {LIMIT} bytes")
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def text_of(image: str) -> str:
+    """The path of its text beside an image's path."""
+    return f"{image.rpartition('.')[0]}.txt"
+
+
+def beside(source: str, images: list[str], files: dict[str, Path]) -> dict[str, Any]:
+    """Of each image its caption from a metadata line, or the file of its text, which is not opened yet, or None.
+
+    Args:
+        source: as given to ``--source``, for messages.
+        images: their paths in the folder.
+        files: what else is there, by the same kind of path.
+
+    Raises:
+        DataError: two captions for one image, or none for any; metadata that cannot be read.
+    """
+    found: dict[str, Any] = {image: files.get(text_of(image)) for image in images}
+    places: dict[str, str] = {}
+    lost: list[str] = []
+    for table in sorted(file for file in files if posixpath.basename(file) in METADATA):
+        for number, name, caption in _lines(files[table]):
+            image, place = posixpath.normpath(posixpath.join(posixpath.dirname(table), name)), f"{files[table]}, line {number}"
+            if image not in found:
+                lost.append(f"{place}: {name!r}")
+            elif caption is not None:
+                if found[image] is not None:
+                    two = f"{image} has a caption in {places.get(image, found[image])} and one in {place}"
+                    raise DataError(f"--source={source!r}: {two}; remove one of them")
+                found[image], places[image] = caption, place
+    if lost:
+        print(f"--source={source!r}: {len(lost)} lines of metadata name no image that is there, first {lost[0]}; left out", file=sys.stderr)
+    without = sum(caption is None for caption in found.values())
+    if without == len(images):
+        wanted = f"put x.txt beside x.png, or a {METADATA[1]} with file_name and text there"
+        raise DataError(f"--source={source!r}: none of {len(images)} images has a caption; {wanted}, or leave --text out")
+    if without:
+        print(f"--source={source!r}: {without} of {len(images)} images have no caption; theirs is empty", file=sys.stderr)
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Of each line of a metadata file its number, ``file_name`` and caption, which is None if there is none."""
+    number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        while line := file.readline(LIMIT):
+            number += 1
+            if len(line) == LIMIT and not line.endswith("\n"):
+                raise ValueError(f"more than {LIMIT} characters")
+            yield line
+
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: Any = csv.DictReader(lines(), strict=True) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines()))
+            for row in rows:
+                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                    raise ValueError("no file_name")
+                if None in row:  # a caption that was cut at its first comma
+                    raise ValueError("more fields than its first line names; quote what has commas")
+                yield number, row["file_name"], next((row[column] for column in COLUMNS if row.get(column) is not None), None)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
+    except (ValueError, csv.Error, RecursionError) as error:
+        where = "" if isinstance(error, UnicodeDecodeError) else f", line {number}"  # text is decoded ahead of its lines
+        raise DataError(f"{path}{where}: {in_a_line(error)}; repair or remove it") from None

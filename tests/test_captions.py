@@ -1,0 +1,204 @@
+"""Captions that lie beside the images of a folder, as ditmoe-data encode --text takes them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from encoding import assert_one_line, contents, png, run_encode, samples, write_tar, write_text_encoder
+
+from data_prep import captions
+from data_prep.cli import main
+from data_prep.finalize import finalize
+from data_prep.sources import open_source
+from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.text import load_text_encoder
+
+TEXTS = [f"{'a ' * (i % 4)}red square" for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "bert"
+    write_text_encoder(folder, "bert")
+    return str(folder)
+
+
+def write(root: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def pictures(count: int = 24) -> dict[str, bytes]:
+    """A third of them in no sub-folder."""
+    return {f"{('', 'b/', 'c/deep/')[i % 3]}{i}.png": png(i) for i in range(count)}
+
+
+def beside() -> dict[str, str]:
+    return {f"{Path(name).with_suffix('.txt')}": f" {text}\r\n" for name, text in zip(pictures(), TEXTS)}
+
+
+def jsonl(column: str = "text") -> dict[str, str]:
+    """Of the folders a file each, and of the sub-folder of one a path."""
+    lines: dict[str, list[str]] = {}
+    for name, text in zip(pictures(), TEXTS):
+        folder, _, rest = ("", "", name) if "/" not in name else name.partition("/")
+        lines.setdefault(f"{folder}/metadata.jsonl".lstrip("/"), []).append(json.dumps({"file_name": rest, column: text, "width": 24}))
+    return {name: "\n".join(found) + "\n\n" for name, found in lines.items()}
+
+
+def table() -> dict[str, str]:
+    return {"metadata.csv": "\ufefffile_name,text\r\n" + "".join(f'./{name},"{text}"\r\n' for name, text in zip(pictures(), TEXTS))}
+
+
+def all_samples(out: Path) -> dict[str, object]:
+    return {sample.meta["source"]: sample for split in ("train", "val") for sample in samples(out, split)}
+
+
+@pytest.mark.parametrize("layout", [beside, jsonl, table])
+def test_captions_of_each_layout(inputs, encoder, tmp_path, layout, capsys):
+    root = write(tmp_path / "in", pictures() | layout())
+    out = run_encode(inputs, tmp_path / "out", f"folder:{root}", text=encoder, text_max_tokens=8)
+    assert capsys.readouterr().err.count("--source") == 0
+    found, reference = all_samples(out), load_text_encoder(encoder, 8, "cpu")
+    assert {name: sample.meta["caption"] for name, sample in found.items()} == dict(zip(pictures(), TEXTS))
+    for sample in found.values():
+        torch.testing.assert_close(sample.tensors["text"], reference([sample.meta["caption"]])[0], atol=2e-2, rtol=2e-2)
+    manifest = Manifest.load(out)
+    assert (manifest.class_names, manifest.rejected) == (("b", "c"), 0)
+    assert all(sample.meta["class"] == (name[0] if "/" in name else None) for name, sample in found.items())
+    assert main(["verify", str(out), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert main(["inspect", str(out)]) == 0
+    assert "red square" in capsys.readouterr().out
+
+
+def test_workers_and_decoders_write_the_same_and_texts_are_part_of_the_request(inputs, encoder, tmp_path):
+    root = write(tmp_path / "in", pictures() | beside())
+    settings = dict(text=encoder, text_max_tokens=8, shard_size=5)
+    whole = run_encode(inputs, tmp_path / "whole", f"folder:{root}", **settings)
+    out = tmp_path / "out"
+    run_encode(inputs, out, f"folder:{root}", worker=(1, 2), decoders=1, **settings)
+    (root / "0.txt").rename(tmp_path / "0.txt")
+    with pytest.raises(DataError, match="another request .source_sha256"):
+        run_encode(inputs, out, f"folder:{root}", **settings)
+    (tmp_path / "0.txt").rename(root / "0.txt")
+    with pytest.raises(DataError, match="units 3 are missing") as caught:
+        finalize(str(out))
+    assert main([*str(caught.value).partition("; run ditmoe-data ")[2].split(), "--decoders", "0", "--worker", "0/1"]) == 0
+    assert contents(out) == contents(whole)
+
+
+def test_metadata_is_part_of_the_request_and_texts_are_not_opened_before_their_images(tmp_path, monkeypatch):
+    root = write(tmp_path / "in", pictures() | table())
+    before = open_source(f"folder:{root}", wanted="captions").sha256
+    write(root, {"metadata.csv": table()["metadata.csv"].replace("red", "blue", 1)})
+    assert open_source(f"folder:{root}", wanted="captions").sha256 != before
+    (root / "metadata.csv").unlink()
+    write(root, beside())
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read"):
+        captions.read(root / "gone.txt")
+    monkeypatch.setattr(captions, "read", lambda path: pytest.fail(f"{path} is read"))
+    source = open_source(f"folder:{root}", wanted="captions")
+    assert all(item.caption is None and item.caption_file.suffix == ".txt" for item in source.items())
+
+
+def test_without_text_they_are_left_out_and_nothing_changes(inputs, encoded, tmp_path, capsys):
+    """Also in a folder whose pictures were encoded before their captions came."""
+    shutil.copytree(inputs / "images", tmp_path / "in")
+    before = open_source(f"folder:{tmp_path / 'in'}").sha256
+    write(tmp_path / "in", {f"{kind}/{i}.txt": b"\xff" for i in range(40) for kind in ["ant", "cat"][i % 2 :][:1]})
+    write(tmp_path / "in", {"metadata.jsonl": "{", "cat/metadata.csv": "", "cat/notes.txt": ""})
+    capsys.readouterr()
+    assert open_source(f"folder:{tmp_path / 'in'}").sha256 == before
+    assert "1 files are no images" in capsys.readouterr().err
+    out = run_encode(inputs, tmp_path / "out", f"folder:{tmp_path / 'in'}")
+    assert {path.name: contents(out)[path.name] for path in out.glob("*.tar")} == {
+        path.name: contents(encoded)[path.name] for path in encoded.glob("*.tar")
+    }
+
+
+def test_a_picture_without_a_caption_has_the_empty_one_as_in_a_tar(inputs, encoder, tmp_path, capsys):
+    files = beside() | {"3.txt": " \n"}
+    del files["b/1.txt"]
+    root = write(tmp_path / "in", pictures() | files)
+    out = run_encode(inputs, tmp_path / "out", f"folder:{root}", text=encoder, text_max_tokens=8)
+    assert "1 of 24 images have no caption; theirs is empty" in capsys.readouterr().err
+    found, empty = all_samples(out), Manifest.load(out).empty_text()
+    assert (found["b/1.png"].meta["caption"], found["3.png"].meta["caption"]) == (None, "")
+    write_tar(tmp_path / "in.tar", [{"__key__": f"k{i}", "png": png(i)} for i in range(9)])
+    of_tar = samples(run_encode(inputs, tmp_path / "tar", f"wds:{tmp_path / 'in.tar'}", text=encoder, text_max_tokens=8), "train")[0]
+    assert of_tar.meta["caption"] is None
+    for sample in (found["b/1.png"], found["3.png"], of_tar):
+        torch.testing.assert_close(sample.tensors["text"], empty, atol=2e-2, rtol=2e-2)
+
+
+def test_a_bad_text_is_a_reason(inputs, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "LIMIT", 100)
+    names = list(pictures())
+    bad = {"1.txt": "caf\u00e9".encode("latin-1"), "4.txt": "x" * 101}
+    lines = {"file_name": "3.png", "caption": ["one", "two"]}, {"file_name": "0.png", "text": None, "caption": "red \ud83d"}
+    files = {f"b/{name}": content for name, content in bad.items()}
+    files |= {name: content for name, content in beside().items() if name not in (*files, "0.txt", "3.txt")}
+    root = write(tmp_path / "in", pictures() | files | {"metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    settings = dict(text=encoder, text_max_tokens=8)
+    with pytest.raises(ConfigError, match="--max-rejected=0.01: 3 of 24 images could not be encoded"):
+        run_encode(inputs, tmp_path / "out", f"folder:{root}", **settings)
+    out = run_encode(inputs, tmp_path / "out", f"folder:{root}", max_rejected=0.5, **settings)
+    rejected = {line["source"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    assert rejected == {
+        "b/1.png": "1.txt: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data",
+        "b/4.png": "4.txt has more than 100 bytes",
+        "3.png": "a caption of type list; a caption is one string",
+    }
+    found = all_samples(out)
+    assert found.keys() == set(names) - rejected.keys() and found["0.png"].meta["caption"] == "red \ud83d"
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({}, ["none of 24 images has a caption", "put x.txt beside x.png", "leave --text out"]),
+        (beside() | {"b/metadata.jsonl": '{"file_name": "1.png", "text": "a"}'}, ["b/1.png has a caption", "/b/1.txt", "jsonl, line 1"]),
+        (table() | jsonl(), ["b/1.png has a caption in", "/b/metadata.jsonl, line 1 and one in", "metadata.csv, line 3"]),
+        ({"metadata.csv": "file_name,text\n0.png,a\n0.png,red\n"}, ["0.png has a caption in", "line 2 and one in", "line 3"]),
+        ({"metadata.csv": "file_name,text\n0.png,a red, a square\n"}, ["metadata.csv, line 2", "quote what has commas"]),
+        ({"metadata.csv": "file_name;text\n0.png;a\n"}, ["metadata.csv, line 2: no file_name"]),
+        ({"metadata.csv": f"file_name,text\n0.png,{'a' * 200_000}\n"}, ["metadata.csv, line 2", "field larger than"]),
+        ({"metadata.csv": 'file_name,text\n0.png,"a\n'}, ["metadata.csv, line 2: unexpected end"]),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": "a"}\n{"file_name": '}, ["metadata.jsonl, line 2: Expecting value"]),
+        ({"metadata.jsonl": '["0.png", "a"]'}, ["metadata.jsonl, line 1: no file_name"]),
+        ({"metadata.jsonl": '{"file_name": 7}'}, ["metadata.jsonl, line 1: no file_name"]),
+        ({"metadata.jsonl": "[" * 200_000}, ["metadata.jsonl, line 1", "recursion"]),
+        ({"metadata.jsonl": " " * 3_000_000}, ["metadata.jsonl, line 1: more than 1048576 characters"]),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": "caf\u00e9"}'.encode("latin-1")}, ["metadata.jsonl: 'utf-8' codec"]),
+    ],
+)
+def test_captions_that_cannot_be_used_are_one_error(inputs, encoder, tmp_path, capsys, files, words):
+    root = write(tmp_path / "in", pictures() | files)
+    arguments = ["encode", "--source", f"folder:{root}", "--vae", str(inputs / "vae"), "--size", "16", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--text", encoder]) == 2
+    assert_one_line(capsys.readouterr().err, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_without_their_image_are_counted(tmp_path, capsys):
+    names = ["0.png", "gone.png", "../in/0.png", "../../etc/passwd"]
+    root = write(tmp_path / "in", pictures() | {"b/metadata.jsonl": "\n".join(json.dumps({"file_name": n, "text": "a"}) for n in names)})
+    with pytest.raises(DataError, match="none of 24 images has a caption"):
+        open_source(f"folder:{root}", wanted="captions")
+    said = capsys.readouterr().err
+    assert f"4 lines of metadata name no image that is there, first {root}/b/metadata.jsonl, line 1: '0.png'; left out" in said
+
+
+def test_a_vae_is_fitted_to_pictures_in_no_sub_folder_too(tmp_path, capsys):
+    root = write(tmp_path / "in", {f"{i}.png": png(i) for i in range(40)} | {f"{i}.txt": "a" for i in range(40)})
+    arguments = ["fit-vae", "--source", f"folder:{root}", "--out", str(tmp_path / "v"), "--size", "16", "--steps", "1", "--batch", "2"]
+    assert main(arguments) == 0
+    assert "--source" not in capsys.readouterr().err
+    with pytest.raises(DataError, match="put one folder per class there"):
+        open_source(f"folder:{root}")
