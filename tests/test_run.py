@@ -277,9 +277,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(straight, f
     assert str(file) in capsys.readouterr().err
     (steps[1] / "index.json").write_text("{")
     assert open_run(run).step == 1
+    assert capsys.readouterr().err.count("taking the one before") == 2
     (steps[2] / "rank_00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="none of its 3 checkpoints"):
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints .* or remove the folder, and the run begins anew"):
         open_run(run)
+    assert "there is none before it" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         open_run(folder)
 
@@ -409,6 +411,20 @@ def test_what_tensorboard_cannot_write_does_not_end_a_run(tmp_path, monkeypatch,
     plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=True, wandb=False)))
     assert MetricsWriter(plan, tmp_path, 0).tensorboard is None
     assert "metrics cannot be written (No space left on device)" in capsys.readouterr().out
+
+
+def test_a_run_that_begins_anew_keeps_the_metrics_of_before(tmp_path, capsys):
+    """Its checkpoints are gone, or it was killed before the first."""
+    plan, file = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=False, wandb=False))), tmp_path / "metrics.jsonl"
+    (tmp_path / "metrics.jsonl.9").write_text("older")
+    for kept in ("metrics.jsonl.10", "metrics.jsonl.11"):
+        file.write_text('{"step": 1}\n{"st')
+        MetricsWriter(plan, tmp_path, 0)
+        assert not file.exists() and (tmp_path / kept).read_text() == '{"step": 1}\n{"st'
+        said = f"{tmp_path} has no checkpoint: training begins at step 1; the metrics of before are in {kept}\n"
+        assert capsys.readouterr().out == said
+    MetricsWriter(plan, tmp_path, 0)
+    assert not capsys.readouterr().out and (tmp_path / "metrics.jsonl.9").read_text() == "older"
 
 
 def test_the_deepspeed_configs_are_json_for_their_stage():

@@ -198,7 +198,10 @@ class MetricsWriter:
 
     def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
         self.file = run_dir / "metrics.jsonl"
-        _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
+        if resumed_at:
+            _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
+        else:
+            _set_aside(self.file)
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.failed = False
@@ -248,6 +251,16 @@ def _append(path: Path, line: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def _set_aside(metrics: Path) -> None:
+    """Keep the records of a run whose checkpoints are gone, or that was killed before its first."""
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    numbers = (int(path.suffix[1:]) for path in metrics.parent.glob(f"{metrics.name}.*") if path.suffix[1:].isdecimal())
+    kept = metrics.with_name(f"{metrics.name}.{max(numbers, default=0) + 1}")
+    metrics.rename(kept)
+    print(f"{metrics.parent} has no checkpoint: training begins at step 1; the metrics of before are in {kept.name}", flush=True)
 
 
 def _cut_after(metrics: Path, step: int) -> None:
