@@ -304,7 +304,7 @@ class Trainer:
         callbacks += [*others, Progress(self.step)]
         if self.plan.recipe.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
-        if self.world.rank == 0:
+        if self.world.rank == 0 and self.step < train.steps:  # a start that trains nothing leaves the run directory as it is
             self._describe_run()
             callbacks.append(MetricsWriter(self.plan, self.run_dir, self.step))
         return [*callbacks, Checkpoints()]
