@@ -172,7 +172,7 @@ class Checkpoints:
 
 
 class Progress:
-    """Rank 0's printed lines, with the time that is left."""
+    """Rank 0's printed lines, with the time that is left: of every ``train.log_every``-th step, and of what was validated."""
 
     def __init__(self, first: int):
         self.first, self.start = first, time.monotonic()
@@ -181,12 +181,13 @@ class Progress:
         train, step = trainer.plan.recipe.train, trainer.step
         if dist.get_rank() == 0 and "spike" in record:
             print(f"step {step}: the loss jumped: {record['spike']}", flush=True)
-        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1):
+        measured = {key: record[key] for key in ("val_loss", "fd") if key in record}
+        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1 or measured):
             return
         left = (time.monotonic() - self.start) / (step - self.first) * (train.steps - step)
-        validation = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
+        told = "".join(f"  {key} {value:.4f}" for key, value in measured.items())
         print(
-            f"step {step}/{train.steps}  loss {record['loss']:.4f}{validation}  grad norm {record['grad_norm']:.3f}"
+            f"step {step}/{train.steps}  loss {record['loss']:.4f}{told}  grad norm {record['grad_norm']:.3f}"
             f"  {record['images_per_s']:.1f} img/s  {left / 60:.1f} min left",
             flush=True,
         )
