@@ -147,6 +147,10 @@ def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overri
     run = copy_to(straight[0], folder, f"resumed-{world}-{len(overrides)}-{exact}-{'-'.join(overrides)}".replace("=", ""), 3)
     output = train(recipe, world, f"run_dir={run}", *overrides)[0][1]
     assert "resumed at step 3" in output
+    changed = [f"run_dir: {straight[0]} -> {run}"]
+    if overrides:
+        changed = ["parallel.expert: 2 -> 1", "parallel.zero_stage: 3 -> 1", *changed]
+    assert f"\nchanged since then: {', '.join(changed)}\n" in output
     wanted, ours = metrics(straight[0]), metrics(run)
     assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
     tolerance = 0 if exact else 1e-5

@@ -37,6 +37,7 @@ from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
+from ditmoe_ds.plain import plain
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
@@ -260,6 +261,8 @@ class Trainer:
         self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {reader.folder}", flush=True)
+            if changed := config.changes(reader.index["recipe"], plain(asdict(self.plan.recipe))):
+                print(f"changed since then: {', '.join(changed)}", flush=True)
             for begun in averages - set(saved):
                 print(f"{begun} begins here, with the weights", flush=True)
             batch, before = self.plan.batch, self.plan.recipe.train.accumulation
