@@ -161,6 +161,8 @@ def test_what_a_run_may_not_change(recipe, folder):
     check(plan())
     for override, words in (
         ("train.seed=9", "train.seed=9: .* by 0; keep that"),
+        ("data.window=64", "data.window=64: .* by 16384; keep that"),
+        ("model.router.balance_alpha=0.01", "of another model: model.router.balance_alpha: 0.005 -> 0.01; choose"),
         ("train.global_batch=4", "or another train.global_b"),
     ):
         with pytest.raises(CheckpointError, match=words):

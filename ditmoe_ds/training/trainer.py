@@ -275,25 +275,26 @@ class Trainer:
         for part, kind in dict(model=DiTConfig, diffusion=DiffusionConfig).items():
             ours, saved = self.plan.describe()[part], asdict(config.build(kind, reader.index[part]))
             saved["input_size"] = ours.get("input_size")  # which of the data's sizes is called its own does not matter
-            changed = {key: (saved[key], value) for key, value in ours.items() if saved[key] != value}
-            if changed:
+            if changed := config.changes(saved, ours, f"{part}."):
                 raise CheckpointError(
-                    f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: (saved, now) {changed}; "
+                    f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: {', '.join(changed)}; "
                     "choose another run_dir or the old settings"
                 )
 
-        before, now = reader.index["recipe"]["train"], self.plan.recipe.train
-        trained, name = before["optimizer"]["name"], now.optimizer.name
+        before, now = reader.index["recipe"], self.plan.recipe
+        trained, name = before["train"]["optimizer"]["name"], now.train.optimizer.name
         if trained != name:
             raise CheckpointError(f"train.optimizer.name={name!r}: run_dir={str(self.run_dir)!r} was trained with {trained}; keep that")
-        if before["seed"] != now.seed:
-            seeded = f"run_dir={str(self.run_dir)!r} has its order of samples by {before['seed']}"
-            raise CheckpointError(f"train.seed={now.seed}: {seeded}; keep that")
+        for section, key in (("train", "seed"), ("data", "window")):
+            saved, ours = before[section][key], getattr(getattr(now, section), key)
+            if saved != ours:
+                ordered = f"run_dir={str(self.run_dir)!r} has its order of samples by {saved}"
+                raise CheckpointError(f"{section}.{key}={ours}: {ordered}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(
                 f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
-                f"({reader.index['latents']['manifest']}), or another data.mix, weight or window{batch}, which changes the order; "
+                f"({reader.index['latents']['manifest']}), or another data.mix or weight{batch}, which changes the order; "
                 "choose a new run_dir and start it from these weights with model.weights"
             )
 
