@@ -91,6 +91,7 @@ class Trainer:
         self.shards = shards.collect(self.engine, group)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
+        self.started_from = saved.index.get("started_from") if saved else decided(self._started_from)
         if saved is None:
             shards.fill(self.engine, self.shards, initial.read)
         self.ema = EMA(self.shards, recipe.ema)
@@ -241,7 +242,18 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
         description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped, code=__version__)
+        description["started_from"] = self.started_from
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
+
+    def _started_from(self) -> dict[str, Any] | None:
+        """Which weights a new run starts from, which are printed and read for their digest; None if the recipe names none."""
+        source, weights = self.plan.recipe.model.weights, self.plan.weights
+        if source is None or weights is None:
+            return None
+        told = weights.description
+        print(f"starts from the {told['weights']} weights of step {told['step']} of {source}", flush=True)
+        found = dict(path=str(Path(source).absolute()), step=told["step"], weights=told["weights"])
+        return found | dict(weights_sha256=weights.sha256())
 
     def _newest_checkpoint(self) -> checkpoint.Reader | None:
         path = decided(lambda: checkpoint.newest(self.saver.folder))
@@ -330,5 +342,6 @@ class Trainer:
             job=os.environ.get("SLURM_JOB_ID"),
             threads=torch.get_num_threads(),
             command=sys.argv,
+            started_from=self.started_from,
         )
         (self.run_dir / "env.json").write_text(json.dumps(environment, indent=1))
