@@ -1,7 +1,10 @@
 """Whole runs: exact resume in the same and in other shapes, EMA, run directory, sampling and analysis."""
 
 import json
+import re
 import shutil
+import subprocess
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from PIL import Image
 from processes import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ditmoe_ds import config
+from ditmoe_ds import config, source
 from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import make_objective
@@ -115,7 +118,11 @@ def tensors(run, step):
 def test_the_run_directory_describes_itself(straight, recipe):
     run, output = straight
     assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe)
-    assert json.loads((run / "env.json").read_text())["processes"] == 2
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["processes"] == 2
+    assert environment["code"] == checkpoint.Reader(run / "checkpoints" / f"step_{STEPS:08d}").index["code"]
+    assert environment["code"].keys() == {"ditmoe_ds", "commit", "started"}
+    assert datetime.fromisoformat(environment["code"]["started"]).utcoffset() == timedelta(0)
     records = metrics(run)
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     for record in records:
@@ -433,6 +440,21 @@ def test_a_run_that_begins_anew_keeps_the_metrics_of_before(tmp_path, capsys):
         assert capsys.readouterr().out == said
     MetricsWriter(plan, tmp_path, 0)
     assert not capsys.readouterr().out and (tmp_path / "metrics.jsonl.9").read_text() == "older"
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    """Not that of a checkout in which it is installed."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", source.source()["commit"])
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(source, "ROOT", tmp_path / "site-packages")
+    assert source.source()["commit"] is None
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert source.source()["commit"] is None
 
 
 def test_the_deepspeed_configs_are_json_for_their_stage():

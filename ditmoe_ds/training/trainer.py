@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ditmoe_ds import __version__, config
+from ditmoe_ds import config
 from ditmoe_ds.clock import clock
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import checkpoint, shards
@@ -38,6 +39,7 @@ from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.plain import plain
+from ditmoe_ds.source import source
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
@@ -65,6 +67,7 @@ class Trainer:
         train = recipe.train
         self.plan, self.world, self.device = plan, world, world.device
         self.interruption, self.interrupted = interruption, False
+        self.code = source() | dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds")) if world.rank == 0 else None
         self.run_dir = Path(recipe.run_dir)
         if train.deterministic:
             round_alike()
@@ -241,8 +244,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
-        description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped, code=__version__)
-        description["started_from"] = self.started_from
+        description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped)
+        description |= dict(started_from=self.started_from, code=self.code)  # the index is written by rank 0, which knows
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
 
     def _started_from(self) -> dict[str, Any] | None:
@@ -331,7 +334,7 @@ class Trainer:
         config.dump(self.plan.recipe, self.run_dir / "config.yaml")
         cuda = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         environment = dict(
-            ditmoe_ds=__version__,
+            code=self.code,
             python=platform.python_version(),
             torch=torch.__version__,
             deepspeed=deepspeed.__version__,
