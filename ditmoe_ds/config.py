@@ -94,6 +94,18 @@ def dump(config: Any, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """``a.b: before -> now`` for every value that differs between two nested dicts, of the keys that both have."""
+    found = []
+    for name in before.keys() & now.keys():
+        was, becomes, key = before[name], now[name], f"{prefix}{name}"
+        if isinstance(was, dict) and isinstance(becomes, dict):
+            found += changes(was, becomes, f"{key}.")
+        elif was != becomes:
+            found.append(f"{key}: {was} -> {becomes}")
+    return sorted(found)
+
+
 def _keys(cls: Any, prefix: str = ".") -> list[str]:
     """Dotted keys of all values in a dataclass and its sections, each with a dot in front."""
     keys = []

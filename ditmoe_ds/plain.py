@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """Tensors as lists, and None for what is not a number."""
+    """Tensors and tuples as lists, and None for what is not a number."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

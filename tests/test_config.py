@@ -98,3 +98,11 @@ def test_the_types_of_a_class_are_looked_up_once():
     before = config._hints.cache_info().misses
     config.build(Inner, {})
     assert config._hints.cache_info().misses == before
+
+
+def test_what_has_changed_is_told_by_dotted_keys():
+    """Of what both know: a release may have keys that an older one lacked."""
+    before = dict(name="x", sizes=[1], inner=dict(rate=0.1, limit=None, gone=1))
+    now = dict(name="x", sizes=[1, 2], inner=dict(rate=0.2, limit=3, new=1))
+    assert config.changes(before, now) == ["inner.limit: None -> 3", "inner.rate: 0.1 -> 0.2", "sizes: [1] -> [1, 2]"]
+    assert not config.changes(before, before)

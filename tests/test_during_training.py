@@ -1,6 +1,7 @@
 """The Fréchet distance in a run's records."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.vae import decode
 from ditmoe_ds.pipelines.run import open_run
-from ditmoe_ds.training.callbacks import Validation
+from ditmoe_ds.training.callbacks import Progress, Validation
 from ditmoe_ds.training.plan import read_plan
 
 SAMPLES = 7
@@ -52,6 +53,17 @@ def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     assert expected > 0
     assert record(run)["fd"] == pytest.approx(expected, rel=1e-3)
     assert record(recipe.parent / "run-2")["fd"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_was_measured_is_printed_whatever_log_every_is(monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(steps=99, log_every=50))))
+    progress = Progress(0)
+    for trainer.step, measured in ((2, dict(val_loss=0.25)), (3, {}), (4, dict(fd=7.5)), (5, dict(val_loss=0.5, fd=8))):
+        progress(trainer, dict(loss=1.0, grad_norm=1.0, images_per_s=1.0, **measured))
+    lines = [line.split("  ")[:4] for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["step 2/99", "step 4/99", "step 5/99"]
+    assert lines[0][2] == "val_loss 0.2500" and lines[1][2] == "fd 7.5000" and lines[2][2:] == ["val_loss 0.5000", "fd 8.0000"]
 
 
 def test_a_validation_loss_is_of_samples_from_everywhere(recipe):

@@ -385,6 +385,17 @@ def test_recipes_load_and_say_what_their_plan_says(recipe):
     assert text == renewed(text.replace("GB of", "of")) == renewed(text)
 
 
+def test_a_plan_of_a_small_model_is_legible(capsys):
+    """Millions of images a second, in steps of less than a millisecond."""
+    assert main(["plan", str(ROOT / "recipes" / "digits.yaml"), "--nodes", "16", "train.global_batch=4096"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.split()[:1] == ["stage"])
+    rows = [line.split() for line in lines[header + 1 : lines.index("", header)]]
+    assert max(float(row[9].replace(",", "")) for row in rows) >= 1e6, "of seven digits"
+    assert {len(row) for row in rows} == {11} and all(float(row[8]) > 0 and float(row[10].replace(",", "")) > 0 for row in rows)
+    assert not [line for line in lines if " 0.0 TFLOP" in line or " 0.0 days" in line or " 0 GPU-hours" in line]
+
+
 def test_what_does_not_fit_is_told_with_what_would(capsys):
     assert main(["plan", G, "parallel.zero_stage=0", "parallel.expert=8", "--nodes", "1"]) == 0
     text = capsys.readouterr().out

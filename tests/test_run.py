@@ -1,7 +1,10 @@
 """Whole runs: exact resume in the same and in other shapes, EMA, run directory, sampling and analysis."""
 
 import json
+import re
 import shutil
+import subprocess
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from PIL import Image
 from processes import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ditmoe_ds import config
+from ditmoe_ds import config, source
 from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import make_objective
@@ -29,6 +32,7 @@ from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.pipelines.run import open_run
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training.callbacks import MetricsWriter, _flat
+from ditmoe_ds.training.interruption import MARKER, mark
 from ditmoe_ds.training.plan import read_plan
 from ditmoe_ds.training.recipe import Recipe
 from ditmoe_ds.training.step import Preparation
@@ -114,7 +118,11 @@ def tensors(run, step):
 def test_the_run_directory_describes_itself(straight, recipe):
     run, output = straight
     assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe)
-    assert json.loads((run / "env.json").read_text())["processes"] == 2
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["processes"] == 2
+    assert environment["code"] == checkpoint.Reader(run / "checkpoints" / f"step_{STEPS:08d}").index["code"]
+    assert environment["code"].keys() == {"ditmoe_ds", "commit", "started"}
+    assert datetime.fromisoformat(environment["code"]["started"]).utcoffset() == timedelta(0)
     records = metrics(run)
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     for record in records:
@@ -146,6 +154,10 @@ def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overri
     run = copy_to(straight[0], folder, f"resumed-{world}-{len(overrides)}-{exact}-{'-'.join(overrides)}".replace("=", ""), 3)
     output = train(recipe, world, f"run_dir={run}", *overrides)[0][1]
     assert "resumed at step 3" in output
+    changed = [f"run_dir: {straight[0]} -> {run}"]
+    if overrides:
+        changed = ["parallel.expert: 2 -> 1", "parallel.zero_stage: 3 -> 1", *changed]
+    assert f"\nchanged since then: {', '.join(changed)}\n" in output
     wanted, ours = metrics(straight[0]), metrics(run)
     assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
     tolerance = 0 if exact else 1e-5
@@ -187,7 +199,10 @@ def test_steps_may_be_raised(straight, folder, recipe):
 
 def test_a_run_that_is_done_says_so_and_keeps_its_averages(straight, folder, recipe):
     run = copy_to(straight[0], folder, "done", STEPS)
+    mark(run, STEPS)
+    before = {name: (run / name).read_bytes() for name in (MARKER, "config.yaml", "env.json", "metrics.jsonl")}
     output = train(recipe, 2, f"run_dir={run}", "ema.decays=[0.9, 0.5, 0.99]")[0][1]
+    assert before == {name: (run / name).read_bytes() for name in before}
     assert f"resumed at step {STEPS}" in output and "ema_0.99 begins here" in output
     assert f"train.steps={STEPS}: nothing is left to do after step {STEPS}" in output and len(metrics(run)) == STEPS
     (code, output), _ = train(recipe, 2, f"run_dir={run}", "ema.decays=[0.9]", check=False)
@@ -265,7 +280,7 @@ def test_a_sample_grid_is_what_is_sampled(straight):
 def test_another_model_is_refused(straight, folder, recipe):
     both = train(recipe, 2, f"run_dir={straight[0]}", "model.name=DiT-MoE-Nano/2-8E2A", "train.steps=20", check=False)
     assert all(code == 2 and "Traceback" not in output for code, output in both)
-    assert "another model" in both[0][1] and "(4, 8)" in both[0][1]
+    assert "another model: model.experts: 4 -> 8; choose" in both[0][1]
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(straight, folder, capsys):
@@ -277,9 +292,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(straight, f
     assert str(file) in capsys.readouterr().err
     (steps[1] / "index.json").write_text("{")
     assert open_run(run).step == 1
+    assert capsys.readouterr().err.count("taking the one before") == 2
     (steps[2] / "rank_00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="none of its 3 checkpoints"):
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints .* or remove the folder, and the run begins anew"):
         open_run(run)
+    assert "there is none before it" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         open_run(folder)
 
@@ -409,6 +426,35 @@ def test_what_tensorboard_cannot_write_does_not_end_a_run(tmp_path, monkeypatch,
     plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=True, wandb=False)))
     assert MetricsWriter(plan, tmp_path, 0).tensorboard is None
     assert "metrics cannot be written (No space left on device)" in capsys.readouterr().out
+
+
+def test_a_run_that_begins_anew_keeps_the_metrics_of_before(tmp_path, capsys):
+    """Its checkpoints are gone, or it was killed before the first."""
+    plan, file = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=False, wandb=False))), tmp_path / "metrics.jsonl"
+    (tmp_path / "metrics.jsonl.9").write_text("older")
+    for kept in ("metrics.jsonl.10", "metrics.jsonl.11"):
+        file.write_text('{"step": 1}\n{"st')
+        MetricsWriter(plan, tmp_path, 0)
+        assert not file.exists() and (tmp_path / kept).read_text() == '{"step": 1}\n{"st'
+        said = f"{tmp_path} has no checkpoint: training begins at step 1; the metrics of before are in {kept}\n"
+        assert capsys.readouterr().out == said
+    MetricsWriter(plan, tmp_path, 0)
+    assert not capsys.readouterr().out and (tmp_path / "metrics.jsonl.9").read_text() == "older"
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    """Not that of a checkout in which it is installed."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", source.source()["commit"])
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(source, "ROOT", tmp_path / "site-packages")
+    assert source.source()["commit"] is None
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert source.source()["commit"] is None
 
 
 def test_the_deepspeed_configs_are_json_for_their_stage():

@@ -161,6 +161,8 @@ def test_what_a_run_may_not_change(recipe, folder):
     check(plan())
     for override, words in (
         ("train.seed=9", "train.seed=9: .* by 0; keep that"),
+        ("data.window=64", "data.window=64: .* by 16384; keep that"),
+        ("model.router.balance_alpha=0.01", "of another model: model.router.balance_alpha: 0.005 -> 0.01; choose"),
         ("train.global_batch=4", "or another train.global_b"),
     ):
         with pytest.raises(CheckpointError, match=words):
@@ -286,8 +288,12 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     assert main(["upcycle", str(folder / "dense"), "--experts", "4", "--out", str(folder / "sparse")]) == 0
     content = yaml.safe_load(recipe.read_text()) | dict(model=dict(weights=str(folder / "sparse")), run_dir=str(folder / "from-sparse"))
     (folder / "sparse.yaml").write_text(yaml.safe_dump(content))
-    train(folder / "sparse.yaml", 2, "train.steps=1", "train.optimizer.lr=0")
+    output = train(folder / "sparse.yaml", 2, "train.steps=1", "train.optimizer.lr=0")[0][1]
     started, given = open_weights(folder / "from-sparse"), open_weights(folder / "sparse")
+    says = f"starts from the upcycled weights of step 0 of {folder / 'sparse'}\n"
+    kept = dict(path=str(folder / "sparse"), step=0, weights="upcycled")
+    assert says in output
+    assert checkpoint.Reader(checkpoint.newest(folder / "from-sparse" / "checkpoints")).index["started_from"] == kept
     assert started.shapes == given.shapes
     assert all(torch.equal(started.tensor(name), given.tensor(name)) for name in given.shapes)
     results = train(folder / "sparse.yaml", 2, "model.name=DiT-MoE-Nano/2-4E2A", check=False)
@@ -295,7 +301,10 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     results = train(folder / "sparse.yaml", 2, "diffusion.time_scale=1.0", check=False)
     assert [code for code, _ in results] == [2, 2] and "diffusion.time_scale=1.0" in results[0][1]
     (folder / "sparse").rename(folder / "moved")
-    assert "resumed at step 1" in train(folder / "sparse.yaml", 2, "train.steps=2")[0][1], "a run that goes on needs no others' weights"
+    output = train(folder / "sparse.yaml", 2, "train.steps=2")[0][1]
+    assert "resumed at step 1" in output and says not in output, "a run that goes on needs no others' weights"
+    assert checkpoint.Reader(checkpoint.newest(folder / "from-sparse" / "checkpoints")).index["started_from"] == kept
+    assert json.loads((folder / "from-sparse" / "env.json").read_text())["started_from"] == kept
 
 
 def test_training_starts_from_weights_of_other_classes(folder, recipe):

@@ -270,11 +270,13 @@ def newest(folder: Path) -> Path | None:
         try:
             Reader(path).verify()
         except CheckpointError as error:
-            print(f"checkpoint refused, taking the one before: {error}", file=sys.stderr, flush=True)
+            then = "there is none before it" if path == found[-1] else "taking the one before"
+            print(f"checkpoint refused, {then}: {error}", file=sys.stderr, flush=True)
             continue
         return path
     named = (folder / "latest").read_text().strip()
-    raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints up to {named} is whole; restore one or remove the folder")
+    fix = "restore one, or remove the folder, and the run begins anew"
+    raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints up to {named} is whole; {fix}")
 
 
 def newest_index(folder: Path) -> dict[str, Any] | None:

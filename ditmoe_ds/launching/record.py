@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import ditmoe_ds
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.source import source
 
 
 def prepare(run_dir: Path, recipe: str) -> Path:
@@ -28,12 +27,6 @@ def prepare(run_dir: Path, recipe: str) -> Path:
             shutil.copyfile(recipe, copy)
     except OSError as error:
         raise ConfigError("run_dir", str(run_dir), f"cannot be written ({error.strerror}); name another") from None
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    about = dict(ditmoe_ds=ditmoe_ds.__version__, commit=commit or None, command=sys.argv, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    about = dict(**source(), command=sys.argv, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     (folder / "launch.json").write_text(json.dumps(about, indent=1) + "\n")
     return copy

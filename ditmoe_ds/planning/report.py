@@ -21,6 +21,11 @@ def overrides(plan: Plan, tensor: int = 1) -> str:
     )
 
 
+def _short(value: float, places: int) -> str:
+    """With so many decimal places or, where these would say 0 of what is not, two digits."""
+    return f"{value:,.{places}f}" if value >= 10**-places or not value else f"{value:.2g}"
+
+
 def as_json(plan: Plan, plans: list[Plan], objective: Objective) -> dict[str, Any]:
     """The recipe's own plan, the Pareto front of those that fit, and the best of them. Bytes, seconds, and the units in names."""
     chosen, fitting = best(plans, objective), [other for other in plans if other.fits]
@@ -73,15 +78,15 @@ def as_comment(plan: Plan, plans: list[Plan], objective: Objective) -> str:
     """For a recipe's header, about two lines."""
     fit = "" if plan.fits else "; DOES NOT FIT"
     words = [
-        f"{plan.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} a GPU{fit}; {plan.step_seconds:.3f} s a step, "
+        f"{plan.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} a GPU{fit}; {_short(plan.step_seconds, 3)} s a step, "
         f"{plan.images_per_second:,.0f} images/s, MFU {plan.mfu:.0%}; "
-        f"{plan.job.steps:,} steps in {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
+        f"{plan.job.steps:,} steps in {_short(plan.days, 1)} days, {_short(plan.gpu_hours, 0)} GPU-hours"
     ]
     if plan.host_seconds > plan.step_seconds:
         words.append(f"not in it: ZeRO-3's hooks in Python may take the host {plan.host_seconds:.2f} s (docs/scaling.md)")
     chosen = best(plans, objective)
     if chosen and chosen.step_seconds < 0.99 * plan.step_seconds:
-        words.append(f"the search's best, {chosen.step_seconds:.3f} s: {overrides(chosen, plan.shape.tensor)}")
+        words.append(f"the search's best, {_short(chosen.step_seconds, 3)} s: {overrides(chosen, plan.shape.tensor)}")
     return "\n".join(f"#   {line}" for line in words)
 
 
@@ -110,13 +115,14 @@ def _time(plan: Plan) -> list[str]:
     names["alike"] = "what the ranks of a TP group do alike"
     shown = {name: seconds for name, seconds in plan.seconds.items() if name not in ("alike", "sums") or plan.shape.tensor > 1}
     lines = [f"{'seconds of a step':<42}{'':>8}"]
-    lines += [f"  {names.get(name, name):<40}{seconds:>8.3f}" for name, seconds in shown.items()]
-    lines.append(f"  {'step':<40}{plan.step_seconds:>8.3f}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
-    again = f" and {plan.recompute_flops / 1e12:,.1f} again" if plan.recompute_flops else ""
-    again += f" and {plan.empty_flops / 1e12:,.1f} for places that no token takes" if plan.empty_flops else ""
-    again += f" and {plan.alike_flops / 1e12:,.1f} as others do" if plan.alike_flops else ""
+    lines += [f"  {names.get(name, name):<40}{_short(seconds, 3):>8}" for name, seconds in shown.items()]
+    lines.append(f"  {'step':<40}{_short(plan.step_seconds, 3):>8}  {plan.images_per_second:,.0f} img/s, MFU {plan.mfu:.1%}")
+    again = f" and {_short(plan.recompute_flops / 1e12, 1)} again" if plan.recompute_flops else ""
+    again += f" and {_short(plan.empty_flops / 1e12, 1)} for places that no token takes" if plan.empty_flops else ""
+    again += f" and {_short(plan.alike_flops / 1e12, 1)} as others do" if plan.alike_flops else ""
     lines.append(
-        f"  {plan.flops / 1e12:,.1f} TFLOP a GPU{again}; {job.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours"
+        f"  {_short(plan.flops / 1e12, 1)} TFLOP a GPU{again}; {job.steps:,} steps: "
+        f"{_short(plan.days, 1)} days, {_short(plan.gpu_hours, 0)} GPU-hours"
     )
     return lines
 
@@ -138,14 +144,14 @@ def _assumed(plan: Plan) -> list[str]:
 def _search(plan: Plan, plans: list[Plan], objective: Objective) -> list[str]:
     fitting = [other for other in plans if other.fits]
     goods = "GPUs" if objective == "gpus" else "memory"
-    columns = {"stage": 5, "TP": 4, "EP": 5, "micro": 7, "accum.": 8, "recompute": 11, "GPUs": 6, "GB": 8, "step s": 9, "img/s": 8}
+    columns = {"stage": 5, "TP": 4, "EP": 5, "micro": 7, "accum.": 8, "recompute": 11, "GPUs": 6, "GB": 8, "step s": 9, "img/s": 12}
     lines = [f"Of {len(plans)} ways to train it {len(fitting)} fit. The fastest, and what less {goods} costs:"]
     lines.append("  " + "".join(f"{name:>{width}}" for name, width in columns.items()) + f"{'GPU-hours':>13}")
     for other in pareto(fitting, objective):
         shape = other.shape
         row = f"  {shape.stage:>5}{shape.tensor:>4}{shape.ep:>5}{shape.micro:>7}{other.accumulation:>8}{RECOMPUTED[shape.recompute]:>11}"
-        row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{other.step_seconds:>9.3f}{other.images_per_second:>8,.0f}"
-        lines.append(row + f"{other.gpu_hours:>13,.0f}")
+        row += f"{other.cluster.world:>6}{other.peak / 1e9:>8.1f}{_short(other.step_seconds, 3):>9}{other.images_per_second:>12,.0f}"
+        lines.append(row + f"{_short(other.gpu_hours, 0):>13}")
     if chosen := best(plans, objective):
         words = {
             "time": "The fastest",

@@ -172,7 +172,7 @@ class Checkpoints:
 
 
 class Progress:
-    """Rank 0's printed lines, with the time that is left."""
+    """Rank 0's printed lines, with the time that is left: of every ``train.log_every``-th step, and of what was validated."""
 
     def __init__(self, first: int):
         self.first, self.start = first, time.monotonic()
@@ -181,12 +181,13 @@ class Progress:
         train, step = trainer.plan.recipe.train, trainer.step
         if dist.get_rank() == 0 and "spike" in record:
             print(f"step {step}: the loss jumped: {record['spike']}", flush=True)
-        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1):
+        measured = {key: record[key] for key in ("val_loss", "fd") if key in record}
+        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1 or measured):
             return
         left = (time.monotonic() - self.start) / (step - self.first) * (train.steps - step)
-        validation = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
+        told = "".join(f"  {key} {value:.4f}" for key, value in measured.items())
         print(
-            f"step {step}/{train.steps}  loss {record['loss']:.4f}{validation}  grad norm {record['grad_norm']:.3f}"
+            f"step {step}/{train.steps}  loss {record['loss']:.4f}{told}  grad norm {record['grad_norm']:.3f}"
             f"  {record['images_per_s']:.1f} img/s  {left / 60:.1f} min left",
             flush=True,
         )
@@ -198,7 +199,10 @@ class MetricsWriter:
 
     def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
         self.file = run_dir / "metrics.jsonl"
-        _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
+        if resumed_at:
+            _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
+        else:
+            _set_aside(self.file)
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.failed = False
@@ -248,6 +252,16 @@ def _append(path: Path, line: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def _set_aside(metrics: Path) -> None:
+    """Keep the records of a run whose checkpoints are gone, or that was killed before its first."""
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    numbers = (int(path.suffix[1:]) for path in metrics.parent.glob(f"{metrics.name}.*") if path.suffix[1:].isdecimal())
+    kept = metrics.with_name(f"{metrics.name}.{max(numbers, default=0) + 1}")
+    metrics.rename(kept)
+    print(f"{metrics.parent} has no checkpoint: training begins at step 1; the metrics of before are in {kept.name}", flush=True)
 
 
 def _cut_after(metrics: Path, step: int) -> None:

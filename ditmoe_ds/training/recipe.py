@@ -81,7 +81,7 @@ class TrainConfig:
     spike_threshold: float = 6.0
     """A loss so many standard deviations over the mean of the last 100 steps is logged with its samples; 0 for never."""
     log_every: int = 10
-    """Steps between printed lines; ``metrics.jsonl`` has every step."""
+    """Steps between printed lines, beside those of steps with a validation loss or distance; ``metrics.jsonl`` has every step."""
     tensorboard: bool = True
     wandb: bool = False
 

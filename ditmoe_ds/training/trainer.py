@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ditmoe_ds import __version__, config
+from ditmoe_ds import config
 from ditmoe_ds.clock import clock
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.distributed import checkpoint, shards
@@ -36,6 +37,8 @@ from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
+from ditmoe_ds.plain import plain
+from ditmoe_ds.source import source
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
@@ -63,6 +66,7 @@ class Trainer:
         train = recipe.train
         self.plan, self.world, self.device = plan, world, world.device
         self.interruption, self.interrupted = interruption, False
+        self.code = source() | dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds")) if world.rank == 0 else None
         self.run_dir = Path(recipe.run_dir)
         if train.deterministic:
             round_alike()
@@ -89,6 +93,7 @@ class Trainer:
         self.shards = shards.collect(self.engine, group)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
+        self.started_from = saved.index.get("started_from") if saved else decided(self._started_from)
         if saved is None:
             shards.fill(self.engine, self.shards, initial)
         self.ema = EMA(self.shards, recipe.ema)
@@ -238,8 +243,18 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
-        description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped, code=__version__)
+        description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped)
+        description |= dict(started_from=self.started_from, code=self.code)  # the index is written by rank 0, which knows
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
+
+    def _started_from(self) -> dict[str, Any] | None:
+        """Which weights a new run starts from, which are printed; None if the recipe names none."""
+        source, weights = self.plan.recipe.model.weights, self.plan.weights
+        if source is None or weights is None:
+            return None
+        told = weights.description
+        print(f"starts from the {told['weights']} weights of step {told['step']} of {source}", flush=True)
+        return dict(path=str(Path(source).absolute()), step=told["step"], weights=told["weights"])
 
     def _newest_checkpoint(self) -> checkpoint.Reader | None:
         path = decided(lambda: checkpoint.newest(self.saver.folder))
@@ -259,6 +274,8 @@ class Trainer:
         self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {reader.folder}", flush=True)
+            if changed := config.changes(reader.index["recipe"], plain(asdict(self.plan.recipe))):
+                print(f"changed since then: {', '.join(changed)}", flush=True)
             for begun in averages - set(saved):
                 print(f"{begun} begins here, with the weights", flush=True)
             batch, before = self.plan.batch, self.plan.recipe.train.accumulation
@@ -271,25 +288,26 @@ class Trainer:
         for part, kind in dict(model=DiTConfig, diffusion=DiffusionConfig).items():
             ours, saved = self.plan.describe()[part], asdict(config.build(kind, reader.index[part]))
             saved["input_size"] = ours.get("input_size")  # which of the data's sizes is called its own does not matter
-            changed = {key: (saved[key], value) for key, value in ours.items() if saved[key] != value}
-            if changed:
+            if changed := config.changes(saved, ours, f"{part}."):
                 raise CheckpointError(
-                    f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: (saved, now) {changed}; "
+                    f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: {', '.join(changed)}; "
                     "choose another run_dir or the old settings"
                 )
 
-        before, now = reader.index["recipe"]["train"], self.plan.recipe.train
-        trained, name = before["optimizer"]["name"], now.optimizer.name
+        before, now = reader.index["recipe"], self.plan.recipe
+        trained, name = before["train"]["optimizer"]["name"], now.train.optimizer.name
         if trained != name:
             raise CheckpointError(f"train.optimizer.name={name!r}: run_dir={str(self.run_dir)!r} was trained with {trained}; keep that")
-        if before["seed"] != now.seed:
-            seeded = f"run_dir={str(self.run_dir)!r} has its order of samples by {before['seed']}"
-            raise CheckpointError(f"train.seed={now.seed}: {seeded}; keep that")
+        for section, key in (("train", "seed"), ("data", "window")):
+            saved, ours = before[section][key], getattr(getattr(now, section), key)
+            if saved != ours:
+                ordered = f"run_dir={str(self.run_dir)!r} has its order of samples by {saved}"
+                raise CheckpointError(f"{section}.{key}={ours}: {ordered}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(
                 f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
-                f"({reader.index['latents']['manifest']}), or another data.mix, weight or window{batch}, which changes the order; "
+                f"({reader.index['latents']['manifest']}), or another data.mix or weight{batch}, which changes the order; "
                 "choose a new run_dir and start it from these weights with model.weights"
             )
 
@@ -303,7 +321,7 @@ class Trainer:
         callbacks += [*others, Progress(self.step)]
         if self.plan.recipe.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
-        if self.world.rank == 0:
+        if self.world.rank == 0 and self.step < train.steps:  # a start that trains nothing leaves the run directory as it is
             self._describe_run()
             callbacks.append(MetricsWriter(self.plan, self.run_dir, self.step))
         return [*callbacks, Checkpoints()]
@@ -314,7 +332,7 @@ class Trainer:
         config.dump(self.plan.recipe, self.run_dir / "config.yaml")
         cuda = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         environment = dict(
-            ditmoe_ds=__version__,
+            code=self.code,
             python=platform.python_version(),
             torch=torch.__version__,
             deepspeed=deepspeed.__version__,
@@ -325,5 +343,6 @@ class Trainer:
             job=os.environ.get("SLURM_JOB_ID"),
             threads=torch.get_num_threads(),
             command=sys.argv,
+            started_from=self.started_from,
         )
         (self.run_dir / "env.json").write_text(json.dumps(environment, indent=1))
