@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep import shapes
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line, some
 from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
@@ -138,9 +138,13 @@ def _shapes(name: str, unit_size: int) -> Source:
 def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
     if not root.is_dir():
         raise DataError(f"--source={name!r}: no such folder")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    items, others = [], sum(path.is_file() and not path.name.startswith(".") for path in root.iterdir())
-    for label, class_name in enumerate(classes):
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes: list[str] = []
+    empty: list[str] = []
+    items: list[Item] = []
+    others = sum(path.is_file() and not path.name.startswith(".") for path in root.iterdir())
+    for class_name in folders:
+        before = len(items)
         for path in sorted(root.joinpath(class_name).rglob("*")):
             if any(part.startswith(".") for part in path.relative_to(root).parts):  # a file manager's, a notebook's, an unfinished class
                 continue
@@ -149,12 +153,15 @@ def _folder(name: str, root: Path) -> tuple[tuple[str, ...], list[Item]]:
             else:
                 origin = path.relative_to(root).as_posix()
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
-                items.append(Item(_digest(origin), label, None, origin, path))
+                items.append(Item(_digest(origin), len(classes), None, origin, path))
+        (classes if len(items) > before else empty).append(class_name)
     if others:
         print(
             f"--source={name!r}: {others} files are no images ({', '.join(SUFFIXES)}) in a class's folder, or linked folders; left out",
             file=sys.stderr,
         )
+    if items and empty:
+        print(f"--source={name!r}: {len(empty)} folders without images are no classes: {some(empty)}; left out", file=sys.stderr)
     if not items:
         raise DataError(f"--source={name!r}: no images; put one folder per class there, with files of {', '.join(SUFFIXES)}")
     # Not class after class: shards that hold one class or two give batches of few classes.

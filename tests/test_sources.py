@@ -163,6 +163,19 @@ def test_folders_as_a_source(tmp_path, capsys):
     assert "3 files are no images" in capsys.readouterr().err
 
 
+def test_what_has_nothing_to_learn_from_is_told(inputs, tmp_path, capsys):
+    """A folder without images is no class; a class may have none that can be used."""
+    for name in ("ant/1.png", "ant/2.png", "bee/notes.txt", "cat/1.png", "empty/.hidden.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png() if "ant" in name else b"broken")
+    out = run_encode(inputs, tmp_path / "out", f"folder:{tmp_path / 'in'}", holdout=0.0, max_rejected=0.5)
+    assert (manifest := Manifest.load(out)).class_names == ("ant", "cat") and manifest.class_histogram == (2, 0)
+    assert {sample.meta["class"] for sample in samples(out, "train")} == {"ant"}
+    said = capsys.readouterr().err
+    assert "2 folders without images are no classes: bee, empty; left out" in said
+    assert "of 2 classes 1 have no training sample: cat\n" in said
+
+
 def test_each_unit_of_a_folder_has_all_classes(tmp_path):
     """A window of the training order spans few shards: sorted by class, a batch would have few classes."""
     for name in (f"{kind}/{i}.png" for kind in "abcd" for i in range(50)):
