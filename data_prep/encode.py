@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,13 +72,15 @@ def encode(
     done = {unit: record for unit in mine if (record := load_record(root, unit))}
     todo = [unit for unit in mine if unit not in done]
     if todo:
-        seen, rejected = (sum(counts) for counts in zip((0, 0), *((r.images, len(r.rejected)) for r in done.values())))
+        rejections = _Rejections(max_rejected)
+        for record in done.values():
+            rejections.add(record.images, record.rejected)
         encoder = models()
         with Progress("encode", "images") as progress:
             try:
                 if encoder.text and not (root / EMPTY_TEXT).is_file():
                     write_text(root / EMPTY_TEXT, encoder.text([""])[0])
-                _encode(root, found, todo, encoder, decoders, _Rejections(seen, rejected, max_rejected), progress)
+                _encode(root, found, todo, encoder, decoders, rejections, progress)
             except FileNotFoundError:
                 if not (root / "manifest.json").is_file():
                     raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
@@ -93,7 +96,8 @@ def encode(
     elif count == 1:
         finalize(out, max_rejected=max_rejected)
     else:
-        print(f"{out}: worker {number} of {count} is done; when all are, run ditmoe-data finalize {out}")
+        then = shlex.join(["ditmoe-data", "finalize", out, "--max-rejected", str(max_rejected)])
+        print(f"{out}: worker {number} of {count} is done; when all are, run {then}")
 
 
 def _request(
@@ -167,16 +171,21 @@ def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator
 class _Rejections:
     """How many images were bad, of all that this worker saw."""
 
-    def __init__(self, seen: int, rejected: int, limit: float):
-        self.seen, self.rejected, self.limit = seen, rejected, limit
+    def __init__(self, limit: float):
+        self.limit, self.seen, self.number = limit, 0, 0
+        self.last: Rejection | None = None
 
-    def add(self, unit: UnitWriter) -> None:
-        self.seen += unit.images
-        self.rejected += len(unit.rejected)
-        if self.seen >= ENOUGH and self.rejected > self.limit * self.seen:
-            last = f"; the last: {unit.rejected[-1].source}: {unit.rejected[-1].reason}" if unit.rejected else ""
-            fix = f"{self.rejected} of {self.seen} images could not be encoded{last}; repair them or allow more"
-            raise ConfigError("--max-rejected", self.limit, fix)
+    def add(self, images: int, rejected: Sequence[Rejection]) -> None:
+        """Those of a unit."""
+        self.seen += images
+        self.number += len(rejected)
+        self.last = rejected[-1] if rejected else self.last
+
+    def check(self) -> None:
+        """Raises ConfigError if they are too many."""
+        if self.last and self.seen >= ENOUGH and self.number > self.limit * self.seen:
+            fix = f"{self.number} of {self.seen} images could not be encoded; the last: {self.last.source}: {self.last.reason}"
+            raise ConfigError("--max-rejected", self.limit, f"{fix}; repair them or allow more")
 
 
 def _encode(
@@ -195,7 +204,8 @@ def _encode(
             progress.update(len(task.items))
             if task.last:
                 encoder.flush(unit)
-                rejections.add(unit)
+                rejections.add(unit.images, unit.rejected)
+                rejections.check()
                 unit.finish()
                 unit, finished = None, finished + 1
                 if source.images is None:  # the units to come are as large as those so far

@@ -28,7 +28,8 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     found = {unit: load_record(root, unit) for unit in range(request.units)}
     missing = [str(unit) for unit, record in found.items() if record is None]
     if missing:
-        raise DataError(f"{path}: of {request.units} units {len(missing)} are missing ({some(missing)}); run {request.command(root)}")
+        fix = f"run {request.command(root, max_rejected)}"
+        raise DataError(f"{path}: of {request.units} units {len(missing)} are missing ({some(missing)}); {fix}")
     records = [record for record in found.values() if record is not None]
     rejected = [rejection for record in records for rejection in record.rejected]
     images = sum(record.images for record in records)

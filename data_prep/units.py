@@ -77,13 +77,14 @@ class Request:
         """
         return _read(cls, root / NOTE, f"{root}: was not begun by ditmoe-data encode of this release")
 
-    def command(self, root: Path) -> str:
+    def command(self, root: Path, max_rejected: float) -> str:
         """The command that continues it, as typed into a shell."""
         fields = ("shard_size", "batch", "holdout", "dtype", "store", "seed")
         options = dict(source=self.source, vae=self.vae, out=root, size=size_names(self.sizes)) | {f: getattr(self, f) for f in fields}
         options |= dict(text=self.text, text_max_tokens=self.text_max_tokens) if self.text else {}
         named = self.class_names and self.source.startswith(("wds:", "hf:")) and self.class_names[0] == "0"
         options |= dict(classes=len(self.class_names or ())) if named else {}
+        options |= dict(max_rejected=max_rejected)
         words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
         words = ["ditmoe-data", "encode", *words, *["--flip-copies"] * self.flip_copies]
         return shlex.join(map(str, words))

@@ -314,6 +314,22 @@ def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
         finalize(str(out))
 
 
+def test_the_last_bad_image_is_named_and_the_share_repeated(inputs, tmp_path, capsys):
+    """Though the unit with which there are enough to judge by has none."""
+    for tar, broken in enumerate((True, False, False)):
+        write_tar(tmp_path / f"{tar}.tar", [{"__key__": f"{tar}-{i}", "png": b"broken" if broken and i < 5 else png(i)} for i in range(60)])
+    source = f"wds:{tmp_path}/{{0..2}}.tar"
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.02: 5 of 120 images could not be encoded; the last: 0-4: not an image"):
+        run_encode(inputs, tmp_path / "out", source, max_rejected=0.02)
+    with pytest.raises(ConfigError, match=r"5 of 120 images could not be encoded; the last: 0-4"):  # those of before count
+        run_encode(inputs, tmp_path / "out", source, max_rejected=0.03)
+    for worker in (0, 1):
+        capsys.readouterr()
+        run_encode(inputs, tmp_path / "out", source, max_rejected=0.06, worker=(worker, 2))
+    command = capsys.readouterr().out.partition("run ditmoe-data ")[2].split()
+    assert command == ["finalize", str(tmp_path / "out"), "--max-rejected", "0.06"] and main(command) == 0
+
+
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         decode_images([tmp_path / "gone.png"], [(16, 16)])
