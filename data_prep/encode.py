@@ -20,7 +20,17 @@ from data_prep.ahead import ahead
 from data_prep.finalize import finalize
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
-from data_prep.units import Rejection, Request, UnitWriter, claim_folder, device_of_rank, load_record, worker_from_environment, write_text
+from data_prep.units import (
+    Rejection,
+    Request,
+    UnitWriter,
+    claim_folder,
+    device_of_rank,
+    load_record,
+    placed,
+    worker_from_environment,
+    write_text,
+)
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
@@ -120,7 +130,7 @@ def _request(
     if store != "mean" and not space.posterior:
         raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
     return Request(
-        source=found.name,
+        source=placed(found.name),
         source_sha256=found.sha256,
         units=found.units,
         class_names=found.class_names,

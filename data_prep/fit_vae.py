@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, is_heldout, open_source
-from data_prep.units import NOTE, read_note, refuse_another
+from data_prep.units import NOTE, placed, read_note, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.vae import decode, encode_mean
 
@@ -33,7 +33,7 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
         DataError: the source cannot be read, or ``out`` holds something else, such as a VAE of other arguments.
     """
     folder = Path(out).resolve()
-    request = dict(source=source, size=size, factor=factor, latent_channels=latent_channels, steps=steps, batch=batch, seed=seed)
+    request = dict(source=placed(source), size=size, factor=factor, latent_channels=latent_channels, steps=steps, batch=batch, seed=seed)
     if (folder / "diffusion_pytorch_model.safetensors").is_file():
         if (folder / NOTE).is_file():
             refuse_another(folder, read_note(folder), request)

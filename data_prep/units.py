@@ -154,15 +154,22 @@ def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object
 
 
 def read_note(root: Path) -> Any:
-    """What is noted in ``root``.
+    """What is noted in ``root``. Earlier releases noted folders of images as they were given.
 
     Raises:
         DataError: the note is no JSON.
     """
     try:
-        return json.loads((root / NOTE).read_text())
+        note = json.loads((root / NOTE).read_text())
     except ValueError as error:
         raise DataError(f"{root / NOTE}: is damaged ({error}); choose another folder or delete this one") from None
+    return note | dict(source=placed(note["source"])) if isinstance(note, dict) and "source" in note else note
+
+
+def placed(source: str) -> str:
+    """A source whose folder, if it has one, is found from anywhere."""
+    kind, _, path = source.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if kind in ("folder", "hf") and Path(path).is_dir() else source
 
 
 def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:
