@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, some
 from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing, open_named
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def add_commands(commands: Any) -> None:
     sample.set_defaults(command=_sample)
     sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
     sample.add_argument("--out", default="grid.png", help="a picture; with --num a folder of PNGs, or FILE.npz in ADM's layout")
-    sample.add_argument("--num", type=int, help="number of images, made by any number of processes; continues an unfinished set")
-    sample.add_argument("--classes", help="comma-separated, for example 0,1,2; default: 0, with --num all in turn")
+    sample.add_argument("--num", type=int, help="number of images, made by any number of processes; continues or extends a set")
+    sample.add_argument("--classes", help="numbers or names, comma-separated; default: 0, with --num all in turn")
     sample.add_argument("--prompt", action="append", help="for a text-to-image model; repeat --prompt for several")
     sample.add_argument("--prompts", help="file with a prompt a line")
     sample.add_argument("--per-class", type=int, default=8, help="without --num: images (a row) per class or prompt")
@@ -175,13 +175,22 @@ def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[
     if arguments.prompt or arguments.prompts or not classes:
         given = "--classes" if not classes else "--prompt"
         raise ConfigError(given, getattr(arguments, given[2:]), f"this model is told {'--classes' if classes else '--prompt'}")
-    try:
-        asked = default if arguments.classes is None else [int(part) for part in arguments.classes.split(",")]
-    except ValueError:
-        raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
+    names = run.latents.get("class_names") or []
+    asked = default if arguments.classes is None else [_class(part.strip(), names) for part in arguments.classes.split(",")]
     if wrong := [label for label in asked if not 0 <= label < classes]:
         raise ConfigError("--classes", wrong[0], f"classes are 0..{classes - 1}")
     return asked
+
+
+def _class(told: str, names: list[str]) -> int:
+    """The number of a class, which is given by it or by name."""
+    try:
+        return int(told)
+    except ValueError:
+        if told in names:
+            return names.index(told)
+        known = f"or names: {some(names)}" if names else "for example 0,1,2; these weights know no names"
+        raise ConfigError("--classes", told, f"write numbers with commas, {known}") from None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
