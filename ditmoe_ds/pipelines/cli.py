@@ -59,6 +59,7 @@ def _make_room(out: str) -> None:
 
 def _grid(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.distributed.topology import under_srun
+    from ditmoe_ds.distributed.weights import of_step
     from ditmoe_ds.latents.images import save_grid
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or under_srun() or arguments.expert_parallel > 1:
@@ -79,14 +80,14 @@ def _grid(arguments: argparse.Namespace) -> int:
         weak_transformer=weak and weak.model,
     )
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
-    print(f"{len(asked)} images of step {run.step} in {arguments.out}")
+    print(f"{len(asked)} images{of_step(run.step)} in {arguments.out}")
     return 0
 
 
 def _many(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import World, agreed, check_expert_parallel, decided, expert_group, on_all_ranks
-    from ditmoe_ds.distributed.weights import locate, open_weights
+    from ditmoe_ds.distributed.weights import locate, of_step, open_weights
     from ditmoe_ds.pipelines.many import Target, sample_many
 
     def check(world: World) -> None:
@@ -131,7 +132,7 @@ def _many(arguments: argparse.Namespace) -> int:
             weak_transformer=weak and weak.model,
         )
         if world.rank == 0:
-            print(f"{arguments.num} images of step {run.step} in {arguments.out}")
+            print(f"{arguments.num} images{of_step(run.step)} in {arguments.out}")
 
     return on_all_ranks(sample, LONG_PATIENCE)
 
