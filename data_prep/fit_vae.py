@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,8 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     vae.save_pretrained(partial)
     _grid(heldout.permute(0, 2, 3, 1), decoded).save(partial / "reconstructions.png")
     (partial / NOTE).write_text(json.dumps(request, indent=2) + "\n")
+    for file in partial.iterdir():  # safetensors lets nobody but the owner read its own
+        shutil.copymode(partial / NOTE, file)
     partial.replace(folder)
     print(f"{out}: held-out MSE {mse:.5f} (pixels in [0, 1]), PSNR {-10 * math.log10(mse):.1f} dB, scaling_factor {scale:.4f}")
 

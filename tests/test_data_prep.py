@@ -571,7 +571,10 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
 def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     arguments = ["fit-vae", "--source", f"folder:{inputs / 'images'}", "--out", str(tmp_path / "v"), "--size", "16"]
     arguments += ["--factor", "2", "--latent-channels", "3", "--steps", "3", "--batch", "2"]
+    before = os.umask(0o027)
     assert main(arguments) == 0
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "v").iterdir()} == {0o640}  # colleagues may read it
     assert "PSNR" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "already complete" in capsys.readouterr().out

@@ -318,7 +318,12 @@ def test_a_vae_may_be_named_for_an_export(tmp_path, capsys):
     export = ["export", weights, "--to", "diffusers", "--out"]
     assert main([*export, str(tmp_path / "without")]) == 0
     assert "give it by --vae" in capsys.readouterr().out
+    for path in Path(vae).iterdir():
+        path.chmod(0o600)
+    before = os.umask(0o027)
     assert main([*export, str(tmp_path / "with"), "--vae", vae]) == 0
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "with").rglob("*") if path.is_file()} == {0o640}
     found = diffusers_weights(tmp_path / "with").description["latents"]
     assert found["vae"] == str(tmp_path / "with" / "vae") and found["scaling_factor"] == latent_space(vae).scaling_factor
     narrow = str(write_weights(tmp_path / "narrow", random_weights(replace(SPARSE, in_channels=3))[1]))

@@ -78,7 +78,7 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
         shutil.copyfile(FILES / "pipeline_ditmoe.py", folder / "pipeline_ditmoe.py")
         scheduler.save_pretrained(folder / "scheduler")
         if vae:
-            shutil.copytree(vae, folder / "vae")
+            shutil.copytree(vae, folder / "vae", copy_function=shutil.copyfile)  # without the modes, which may be the owner's alone
         index = dict(
             _class_name=["pipeline_ditmoe", PIPELINE],
             transformer=["transformer_ditmoe", TRANSFORMER],
