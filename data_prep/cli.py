@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; None: as the largest label needs")
     encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")
     encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: a SLURM array's task, a process's rank")
-    rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of images that may be unreadable")
+    rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of a worker's images, and of all, that may be unreadable")
     encode.add_argument("--max-rejected", **rejected)
 
     finalize = commands.add_parser("finalize", help="once all workers are done: write the manifest")

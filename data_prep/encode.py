@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,17 @@ from data_prep.ahead import ahead
 from data_prep.finalize import finalize
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
-from data_prep.units import Rejection, Request, UnitWriter, claim_folder, device_of_rank, load_record, worker_from_environment, write_text
+from data_prep.units import (
+    Rejection,
+    Request,
+    UnitWriter,
+    claim_folder,
+    device_of_rank,
+    load_record,
+    placed,
+    worker_from_environment,
+    write_text,
+)
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
@@ -71,13 +82,15 @@ def encode(
     done = {unit: record for unit in mine if (record := load_record(root, unit))}
     todo = [unit for unit in mine if unit not in done]
     if todo:
-        seen, rejected = (sum(counts) for counts in zip((0, 0), *((r.images, len(r.rejected)) for r in done.values())))
+        rejections = _Rejections(max_rejected)
+        for record in done.values():
+            rejections.add(record.images, record.rejected)
         encoder = models()
         with Progress("encode", "images") as progress:
             try:
                 if encoder.text and not (root / EMPTY_TEXT).is_file():
                     write_text(root / EMPTY_TEXT, encoder.text([""])[0])
-                _encode(root, found, todo, encoder, decoders, _Rejections(seen, rejected, max_rejected), progress)
+                _encode(root, found, todo, encoder, decoders, rejections, progress)
             except FileNotFoundError:
                 if not (root / "manifest.json").is_file():
                     raise DataError(f"--out={out!r}: another process has taken over a unit of this one; start each worker once") from None
@@ -93,7 +106,8 @@ def encode(
     elif count == 1:
         finalize(out, max_rejected=max_rejected)
     else:
-        print(f"{out}: worker {number} of {count} is done; when all are, run ditmoe-data finalize {out}")
+        then = shlex.join(["ditmoe-data", "finalize", out, "--max-rejected", str(max_rejected)])
+        print(f"{out}: worker {number} of {count} is done; when all are, run {then}")
 
 
 def _request(
@@ -116,7 +130,7 @@ def _request(
     if store != "mean" and not space.posterior:
         raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
     return Request(
-        source=found.name,
+        source=placed(found.name),
         source_sha256=found.sha256,
         units=found.units,
         class_names=found.class_names,
@@ -167,16 +181,21 @@ def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator
 class _Rejections:
     """How many images were bad, of all that this worker saw."""
 
-    def __init__(self, seen: int, rejected: int, limit: float):
-        self.seen, self.rejected, self.limit = seen, rejected, limit
+    def __init__(self, limit: float):
+        self.limit, self.seen, self.number = limit, 0, 0
+        self.last: Rejection | None = None
 
-    def add(self, unit: UnitWriter) -> None:
-        self.seen += unit.images
-        self.rejected += len(unit.rejected)
-        if self.seen >= ENOUGH and self.rejected > self.limit * self.seen:
-            last = f"; the last: {unit.rejected[-1].source}: {unit.rejected[-1].reason}" if unit.rejected else ""
-            fix = f"{self.rejected} of {self.seen} images could not be encoded{last}; repair them or allow more"
-            raise ConfigError("--max-rejected", self.limit, fix)
+    def add(self, images: int, rejected: Sequence[Rejection]) -> None:
+        """Those of a unit."""
+        self.seen += images
+        self.number += len(rejected)
+        self.last = rejected[-1] if rejected else self.last
+
+    def check(self) -> None:
+        """Raises ConfigError if they are too many."""
+        if self.last and self.seen >= ENOUGH and self.number > self.limit * self.seen:
+            fix = f"{self.number} of {self.seen} images could not be encoded; the last: {self.last.source}: {self.last.reason}"
+            raise ConfigError("--max-rejected", self.limit, f"{fix}; repair them or allow more")
 
 
 def _encode(
@@ -196,7 +215,8 @@ def _encode(
             progress.update(len(task.items))
             if task.last:
                 encoder.flush(unit)
-                rejections.add(unit)
+                rejections.add(unit.images, unit.rejected)
+                rejections.check()
                 unit.finish()
                 unit, finished = None, finished + 1
                 if source.images is None:  # the units to come are as large as those so far

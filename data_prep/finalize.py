@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.tally import mean_and_std
 from data_prep.units import Request, load_record
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, some
 from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
 
 
@@ -27,8 +28,8 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     found = {unit: load_record(root, unit) for unit in range(request.units)}
     missing = [str(unit) for unit, record in found.items() if record is None]
     if missing:
-        some = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
-        raise DataError(f"{path}: of {request.units} units {len(missing)} are missing ({some}); run {request.command(root)}")
+        fix = f"run {request.command(root, max_rejected)}"
+        raise DataError(f"{path}: of {request.units} units {len(missing)} are missing ({some(missing)}); {fix}")
     records = [record for record in found.values() if record is not None]
     rejected = [rejection for record in records for rejection in record.rejected]
     images = sum(record.images for record in records)
@@ -44,6 +45,8 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
     histogram = np.zeros(len(names), np.int64)
     for record in records:
         histogram[: len(record.histogram)] += np.array(record.histogram, np.int64)
+    if untaught := [name for name, count in zip(names, histogram) if not count]:
+        print(f"{path}: of {len(names)} classes {len(untaught)} have no training sample: {some(untaught)}", file=sys.stderr)
     sums, squares = (np.sum([getattr(r, field) for r in records], axis=0) for field in ("sum", "squares"))
     mean, std = mean_and_std(sums, squares, sum(record.pixels for record in records))
     partial = root / "rejected.jsonl.partial"

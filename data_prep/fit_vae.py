@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, is_heldout, open_source
-from data_prep.units import NOTE, read_note, refuse_another
+from data_prep.units import NOTE, placed, read_note, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.vae import decode, encode_mean
 
@@ -33,7 +34,7 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
         DataError: the source cannot be read, or ``out`` holds something else, such as a VAE of other arguments.
     """
     folder = Path(out).resolve()
-    request = dict(source=source, size=size, factor=factor, latent_channels=latent_channels, steps=steps, batch=batch, seed=seed)
+    request = dict(source=placed(source), size=size, factor=factor, latent_channels=latent_channels, steps=steps, batch=batch, seed=seed)
     if (folder / "diffusion_pytorch_model.safetensors").is_file():
         if (folder / NOTE).is_file():
             refuse_another(folder, read_note(folder), request)
@@ -62,6 +63,8 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     vae.save_pretrained(partial)
     _grid(heldout.permute(0, 2, 3, 1), decoded).save(partial / "reconstructions.png")
     (partial / NOTE).write_text(json.dumps(request, indent=2) + "\n")
+    for file in partial.iterdir():  # safetensors lets nobody but the owner read its own
+        shutil.copymode(partial / NOTE, file)
     partial.replace(folder)
     print(f"{out}: held-out MSE {mse:.5f} (pixels in [0, 1]), PSNR {-10 * math.log10(mse):.1f} dB, scaling_factor {scale:.4f}")
 

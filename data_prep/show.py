@@ -13,7 +13,7 @@ COLUMNS, ROWS = 8, 4
 
 
 def show(path: str, *, sheet: str | None = None) -> None:
-    """Print a table of a finished folder, or of one shard in it, with its first samples.
+    """Print a table of a finished folder and of its classes, or of one shard in it, with its first samples.
 
     Args:
         sheet: a picture of decoded latents to write.
@@ -49,6 +49,10 @@ def show(path: str, *, sheet: str | None = None) -> None:
     for i in range(min(5, len(reader))):
         key, meta, _ = reader.read(i)
         print(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {meta.get('caption') or '-'}")
+    if not shard_name and manifest.class_names:
+        print("class  training samples  name")
+        for number, (name, count) in enumerate(zip(manifest.class_names, manifest.class_histogram)):
+            print(f"{number:>5}{count:>18}  {name}")
     if sheet:
         save_grid(decoded(manifest, spread(manifest, shards, COLUMNS * ROWS)), Path(sheet), COLUMNS)
         print(sheet)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from data_prep import captions, shapes
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line, some
 from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
@@ -146,21 +146,25 @@ def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], lis
     if not root.is_dir():
         raise DataError(f"--source={name!r}: no such folder")
     with os.scandir(root) as entries:  # which knows what is a folder without asking the disk about each of a million files
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    known = set(folders)
+    classes: list[str] = []
+    empty: list[str] = []
     items: list[Item] = []
     others: dict[str, Path] = {}
-    known = set(classes)
-    folders = ((label, root.joinpath(class_name).rglob("*")) for label, class_name in enumerate(classes))
-    for label, paths in ((None, (path for path in root.iterdir() if path.name not in known)), *folders):
-        for path in paths:
+    for folder in (None, *folders):
+        before = len(items)
+        for path in root.joinpath(folder).rglob("*") if folder else (path for path in root.iterdir() if path.name not in known):
             origin = path.relative_to(root).as_posix()
             if "/." in f"/{origin}":  # a file manager's, a notebook's, an unfinished class
                 continue
-            if path.suffix.lower() not in SUFFIXES or (label is None and wanted == "classes"):
+            if path.suffix.lower() not in SUFFIXES or (folder is None and wanted == "classes"):
                 others[origin] = path
             else:
                 # File names may hold dots or be longer than a tar header; a hash of the path is a key in any case.
-                items.append(Item(_digest(origin), label, None, origin, path))
+                items.append(Item(_digest(origin), len(classes) if folder else None, None, origin, path))
+        if folder:
+            (classes if len(items) > before else empty).append(folder)
     texts = {captions.text_of(item.origin) for item in items}  # known by their names, for the same reason
     strange = [path for origin, path in others.items() if origin not in texts and path.name not in captions.METADATA]
     if count := sum(path.is_file() or path.is_symlink() for path in strange):
@@ -168,6 +172,8 @@ def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], lis
         print(
             f"--source={name!r}: {count} files are no images ({', '.join(SUFFIXES)}){place}, or linked folders; left out", file=sys.stderr
         )
+    if items and empty:
+        print(f"--source={name!r}: {len(empty)} folders without images are no classes: {some(empty)}; left out", file=sys.stderr)
     if not items:
         what = "one folder per class there, with files" if wanted == "classes" else "there files"
         raise DataError(f"--source={name!r}: no images; put {what} of {', '.join(SUFFIXES)}")

@@ -77,13 +77,14 @@ class Request:
         """
         return _read(cls, root / NOTE, f"{root}: was not begun by ditmoe-data encode of this release")
 
-    def command(self, root: Path) -> str:
+    def command(self, root: Path, max_rejected: float) -> str:
         """The command that continues it, as typed into a shell."""
         fields = ("shard_size", "batch", "holdout", "dtype", "store", "seed")
         options = dict(source=self.source, vae=self.vae, out=root, size=size_names(self.sizes)) | {f: getattr(self, f) for f in fields}
         options |= dict(text=self.text, text_max_tokens=self.text_max_tokens) if self.text else {}
         named = self.class_names and self.source.startswith(("wds:", "hf:")) and self.class_names[0] == "0"
         options |= dict(classes=len(self.class_names or ())) if named else {}
+        options |= dict(max_rejected=max_rejected)
         words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
         words = ["ditmoe-data", "encode", *words, *["--flip-copies"] * self.flip_copies]
         return shlex.join(map(str, words))
@@ -153,15 +154,22 @@ def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object
 
 
 def read_note(root: Path) -> Any:
-    """What is noted in ``root``.
+    """What is noted in ``root``. Earlier releases noted folders of images as they were given.
 
     Raises:
         DataError: the note is no JSON.
     """
     try:
-        return json.loads((root / NOTE).read_text())
+        note = json.loads((root / NOTE).read_text())
     except ValueError as error:
         raise DataError(f"{root / NOTE}: is damaged ({error}); choose another folder or delete this one") from None
+    return note | dict(source=placed(note["source"])) if isinstance(note, dict) and "source" in note else note
+
+
+def placed(source: str) -> str:
+    """A source whose folder, if it has one, is found from anywhere."""
+    kind, _, path = source.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if kind in ("folder", "hf") and Path(path).is_dir() else source
 
 
 def refuse_another(root: Path, theirs: Any, ours: dict[str, Any]) -> None:

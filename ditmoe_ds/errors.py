@@ -28,6 +28,11 @@ def in_a_line(error: object, most: int = 200) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def some(names: list[str], most: int = 20) -> str:
+    """The first of ``names``, to be part of a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 class DataError(UserError):
     """A latent folder, shard or image source that is missing, damaged or unsafe."""
 

@@ -42,6 +42,13 @@ for name, folder in json.loads(sys.argv[1]).items():
             assert str(error).startswith(next(iter(wrong)))
         else:
             raise AssertionError(wrong)
+    for wrong in ("b_ird", ["b_ird"], [3]):
+        try:
+            pipe(wrong, 1, output_type="latent")
+        except ValueError as error:
+            assert str(error).startswith("class_labels") and "0..2" in str(error)
+        else:
+            raise AssertionError(wrong)
     if type(pipe.scheduler).__name__ == "DDIMScheduler":
         try:
             pipe([0], 3, output_type="latent")

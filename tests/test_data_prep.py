@@ -283,6 +283,23 @@ def test_a_data_folder_moves_together_with_its_vae(inputs, tmp_path):
         (tmp_path / "moved" / "vae").rename(inputs / "vae")
 
 
+def test_a_relative_folder_of_images_is_found_from_elsewhere(inputs, tmp_path, monkeypatch):
+    """Also by a command that continues; what an earlier release began is gone on with."""
+    monkeypatch.chdir(inputs)
+    relative, out = ["encode", "--source", "folder:images", "--vae", "vae", "--size", "16", "--decoders", "0"], tmp_path / "out"
+    assert main([*relative, "--out", str(out), "--worker", "0/2", "--shard-size", "20"]) == 0
+    note = json.loads((out / "request.json").read_text())
+    assert note["source"] == f"folder:{inputs / 'images'}"
+    (out / "request.json").write_text(json.dumps(note | dict(source="folder:images")))
+    assert main([*relative, "--out", str(out), "--shard-size", "20"]) == 0
+    assert main([*relative, "--out", str(tmp_path / "new"), "--worker", "0/2", "--shard-size", "20"]) == 0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="1 are missing") as caught:
+        finalize("new")
+    assert main(str(caught.value).partition("; run ditmoe-data ")[2].split()) == 0
+    assert main(["verify", "new", "--sheet", "sheet.png"]) == 0
+
+
 def test_a_folder_called_by_a_dot(inputs, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copytree(inputs / "vae", tmp_path / "vae")
@@ -536,7 +553,10 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
 def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     arguments = ["fit-vae", "--source", f"folder:{inputs / 'images'}", "--out", str(tmp_path / "v"), "--size", "16"]
     arguments += ["--factor", "2", "--latent-channels", "3", "--steps", "3", "--batch", "2"]
+    before = os.umask(0o027)
     assert main(arguments) == 0
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "v").iterdir()} == {0o640}  # colleagues may read it
     assert "PSNR" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "already complete" in capsys.readouterr().out

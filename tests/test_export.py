@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
+from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.diffusers_folder import diffusers_weights
@@ -123,6 +125,7 @@ def test_settings_that_contradict_the_reference_weights(changed, word, imported,
         ("reference", replace(SPARSE, router=RouterConfig(renormalise=True)), "router.renormalise"),
         ("reference", replace(SPARSE, expert_activation="gelu"), "expert_activation"),
         ("diffusers", replace(SPARSE, router=RouterConfig(capacity_factor=1.0)), "router.capacity_factor"),
+        ("diffusers", replace(SPARSE, num_classes=0, text_width=16, kv_heads=2, routing="expert"), "no layout for text to image"),
     ],
 )
 def test_what_a_target_cannot_represent_is_refused(target, config, word, tmp_path, capsys):
@@ -142,11 +145,13 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "index.json").write_text(json.dumps(dict(format=checkpoint.FORMAT, ema=dict(kinds=["ema_0.9"]))))
     settings = flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8))
     for arguments, word in (
         (["export", weights, "--out", weights], "already"),
         (["export", weights, "--out", str(tmp_path / "o"), "--shard-size", "5"], "--shard-size"),
-        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds bare, lacking, list, weights, wide"),
+        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds bare, lacking, list, step_1, weights, wide"),
         (["import", "diffusers", weights, "--out", str(tmp_path / "o")], "neither"),
         (
             ["import", "reference", str(tmp_path / "no.pt"), *settings, "--out", "o"],
@@ -154,6 +159,10 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
         ),
         (["sample", weights, "--steps", "1"], "--vae"),
         (["sample", weights, "--weights", "master"], "ema weights alone"),
+        (
+            ["sample", str(tmp_path / "step_1"), "--weights", "ema_0.99"],
+            "--weights='ema_0.99': choose ema_0.9, ema (the first of these) or master",
+        ),
         (["export", wide, "--to", "reference", "--out", str(tmp_path / "o")], "8x12"),
         (["import", "diffusers", str(tmp_path / "bare"), "--out", str(tmp_path / "o")], "'diffusion' is missing"),
         (["import", "diffusers", str(tmp_path / "list"), "--out", str(tmp_path / "o")], "not a JSON object"),
@@ -265,12 +274,30 @@ def test_our_pipeline_is_read_back(name, pipelines, tmp_path):
     root, _ = pipelines
     assert main(["import", "diffusers", str(root / "pipelines" / name), "--out", str(tmp_path / "back")]) == 0
     before, after = open_weights(root / "weights" / name), open_weights(tmp_path / "back")
-    for part in ("model", "diffusion"):
+    for part in ("model", "diffusion", "step"):
         assert after.description[part] == before.description[part]
     wanted = before.description["latents"]
     assert after.description["latents"] == wanted | ({"vae": str(root / "pipelines" / name / "vae")} if "vae" in wanted else {})
     assert before.shapes == after.shapes
     assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in before.shapes)
+
+
+def test_an_unknown_step_is_not_told(pipelines, tmp_path, capsys):
+    """And a pipeline is not sampled from as it is."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(pipelines[0] / "pipelines" / "flow", pipeline)
+    assert main(["sample", str(pipeline)]) == 2
+    assert f"make a weights folder of it by ditmoe import diffusers {pipeline}" in capsys.readouterr().err
+    settings = json.loads((pipeline / "transformer" / "config.json").read_text())
+    for step, words in ((741, "diffusers weights of step 741 in"), (None, "diffusers weights in")):
+        told = {key: value for key, value in settings.items() if key != "_step"} | (dict(_step=step) if step else {})
+        (pipeline / "transformer" / "config.json").write_text(json.dumps(told))
+        back, out = tmp_path / f"back-{step}", tmp_path / f"out-{step}"
+        assert main(["import", "diffusers", str(pipeline), "--out", str(back)]) == 0
+        assert main(["export", str(back), "--out", str(out)]) == 0
+        assert words in capsys.readouterr().out
+    assert main(["sample", str(back), "--per-class", "1", "--steps", "1", "--out", str(tmp_path / "x.png")]) == 0
+    assert capsys.readouterr().out.startswith("1 images in ")
 
 
 def test_a_small_vae_is_called_by_its_name(tmp_path):
@@ -291,7 +318,12 @@ def test_a_vae_may_be_named_for_an_export(tmp_path, capsys):
     export = ["export", weights, "--to", "diffusers", "--out"]
     assert main([*export, str(tmp_path / "without")]) == 0
     assert "give it by --vae" in capsys.readouterr().out
+    for path in Path(vae).iterdir():
+        path.chmod(0o600)
+    before = os.umask(0o027)
     assert main([*export, str(tmp_path / "with"), "--vae", vae]) == 0
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "with").rglob("*") if path.is_file()} == {0o640}
     found = diffusers_weights(tmp_path / "with").description["latents"]
     assert found["vae"] == str(tmp_path / "with" / "vae") and found["scaling_factor"] == latent_space(vae).scaling_factor
     narrow = str(write_weights(tmp_path / "narrow", random_weights(replace(SPARSE, in_channels=3))[1]))

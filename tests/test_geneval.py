@@ -159,7 +159,10 @@ WRONG = [
 def test_wrong_prompts(tmp_path, line, reason):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(SINGLE) + "\n" + line + "\n")
-    with pytest.raises(DataError, match=f"prompts.jsonl, line 2: .*{re.escape(reason)}" if reason != "line 2" else "line 2: Expecting"):
+    with pytest.raises(
+        DataError,
+        match=f"prompts.jsonl, line 2: .*{re.escape(reason)}" if reason != "line 2" else "line 2: Expecting.*with tag, include and prompt",
+    ):
         read_prompts(path)
 
 

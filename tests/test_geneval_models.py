@@ -289,11 +289,12 @@ def test_pictures_are_made_in_the_layout(run, made):
         assert (np.array(Image.open(made / "00002" / "samples" / f"000{i}.png")) == picture).all()
 
 
-def test_a_restart_makes_what_is_missing(run, made):
+def test_a_restart_makes_what_is_missing(run, made, capsys):
     before = contents(made)
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*.png")}
     (made / "00001" / "samples" / "0001.png").unlink()
     assert main(command(run, made)) == 0
+    assert f"6 pictures in {made}; to score them: ditmoe eval geneval {made} --detector " in capsys.readouterr().out
     assert contents(made) == before
     again = {path.parents[1].name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert again == {"00001"}

@@ -103,6 +103,37 @@ def test_a_set_is_gone_on_with_by_its_own_model_alone(weights, folder, capsys):
     assert len(pictures(out)) == 1
 
 
+def test_a_set_is_extended(one, weights, folder, capsys):
+    """Image i is the same in a larger set; an npz is whole once it is packed."""
+    out = folder / "larger"
+    command = ["sample", weights["rectified_flow"], *COMMON, "--out"]
+    assert main([*command, str(out), "--num", "2"]) == 0
+    (out / "000000.png").write_bytes(b"kept")
+    assert main([*command, str(out), "--num", "4"]) == 0
+    assert pictures(out) == dict([*one["rectified_flow"].items()][:4]) | {"000000.png": b"kept"}
+    assert json.loads((out / "samples.json").read_text())["num"] == 4
+    assert main([*command, str(out), "--num", "5", "--seed", "6"]) == 2
+    assert "begun with seed 5, not 6" in capsys.readouterr().err
+    assert main([*command, str(out), "--num", "3"]) == 2
+    assert "begun with num 4, not 3" in capsys.readouterr().err
+    assert json.loads((out / "samples.json").read_text())["num"] == 4
+    assert main([*command, f"{out}.npz", "--num", "1", "--steps", "1"]) == 0
+    assert main([*command, f"{out}.npz", "--num", "2", "--steps", "1"]) == 2
+    assert "larger.npz has 1 images, and a finished npz is not extended" in capsys.readouterr().err
+
+
+def test_classes_have_names(weights, folder, capsys):
+    known = open_weights(weights["rectified_flow"])
+    latents = known.description["latents"] | dict(class_names=["bird", "red cats", "7"])
+    write_weights(folder / "named", replace(known, description=known.description | dict(latents=latents)))
+    command = ["sample", str(folder / "named"), "--num", "1", "--steps", "1", "--out", str(folder / "of-names"), "--classes"]
+    assert main([*command, "red cats, bird,2"]) == 0
+    assert json.loads((folder / "of-names" / "samples.json").read_text())["classes"] == [1, 0, 2]
+    for wrong, words in (("cats", "--classes='cats': write numbers with commas, or names: bird, red cats, 7"), ("7", "0..2")):
+        assert main([*command, wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_ranks_that_make_images_wait_for_each_other_for_long(weights, folder, monkeypatch):
     begin, given = dist.init_process_group, []
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **named: (given.append(named["timeout"]), begin(*args, **named)))
@@ -342,6 +373,7 @@ def test_mistakes(weights, folder, capsys):
         (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "objective: rectified_flow -> ddpm"),
         (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "told --classes"),
         (["--num", "2", "--out", str(folder / "no"), "--classes", "3"], "0..2"),
+        (["--num", "2", "--out", str(folder / "no"), "--classes", "bird"], "know no names"),
         (["--num", "2", "--out", str(folder / "no"), "--steps", "0"], "from 1 to 1000"),
         (["--expert-parallel", "2"], "say how many"),
         (["--per-class", "0"], "--per-class"),

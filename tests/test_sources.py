@@ -163,6 +163,19 @@ def test_folders_as_a_source(tmp_path, capsys):
     assert "3 files are no images" in capsys.readouterr().err
 
 
+def test_what_has_nothing_to_learn_from_is_told(inputs, tmp_path, capsys):
+    """A folder without images is no class; a class may have none that can be used."""
+    for name in ("ant/1.png", "ant/2.png", "bee/notes.txt", "cat/1.png", "empty/.hidden.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png() if "ant" in name else b"broken")
+    out = run_encode(inputs, tmp_path / "out", f"folder:{tmp_path / 'in'}", holdout=0.0, max_rejected=0.5)
+    assert (manifest := Manifest.load(out)).class_names == ("ant", "cat") and manifest.class_histogram == (2, 0)
+    assert {sample.meta["class"] for sample in samples(out, "train")} == {"ant"}
+    said = capsys.readouterr().err
+    assert "2 folders without images are no classes: bee, empty; left out" in said
+    assert "of 2 classes 1 have no training sample: cat\n" in said
+
+
 def test_each_unit_of_a_folder_has_all_classes(tmp_path):
     """A window of the training order spans few shards: sorted by class, a batch would have few classes."""
     for name in (f"{kind}/{i}.png" for kind in "abcd" for i in range(50)):
@@ -299,6 +312,22 @@ def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
     (out / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="3 of 120"):
         finalize(str(out))
+
+
+def test_the_last_bad_image_is_named_and_the_share_repeated(inputs, tmp_path, capsys):
+    """Though the unit with which there are enough to judge by has none."""
+    for tar, broken in enumerate((True, False, False)):
+        write_tar(tmp_path / f"{tar}.tar", [{"__key__": f"{tar}-{i}", "png": b"broken" if broken and i < 5 else png(i)} for i in range(60)])
+    source = f"wds:{tmp_path}/{{0..2}}.tar"
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.02: 5 of 120 images could not be encoded; the last: 0-4: not an image"):
+        run_encode(inputs, tmp_path / "out", source, max_rejected=0.02)
+    with pytest.raises(ConfigError, match=r"5 of 120 images could not be encoded; the last: 0-4"):  # those of before count
+        run_encode(inputs, tmp_path / "out", source, max_rejected=0.03)
+    for worker in (0, 1):
+        capsys.readouterr()
+        run_encode(inputs, tmp_path / "out", source, max_rejected=0.06, worker=(worker, 2))
+    command = capsys.readouterr().out.partition("run ditmoe-data ")[2].split()
+    assert command == ["finalize", str(tmp_path / "out"), "--max-rejected", "0.06"] and main(command) == 0
 
 
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):

@@ -59,6 +59,8 @@ def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
     assert main(["inspect", str(encoded)]) == 0
     assert main(["inspect", str(encoded / "val-000001.tar"), "--sheet", str(tmp_path / "c.png")]) == 0
     text = capsys.readouterr().out
+    for number, name in enumerate(("ant", "cat")):
+        assert f"{number:>5}{manifest.class_histogram[number]:>18}  {name}\n" in text
     for words in ("train, val", "(2, 8, 8) float32, mean", "2, of", "bytes", samples(encoded, "train")[0].key):
         assert words in text
     assert Image.open(tmp_path / "c.png").mode == "RGB"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.errors import CheckpointError, ConfigError
 
 FORMAT = "ditmoe-weights/1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +49,7 @@ class Weights(Tensors):
 
     description: dict[str, Any]
     """``name`` (or None), ``model`` and ``diffusion`` (fields of DiTConfig, DiffusionConfig), ``latents`` (VAE, scaling_factor,
-    shift_factor, class names; {} if unknown), ``step``, ``weights`` (which set: ema, master, ...)."""
+    shift_factor, class names; {} if unknown), ``step`` (0 if unknown), ``weights`` (which set: ema, master, ...)."""
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Compare with the parameters of a model.
@@ -72,6 +72,11 @@ class Weights(Tensors):
                 self.read(name, start, piece)
                 digest.update(piece.numpy().data)
         return digest.hexdigest()
+
+
+def of_step(step: int) -> str:
+    """How a message goes on with the step of weights; of some that were made elsewhere it is unknown."""
+    return f" of step {step}" if step else ""
 
 
 def differently_encoded(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
@@ -97,6 +102,8 @@ def locate(path: str | Path) -> Path:
         return found
     inside = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
     what = f"it holds {', '.join(inside) or 'nothing'}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
+    if (path / "model_index.json").is_file():
+        what = f"it is a pipeline of diffusers: make a weights folder of it by ditmoe import diffusers {path} --out FOLDER"
     raise CheckpointError(f"{path}: no finished checkpoint and no weights folder; {what}")
 
 
@@ -109,6 +116,7 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
 
     Raises:
         CheckpointError: nothing of the three is there, or it is incomplete.
+        ConfigError: the checkpoint has no such weights.
     """
     path = locate(path)
     if (path / "config.json").is_file():
@@ -117,6 +125,8 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
             raise CheckpointError(f"{path}: a weights folder of {opened.description['weights']} weights alone, not {kind}")
         return opened
     reader = checkpoint.Reader(path)
+    if kind not in ("ema", "master", *(averages := reader.index["ema"]["kinds"])):
+        raise ConfigError("--weights", kind, f"choose {', '.join(averages)}, ema (the first of these) or master; {path} has no others")
     description = {key: reader.index[key] for key in ("model", "diffusion", "latents", "step")}
     shapes = {name: tuple(shape) for name, shape in reader.index["shapes"].items()}
     return Weights(shapes, partial(reader.read, kind), dict(name=None, **description, weights=kind))

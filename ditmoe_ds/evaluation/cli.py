@@ -82,12 +82,13 @@ def _measure(arguments: argparse.Namespace) -> int:
     def opened(world: World) -> Measurement:
         if arguments.batch < 1:
             raise ConfigError("--batch", arguments.batch, "at least 1")
+        given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
+        measurement = open_measurement(arguments.measure, arguments.samples, device=world.device, **given)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError("--out", arguments.out, f"cannot be made ({error.strerror})") from None
-        given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
-        return open_measurement(arguments.measure, arguments.samples, device=world.device, **given)
+        return measurement
 
     def measure(world: World) -> None:
         measurement = agreed(lambda: opened(world))

@@ -82,7 +82,9 @@ def open_measurement(
     made = _enough(open_images(samples))
     described = made.description()
     if isinstance(described, dict) and str(described.get("format")).startswith("ditmoe-samples") and described["num"] != len(made):
-        raise DataError(f"{samples}: {len(made)} of {described['num']} images; let ditmoe sample finish them")
+        few = len(made) < described["num"]
+        fix = "let ditmoe sample finish them" if few else "move the others elsewhere"
+        raise DataError(f"{samples}: {len(made)} of {described['num']} images; {fix}")
     first = os.environ.get("RANK", "0") == "0"
     if first and "is" in asked and isinstance(made, FolderImages) and len({file.parent for file in made.files}) > 1:
         fix = "if they hold a class each, its splits of 5,000 in a row show few classes"

@@ -151,9 +151,11 @@ def open_images(path: str | Path) -> Images:
     """The images of a folder or an npz.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none; or a run, whose pictures are grids.
     """
     path = Path(path)
+    if (path / "config.yaml").is_file() and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
+        raise DataError(f"{path}: that is a run; sample from it first: ditmoe sample {path} --num N --out FILE.npz")
     return FolderImages(path) if path.is_dir() else NpzImages(path)
 
 

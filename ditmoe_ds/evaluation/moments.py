@@ -53,7 +53,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     root = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root
-    return distance.item()
+    return max(distance.item(), 0.0)  # of equals, rounding may leave less
 
 
 def _root(covariance: Tensor) -> Tensor:

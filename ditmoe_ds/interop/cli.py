@@ -56,7 +56,7 @@ def _add_output(parser: argparse.ArgumentParser, out: str = "a new folder") -> N
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.distributed.weights import open_weights, write_weights
+    from ditmoe_ds.distributed.weights import of_step, open_weights, write_weights
     from ditmoe_ds.interop.diffusers_folder import export_diffusers
     from ditmoe_ds.interop.reference import export_reference
 
@@ -75,7 +75,7 @@ def _export(arguments: argparse.Namespace) -> int:
         if diffusion["objective"] == "rectified_flow" and diffusion["time_scale"] != 1:
             scale = f"{diffusion['time_scale']:g}"
             notes.append(f"call it with t * {scale}: the reference's own sampler passes t in [0, 1]; import it with --time-scale {scale}")
-    print("; ".join([f"{weights.description['weights']} weights of step {weights.description['step']} in {out}", *notes]))
+    print("; ".join([f"{weights.description['weights']} weights{of_step(weights.description['step'])} in {out}", *notes]))
     return 0
 
 

@@ -70,12 +70,15 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
         (folder / "transformer").mkdir()
         write_shards(folder / "transformer", STEM, disassemble(weights, layout(config), DTYPES[dtype]), shard_bytes)
         told = {key: value for key, value in asdict(config).items() if key == "router" or key in _SETTINGS}
-        write_json(folder / "transformer" / "config.json", dict(_class_name=TRANSFORMER, **told, diffusion=asdict(diffusion)))
+        write_json(
+            folder / "transformer" / "config.json",
+            dict(_class_name=TRANSFORMER, _step=weights.description["step"], **told, diffusion=asdict(diffusion)),
+        )
         shutil.copyfile(FILES / "transformer_ditmoe.py", folder / "transformer" / "transformer_ditmoe.py")
         shutil.copyfile(FILES / "pipeline_ditmoe.py", folder / "pipeline_ditmoe.py")
         scheduler.save_pretrained(folder / "scheduler")
         if vae:
-            shutil.copytree(vae, folder / "vae")
+            shutil.copytree(vae, folder / "vae", copy_function=shutil.copyfile)  # without the modes, which may be the owner's alone
         index = dict(
             _class_name=["pipeline_ditmoe", PIPELINE],
             transformer=["transformer_ditmoe", TRANSFORMER],
@@ -109,7 +112,7 @@ def diffusers_weights(path: Path) -> Weights:
         latents["text"] = dict(encoder=None, max_tokens=index["max_tokens"], sha256=None)
     named = dict(scaling_factor="scaling_factor", shift_factor="shift_factor", class_names="class_names", shape="latent_shape")
     latents |= {ours: index[theirs] for ours, theirs in named.items() if index.get(theirs) is not None}
-    description = dict(name=None, latents=latents, step=0, weights="diffusers")
+    description = dict(name=None, latents=latents, step=settings.get("_step", 0), weights="diffusers")
     kind = settings.get("_class_name")
     try:
         if kind == TRANSFORMER:

@@ -93,8 +93,10 @@ def refuse_settings_without_place(model: DiTConfig, known: set[str], target: str
     """Every setting but the ``known`` ones (dotted) must be at its default, which is what ``target`` assumes.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: one is not; or the model is told text, which none of the targets is.
     """
+    if model.text_width:
+        raise CheckpointError(f"{target} has no layout for text to image, nor for EC-DIT")
     defaults = _flat(asdict(DiTConfig(hidden=0, depth=0, heads=0)))
     for key, value in _flat(asdict(model)).items():
         if key not in known and value != defaults[key]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, some
 from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing, open_named
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def add_commands(commands: Any) -> None:
     sample.set_defaults(command=_sample)
     sample.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
     sample.add_argument("--out", default="grid.png", help="a picture; with --num a folder of PNGs, or FILE.npz in ADM's layout")
-    sample.add_argument("--num", type=int, help="number of images, made by any number of processes; continues an unfinished set")
-    sample.add_argument("--classes", help="comma-separated, for example 0,1,2; default: 0, with --num all in turn")
+    sample.add_argument("--num", type=int, help="number of images, made by any number of processes; continues or extends a set")
+    sample.add_argument("--classes", help="numbers or names, comma-separated; default: 0, with --num all in turn")
     sample.add_argument("--prompt", action="append", help="for a text-to-image model; repeat --prompt for several")
     sample.add_argument("--prompts", help="file with a prompt a line")
     sample.add_argument("--per-class", type=int, default=8, help="without --num: images (a row) per class or prompt")
@@ -59,6 +59,7 @@ def _make_room(out: str) -> None:
 
 def _grid(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.distributed.topology import under_srun
+    from ditmoe_ds.distributed.weights import of_step
     from ditmoe_ds.latents.images import save_grid
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or under_srun() or arguments.expert_parallel > 1:
@@ -79,14 +80,14 @@ def _grid(arguments: argparse.Namespace) -> int:
         weak_transformer=weak and weak.model,
     )
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
-    print(f"{len(asked)} images of step {run.step} in {arguments.out}")
+    print(f"{len(asked)} images{of_step(run.step)} in {arguments.out}")
     return 0
 
 
 def _many(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import World, agreed, check_expert_parallel, decided, expert_group, on_all_ranks
-    from ditmoe_ds.distributed.weights import locate, open_weights
+    from ditmoe_ds.distributed.weights import locate, of_step, open_weights
     from ditmoe_ds.pipelines.many import Target, sample_many
 
     def check(world: World) -> None:
@@ -131,7 +132,7 @@ def _many(arguments: argparse.Namespace) -> int:
             weak_transformer=weak and weak.model,
         )
         if world.rank == 0:
-            print(f"{arguments.num} images of step {run.step} in {arguments.out}")
+            print(f"{arguments.num} images{of_step(run.step)} in {arguments.out}")
 
     return on_all_ranks(sample, LONG_PATIENCE)
 
@@ -175,13 +176,22 @@ def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[
     if arguments.prompt or arguments.prompts or not classes:
         given = "--classes" if not classes else "--prompt"
         raise ConfigError(given, getattr(arguments, given[2:]), f"this model is told {'--classes' if classes else '--prompt'}")
-    try:
-        asked = default if arguments.classes is None else [int(part) for part in arguments.classes.split(",")]
-    except ValueError:
-        raise ConfigError("--classes", arguments.classes, "write numbers with commas, for example 0,1,2") from None
+    names = run.latents.get("class_names") or []
+    asked = default if arguments.classes is None else [_class(part.strip(), names) for part in arguments.classes.split(",")]
     if wrong := [label for label in asked if not 0 <= label < classes]:
         raise ConfigError("--classes", wrong[0], f"classes are 0..{classes - 1}")
     return asked
+
+
+def _class(told: str, names: list[str]) -> int:
+    """The number of a class, which is given by it or by name."""
+    try:
+        return int(told)
+    except ValueError:
+        if told in names:
+            return names.index(told)
+        known = f"or names: {some(names)}" if names else "for example 0,1,2; these weights know no names"
+        raise ConfigError("--classes", told, f"write numbers with commas, {known}") from None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

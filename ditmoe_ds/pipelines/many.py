@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from ditmoe_ds.diffusion.sampling import Sampler
 from ditmoe_ds.distributed.topology import World, decided
-from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png
+from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png, told
 from ditmoe_ds.pipelines.run import Run
 
 
@@ -53,7 +54,7 @@ class Target:
         return self.folder / f"{number:06d}.png"
 
     def begin(self, settings: dict[str, Any], count: int) -> list[int]:
-        """Write the description, or compare with the one that is there.
+        """Write the description, or compare with the one that is there, to which images may be added until an npz is packed.
 
         Returns:
             The numbers of the images that are missing.
@@ -61,8 +62,12 @@ class Target:
         Raises:
             ConfigError: something else is there, or images of other settings.
         """
-        describe(self.description, settings, "--out", self.out, self.folder)
-        if self.npz and self.out.is_file():
+        packed = self.npz and self.out.is_file()
+        if packed and self.description.is_file() and (number := (told(self.description) or {}).get("num", count)) < count:
+            fix = f"{self.out} has {number} images, and a finished npz is not extended (a folder is); choose another --out"
+            raise ConfigError("--num", count, fix)
+        describe(self.description, settings, "--out", self.out, self.folder, grows="" if packed else "num")
+        if packed:
             shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed at its end
             return []
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,34 +14,44 @@ DESCRIPTION = "samples.json"
 """In a folder of images: what they are."""
 
 
-def describe(note: Path, settings: dict[str, Any], key: str, *places: Path) -> None:
+def describe(note: Path, settings: dict[str, Any], key: str, *places: Path, grows: str = "") -> None:
     """Write into the file ``note`` how the images at ``places`` are made; if it exists, compare.
 
     Args:
         settings: ``checkpoint`` among them, the path of the weights, is not compared: their sha256 is.
         key: what the user calls the first of ``places``.
+        grows: a number among the settings that may be larger than before; the note then says so.
 
     Raises:
         ConfigError: something else is there, or images of other settings.
     """
     settings = json.loads(json.dumps(settings))
     if note.is_file():
-        try:
-            found = json.loads(note.read_text())
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
+        found = told(note)
+        if found is None:
             raise ConfigError(key, str(places[0]), f"{note} does not say what is there; choose another")
-        found = _flat(found)
+        more = grows in settings and isinstance(found.get(grows), int) and found[grows] < settings[grows]
+        before = _flat(found)
         for name, value in _flat(settings).items():
-            if found.get(name) != value:
-                fix = f"begun with {name} {found.get(name)!r}, not {value!r}; repeat its settings or choose another"
+            if before.get(name) != value and not (more and name == grows):
+                fix = f"begun with {name} {before.get(name)!r}, not {value!r}; repeat its settings or choose another"
                 raise ConfigError(key, str(places[0]), fix)
+        if more:
+            write(note, json.dumps(found | {grows: settings[grows]}, indent=1) + "\n")
     elif there := [place for place in places if place.is_file() or (place.is_dir() and any(place.iterdir()))]:
         raise ConfigError(key, str(places[0]), f"{there[0]} is there, but no {note.name} that says what it is; choose another")
     else:
         note.parent.mkdir(parents=True, exist_ok=True)
         write(note, json.dumps(settings, indent=1) + "\n")
+
+
+def told(note: Path) -> dict[str, Any] | None:
+    """What ``note`` says; None if it is no description."""
+    try:
+        found = json.loads(note.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,9 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
         agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
     if not arguments.detector:
+        if world.rank == 0:
+            then = f"ditmoe eval geneval {shlex.quote(str(folder))} --detector facebook/mask2former-swin-small-coco-instance"
+            print(f"{len(prompts) * arguments.images} pictures in {folder}; to score them: {then}", flush=True)
         return
 
     pictures = agreed(lambda: read_folder(folder))

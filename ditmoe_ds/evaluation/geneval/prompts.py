@@ -65,6 +65,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, 1):
         try:
             prompts.append(_prompt(line))
+        except json.JSONDecodeError as error:
+            wanted = "GenEval's lines are JSON objects with tag, include and prompt"
+            raise DataError(f"{path}, line {number}: {error}; {wanted}") from None
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if not prompts:

@@ -43,7 +43,7 @@ class DiTMoEPipeline(DiffusionPipeline):
             latents: starting noise (B, C, H, W); drawn with ``generator`` by default.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": scaled latents (B, C, h, w).
         """
-        class_labels = [class_labels] if isinstance(class_labels, int) else class_labels
+        class_labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: choose pil, np, pt or latent")
         if num_inference_steps < 1:
@@ -51,9 +51,9 @@ class DiTMoEPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != len(class_labels):
             raise ValueError(f"generator: {len(generator)} of them for {len(class_labels)} images")
         config, device = self.transformer.config, self._execution_device
-        wrong = [label for label in class_labels if not 0 <= label < config.num_classes]
+        wrong = [label for label in class_labels if isinstance(label, str) or not 0 <= label < config.num_classes]
         if wrong:
-            raise ValueError(f"class_labels: {wrong[0]} is not in 0..{config.num_classes - 1}")
+            raise ValueError(f"class_labels: {wrong[0]!r} is no number in 0..{config.num_classes - 1}")
         if output_type != "latent" and self.vae is None:
             raise ValueError(
                 "this folder holds no VAE: pass vae=AutoencoderKL.from_pretrained(...) to from_pretrained, or output_type='latent'"
