@@ -290,7 +290,7 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     (folder / "sparse.yaml").write_text(yaml.safe_dump(content))
     output = train(folder / "sparse.yaml", 2, "train.steps=1", "train.optimizer.lr=0")[0][1]
     started, given = open_weights(folder / "from-sparse"), open_weights(folder / "sparse")
-    says = f"starts from the upcycled weights of step 0 of {folder / 'sparse'}\n"
+    says = f"starts from the upcycled weights of {folder / 'sparse'}\n"
     kept = dict(path=str(folder / "sparse"), step=0, weights="upcycled")
     assert says in output
     assert checkpoint.Reader(checkpoint.newest(folder / "from-sparse" / "checkpoints")).index["started_from"] == kept

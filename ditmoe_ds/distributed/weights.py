@@ -75,7 +75,7 @@ class Weights(Tensors):
 
 
 def of_step(step: int) -> str:
-    """How a message goes on with the step of weights; of some that were made elsewhere it is unknown."""
+    """" of step N" for a message; empty for weights made elsewhere, whose step is unknown."""
     return f" of step {step}" if step else ""
 
 

@@ -77,7 +77,7 @@ def index_path(tar: Path) -> Path:
 
 
 def index_size(samples: int) -> int:
-    """Bytes of the index of so many samples."""
+    """Bytes of the index of a shard of so many samples."""
     return len(_npy_header((samples + 1,), "int64")) + 8 * (samples + 1)
 
 

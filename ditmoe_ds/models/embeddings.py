@@ -62,7 +62,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp: Any = nn.Sequential(nn.Linear(self.frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t (B,) on the 0..1000 scale -> (B, D)."""
+        """t (B,), on the scale that the model was trained with -> (B, D)."""
         half = self.frequencies // 2
         omega = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift))
         angles = t.float()[:, None] * omega

@@ -22,7 +22,7 @@ def overrides(plan: Plan, tensor: int = 1) -> str:
 
 
 def _short(value: float, places: int) -> str:
-    """With so many decimal places or, where these would say 0 of what is not, two digits."""
+    """With this many decimal places; with two significant digits where a value other than 0 would read as 0."""
     return f"{value:,.{places}f}" if value >= 10**-places or not value else f"{value:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run: a recipe with its data, network and starting weights, cut for so many processes; and the checks that they fit."""
+"""The plan of a run: a recipe with its data, network and starting weights, cut for a number of processes; and the checks that they fit."""
 
 import hashlib
 import json
@@ -168,10 +168,10 @@ def read_plan(arguments: list[str], world: int) -> Plan:
 
 
 def starting_weights(recipe: Recipe) -> Weights | None:
-    """What the recipe starts from, or goes on with. Nothing is read yet. Raises as ``open_weights``."""
+    """What the recipe starts from or, once there is a checkpoint, continues from. Nothing is read yet. Raises as ``open_weights``."""
     source = recipe.model.weights
     if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
-        source = recipe.run_dir  # a run that goes on needs no others
+        source = recipe.run_dir  # a run that continues needs no others
     return open_weights(source) if source is not None else None
 
 
@@ -310,7 +310,7 @@ def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:
 
 
 def check_parallel(parallel: ParallelConfig, model: DiTConfig, world: int) -> None:
-    """Refuse tensor- and expert-parallel sizes that do not go with a model and so many processes.
+    """Refuse tensor- and expert-parallel sizes that do not fit a model and this number of processes.
 
     Raises:
         ConfigError: naming sizes that fit.

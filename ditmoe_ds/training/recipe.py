@@ -48,7 +48,7 @@ class TrainConfig:
     accumulation: int = 1
     """Forward-backward passes per optimizer step."""
     elastic: bool = True
-    """A run that goes on with other processes takes the fewest passes in which no rank computes more images at once than before."""
+    """When a run continues on another number of processes, take the fewest passes in which no rank computes more images at once than before."""
     seed: int = 0
     """Of initial weights, order of samples, noise, times and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -77,9 +77,9 @@ class TrainConfig:
     fd_extractor: str = "efficientnet-lite0"
     """As ``ditmoe eval fid --extractor``."""
     max_skipped_steps: int = 10
-    """A step whose gradient is not finite is skipped; the run stops after so many in a row."""
+    """A step whose gradient is not finite is skipped; the run stops after this number of them in a row."""
     spike_threshold: float = 6.0
-    """A loss so many standard deviations over the mean of the last 100 steps is logged with its samples; 0 for never."""
+    """A loss this many standard deviations above the mean of the last 100 steps is logged with its samples; 0 for never."""
     log_every: int = 10
     """Steps between printed lines, beside those of steps with a validation loss or distance; ``metrics.jsonl`` has every step."""
     tensorboard: bool = True

@@ -33,6 +33,7 @@ from ditmoe_ds.distributed.topology import (
     expert_group,
     hosts_of_ranks,
 )
+from ditmoe_ds.distributed.weights import of_step
 from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.models.dit import DiT, DiTConfig
@@ -124,7 +125,7 @@ class Trainer:
         self.callbacks = self._callbacks(callbacks)
 
     def run(self) -> None:
-        """Train to ``train.steps``, or until any rank is asked to stop: then save and leave word."""
+        """Train to ``train.steps``, or until any rank is asked to stop: then save and leave a note that the run can be continued."""
         steps = self.plan.recipe.train.steps
         if self.step >= steps and self.world.rank == 0:
             print(f"train.steps={steps}: nothing is left to do after step {self.step}; raise it to go on", flush=True)
@@ -253,7 +254,7 @@ class Trainer:
         if source is None or weights is None:
             return None
         told = weights.description
-        print(f"starts from the {told['weights']} weights of step {told['step']} of {source}", flush=True)
+        print(f"starts from the {told['weights']} weights{of_step(told['step'])} of {source}", flush=True)
         return dict(path=str(Path(source).absolute()), step=told["step"], weights=told["weights"])
 
     def _newest_checkpoint(self) -> checkpoint.Reader | None:
