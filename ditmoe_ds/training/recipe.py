@@ -48,7 +48,7 @@ class TrainConfig:
     accumulation: int = 1
     """Forward-backward passes per optimizer step."""
     elastic: bool = True
-    """When a run continues on another number of processes, take the fewest passes in which no rank computes more images at once than before."""
+    """On another number of processes a run takes the fewest passes in which no rank computes more images at once than before."""
     seed: int = 0
     """Of initial weights, order of samples, noise, times and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
