@@ -75,7 +75,7 @@ class Weights(Tensors):
 
 
 def of_step(step: int) -> str:
-    """ " of step N" for a message; empty for weights made elsewhere, whose step is unknown."""
+    """For messages, `` of step N``; nothing for weights made elsewhere, whose step is unknown."""
     return f" of step {step}" if step else ""
 
 
