@@ -129,8 +129,8 @@ def test_an_array_encodes_and_can_be_finalized(slurm, inputs, tmp_path):
     done = ditmoe(slurm, *command)
     assert done.returncode == 0, done.stderr
     job = re.search(r"^job (\d+): 2 workers", done.stdout)[1]
-    wait_for(job, slurm, "COMPLETED")
-    wait_for(f"{job}_1", slurm, "COMPLETED")
+    for task in (0, 1):
+        wait_for(f"{job}_{task}", slurm, "COMPLETED")
     before = sorted(path.name for path in (out / "units").iterdir())
     (out / "manifest.json").unlink(missing_ok=True)
     lost = before[1]  # of the second worker, which alone is submitted again
