@@ -21,9 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
-    from ditmoe_ds.distributed.topology import World, agreed, on_all_ranks
+    from ditmoe_ds.distributed.topology import World, agreed, decided, on_all_ranks
     from ditmoe_ds.launching.facts import old_locks
-    from ditmoe_ds.training.plan import read_plan
+    from ditmoe_ds.training.plan import read_plan, starting_folder
+    from ditmoe_ds.training.recipe import read_recipe
 
     startup.lap("import")
 
@@ -32,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
             startup.lap("join")
             for lock in old_locks() if world.local_rank == 0 else ():
                 print(f"DeepSpeed waits for {lock}; if no other process builds its extensions, remove it", flush=True)
-            plan = agreed(lambda: read_plan(arguments, world.size))
+            start = decided(lambda: starting_folder(read_recipe(arguments)))
+            plan = agreed(lambda: read_plan(arguments, world.size, start))
             lookout.stacks = Path(plan.recipe.run_dir) / "stacks"
             from ditmoe_ds.training.trainer import Callback, Trainer
 

@@ -106,6 +106,9 @@ def test_ctrl_c_reaches_every_process_and_saves(recipe):
     output = ranks.wait(60)[0][1]
     stopped = json.loads((run_dir / MARKER).read_text())["step"]
     assert (run_dir / "checkpoints" / f"step_{stopped:08d}").is_dir() and "Traceback" not in output
+    output = launch(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run_dir}", f"train.steps={stopped}"])[0][1]
+    assert f"train.steps={stopped}: nothing is left to do" in output
+    assert not (run_dir / MARKER).exists(), "no launcher starts it again"
 
 
 def test_a_second_ctrl_c_ends_at_once(recipe):

@@ -307,6 +307,15 @@ def test_training_starts_from_upcycled_weights(folder, recipe):
     assert json.loads((folder / "from-sparse" / "env.json").read_text())["started_from"] == kept
 
 
+def test_all_ranks_start_from_one_checkpoint_of_a_run_that_is_saving(folder, recipe, straight):
+    """Of which rank 1 sees the one before the newest."""
+    content = yaml.safe_load(recipe.read_text()) | dict(model=dict(weights=str(straight)), run_dir=str(folder / "from-run"))
+    (folder / "from-run.yaml").write_text(yaml.safe_dump(content))
+    launch(2, ["-c", POISON, "early", folder / "from-run.yaml", "train.steps=1", "train.optimizer.lr=0"])
+    started, given = open_weights(folder / "from-run", "master"), open_weights(straight)
+    assert all(torch.equal(started.tensor(name), given.tensor(name)) for name in given.shapes)
+
+
 def test_training_starts_from_weights_of_other_classes(folder, recipe):
     """Every class begins as "no class", all else as it is; said once, it is no hindrance to a resume."""
     _, given = random_weights(replace(SPARSE, input_size=4, num_classes=3, learn_variance=False))

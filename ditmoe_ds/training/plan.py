@@ -20,7 +20,7 @@ from ditmoe_ds.distributed.checkpoint import newest_index
 from ditmoe_ds.distributed.engine import BatchShape
 from ditmoe_ds.distributed.settings import offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
-from ditmoe_ds.distributed.weights import Weights, differently_encoded, open_weights
+from ditmoe_ds.distributed.weights import Weights, differently_encoded, locate, open_weights
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
@@ -124,8 +124,11 @@ class Plan:
         )
 
 
-def read_plan(arguments: list[str], world: int) -> Plan:
+def read_plan(arguments: list[str], world: int, start: Path | None = None) -> Plan:
     """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
+
+    Args:
+        start: the recipe's ``starting_folder``, where one rank has found it for all; else it is looked for here.
 
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
@@ -136,7 +139,7 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
-    weights = starting_weights(recipe)
+    weights = starting_weights(recipe, start)
     named = network_of(weights, recipe) if weights else named_network(recipe.model)
     if weights:
         weights.check(parameter_shapes(named))
@@ -167,12 +170,18 @@ def read_plan(arguments: list[str], world: int) -> Plan:
     return plan
 
 
-def starting_weights(recipe: Recipe) -> Weights | None:
-    """What the recipe starts from or, once there is a checkpoint, continues from. Nothing is read yet. Raises as ``open_weights``."""
+def starting_folder(recipe: Recipe) -> Path | None:
+    """The folder of what ``starting_weights`` opens; another a moment later, if it is a run that is still saving. Raises as ``locate``."""
     source = recipe.model.weights
     if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
         source = recipe.run_dir  # a run that continues needs no others
-    return open_weights(source) if source is not None else None
+    return locate(source) if source is not None else None
+
+
+def starting_weights(recipe: Recipe, folder: Path | None = None) -> Weights | None:
+    """What the recipe starts from or, once there is a checkpoint, continues from. Nothing is read yet. Raises as ``open_weights``."""
+    folder = folder or starting_folder(recipe)
+    return open_weights(folder) if folder else None
 
 
 def named_network(given: ModelConfig) -> DiTConfig:

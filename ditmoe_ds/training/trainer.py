@@ -129,6 +129,7 @@ class Trainer:
         steps = self.plan.recipe.train.steps
         if self.step >= steps and self.world.rank == 0:
             print(f"train.steps={steps}: nothing is left to do after step {self.step}; raise it to go on", flush=True)
+            clear(self.run_dir)  # or a launcher would start it again
         self.engine.train()
         while self.step < steps and not self.interrupted:
             try:
@@ -322,7 +323,7 @@ class Trainer:
         callbacks += [*others, Progress(self.step)]
         if self.plan.recipe.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
-        if self.world.rank == 0 and self.step < train.steps:  # a start that trains nothing leaves the run directory as it is
+        if self.world.rank == 0 and self.step < train.steps:  # a start that trains nothing leaves the record as it is
             self._describe_run()
             callbacks.append(MetricsWriter(self.plan, self.run_dir, self.step))
         return [*callbacks, Checkpoints()]
