@@ -125,6 +125,24 @@ def test_outputs(runs):
             pipe(labels)
 
 
+@pytest.mark.parametrize("kind", ["flow", "text"])
+def test_sizes(runs, kind):
+    pipe, asked = pipe_of(runs, kind), ASKED[kind][:1]
+    settings = dict(num_inference_steps=2, output_type="pt")
+    wide = pipe(asked, height=16, width=48, generator=generators(3), **settings).images
+    noise = torch.randn(1, 4, 4, 12, generator=generators(3)[0])
+    assert wide.shape == (1, 3, 16, 48) and torch.equal(wide, pipe(asked, latents=noise, **settings).images)
+    usual = pipe(asked, generator=generators(3), **settings).images
+    assert torch.equal(usual, pipe(asked, height=32, width=32, generator=generators(3), **settings).images)
+    for wrong in (dict(height=32), dict(height=32, width=36), dict(height=0, width=32), dict(height=32, width=-8)):
+        with pytest.raises(ConfigError, match="height, width=.*multiples of 8: a patch of the model is 2 latent pixels of 4 pixels each"):
+            pipe(asked, **wrong)
+    vae, pipe.vae = pipe.vae, None
+    with pytest.raises(ConfigError, match="no VAE"):
+        pipe(asked, height=32, width=32, output_type="latent")
+    pipe.vae = vae
+
+
 @pytest.mark.parametrize("kind,sampler", [("flow", "euler"), ("ddpm", "ddpm"), ("text", "unipc")])
 def test_an_image_depends_on_its_own_generator(runs, kind, sampler):
     pipe = pipe_of(runs, kind)

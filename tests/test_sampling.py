@@ -122,6 +122,20 @@ def test_a_set_is_extended(one, weights, folder, capsys):
     assert "larger.npz has 1 images, and a finished npz is not extended" in capsys.readouterr().err
 
 
+def test_sizes(weights, folder, capsys):
+    """Of a few images and of many; a set has one."""
+    command = ["sample", weights["rectified_flow"], "--steps", "1", "--size", "16x40", "--out"]
+    assert main([*command, str(folder / "wide.png"), "--per-class", "1"]) == 0
+    assert Image.open(folder / "wide.png").size == (40, 16)
+    out = folder / "wide"
+    assert main([*command, str(out), "--num", "1"]) == 0
+    assert Image.open(out / "000000.png").size == (40, 16)
+    assert json.loads((out / "samples.json").read_text())["size"] == [16, 40]
+    for other, told in (([], "None"), (["--size", "16"], "[16, 16]")):
+        assert main([*command[:-3], *other, "--out", str(out), "--num", "2"]) == 2
+        assert f"begun with size [16, 40], not {told}" in capsys.readouterr().err
+
+
 def test_classes_have_names(weights, folder, capsys):
     known = open_weights(weights["rectified_flow"])
     latents = known.description["latents"] | dict(class_names=["bird", "red cats", "7"])
@@ -377,6 +391,10 @@ def test_mistakes(weights, folder, capsys):
         (["--num", "2", "--out", str(folder / "no"), "--steps", "0"], "from 1 to 1000"),
         (["--expert-parallel", "2"], "say how many"),
         (["--per-class", "0"], "--per-class"),
+        (["--size", "16x36", "--out", str(folder / "no.png")], "--size='16x36': both must be multiples of 8"),
+        (["--size", "0", "--num", "1", "--out", str(folder / "no")], "--size='0x0': both must be multiples of 8"),
+        (["--size", "16x", "--out", str(folder / "no.png")], "HEIGHTxWIDTH"),
+        (["--size", "16x16x3", "--out", str(folder / "no.png")], "HEIGHTxWIDTH"),
         (["--guidance", "nan"], "--guidance"),
         (["--compile", "--offload-experts"], "--compile=True"),
         (["--guided-channels", "9"], "have 4"),

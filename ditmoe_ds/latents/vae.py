@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,14 +39,19 @@ def latent_space(path_or_id: str) -> LatentSpace:
     # A config.json may leave out what equals the default of its class, such as SD's scaling_factor.
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
     values = {**defaults, **config}
-    levels = values["block_out_channels"] if "block_out_channels" in defaults else values["encoder_block_out_channels"]
     return LatentSpace(
         channels=values["latent_channels"],
-        downsample=2 ** (len(levels) - 1),
+        downsample=downsampling(values),
         scaling_factor=float(values["scaling_factor"]),
         shift_factor=float(values.get("shift_factor") or 0.0),
         posterior=cls.__name__ == "AutoencoderKL",
     )
+
+
+def downsampling(config: Mapping[str, Any]) -> int:
+    """Image pixels per latent pixel, along one side, of the VAE with this whole config."""
+    levels = config["block_out_channels"] if "block_out_channels" in config else config["encoder_block_out_channels"]
+    return int(2 ** (len(levels) - 1))
 
 
 def decoder_space(vae: str, channels: int) -> LatentSpace:

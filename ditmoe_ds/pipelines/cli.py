@@ -29,6 +29,7 @@ def add_commands(commands: Any) -> None:
     sample.add_argument("--prompt", action="append", help="for a text-to-image model; repeat --prompt for several")
     sample.add_argument("--prompts", help="file with a prompt a line")
     sample.add_argument("--per-class", type=int, default=8, help="without --num: images (a row) per class or prompt")
+    sample.add_argument("--size", metavar="HEIGHTxWIDTH", help="of the images in pixels; default: the most common in training")
     sample.add_argument("--batch", type=int, default=32, help="with --num: images computed together by a GPU; a CPU computes each alone")
     sample.add_argument("--steps", type=int, default=50)
     sample.add_argument("--sampler", choices=["euler", "heun", "dpm++", "unipc", "ddim", "ddpm"])
@@ -69,12 +70,15 @@ def _grid(arguments: argparse.Namespace) -> int:
     _make_room(arguments.out)
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
+    height, width = _size(arguments, run)
     images = run.sample(
         asked,
         steps=arguments.steps,
         guidance=arguments.guidance,
         seed=arguments.seed,
         sampler=arguments.sampler,
+        height=height,
+        width=width,
         guidance_interval=_interval(arguments),
         guided_channels=arguments.guided_channels,
         weak_transformer=weak and weak.model,
@@ -106,6 +110,7 @@ def _many(arguments: argparse.Namespace) -> int:
         asked = _asked(arguments, run, list(range(run.model.config.num_classes)))
         scheduled(make_scheduler(run.diffusion, arguments.sampler), run.diffusion, arguments.steps)
         assert run.pipeline  # or it says what is missing
+        _size(arguments, run)
         return run, weak, asked
 
     def sample(world: World) -> None:
@@ -114,6 +119,7 @@ def _many(arguments: argparse.Namespace) -> int:
         agreed(lambda: check(world))
         group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
         run, weak, asked = agreed(lambda: prepare(group))
+        height, width = _size(arguments, run)
         settings = decided(lambda: _describe(arguments, run, weak, asked))
         sample_many(
             run,
@@ -126,6 +132,8 @@ def _many(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             sampler=arguments.sampler,
             steps=arguments.steps,
+            height=height,
+            width=width,
             guidance_scale=arguments.guidance,
             guidance_interval=_interval(arguments),
             guided_channels=arguments.guided_channels,
@@ -211,6 +219,18 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return found
 
 
+def _size(arguments: argparse.Namespace, run: Run) -> tuple[int, int] | tuple[None, None]:
+    """Height and width of the images, if they were given."""
+    if arguments.size is None:
+        return None, None
+    sides = arguments.size.split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() for side in sides):
+        raise ConfigError("--size", arguments.size, "write HEIGHTxWIDTH in pixels, for example 192x320; 256 is 256x256")
+    height, width = map(int, (sides[0], sides[-1]))
+    run.pipeline.latent_shape_of(height, width, key="--size")
+    return height, width
+
+
 def _interval(arguments: argparse.Namespace) -> tuple[float, float]:
     try:
         low, high = map(float, arguments.guidance_interval.split(","))
@@ -239,6 +259,7 @@ def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: 
         guided_channels=arguments.guided_channels,
         autoguidance=weak and weak.identity(arguments.autoguidance),
         seed=arguments.seed,
+        size=arguments.size and _size(arguments, run),
         **told,
         vae=run.latents["vae"],
         text_encoder=run.latents.get("text", {}).get("encoder"),

@@ -19,6 +19,7 @@ from ditmoe_ds.diffusion.sampling import SCHEDULERS, Guidance, guided, sample
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Condition, Conditioner
 from ditmoe_ds.latents.text import TextEncoder
+from ditmoe_ds.latents.vae import downsampling
 from ditmoe_ds.pipelines.transformer import DiTMoETransformer
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -45,9 +46,23 @@ class _Pipeline(DiffusionPipeline):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, H, W)."""
+        """(C, H, W), where no size is asked for."""
         model = self.transformer.dit.config
         return tuple(self.config.latent_shape or (model.in_channels, model.input_size, model.input_size))
+
+    def latent_shape_of(self, height: int | None, width: int | None, key: str = "height, width") -> tuple[int, ...]:
+        """(C, H, W) of the latents of images of this size in pixels.
+
+        Raises:
+            ConfigError: naming ``key``; the model cannot make such images, or there is no VAE that would say what a pixel is.
+        """
+        if self.vae is None:
+            raise ConfigError(key, f"{height}x{width}", "this pipeline has no VAE: pass one to from_pretrained, or latents")
+        factor, patch = downsampling(self.vae.config), self.transformer.dit.config.patch
+        if not height or not width or min(height, width) < 1 or height % (factor * patch) or width % (factor * patch):
+            fix = f"both must be multiples of {factor * patch}: a patch of the model is {patch} latent pixels of {factor} pixels each"
+            raise ConfigError(key, f"{height}x{width}", fix)
+        return self.latent_shape[0], height // factor, width // factor
 
     @torch.no_grad()
     def _sample(
@@ -58,6 +73,8 @@ class _Pipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guided_channels: int | None = None,
         weak_transformer: DiTMoETransformer | None = None,
+        height: int | None = None,
+        width: int | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -69,6 +86,8 @@ class _Pipeline(DiffusionPipeline):
         Args:
             guidance_scale, guidance_interval, guided_channels: see ``Guidance``.
             weak_transformer: for autoguidance, see ``guided``.
+            height, width: of the images in pixels, both or none; by default the most common in training. Sizes that training did not see
+                are for experiments.
             generator: one, or one for each image: then an image depends on its own alone.
             latents: starting noise (B, C, H, W) instead.
             output_type: "pil", "np" (B, H, W, 3) and "pt" (B, 3, H, W) in [0, 1], or "latent": scaled latents.
@@ -76,7 +95,8 @@ class _Pipeline(DiffusionPipeline):
                 ``pipe._interrupt`` ends the sampling.
 
         Raises:
-            ConfigError: no VAE, a scheduler that does not go with the transformer's objective, or not a generator for each image.
+            ConfigError: no VAE, a scheduler that does not go with the transformer's objective, not a generator for each image, or as
+                ``latent_shape_of``.
         """
         if isinstance(generator, list) and len(generator) != len(asked):
             raise ConfigError("generator", len(generator), f"one, or as many as images: {len(asked)}")
@@ -85,7 +105,8 @@ class _Pipeline(DiffusionPipeline):
         device = self._execution_device
         self._interrupt = False
         if latents is None:
-            latents = randn_tensor((len(asked), *self.latent_shape), generator=generator, device=device)
+            shape = self.latent_shape if height is None and width is None else self.latent_shape_of(height, width)
+            latents = randn_tensor((len(asked), *shape), generator=generator, device=device)
         guidance = Guidance(guidance_scale, guidance_interval, guided_channels)
         condition = self._condition(asked, device)
         diffusion = self.transformer.diffusion
