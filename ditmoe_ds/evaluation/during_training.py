@@ -52,7 +52,7 @@ class FrechetDistance:
     def _sampled(self, trainer: TrainerView) -> Iterator[Tensor]:
         """Latents of this rank's images. Collective, with as many parts on every rank."""
         for part, counted in self._parts(trainer, *share_out(trainer.plan.recipe.train.fd_samples)):
-            asked = trainer.conditioner.told(self._shown(part))
+            asked = trainer.conditioner.of(self._shown(part))
             yield sample_latents(trainer, part, list(asked))[:counted]
 
     def _heldout(self, trainer: TrainerView) -> Iterator[Tensor]:

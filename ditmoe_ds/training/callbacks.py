@@ -94,8 +94,8 @@ class Validation:
         """(times, samples) losses."""
         batch = self.dataset.batch(samples)
         x0 = batch.latents.to(trainer.device)
-        told = trainer.conditioner
-        condition = told.unpack(told.pack(told.told(batch)), trainer.device)
+        conditioner = trainer.conditioner
+        condition = conditioner.unpack(conditioner.pack(conditioner.of(batch)), trainer.device)
 
         def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return trainer.engine(z, t, **condition)
@@ -107,15 +107,15 @@ class Validation:
         return torch.stack(rows)
 
 
-def sample_latents(trainer: TrainerView, items: list[int], asked: list[Any]) -> torch.Tensor:
-    """Latents (B, C, H, W) that the current weights sample for the images numbered ``items``, under the conditions ``asked``. Collective.
+def sample_latents(trainer: TrainerView, items: list[int], conditions: list[Any]) -> torch.Tensor:
+    """Sample latents (B, C, H, W) with the current weights for the images numbered ``items``, under ``conditions``. Collective.
 
-    An image's noise is the same at every step.
+    An image starts from the same noise at every training step.
     """
-    plan, told = trainer.plan, trainer.conditioner
+    plan, conditioner = trainer.plan, trainer.conditioner
     diffusion, train = plan.recipe.diffusion, plan.recipe.train
     noise = starting_noise(image_generators(train.seed, items), plan.shape).to(trainer.device)
-    condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)
+    condition = conditioner.unpack(conditioner.pack([*conditions, *[conditioner.null] * len(conditions)]), trainer.device)
     predict = guided(trainer.engine, condition, Guidance(train.guidance), diffusion, apart=plan.model.images_compete)
     return sample(predict, noise, make_scheduler(diffusion), diffusion, train.sample_steps)
 
@@ -124,7 +124,7 @@ class SampleGrid:
     """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images, and decode their own."""
 
     def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
-        self.asked = plan.asked_for(plan.recipe.train.sample_images, conditioner)
+        self.conditions = plan.grid_conditions(plan.recipe.train.sample_images, conditioner)
         self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
@@ -134,7 +134,7 @@ class SampleGrid:
         items, _ = share_out(train.sample_images)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine):
-            latents = sample_latents(trainer, items, [self.asked[i] for i in items])
+            latents = sample_latents(trainer, items, [self.conditions[i] for i in items])
         trainer.engine.train()
         everyone: list[Any] = [None] * dist.get_world_size(data_group())
         dist.all_gather_object(everyone, self._decoded(trainer, latents), group=data_group())
@@ -178,11 +178,13 @@ class Progress:
         self.first, self.start = first, time.monotonic()
 
     def __call__(self, trainer: TrainerView, record: Record) -> None:
+        if dist.get_rank():
+            return
         train, step = trainer.plan.recipe.train, trainer.step
-        if dist.get_rank() == 0 and "spike" in record:
+        if "spike" in record:
             print(f"step {step}: the loss jumped: {record['spike']}", flush=True)
         measured = {key: record[key] for key in ("val_loss", "fd") if key in record}
-        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1 or measured):
+        if not (due(step, train.log_every, train.steps) or step == self.first + 1 or measured):
             return
         left = (time.monotonic() - self.start) / (step - self.first) * (train.steps - step)
         told = "".join(f"  {key} {value:.4f}" for key, value in measured.items())
@@ -283,11 +285,10 @@ def _flat(record: Record) -> dict[str, float]:
     """Nested lists and dicts as ``router/cv/3``."""
     flat: dict[str, float] = {}
     for key, value in record.items():
-        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
-        if isinstance(value, str):
-            continue
-        if items is None:
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": number for inner, number in _flat(value).items()}
+        elif not isinstance(value, str):
             flat[key] = value
-        else:
-            flat |= {f"{key}/{inner}": number for inner, number in _flat({str(k): v for k, v in items}).items()}
     return flat

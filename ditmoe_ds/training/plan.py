@@ -95,13 +95,13 @@ class Plan:
             )
         return Texts(self.manifest.empty_text())
 
-    def asked_for(self, count: int, conditioner: Conditioner) -> list[Any]:
-        """What the ``count`` pictures of a sample grid are asked to show: classes in turn, or held-out captions."""
+    def grid_conditions(self, count: int, conditioner: Conditioner) -> list[Any]:
+        """The conditions of the ``count`` pictures of a sample grid: classes in turn, or held-out captions."""
         if self.model.num_classes:
             return [i % self.model.num_classes for i in range(count)]
         heldout = self.open_heldout()
         samples = heldout.spread(count)
-        return list(conditioner.told(heldout.batch([samples[i % len(samples)] for i in range(count)])))
+        return list(conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)])))
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
