@@ -77,7 +77,7 @@ def join(patience: timedelta = PATIENCE) -> World:
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     if world.device.type == "cuda":
         beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed's is the latter
@@ -276,9 +276,3 @@ def describe_placement(hosts: list[str], ep_size: int, tensor: int = 1) -> str:
         f"{text}; EP groups of {ranks} over {spans} hosts: their all-to-all crosses the network; "
         f"parallel.expert up to {inside} can stay inside a host"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
