@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, in_a_line
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
     except OSError as error:
         raise ConfigError("recipe", str(path), f"no readable file there ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("recipe", str(path), f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError("recipe", str(path), f"not valid YAML: {in_a_line(error, 500)}") from None
     if not isinstance(tree, dict):
         raise ConfigError("recipe", str(path), "the file must hold a mapping of sections")
     for override in overrides or []:
@@ -48,7 +48,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            fix = f"not valid YAML ({' '.join(str(error).split())}); quote it for the shell and for YAML"
+            fix = f"not valid YAML ({in_a_line(error, 500)}); quote it for the shell and for YAML"
             raise ConfigError(key, text, fix) from None
         _set(tree, key.lstrip("-"), value)
     config = build(cls, tree)
