@@ -237,7 +237,7 @@ class LatentDataset:
 
     def _path(self, number: int) -> Path:
         manifest, shard = self.shards[number]
-        return self._download(manifest, shard) if remote.is_url(manifest.root) else Path(manifest.root, shard.name)
+        return self._download(manifest, shard) if remote.is_url(manifest.root) else manifest.path(shard)
 
     def _download(self, manifest: Manifest, shard: Shard) -> Path:
         assert self.cache, "whoever opens data sets behind a URL has a cache for them"

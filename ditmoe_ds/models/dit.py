@@ -239,8 +239,6 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def run(self: nn.Module, x: Tensor, *rest: Any, **named: Any) -> Any:
-        if not torch.cuda.is_available():
-            return forward(self, x, *rest, **named)
         with torch.cuda.device_of(x):
             return forward(self, x, *rest, **named)
 

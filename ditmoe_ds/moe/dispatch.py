@@ -36,17 +36,18 @@ def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.
 def plan(assignment: Assignment, asked: tuple[Tensor, dist.Work] | None, group: dist.ProcessGroup) -> Exchange:
     """Derive the splits from the takings per expert, which were ``asked`` for: the layer's only device-to-host sync."""
     counts, ranks = assignment.counts, dist.get_world_size(group)
+    local = len(counts) // ranks
     if asked is None:
         rows = torch.arange(len(assignment.tokens), device=counts.device)
         split = [len(rows) // ranks] * ranks
-        arrived = rows.view(ranks, len(counts) // ranks, -1)  # (source rank, local expert, places)
-        order, back = (rows.transpose(0, 1).reshape(-1) for rows in (arrived, arrived.view(len(counts) // ranks, ranks, -1)))
-        return Exchange(split, split, order, back, counts[: len(counts) // ranks] * ranks)
+        order = rows.view(ranks, local, -1).transpose(0, 1).reshape(-1)
+        back = rows.view(local, ranks, -1).transpose(0, 1).reshape(-1)
+        return Exchange(split, split, order, back, counts[:local] * ranks)
     arriving, work = asked
     work.wait()
     send, receive = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
-    local = torch.arange(len(counts) // ranks, device=counts.device).repeat(ranks)
-    order = local.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)
+    experts = torch.arange(local, device=counts.device).repeat(ranks)
+    order = experts.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return Exchange(send, receive, order, back, arriving.view(ranks, -1).sum(0))
 

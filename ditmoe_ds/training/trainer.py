@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ditmoe_ds import config
 from ditmoe_ds.clock import clock
-from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
+from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
@@ -36,7 +36,7 @@ from ditmoe_ds.distributed.topology import (
 from ditmoe_ds.distributed.weights import of_step
 from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
-from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.plain import plain
 from ditmoe_ds.source import source
@@ -253,9 +253,9 @@ class Trainer:
         source, weights = self.plan.recipe.model.weights, self.plan.weights
         if source is None or weights is None:
             return None
-        told = weights.description
-        print(f"starts from the {told['weights']} weights{of_step(told['step'])} of {source}", flush=True)
-        return dict(path=str(Path(source).absolute()), step=told["step"], weights=told["weights"])
+        kind, step = weights.description["weights"], weights.description["step"]
+        print(f"starts from the {kind} weights{of_step(step)} of {source}", flush=True)
+        return dict(path=str(Path(source).absolute()), step=step, weights=kind)
 
     def _newest_checkpoint(self) -> checkpoint.Reader | None:
         path = decided(lambda: checkpoint.newest(self.saver.folder))
@@ -286,8 +286,9 @@ class Trainer:
                 print(f"{begun}: train.accumulation {before} -> {batch.accumulation}, {kept}", flush=True)
 
     def _check_same_run(self, reader: checkpoint.Reader) -> None:
-        for part, kind in dict(model=DiTConfig, diffusion=DiffusionConfig).items():
-            ours, saved = self.plan.describe()[part], asdict(config.build(kind, reader.index[part]))
+        parts: dict[str, Any] = dict(model=self.plan.model, diffusion=self.plan.recipe.diffusion)
+        for part, settings in parts.items():
+            ours, saved = asdict(settings), asdict(config.build(type(settings), reader.index[part]))
             saved["input_size"] = ours.get("input_size")  # which of the data's sizes is called its own does not matter
             if changed := config.changes(saved, ours, f"{part}."):
                 raise CheckpointError(
