@@ -1,4 +1,4 @@
-"""What a DiT is told beside the latent: where, when and what."""
+"""Embeddings of what a DiT is given beside the latent: positions, time, class and text."""
 
 import functools
 from typing import Any
@@ -40,7 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _angles(places: int, count: int) -> Tensor:
-    # on the CPU also inside ``torch.device("meta")``: no initial weights will fill this
+    # on the CPU even inside ``torch.device("meta")``: unlike weights, these are not filled in later
     omega = 10000.0 ** (-torch.arange(count, dtype=torch.float64, device="cpu") / count)
     return torch.arange(places, dtype=torch.float64, device="cpu")[:, None] * omega
 
@@ -83,7 +83,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """An encoder's tokens, for cross-attention and for adaLN.
+    """Projects a text encoder's tokens, for cross-attention and for adaLN.
 
     Args:
         text_width: of the encoder's tokens.

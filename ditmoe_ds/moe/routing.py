@@ -75,8 +75,8 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
         weights = weights / weights.sum(-1, keepdim=True)
     if config.route_scale != 1:
         weights = weights * config.route_scale
-    flat = chosen.t().reshape(-1)  # below, gather: the backward of an index would sort
-    order = flat.short().argsort(stable=True)  # a GPU sorts by one byte of the key after the other
+    flat = chosen.t().reshape(-1)  # below, weights are gathered: the backward of indexing would sort
+    order = flat.short().argsort(stable=True)  # short: a GPU sorts the key byte by byte
     counts = count(flat, experts)
     weights = weights.t().reshape(-1)
     if config.capacity_factor is None:
@@ -102,7 +102,7 @@ def expert_choice(scores: Tensor, capacity: tuple[int, int], config: RouterConfi
     weights, chosen = best(scores.transpose(1, 2), places(tokens, experts, capacity))  # (P, E, C)
     if config.renormalise:
         kept = torch.zeros_like(scores.transpose(1, 2)).scatter(2, chosen, weights)
-        weights = weights / kept.sum(1, keepdim=True).expand_as(kept).gather(2, chosen)  # an index_add rounds anew on every run of a GPU
+        weights = weights / kept.sum(1, keepdim=True).expand_as(kept).gather(2, chosen)  # a GPU's index_add rounds differently on every run
     index = chosen + torch.arange(0, pools * tokens, tokens, device=scores.device)[:, None, None]
     index, weights = (part.transpose(0, 1).reshape(-1) for part in (index, weights))
     if config.route_scale != 1:
@@ -115,7 +115,7 @@ _decisions: ContextVar[list[Tensor] | Iterator[Tensor] | None] = ContextVar("dec
 
 
 class Deciding:
-    """Within this context routers append what they choose to ``kept``; or, with ``again``, they choose what is in it."""
+    """Within this context routers record their choices in ``kept`` or, with ``again``, repeat those recorded there."""
 
     def __init__(self, kept: list[Tensor], again: bool):
         self.kept, self.again = kept, again
@@ -128,13 +128,13 @@ class Deciding:
 
 
 def same_decisions() -> tuple[Deciding, Deciding]:
-    """For ``torch.utils.checkpoint``'s ``context_fn``: what backward computes again is routed as before, even if it rounds differently."""
+    """For ``torch.utils.checkpoint``'s ``context_fn``: backward recomputes with forward's routing, even where it rounds differently."""
     kept: list[Tensor] = []
     return Deciding(kept, again=False), Deciding(kept, again=True)
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of the last dimension, and where they are."""
+    """The k largest scores along the last dimension, and their indices."""
     made = None if torch.compiler.is_compiling() else _decisions.get()
     if isinstance(made, Iterator):
         chosen = next(made)
@@ -149,7 +149,7 @@ def places(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
     """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all.
 
     Args:
-        capacity: as a ratio of whole numbers: only through those can torch.compile follow a number of tokens that varies.
+        capacity: as a ratio of integers, because torch.compile can follow a varying number of tokens through integer arithmetic only.
     """
     over, under = capacity
     return min(max((2 * tokens * over + under * experts) // (2 * under * experts), 1), tokens)
