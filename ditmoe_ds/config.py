@@ -57,10 +57,10 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML takes the last."""
+    """Refuses duplicate keys, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []  # no set: a key that cannot be hashed is refused below, by YAML itself
+        seen: list[Any] = []  # no set: YAML itself refuses, below, a key that cannot be hashed
         for name, _ in node.value:
             if (key := self.construct_object(name)) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice; join the two", name.start_mark)
@@ -69,7 +69,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def build(cls: type[T], tree: dict[str, Any], prefix: str = "", whole: Any = None) -> T:
-    """Fill dataclass ``cls`` from nested dicts; for messages, ``prefix`` is the dotted key of ``tree``, in a tree that fills ``whole``."""
+    """Fill dataclass ``cls`` from nested dicts. For error messages, ``prefix`` is the dotted key of ``tree`` within the tree that fills
+    ``whole``."""
     whole = whole or cls
     hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
