@@ -85,7 +85,7 @@ def join(patience: timedelta = PATIENCE) -> World:
             fix = "start as many as there are GPUs; with srun add --gpu-bind=none, so that each sees all of its host"
             raise UserError(f"{beside} processes on {host_name()}, but each sees {seen} GPUs: {fix}")
         torch.cuda.set_device(world.device)
-    if world.rank == 0 and world.size > 1:  # who does not come is waited for without another word
+    if world.rank == 0 and world.size > 1:  # from here on they wait in silence for one that is missing
         print(f"{world.size} processes meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}", flush=True)
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
     return world
@@ -157,7 +157,7 @@ def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     raised = [found for found in errors if found]
     if raised:
         text, who = raised[0]
-        if len(raised) == len(errors) or raised == errors[:1]:  # the first alone may be the only one with something to do
+        if len(raised) == len(errors) or raised == errors[:1]:  # the first may be the only one that had something to do
             raise AgreedError(text)
         raise AgreedError(f"{text} (only {who if len(raised) == 1 else f'{len(raised)} of {len(errors)} ranks, the first {who}'})")
     return result  # type: ignore[return-value]

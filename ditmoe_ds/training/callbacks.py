@@ -148,9 +148,9 @@ class SampleGrid:
             print(f"no sample grid of step {trainer.step}: {error}", flush=True)
 
     def _decoded(self, trainer: TrainerView, latents: torch.Tensor) -> np.ndarray | str:
-        """uint8 images (B, H, W, 3); or why there are none, which is no reason for the other ranks to wait."""
+        """uint8 images (B, H, W, 3), or why there are none: after an exception the other ranks would wait for this one."""
         manifest = trainer.plan.manifest
-        try:  # one by one: a VAE needs more memory for an image than a step has left
+        try:  # one by one: a step leaves little memory, and a VAE needs much for an image
             images = [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor).cpu() for one in latents]
             return torch.cat(images).numpy()
         except Exception as error:

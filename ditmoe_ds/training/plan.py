@@ -195,7 +195,7 @@ def named_network(given: ModelConfig) -> DiTConfig:
 
 
 def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
-    """The network that starting weights are. Raises ConfigError: the recipe names one too, or another objective."""
+    """The network of the starting weights. Raises ConfigError: the recipe names one too, or another objective."""
     given = recipe.model
     if given != ModelConfig(weights=given.weights, new_classes=given.new_classes):
         raise ConfigError(
@@ -326,8 +326,8 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
     """How processes cut the global batch, where a tensor-parallel group counts as one.
 
     Args:
-        begun_on: those for which ``train.accumulation`` was chosen; on others it becomes the least with which no rank computes more images
-            at once than on those.
+        begun_on: the number of processes for which ``train.accumulation`` was chosen. On another number it becomes the smallest with which
+            no rank computes more images at once than then.
         tensor: tensor-parallel size.
 
     Raises:
@@ -346,7 +346,7 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
 
 
 def begun_on(recipe: Recipe, processes: int) -> int:
-    """Processes for which the recipe's accumulation was chosen: those that a run began on, unless the recipe now cuts another way."""
+    """Processes for which the recipe's accumulation was chosen: those that the run began on, unless batch or accumulation have changed."""
     saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
     if saved is None:
         return processes

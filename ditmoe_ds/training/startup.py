@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-if TYPE_CHECKING:  # imported before torch is: the listening for signals must not wait for that
+if TYPE_CHECKING:  # this module is imported before torch, for which listening for signals must not wait
     from ditmoe_ds.training.callbacks import Record, TrainerView
 
 

@@ -52,10 +52,10 @@ from ditmoe_ds.training.telemetry import Profile, throughput
 
 
 def round_alike() -> None:
-    """From here on this process rounds the same on every run; torch refuses what cannot."""
+    """From here on this process rounds the same on every run; torch raises an error for operations that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses cuBLAS
     torch.use_deterministic_algorithms(True)
-    # filling new tensors helps in debugging, and is a pass over each
+    # filling new tensors helps only in debugging, and costs a pass over each
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -207,7 +207,7 @@ class Trainer:
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
-            record["router"] = router_metrics(selections.cpu(), takers.cpu())  # a device would be waited for by each of them
+            record["router"] = router_metrics(selections.cpu(), takers.cpu())  # on the CPU: each of them would wait for a device
         if applied:
             self.skipped_in_a_row = 0
             if spike := self.spikes(diffusion, per_batch, batches, self.dataset.key):
@@ -289,7 +289,7 @@ class Trainer:
         parts: dict[str, Any] = dict(model=self.plan.model, diffusion=self.plan.recipe.diffusion)
         for part, settings in parts.items():
             ours, saved = asdict(settings), asdict(config.build(type(settings), reader.index[part]))
-            saved["input_size"] = ours.get("input_size")  # which of the data's sizes is called its own does not matter
+            saved["input_size"] = ours.get("input_size")  # which of the data's sizes counts as its own does not matter
             if changed := config.changes(saved, ours, f"{part}."):
                 raise CheckpointError(
                     f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: {', '.join(changed)}; "
