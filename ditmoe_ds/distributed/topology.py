@@ -92,7 +92,7 @@ def join(patience: timedelta = PATIENCE) -> World:
 
 
 def host_name() -> str:
-    """As the user knows it: under SLURM the node's name, several of which may be one machine."""
+    """This host as the user knows it: under SLURM by the node's name, since several nodes may be one machine."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -233,7 +233,7 @@ class Manifest:
 
 
 def weights_sha256(path_or_id: str) -> str | None:
-    """Of the safetensors in a local folder; None for a hub id."""
+    """sha256 of the safetensors in a local folder; None for a hub id."""
     return sha256(*sorted(Path(path_or_id).glob("*.safetensors"))) if Path(path_or_id).is_dir() else None
 
 

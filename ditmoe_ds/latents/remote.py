@@ -20,7 +20,7 @@ ATTEMPTS = 6
 """Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
 
 _OURS = re.compile(r"[0-9a-f]{32}\.(tar|index\.npy)")
-"""What a cache holds, and may delete; its folder may have other files."""
+"""Names of the files that a cache makes and may delete; its folder may hold others."""
 
 T = TypeVar("T")
 

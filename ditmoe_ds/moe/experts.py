@@ -118,7 +118,7 @@ class Part(NamedTuple):
     rows: slice
     experts: slice
     ends: Tensor | None
-    """Where each expert's rows end; None if all have as many."""
+    """Where each expert's rows end; None if all have equally many."""
 
 
 def split(x: Tensor, counts: Tensor, kernel: str) -> list[Part]:

@@ -16,7 +16,7 @@ if torch.version.cuda or torch.version.hip:  # these builds of torch bring Trito
 
 
 def fused(x: Tensor) -> bool:
-    """Whether Triton kernels compute it."""
+    """Whether Triton kernels compute on x."""
     return x.is_cuda
 
 

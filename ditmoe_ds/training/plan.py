@@ -47,7 +47,7 @@ class Plan:
     begun_on: int
     """Processes for which ``train.accumulation`` was chosen; a tensor-parallel group counts as one, here as in ``batch``."""
     batch: BatchShape
-    """As the processes that there are now cut it."""
+    """How the present number of processes cuts the global batch."""
     ds_config: dict[str, Any]
     weights: Weights | None
     """What training starts from; None for new weights."""
@@ -71,7 +71,7 @@ class Plan:
         return _commonest_shape(self.manifest)
 
     def initial(self, model: DiT) -> Callable[[str, int, Tensor], None]:
-        """What fills any range of a flattened weight of ``model`` (may be on meta), as ``InitialWeights.read`` does."""
+        """A function that fills any range of a flattened weight of ``model`` (may be on meta), like ``InitialWeights.read``."""
         if self.weights is None:
             return InitialWeights(model, self.recipe.train.seed).read
         return partial(_without_classes, self.weights) if self.recipe.model.new_classes else self.weights.read
@@ -81,7 +81,7 @@ class Plan:
         return self.recipe.data.open([self.manifest], "val", self.shape)
 
     def conditioner(self, device: torch.device) -> Conditioner:
-        """Of the model's kind: classes, stored texts, or captions encoded on ``device``.
+        """The conditioner that the model needs: for classes, stored texts, or captions encoded on ``device``.
 
         Raises:
             ConfigError, DataError: the text encoder or the stored empty caption cannot be used.
@@ -292,7 +292,7 @@ def _check_conditions(recipe: Recipe, theirs: DiTConfig, ours: DiTConfig) -> Non
 
 
 def _without_classes(weights: Weights, name: str, start: int, out: Tensor) -> None:
-    """As ``weights.read``, with "no class", the last row of their table, for every class."""
+    """Like ``weights.read``, but every class gets "no class", the last row of their table."""
     if name != CLASS_TABLE:
         weights.read(name, start, out)
         return

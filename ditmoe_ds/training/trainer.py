@@ -217,7 +217,7 @@ class Trainer:
         return record
 
     def _keys(self, batches: list[Prepared]) -> list[str]:
-        """Of the global batch, in its order. Collective."""
+        """The keys of the global batch's samples, in its order. Collective."""
         everyone: list[Any] = [None] * dist.get_world_size(self.data_group)
         mine = [[self.dataset.key(i) for i in batch.samples.tolist()] for batch in batches]
         dist.all_gather_object(everyone, mine, group=self.data_group)
@@ -303,8 +303,7 @@ class Trainer:
         for section, key in (("train", "seed"), ("data", "window")):
             saved, ours = before[section][key], getattr(getattr(now, section), key)
             if saved != ours:
-                ordered = f"run_dir={str(self.run_dir)!r} has its order of samples by {saved}"
-                raise CheckpointError(f"{section}.{key}={ours}: {ordered}; keep that")
+                raise CheckpointError(f"{section}.{key}={ours}: run_dir={str(self.run_dir)!r} orders its samples by {saved}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(
