@@ -182,7 +182,7 @@ def fitted(scheduler: Any, config: DiffusionConfig) -> Any:
     else:
         fixed = dict(prediction_type="epsilon", use_flow_sigmas=False, clip_sample=False)
         fixed |= dict(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", trained_betas=None, rescale_betas_zero_snr=False)
-        # for DDPM alone: told of a learned variance, DPM-Solver would keep three channels of the noise
+        # for DDPM alone: DPM-Solver, told of a learned variance, would keep only three channels of the noise
         fixed["variance_type"] = "learned_range" if name == known["ddpm"] else None
     takes = inspect.signature(type(scheduler).__init__).parameters
     options = dict(scheduler.config) | dict(num_train_timesteps=DDPM.steps) | fixed

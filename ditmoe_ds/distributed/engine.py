@@ -117,7 +117,7 @@ class Engine(DeepSpeedEngine):
 
     def _norm_without_zero(self) -> float:
         """2-norm of the averaged gradient of the whole model: every expert once, every replicated weight once."""
-        squares = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # [cut by tensor parallelism][of experts]
+        squares = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # [is cut by tensor parallelism][is of experts]
         group, gradients = None, defaultdict(list)
         for parameter in self.module.parameters():
             if is_moe_param(parameter):
@@ -222,7 +222,7 @@ def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
         proper = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         counted = [g for g, p in zip(proper, parameters) if is_model_parallel_parameter(p) or optimizer.model_parallel_rank == 0]
         square = _square_sum(counted) if counted else torch.zeros((), dtype=torch.float64, device=optimizer.device)
-        if stage == 3:  # experts are parted among their replicas
+        if stage == 3:  # experts are divided among their replicas
             over = [optimizer._get_param_partition_group(parameters[0]), optimizer._autoep_expert_parallel_group(parameters)]
         else:
             over = [optimizer.dp_process_group]

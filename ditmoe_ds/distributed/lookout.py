@@ -118,7 +118,7 @@ class Lookout:
             try:
                 part = self._socket.recv(4096)
             except TimeoutError:
-                missed += 1  # not the time: a process that was suspended has missed nothing
+                missed += 1  # counted, not timed: a process that was suspended has missed nothing
                 if missed * BEAT >= SILENCE:
                     self._end(f"rank 0 on {os.environ['MASTER_ADDR']} was not heard for {SILENCE:.0f} s, after step {self.step} here", 1, 0)
                 self._send()
@@ -167,7 +167,7 @@ def _connect(rank: int, port: int) -> socket.socket:
     try:
         return socket.create_connection((address, port), timeout=60)
     except OSError as error:
-        scarce = error.errno == errno.EMFILE  # says nothing of the network
+        scarce = error.errno == errno.EMFILE  # not the network's fault
         fix = "raise nofile in /etc/security/limits.conf" if scarce else "let TCP through between all nodes (ditmoe doctor)"
         raise UserError(
             f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port} ({error.strerror or error}); {fix}"
@@ -244,7 +244,7 @@ class _Office:
         others = {present: writer for present, writer in self._present.items() if present}
         for writer in others.values():
             writer.write(verdict)
-        for _ in range(int(GATHER / 0.1)):  # rank 0 ends when it is told, and everybody's connection with it
+        for _ in range(int(GATHER / 0.1)):  # rank 0 is told last: it ends then, and everybody's connection with it
             if others.keys() <= {lost for lost, _, _ in self._lost}:
                 break
             await asyncio.sleep(0.1)

@@ -92,7 +92,7 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise ConfigError("parallel.deepspeed", str(named), f"{place}={json.dumps(first['input'])}: {first['msg']}") from None
-    except AssertionError as error:  # of an old name beside the new one
+    except AssertionError as error:  # an old name of a setting is there beside the new one
         raise ConfigError("parallel.deepspeed", str(named), str(error)) from None
     return config
 
@@ -107,5 +107,5 @@ def _setting(config: dict[str, Any], key: str, default: Any) -> Any:
     for section in sections:
         config = config.get(section) or {}
         if not isinstance(config, dict):
-            return default  # and not valid, which DeepSpeed says
+            return default  # not valid, as DeepSpeed will say
     return config.get(leaf, default)

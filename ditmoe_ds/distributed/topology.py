@@ -80,7 +80,7 @@ def join(patience: timedelta = PATIENCE) -> World:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     if world.device.type == "cuda":
-        beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed's is the latter
+        beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed sets the latter
         if beside > seen:
             fix = "start as many as there are GPUs; with srun add --gpu-bind=none, so that each sees all of its host"
             raise UserError(f"{beside} processes on {host_name()}, but each sees {seen} GPUs: {fix}")

@@ -212,7 +212,7 @@ class Manifest:
             if hashlib.sha256(content).hexdigest() != self.text.empty_sha256:
                 raise ValueError("sha256 differs from the manifest")
             return parse_text(content, self.text)
-        except Exception as error:  # bytes from anywhere
+        except Exception as error:  # bytes from anywhere: parsing them fails in many ways
             raise DataError(f"{file}: cannot be used ({error}); delete manifest.json and run ditmoe-data encode again") from None
 
     @functools.cached_property

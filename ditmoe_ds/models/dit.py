@@ -275,7 +275,7 @@ class DiT(nn.Module):
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks x training, validation, sampling x shapes of images and captions
         for module in self.modules():
             if isinstance(module, PackedExperts) and module.asks_for_counts(self.config.equal_load):
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # else recompiled for all counts
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # else recompiled for new counts
         for block in self.blocks:
             block.compile(mode="reduce-overhead" if graphs else None)
 

@@ -32,7 +32,7 @@ def rotary_angles(rows: int, columns: int, dim: int, device: torch.device) -> Te
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_(i + d/2)) of x (B, N, heads, d) by angles with these cosines and sines (B or 1, N, d / 2), in fp32."""
-    if x.is_cuda and not torch.compiler.is_compiling():  # a compiler makes one kernel of what follows
+    if x.is_cuda and not torch.compiler.is_compiling():  # a compiler fuses what follows into one kernel
         return rotary.Rotate.apply(x, cos, sin)
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = x.float().chunk(2, dim=-1)

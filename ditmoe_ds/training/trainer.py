@@ -135,8 +135,8 @@ class Trainer:
                 record = self.train_step()
                 for callback in self.callbacks:
                     callback(self, record)
-            except AgreedError:  # of all ranks: what is being written can still be finished
-                with suppress(UserError):  # which has been said
+            except AgreedError:  # on all ranks, so that a checkpoint that is being written can be finished
+                with suppress(UserError):  # which was printed already
                     self.saver.finish()
                 raise
         self.loader.close()
@@ -245,7 +245,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
         description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped)
-        description |= dict(started_from=self.started_from, code=self.code)  # the index is written by rank 0, which knows
+        description |= dict(started_from=self.started_from, code=self.code)  # rank 0, which writes the index, has the code
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
 
     def _started_from(self) -> dict[str, Any] | None:
