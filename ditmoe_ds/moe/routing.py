@@ -81,7 +81,7 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
     weights = weights.t().reshape(-1)
     if config.capacity_factor is None:
         return Assignment(order % tokens, weights.gather(0, order), counts, order=order), chosen
-    place = torch.arange(room(tokens, experts, k * config.capacity_factor), device=order.device)
+    place = torch.arange(token_choice_capacity(tokens, experts, k * config.capacity_factor), device=order.device)
     taken = place < counts[:, None]  # (E, C)
     taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1).view(-1)]
     kept = torch.where(taken.view(-1), weights.gather(0, taking), 0.0)
@@ -89,7 +89,7 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
 
 
 def expert_choice(scores: Tensor, capacity: tuple[int, int], config: RouterConfig) -> Assignment:
-    """Each expert takes the ``places`` tokens of each pool that score best with it. Source: EC-DIT (arXiv 2410.02098), section 3.
+    """Each expert takes the C tokens of each pool that score best with it. Source: EC-DIT (arXiv 2410.02098), section 3.
 
     Args:
         scores: (P, N, E) fp32 softmax over experts, of P pools of N tokens.
@@ -99,7 +99,7 @@ def expert_choice(scores: Tensor, capacity: tuple[int, int], config: RouterConfi
         The assignment; tokens are numbered through the pools. A token may be taken by 0 to E experts.
     """
     pools, tokens, experts = scores.shape
-    weights, chosen = best(scores.transpose(1, 2), places(tokens, experts, capacity))  # (P, E, C)
+    weights, chosen = best(scores.transpose(1, 2), expert_choice_capacity(tokens, experts, capacity))  # (P, E, C)
     if config.renormalise:
         kept = torch.zeros_like(scores.transpose(1, 2)).scatter(2, chosen, weights)
         weights = weights / kept.sum(1, keepdim=True).expand_as(kept).gather(2, chosen)  # a GPU's index_add rounds differently on every run
@@ -145,7 +145,7 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, chosen), chosen
 
 
-def places(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
+def expert_choice_capacity(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
     """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all.
 
     Args:
@@ -155,7 +155,7 @@ def places(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
     return min(max((2 * tokens * over + under * experts) // (2 * under * experts), 1), tokens)
 
 
-def room(tokens: int, experts: int, capacity: float) -> int:
+def token_choice_capacity(tokens: int, experts: int, capacity: float) -> int:
     """C, the takings of each expert under token choice with ``capacity`` experts per token: rounded up, at most one of each token."""
     return min(math.ceil(tokens * capacity / experts), tokens)
 
