@@ -183,11 +183,10 @@ def build(
         config_class=DeepSpeedConfig(config, mpu=groups.mpu),
         mpu=groups.mpu,
     )
-    if parallel.tensor > 1 and parallel.zero_stage == 3:
-        # else experts' norms are not summed over tensor-parallel ranks: right for AutoEP, whose expert-parallel groups contain those ranks
-        engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     if offloads(ds_config):
         _powers_afresh(engine.optimizer)
+        # else stage 3 does not sum experts' norms over tensor-parallel ranks: right for AutoEP, whose expert-parallel groups hold those
+        engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     elif parallel.zero_stage:
         _one_pass_over_gradients(engine.optimizer, parallel.zero_stage)
     if parallel.zero_stage == 0 and precision == "bf16":
