@@ -34,11 +34,10 @@ from ditmoe_ds.slices import Cut, Slice
 
 FORMAT = "ditmoe-checkpoint/4"
 
-T = TypeVar("T")
-
-
 PATIENCE = 300.0
 """Seconds that a run which has failed waits for the checkpoint that is being written."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)

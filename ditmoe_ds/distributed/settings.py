@@ -15,12 +15,6 @@ from ditmoe_ds.errors import ConfigError
 SUPPORTED = (Version("0.19.8"), Version("0.20"))
 """DeepSpeed from the first and below the second: older releases apply gradients that are not finite at ZeRO 1 to 3, newer are untested."""
 
-
-def offloads(ds_config: dict[str, Any]) -> bool:
-    """Whether the optimizer's state lies in host memory."""
-    return _setting(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
-
-
 OWNED = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch",
@@ -100,6 +94,11 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
 def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
     """The ZeRO section as DeepSpeed reads it, with its defaults."""
     return DeepSpeedZeroConfig(**(config.get("zero_optimization") or {}))
+
+
+def offloads(ds_config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory."""
+    return _setting(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
 
 
 def _setting(config: dict[str, Any], key: str, default: Any) -> Any:
