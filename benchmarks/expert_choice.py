@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditmoe_ds.moe.layer import MoE
-from ditmoe_ds.moe.routing import RouterConfig, places
+from ditmoe_ds.moe.routing import RouterConfig, expert_choice_capacity
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
@@ -24,7 +24,7 @@ def one_hot(moe: MoE, x: Tensor) -> Tensor:
     """The layer on x (1, N, D) with dense dispatch."""
     router, experts = moe.deepspeed_moe.gate, moe.deepspeed_moe.experts.deepspeed_experts[0]
     scores = F.linear(x.float(), router.weight.float()).softmax(-1)[0]
-    weights, chosen = scores.t().topk(places(x.shape[1], len(router.weight), router.capacity))
+    weights, chosen = scores.t().topk(expert_choice_capacity(x.shape[1], len(router.weight), router.capacity))
     hot = F.one_hot(chosen, x.shape[1]).to(x.dtype)  # (E, C, N)
     rows = torch.einsum("ecn,nd->ecd", hot, x[0])
     counts = torch.full((len(chosen),), chosen.shape[1], device=x.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.moe.layer import Router
-from ditmoe_ds.moe.routing import places
+from ditmoe_ds.moe.routing import expert_choice_capacity
 
 
 class Sent:
@@ -64,7 +64,7 @@ class Needed:
         if router.choice == "token":
             taken.scatter_(2, scores.topk(int(router.experts_per_token), dim=2).indices, True)
         else:
-            taken.scatter_(1, scores.topk(places(*scores.shape[1:], router.capacity), dim=1).indices, True)
+            taken.scatter_(1, scores.topk(expert_choice_capacity(*scores.shape[1:], router.capacity), dim=1).indices, True)
         by_rank = taken.unflatten(2, (self.ep, -1)).sum(3)  # (B, N, ranks)
         by_rank[..., self.rank] = 0
         self.takings += int(by_rank.sum())

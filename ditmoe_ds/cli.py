@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno is None:  # not the system's: of some library
+        if error.errno is None:  # raised by a library, not by the system
             raise
         print(f"error: {error.filename or ' '.join(words)}: {error.strerror or error}", file=sys.stderr)
         return 2

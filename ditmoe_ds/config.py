@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, in_a_line
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
     except OSError as error:
         raise ConfigError("recipe", str(path), f"no readable file there ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("recipe", str(path), f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError("recipe", str(path), f"not valid YAML: {in_a_line(error, 500)}") from None
     if not isinstance(tree, dict):
         raise ConfigError("recipe", str(path), "the file must hold a mapping of sections")
     for override in overrides or []:
@@ -48,7 +48,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            fix = f"not valid YAML ({' '.join(str(error).split())}); quote it for the shell and for YAML"
+            fix = f"not valid YAML ({in_a_line(error, 500)}); quote it for the shell and for YAML"
             raise ConfigError(key, text, fix) from None
         _set(tree, key.lstrip("-"), value)
     config = build(cls, tree)
@@ -57,10 +57,10 @@ def load(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML takes the last."""
+    """Refuses duplicate keys, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []  # no set: a key that cannot be hashed is refused below, by YAML itself
+        seen: list[Any] = []  # no set: YAML itself refuses, below, a key that cannot be hashed
         for name, _ in node.value:
             if (key := self.construct_object(name)) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice; join the two", name.start_mark)
@@ -69,7 +69,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def build(cls: type[T], tree: dict[str, Any], prefix: str = "", whole: Any = None) -> T:
-    """Fill dataclass ``cls`` from nested dicts; for messages, ``prefix`` is the dotted key of ``tree``, in a tree that fills ``whole``."""
+    """Fill dataclass ``cls`` from nested dicts. For error messages, ``prefix`` is the dotted key of ``tree`` within the tree that fills
+    ``whole``."""
     whole = whole or cls
     hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -23,19 +23,19 @@ class ConfigError(UserError):
         return type(self), (self.key, self.value, self.fix)
 
 
-def in_a_line(error: object, most: int = 200) -> str:
-    """A library's error message in one line, cut to ``most`` characters, to be part of one of ours."""
-    return " ".join(str(error).split())[:most]
-
-
-def some(names: list[str], most: int = 20) -> str:
-    """The first of ``names``, to be part of a message."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
 class DataError(UserError):
     """A latent folder, shard or image source that is missing, damaged or unsafe."""
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or does not fit the model."""
+
+
+def in_a_line(error: object, most: int = 200) -> str:
+    """A library's error message as one line of at most ``most`` characters, to quote in a message of ours."""
+    return " ".join(str(error).split())[:most]
+
+
+def some(names: list[str]) -> str:
+    """The first 20 of ``names``, to list in a message."""
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

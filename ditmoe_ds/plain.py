@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """Tensors and tuples as lists, and None for what is not a number."""
+    """Tensors and tuples as lists, and None for NaN and infinities."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from ditmoe_ds.models.embeddings import rotary_angles, rotate
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import TEXT_SIZES, describe, named_config
 from ditmoe_ds.moe.layer import MoE, Router
-from ditmoe_ds.moe.routing import RouterConfig, expert_choice, places
+from ditmoe_ds.moe.routing import RouterConfig, expert_choice, expert_choice_capacity
 
 B, N, D, E, F_C = 3, 24, 16, 4, 2.0
 
@@ -88,11 +88,12 @@ def test_experts_take_the_tokens_that_score_best():
             assert (tokens[pool] - 6 * pool).tolist() == best.indices.tolist() and torch.equal(weights[pool], best.values)
 
 
-def test_places():
-    assert [places(256, 32, (2, 1)), places(9, 4, (1, 1)), places(4, 64, (2, 1)), places(8, 2, (3, 1))] == [16, 2, 1, 8]
+def test_capacity():
+    sizes = (256, 32, (2, 1)), (9, 4, (1, 1)), (4, 64, (2, 1)), (8, 2, (3, 1))
+    assert [expert_choice_capacity(*size) for size in sizes] == [16, 2, 1, 8]
     for tokens, experts, capacity in itertools.product((5, 16, 255, 1024), (2, 8, 32), (0.3, 1.1, 2.0, 3.7)):
         exact = tokens * capacity / experts
-        assert abs(places(tokens, experts, capacity.as_integer_ratio()) - min(max(exact, 1), tokens)) <= 0.5
+        assert abs(expert_choice_capacity(tokens, experts, capacity.as_integer_ratio()) - min(max(exact, 1), tokens)) <= 0.5
 
 
 def tiny(**changes) -> DiTConfig:

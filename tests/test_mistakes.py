@@ -304,7 +304,7 @@ def test_samples_without_a_class(recipe, tmp_path):
     for settings in ([f"data.manifest={data}"], [f"data.mix=[{{manifest: {data}}}]"]):
         with pytest.raises(ConfigError, match="1 of 8 training samples have no class"):
             read_plan([str(recipe), *settings], world=1)
-    assert Classes(10).told(Batch(torch.zeros(2), torch.tensor([-1, 2]), *[None] * 5)) == [10, 2]
+    assert Classes(10).of(Batch(torch.zeros(2), torch.tensor([-1, 2]), *[None] * 5)) == [10, 2]
 
 
 def test_errors_cross_processes():

@@ -17,7 +17,7 @@ from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe import rows as rows_of
 from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, fastest_kernel
 from ditmoe_ds.moe.layer import MoE, Router
-from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, room, token_choice
+from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice, token_choice_capacity
 from ditmoe_ds.moe.rows import activate
 
 T, E, D = 50, 5, 16
@@ -150,7 +150,7 @@ def test_capacity_drops_the_last_second_choices_first():
 
 
 def test_a_capacity_is_rounded_up():
-    assert [room(tokens, 4, 1.0) for tokens in (1, 8, 9, 10)] == [1, 2, 3, 3] and room(3, 4, 8.0) == 3
+    assert [token_choice_capacity(tokens, 4, 1.0) for tokens in (1, 8, 9, 10)] == [1, 2, 3, 3] and token_choice_capacity(3, 4, 8.0) == 3
 
 
 def test_enough_capacity_drops_nothing():

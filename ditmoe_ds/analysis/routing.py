@@ -96,11 +96,11 @@ def noised(run: Run, samples: Batch, times: int, size: int = 64) -> Iterator[tup
         After each forward the number of its first sample, and those of its times (B,). The noise depends on the sample's index and
         the time alone.
     """
-    objective, told = make_objective(run.diffusion), run.conditioner
-    asked = told.told(samples)
+    objective, conditioner = make_objective(run.diffusion), run.conditioner
+    conditions = conditioner.of(samples)
     for first in range(0, len(samples.latents), size):
         x0 = samples.latents[first : first + size].to(run.device)
-        condition = told.unpack(told.pack(asked[first : first + size]), run.device)
+        condition = conditioner.unpack(conditioner.pack(conditions[first : first + size]), run.device)
         for k in range(times):
             keys = samples.samples[first : first + size].tolist()
             each = (k + torch.arange(len(keys)) * run.model.config.images_compete) % times

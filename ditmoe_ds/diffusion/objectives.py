@@ -89,14 +89,15 @@ class DDPM:
         bar = alphas.cumprod(0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         posterior = betas * (1 - before) / (1 - bar)
-        log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log()  # the first is 0
+        log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log()  # the first variance is 0
         mean_x0, mean_z = betas * before.sqrt() / (1 - bar), (1 - before) * alphas.sqrt() / (1 - bar)
         table = torch.stack([bar.sqrt(), (1 - bar).sqrt(), mean_x0, mean_z, betas.log(), log_posterior]).float()
         self.tables = {table.device: table}
 
     def at(self, step: Tensor) -> Tensor:
-        """(6, B, 1, 1, 1) of the steps (B,): factors of x0 and noise in z, of x0 and z in the posterior's mean, log beta, log variance."""
-        if step.device not in self.tables:  # once: the copy waits for the device
+        """(6, B, 1, 1, 1) for the steps (B,): the factors of x0 and noise in z, those of x0 and z in the posterior's mean, log beta, and
+        the log of the posterior's variance."""
+        if step.device not in self.tables:  # only once: the copy waits for the device
             self.tables[step.device] = self.tables[torch.device("cpu")].to(step.device)
         return self.tables[step.device][:, step, None, None, None]
 
@@ -144,7 +145,7 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Elementwise log-probability of the 1/255-wide bin around x under a normal, the outer bins open at +-1."""
+    """Elementwise log-probability of the 2/255-wide bin around x under a normal, the outer bins open at +-1."""
     normal = lambda edge: 0.5 * (1 + torch.erf((edge - mean) * (-log_scale).exp() / math.sqrt(2)))  # noqa: E731
     upper = torch.where(x > 0.999, torch.ones_like(x), normal(x + 1 / 255))
     lower = torch.where(x < -0.999, torch.zeros_like(x), normal(x - 1 / 255))

@@ -58,7 +58,7 @@ def guided(
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
         rows, channels = len(z), guidance.channels or z.shape[1]
-        inside = low - 1e-6 <= t[0].item() / diffusion.noise_time <= high + 1e-6  # whatever rounding says of the ends
+        inside = low - 1e-6 <= t[0].item() / diffusion.noise_time <= high + 1e-6  # despite rounding at the ends
         t = t.to(z.device, non_blocking=True)
         asked, nothing = ({name: tensor[half] for name, tensor in condition.items()} for half in (slice(rows), slice(rows, None)))
         if guidance.scale == 1 or not inside:
@@ -103,7 +103,7 @@ def sample(
     flow, channels = config.objective == "rectified_flow", z.shape[1]
     scheduler = scheduled(scheduler, config, steps)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks for the step by its time, which some round, so that two may be equal
+        scheduler.set_begin_index(0)  # else it looks the step up by its time, which two may share after rounding
     random = dict(generator=generator) if "generator" in inspect.signature(scheduler.step).parameters else {}
     variance = scheduler.config.get("variance_type") == "learned_range"
     for i, t in enumerate(scheduler.timesteps):
@@ -153,14 +153,14 @@ def scheduled(scheduler: Any, config: DiffusionConfig, steps: int, key: str = "-
     if name == SCHEDULERS["rectified_flow"]["euler"]:
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])  # its own would stop short of 0 and take a tiny step there
     elif name == SCHEDULERS["ddpm"]["ddpm"]:
-        scheduler.set_timesteps(timesteps=np.linspace(most - 1, 0, steps).round().astype(int).tolist())  # ADM's: no noise in the last
+        scheduler.set_timesteps(timesteps=np.linspace(most - 1, 0, steps).round().astype(int).tolist())  # as ADM: no noise in the last step
     else:
         scheduler.set_timesteps(steps)
     if config.objective == "ddpm":
-        if name == SCHEDULERS["ddpm"]["ddim"] and most % steps:  # it goes back most // steps each time, whatever lies between two of them
+        if name == SCHEDULERS["ddpm"]["ddim"] and most % steps:  # it always goes back by most // steps
             near = [max(n for n in range(1, steps) if most % n == 0), min(n for n in range(steps, most + 1) if most % n == 0)]
             raise ConfigError(key, steps, f"DDIM's steps are equal parts of {most}: take {near[0]} or {near[1]}, or another sampler")
-        if len(scheduler.timesteps) != steps:  # rounding gave it one more, at time -1
+        if len(scheduler.timesteps) != steps:  # rounding has added one, at time -1
             raise ConfigError(key, steps, f"{name} cannot spread that many steps over {most} times; take a few more or fewer")
     return scheduler
 
@@ -182,7 +182,7 @@ def fitted(scheduler: Any, config: DiffusionConfig) -> Any:
     else:
         fixed = dict(prediction_type="epsilon", use_flow_sigmas=False, clip_sample=False)
         fixed |= dict(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", trained_betas=None, rescale_betas_zero_snr=False)
-        # for DDPM alone: told of a learned variance, DPM-Solver would keep three channels of the noise
+        # for DDPM alone: DPM-Solver, told of a learned variance, would keep only three channels of the noise
         fixed["variance_type"] = "learned_range" if name == known["ddpm"] else None
     takes = inspect.signature(type(scheduler).__init__).parameters
     options = dict(scheduler.config) | dict(num_train_timesteps=DDPM.steps) | fixed

@@ -1,5 +1,7 @@
-"""AdamW of bf16 weights with fp32 masters by one Triton kernel for all of them. It reads and writes once what a step needs, 28 bytes a
-parameter; torch's operators, which make the gradients fp32, clip them, step, and copy the masters, 48. For tensors on a GPU.
+"""AdamW for bf16 weights with fp32 masters, as one Triton kernel for all of them, on a GPU.
+
+It reads and writes what a step needs once, 28 bytes a parameter. torch's operators, which make the gradients fp32, clip them, step, and
+copy the masters, move 48.
 """
 
 import torch
@@ -12,7 +14,7 @@ BLOCK = 4096
 
 
 def blocks_of(tensors: list[Tensor]) -> Tensor:
-    """(programs, 2) int32, for each program the number of its tensor, and which block of it."""
+    """(programs, 2) int32: for each program its tensor's number, and its block's number within that tensor."""
     counts = [triton.cdiv(tensor.numel(), BLOCK) for tensor in tensors]
     each = torch.tensor(counts, device=tensors[0].device)
     owner = torch.arange(len(counts), device=each.device).repeat_interleave(each, output_size=sum(counts))
@@ -45,7 +47,7 @@ def adamw(
     gradients = [g if g.is_contiguous() and g.data_ptr() % 16 == 0 else g.clone(memory_format=torch.contiguous_format) for g in gradients]
     places = zip(gradients, masters, means, squares, weights, strict=True)
     rows = [[*(tensor.data_ptr() for tensor in place), place[0].numel()] for place in places]
-    # from page-locked memory, so that nothing waits; in every step, as backward puts gradients where it finds room
+    # anew in every step, since gradients have other addresses; from page-locked memory, so that nothing waits
     table = torch.tensor(rows, pin_memory=blocks.is_cuda).to(blocks.device, non_blocking=True)
     rate, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
     _adamw[(len(blocks),)](blocks, table, clip, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], rate, root, eps, BLOCK, num_warps=8)
@@ -78,5 +80,5 @@ def _step(row, at, inside, clip, keep, new_mean, new_square, rate, root, eps):
 
 @triton.jit
 def _at(address, at, kind: tl.constexpr):
-    """Of the tensor whose address stands there, the elements at ``at``."""
+    """Pointers to the elements ``at`` of the tensor whose address is stored at ``address``."""
     return tl.multiple_of(tl.load(address).to(tl.pointer_type(kind)), 16) + at

@@ -34,11 +34,10 @@ from ditmoe_ds.slices import Cut, Slice
 
 FORMAT = "ditmoe-checkpoint/4"
 
-T = TypeVar("T")
-
-
 PATIENCE = 300.0
 """Seconds that a run which has failed waits for the checkpoint that is being written."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
         self.lost = False
-        """Whether the last one could not be written."""
+        """Whether the last checkpoint could not be written."""
         if dist.get_rank() == 0:
             for unfinished in folder.glob("*.partial"):  # of a run that was killed
                 _discard(unfinished)
@@ -166,7 +165,7 @@ class Saver:
         unfinished.rename(final)
         _sync(self.folder)
         _write_text(self.folder / "latest", final.name)
-        # Later ones were left by a run that went back behind them, and do not count.
+        # Later ones are from before the run went back to an earlier checkpoint, and do not count.
         for old in sorted(path for path in self.folder.glob("step_????????") if path <= final)[: -self.config.keep]:
             if not self.config.keep_every or int(old.name[5:]) % self.config.keep_every:
                 _discard(old)
@@ -249,7 +248,7 @@ class Reader:
             raise CheckpointError(f"{kind}/{name}: {filled} of elements {start}..{stop} are in the checkpoint")
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse a model whose logical tensors (or the part of them given) are not this checkpoint's."""
+        """Refuse a model of which these logical tensors are missing here or have other shapes."""
         for name, shape in shapes.items():
             saved = self.index["shapes"].get(name)
             if saved is None or tuple(saved) != shape:
@@ -333,7 +332,7 @@ def _make(folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete what is not needed, if that is allowed."""
+    """Delete a folder that is no longer needed, or print why that is impossible."""
     try:
         _remove(folder)
     except OSError as error:

@@ -18,8 +18,8 @@ class EMAConfig:
     decays: tuple[float, ...] = (0.9999,)
     """One average each, all kept and saved; validation, sample grids and ``ditmoe sample`` take the first."""
     every: int = 1
-    """Optimizer steps between updates. The decay is raised to this power, so the average reaches equally far back; harmless where
-    that is much farther than this (``benchmarks/ema.md``)."""
+    """Optimizer steps between updates. The decay is raised to this power, so that the average reaches equally far back; harmless where
+    that is many times as many steps (``benchmarks/ema.md``)."""
     warmup: bool = True
     """Begin with smaller decays, (1 + n) / (10 + n) after n steps, so that short runs forget their start."""
 

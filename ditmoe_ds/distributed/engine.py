@@ -117,7 +117,7 @@ class Engine(DeepSpeedEngine):
 
     def _norm_without_zero(self) -> float:
         """2-norm of the averaged gradient of the whole model: every expert once, every replicated weight once."""
-        squares = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # [cut by tensor parallelism][of experts]
+        squares = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # [is cut by tensor parallelism][is of experts]
         group, gradients = None, defaultdict(list)
         for parameter in self.module.parameters():
             if is_moe_param(parameter):
@@ -157,7 +157,7 @@ def build(
         params["betas"] = [optimizer.beta1, optimizer.beta2]
         if not offloads(ds_config):
             params |= dict(torch_adam=True, fused=True)  # one kernel per flat tensor, and nothing to compile as for DeepSpeed's own
-    timers = dict(throughput=dict(enabled=False))  # DeepSpeed's waits for the GPU around every forward
+    timers = dict(throughput=dict(enabled=False))  # DeepSpeed's timer waits for the GPU around every forward
     config = (
         dict(timers=timers)
         | ds_config
@@ -183,11 +183,10 @@ def build(
         config_class=DeepSpeedConfig(config, mpu=groups.mpu),
         mpu=groups.mpu,
     )
-    if parallel.tensor > 1 and parallel.zero_stage == 3:
-        # takes the experts' norm for one over tensor-parallel ranks, too, as in AutoEP's layers, whose expert-parallel groups hold these
-        engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     if offloads(ds_config):
         _powers_afresh(engine.optimizer)
+        # else stage 3 does not sum experts' norms over tensor-parallel ranks: right for AutoEP, whose expert-parallel groups hold those
+        engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     elif parallel.zero_stage:
         _one_pass_over_gradients(engine.optimizer, parallel.zero_stage)
     if parallel.zero_stage == 0 and precision == "bf16":
@@ -214,15 +213,15 @@ def _powers_afresh(optimizer: Any) -> None:
 
 
 def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
-    """The gradient norm with ZeRO by one kernel. DeepSpeed's copies each gradient to double first, and at stages 1 and 2 looks before that
-    for values that are not finite in each, a dozen small kernels for every parameter; but a norm that is not finite shows them as well."""
+    """Compute the gradient norm under ZeRO by few kernels. DeepSpeed copies each gradient to double, and at stages 1 and 2 first searches
+    it for values that are not finite: a dozen small kernels for every parameter. Such values show in the norm as well."""
 
     def norm_of(gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
-        """Of this rank's part of a group of parameters and the others'; -1 if it is not finite, as DeepSpeed expects."""
+        """The norm of a group of parameters over all ranks, given this rank's part; -1 if it is not finite, as DeepSpeed expects."""
         proper = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         counted = [g for g, p in zip(proper, parameters) if is_model_parallel_parameter(p) or optimizer.model_parallel_rank == 0]
         square = _square_sum(counted) if counted else torch.zeros((), dtype=torch.float64, device=optimizer.device)
-        if stage == 3:  # experts are parted among their replicas
+        if stage == 3:  # experts are divided among their replicas
             over = [optimizer._get_param_partition_group(parameters[0]), optimizer._autoep_expert_parallel_group(parameters)]
         else:
             over = [optimizer.dp_process_group]
@@ -235,7 +234,7 @@ def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
-    """() float64, by few kernels however many they are."""
+    """() float64 sum of squares, by few kernels however many gradients there are."""
     return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum()
 
 
@@ -256,7 +255,7 @@ def _step_masters(engine: Engine) -> None:
 
 
 def _step_masters_at_once(engine: Engine, blocks: Tensor) -> None:
-    """``_step_masters`` of AdamW on a GPU, of all groups together, given ``blocks_of`` their masters. Groups have the same settings."""
+    """``_step_masters`` of AdamW on a GPU, of all groups together, given ``blocks_of`` their masters. All groups have the same settings."""
     optimizer = engine.optimizer
     adam, masters, weights = optimizer.optimizer, [*chain(*optimizer.fp32_groups)], [*chain(*optimizer.fp16_groups)]
     states, settings = [adam.state[master] for master in masters], adam.param_groups[0]

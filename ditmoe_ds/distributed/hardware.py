@@ -50,5 +50,5 @@ def find(name: str) -> Gpu:
 
 
 def peak_tflops(device: str) -> float | None:
-    """Of a device by its driver's name; None if unknown."""
+    """Peak TFLOP/s of a device, by its driver's name for it; None if unknown."""
     return next((gpu.tflops for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.name)) if gpu.name in device), None)

@@ -92,7 +92,7 @@ class Lookout:
             mistake = isinstance(error, UserError)
             text = str(error) if mistake else f"{type(error).__name__}: {in_a_line(error, 500)}"
             self._send(error=text, code=2 if mistake else 1)
-            if self._answered.wait(2 * BEAT):  # comes back only where this error is the cause
+            if self._answered.wait(2 * BEAT):  # set only if this error is named as the cause
                 self.before_end()
             if not mistake:
                 traceback.print_exception(error)
@@ -118,7 +118,7 @@ class Lookout:
             try:
                 part = self._socket.recv(4096)
             except TimeoutError:
-                missed += 1  # not the time: a process that was suspended has missed nothing
+                missed += 1  # counted, not timed: a process that was suspended has missed nothing
                 if missed * BEAT >= SILENCE:
                     self._end(f"rank 0 on {os.environ['MASTER_ADDR']} was not heard for {SILENCE:.0f} s, after step {self.step} here", 1, 0)
                 self._send()
@@ -139,7 +139,7 @@ class Lookout:
             self._end(verdict["text"], verdict["code"], None if verdict["alive"] else verdict["rank"])
 
     def _note_where(self, folder: Path) -> None:
-        """Once a step: it may never end, and every rank lives."""
+        """At most once a step, which may never end although every rank is alive."""
         self.since = math.inf
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ class Lookout:
             print(f"step {self.step + 1} takes more than {LONG / 60:.0f} minutes; where each rank is: {folder}", flush=True)
 
     def _say(self, text: str, dead: int | None = None) -> None:
-        """Once on every host: by its first rank, or the second where that is dead."""
+        """Print once on every host: on its first rank, or its second if that one is dead."""
         if self.world.local_rank == 0 or (self.world.local_rank == 1 and dead == self.world.rank - 1):
             print(f"error: {text}", file=sys.stderr, flush=True)
 
@@ -167,7 +167,7 @@ def _connect(rank: int, port: int) -> socket.socket:
     try:
         return socket.create_connection((address, port), timeout=60)
     except OSError as error:
-        scarce = error.errno == errno.EMFILE  # says nothing of the network
+        scarce = error.errno == errno.EMFILE  # not the network's fault
         fix = "raise nofile in /etc/security/limits.conf" if scarce else "let TCP through between all nodes (ditmoe doctor)"
         raise UserError(
             f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port} ({error.strerror or error}); {fix}"
@@ -175,7 +175,7 @@ def _connect(rank: int, port: int) -> socket.socket:
 
 
 class _Office:
-    """On rank 0: listens to every rank, and tells all of the first that is lost."""
+    """On rank 0: listens to every rank, and when one is lost tells all others which."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex()
@@ -207,7 +207,7 @@ class _Office:
         self._present[rank] = writer
         try:
             while line := await _next(reader):
-                writer.write(b"\n")  # so that they miss rank 0, too
+                writer.write(b"\n")  # so that the ranks notice when rank 0 falls silent
                 message = json.loads(line)
                 step = message["step"]
                 if "bye" in message:
@@ -226,7 +226,7 @@ class _Office:
 
     def forget(self) -> None:
         """Let go of all connections, in a process that was forked."""
-        with open(os.devnull) as nothing:  # in their place: whoever holds a number does not find another file behind it
+        with open(os.devnull) as nothing:  # replaced, not closed, so that no other file takes a number that is still held
             for connection in (self._listener, *(writer.get_extra_info("socket") for writer in self._present.values())):
                 if connection.fileno() >= 0:
                     os.dup2(nothing.fileno(), connection.fileno())
@@ -244,7 +244,7 @@ class _Office:
         others = {present: writer for present, writer in self._present.items() if present}
         for writer in others.values():
             writer.write(verdict)
-        for _ in range(int(GATHER / 0.1)):  # rank 0 ends when it is told, and everybody's connection with it
+        for _ in range(int(GATHER / 0.1)):  # rank 0 is told last: it ends then, and everybody's connection with it
             if others.keys() <= {lost for lost, _, _ in self._lost}:
                 break
             await asyncio.sleep(0.1)

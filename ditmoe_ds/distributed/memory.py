@@ -101,7 +101,7 @@ def training_memory(
     if stage == 3:
         kept = size * (part + bucket)
         return Memory(size * part, 4 * part, 8 * part, 4 * averages * part, kept, size * bucket, step)
-    # from one micro-batch to the next stage 1 keeps every gradient, stage 2 its own; the last one's own come beside them
+    # between micro-batches stage 1 keeps all gradients, stage 2 the rank's own; the last micro-batch adds the rank's own
     own = part if whole is None else whole
     earlier = 0 if accumulation == 1 else local if stage == 1 else own
     backward = size * (earlier + own + 3 * bucket)

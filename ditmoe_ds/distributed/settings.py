@@ -15,12 +15,6 @@ from ditmoe_ds.errors import ConfigError
 SUPPORTED = (Version("0.19.8"), Version("0.20"))
 """DeepSpeed from the first and below the second: older releases apply gradients that are not finite at ZeRO 1 to 3, newer are untested."""
 
-
-def offloads(ds_config: dict[str, Any]) -> bool:
-    """Whether the optimizer's state lies in host memory."""
-    return _setting(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
-
-
 OWNED = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch",
@@ -34,10 +28,7 @@ OWNED = {
 """DeepSpeed settings that the recipe owns, and where."""
 
 FIXED = {
-    "zero_optimization.round_robin_gradients": (
-        False,
-        "DeepSpeed then tells wrongly where a weight's master lies, so that wrong ones are saved",
-    ),
+    "zero_optimization.round_robin_gradients": (False, "DeepSpeed then misreports where a weight's master lies: wrong ones would be saved"),
     "zero_optimization.offload_optimizer.ratio": (1.0, "what stays on the GPU has an optimizer of its own, whose state is not saved"),
     "zero_optimization.cpu_offload": (False, "write offload_optimizer, with device cpu"),
     "zero_optimization.cpu_offload_param": (False, "weights on the host were not tried with experts"),
@@ -95,7 +86,7 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise ConfigError("parallel.deepspeed", str(named), f"{place}={json.dumps(first['input'])}: {first['msg']}") from None
-    except AssertionError as error:  # of an old name beside the new one
+    except AssertionError as error:  # an old name of a setting is there beside the new one
         raise ConfigError("parallel.deepspeed", str(named), str(error)) from None
     return config
 
@@ -105,10 +96,15 @@ def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
     return DeepSpeedZeroConfig(**(config.get("zero_optimization") or {}))
 
 
+def offloads(ds_config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory."""
+    return _setting(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
+
+
 def _setting(config: dict[str, Any], key: str, default: Any) -> Any:
     *sections, leaf = key.split(".")
     for section in sections:
         config = config.get(section) or {}
         if not isinstance(config, dict):
-            return default  # and not valid, which DeepSpeed says
+            return default  # not valid, as DeepSpeed will say
     return config.get(leaf, default)

@@ -109,7 +109,7 @@ def set_optimizer_step(engine: Engine, step: int) -> None:
 
 
 def _moments(engine: Engine) -> tuple[str, str]:
-    """What the optimizer keeps of each weight, as torch calls it."""
+    """torch's names for the two tensors that the optimizer keeps for each weight."""
     return ("momentum_buffer", "square_avg") if isinstance(_torch_optimizer(engine), torch.optim.RMSprop) else ("exp_avg", "exp_avg_sq")
 
 
@@ -127,8 +127,8 @@ def _masters(engine: Engine) -> list[Tensor]:
 
 
 def _prepare_moments(engine: Engine) -> None:
-    """Make the moments before the first step, all at step 0: some of DeepSpeed's optimizers make them only in a step, some by a
-    step on zero gradients, which would shift Adam's bias correction, and decay weights that are not filled in yet."""
+    """Make the moments before the first step, at step 0. Some of DeepSpeed's optimizers would make them only in the first step; others have
+    already taken a step on zero gradients to make them, which would shift Adam's bias correction."""
     optimizer = _torch_optimizer(engine)
     for master in _masters(engine):
         state = optimizer.state[master]

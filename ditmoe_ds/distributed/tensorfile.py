@@ -1,7 +1,7 @@
 """Safetensors files, streamed: written tensor by tensor, read by range of elements.
 
-The safetensors library wants all tensors of a file in memory to write it, and maps the file to read it, whose pages count
-as the process's memory. Here neither ever holds more than was asked for. The files are the library's, either way.
+The safetensors library wants all tensors of a file in memory to write it, and maps the file into memory to read it, where its pages count
+as the process's own. Here neither holds more than was asked for. Either can read what the other wrote.
 Source of the format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
 """
 

@@ -77,22 +77,22 @@ def join(patience: timedelta = PATIENCE) -> World:
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     if world.device.type == "cuda":
-        beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed's is the latter
+        beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed sets the latter
         if beside > seen:
             fix = "start as many as there are GPUs; with srun add --gpu-bind=none, so that each sees all of its host"
             raise UserError(f"{beside} processes on {host_name()}, but each sees {seen} GPUs: {fix}")
         torch.cuda.set_device(world.device)
-    if world.rank == 0 and world.size > 1:  # who does not come is waited for without another word
+    if world.rank == 0 and world.size > 1:  # from here on they wait in silence for one that is missing
         print(f"{world.size} processes meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}", flush=True)
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
     return world
 
 
 def host_name() -> str:
-    """As the user knows it: under SLURM the node's name, several of which may be one machine."""
+    """This host as the user knows it: under SLURM by the node's name, since several nodes may be one machine."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -157,7 +157,7 @@ def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     raised = [found for found in errors if found]
     if raised:
         text, who = raised[0]
-        if len(raised) == len(errors) or raised == errors[:1]:  # the first alone may be the only one with something to do
+        if len(raised) == len(errors) or raised == errors[:1]:  # the first may be the only one that had something to do
             raise AgreedError(text)
         raise AgreedError(f"{text} (only {who if len(raised) == 1 else f'{len(raised)} of {len(errors)} ranks, the first {who}'})")
     return result  # type: ignore[return-value]
@@ -276,9 +276,3 @@ def describe_placement(hosts: list[str], ep_size: int, tensor: int = 1) -> str:
         f"{text}; EP groups of {ranks} over {spans} hosts: their all-to-all crosses the network; "
         f"parallel.expert up to {inside} can stay inside a host"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

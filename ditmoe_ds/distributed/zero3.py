@@ -1,13 +1,11 @@
-"""DeepSpeed's ZeRO-3 with many ranks.
+"""Replacements for parts of DeepSpeed's ZeRO-3, for many ranks and for experts.
 
-DeepSpeed 0.19 cuts every weight that it gathered, and every gradient that it scatters, into a view for each rank of the group: among 512
-ranks that takes the host seconds in each micro-batch, whatever the GPU does (docs/log.md). Here each is one strided copy. After a step it
-gathers the weights that stay whole, hundreds of small ones, by a collective each; here it is one for all.
-
-And it gathers sets of parameters, which Python orders by their addresses. Where a set has weights of experts and others, which different
-groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here they are sorted.
-
-And it sends every parameter from the first rank to all before it is cut, where ours hold nothing yet.
+- DeepSpeed 0.19 cuts every weight that it gathered, and every gradient that it scatters, into a view for each rank of the group. Among 512
+  ranks that takes the host seconds in each micro-batch, whatever the GPU does (docs/log.md). Here each is one strided copy.
+- After a step it gathers the weights that stay whole, hundreds of small ones, by a collective each. Here it is one for all.
+- It gathers sets of parameters, which Python orders by their addresses. Where a set has weights of experts and others, which different
+  groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here sets are sorted.
+- It sends every parameter from the first rank to all before cutting it. Here it does not, since no rank has values yet.
 """
 
 import math
@@ -49,12 +47,12 @@ def gather_in_order(coordinator: Any, parameters: Iterable[Any], forward: bool) 
 
 
 def wait(handle: Any, handle_dependency: bool = True) -> None:
-    """Until parameters that are gathered together are there; then make each whole, of the ranks' parts of it."""
+    """Wait for parameters that are gathered together, then assemble each from the ranks' parts of it."""
     if handle.complete or handle.quantization or handle.use_secondary_tensor:
         _wait(handle, handle_dependency)
         return
     handle.allgather_handle.wait()
-    first = handle.partitions[0]  # what rank 0 holds of all; behind it lies, as long, what the others hold
+    first = handle.partitions[0]  # rank 0's parts of all of them; the other ranks' follow, equally long
     start = first.storage_offset()
     for parameter in handle.params:
         part = parameter.ds_tensor.ds_numel
@@ -86,7 +84,7 @@ def gather_together(init: Any, parameters: list[Any], hierarchy: int = 0, quanti
 
 
 def _whole(parameter: Any, parts: Tensor) -> Tensor:
-    """A parameter of the ranks' parts of it (W, n), of which the last may be padded; a copy."""
+    """A parameter assembled from the ranks' parts of it (W, n), whose end may be padding; a copy."""
     return parts.reshape(-1)[: parameter.ds_numel].view(parameter.ds_shape)
 
 

@@ -11,8 +11,9 @@ from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.vae import decode, load_vae
-from ditmoe_ds.training.callbacks import Record, TrainerView, due, sample_latents, share_out
+from ditmoe_ds.training.callbacks import Record, due, sample_latents, share_micro_batches
 from ditmoe_ds.training.plan import Plan
+from ditmoe_ds.training.trainer import Trainer
 
 
 class FrechetDistance:
@@ -37,7 +38,7 @@ class FrechetDistance:
         self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
         self.real: Gaussian | None = None
 
-    def __call__(self, trainer: TrainerView, record: Record) -> None:
+    def __call__(self, trainer: Trainer, record: Record) -> None:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.fd_every, train.steps):
             return
@@ -49,26 +50,20 @@ class FrechetDistance:
         if made and self.real:
             record["fd"] = frechet_distance(made, self.real)
 
-    def _sampled(self, trainer: TrainerView) -> Iterator[Tensor]:
+    def _sampled(self, trainer: Trainer) -> Iterator[Tensor]:
         """Latents of this rank's images. Collective, with as many parts on every rank."""
-        for part, counted in self._parts(trainer, *share_out(trainer.plan.recipe.train.fd_samples)):
-            asked = trainer.conditioner.told(self._shown(part))
-            yield sample_latents(trainer, part, list(asked))[:counted]
+        for items, counted in share_micro_batches(trainer, trainer.plan.recipe.train.fd_samples):
+            conditions = trainer.conditioner.of(self._shown(items))
+            yield sample_latents(trainer, items, list(conditions))[:counted]
 
-    def _heldout(self, trainer: TrainerView) -> Iterator[Tensor]:
-        for part, counted in self._parts(trainer, *share_out(len(self.samples))):
-            yield self._shown(part).latents[:counted].to(trainer.device)
+    def _heldout(self, trainer: Trainer) -> Iterator[Tensor]:
+        for items, counted in share_micro_batches(trainer, len(self.samples)):
+            yield self._shown(items).latents[:counted].to(trainer.device)
 
     def _shown(self, items: list[int]) -> Batch:
         return self.dataset.batch([self.samples[i % len(self.samples)] for i in items])
 
-    def _parts(self, trainer: TrainerView, items: list[int], answered: int) -> Iterator[tuple[list[int], int]]:
-        """Micro-batches, and how many of each count as this rank's."""
-        size = trainer.plan.batch.micro
-        for first in range(0, len(items), size):
-            yield items[first : first + size], min(max(answered - first, 0), size)
-
-    def _gaussian(self, trainer: TrainerView, parts: Iterable[Tensor]) -> Gaussian | None:
+    def _gaussian(self, trainer: Trainer, parts: Iterable[Tensor]) -> Gaussian | None:
         """Of the features of decoded latents, over all ranks; None, on all, where a rank failed."""
         manifest, moments, failed = trainer.plan.manifest, Moments(self.width, trainer.device), None
         for latents in parts:

@@ -1,4 +1,4 @@
-"""Pictures of images."""
+"""Many images in one picture."""
 
 from collections.abc import Sequence
 from pathlib import Path

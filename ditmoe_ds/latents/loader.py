@@ -131,7 +131,7 @@ class LatentDataset:
         manifests: of the data sets; sample indices count through them, within each shape.
         skip: shards to leave out, as NAME or ROOT/NAME.
         cache: where the shards of data sets behind a URL are kept.
-        shape: (C, H, W) to choose the samples by.
+        shape: samples of this (C, H, W) only; None for all.
 
     Raises:
         ConfigError: a name to skip fits no shard, or shards of several data sets.
@@ -164,7 +164,7 @@ class LatentDataset:
                 of = "" if shape is None else f" of the commonest shape, {' x '.join(map(str, shape))}"
                 raise DataError(f"{manifest.root}: split {split} has no samples{of}; {fix}")
         self.sets: dict[tuple[int, ...], list[list[int]]] = {}
-        """Of each shape: of each data set: samples of each shard."""
+        """By shape, then by data set: the number of samples in each shard."""
         for shape in sorted({shard.shape for _, shard in shards}):
             self.sets[shape] = [[s.samples for m, s in shards if m is manifest and s.shape == shape] for manifest in manifests]
             for manifest, sizes in zip(manifests, self.sets[shape]):
@@ -199,11 +199,12 @@ class LatentDataset:
         )
 
     def batch(self, items: Sequence[int]) -> Batch:
-        """These samples, of one shape, outside of any epoch."""
+        """A batch of these samples, of one shape, with 0 for their epochs."""
         return collate([self[i] for i in items], torch.zeros(len(items), dtype=torch.int64), torch.tensor(items))
 
     def spread(self, count: int) -> list[int]:
-        """``count`` samples, or all, drawn alike every time: shards may be sorted by class, so that the first samples show few."""
+        """``count`` random samples (all if there are fewer), the same on every call. The first ones would not do: shards may be sorted by
+        class."""
         return torch.randperm(len(self), generator=keyed_generator("spread"))[:count].tolist()
 
     def key(self, i: int) -> str:
@@ -220,10 +221,10 @@ class LatentDataset:
             except (FileNotFoundError, DataError):
                 if not (self.cache and remote.is_url(self.shards[number][0].root)):
                     raise
-                if path.is_file() and index_path(path).is_file():  # else another process made room
+                if path.is_file() and index_path(path).is_file():  # else another process deleted it to make room
                     if number in self._fetched_again:
                         raise
-                    self._fetched_again.add(number)  # a copy may be damaged, as by a power cut; the download is checked
+                    self._fetched_again.add(number)  # damaged here, by a power cut say: downloads are checked
                     path.unlink(missing_ok=True)
                     index_path(path).unlink(missing_ok=True)
                 self._reader.cache_clear()
@@ -237,7 +238,7 @@ class LatentDataset:
 
     def _path(self, number: int) -> Path:
         manifest, shard = self.shards[number]
-        return self._download(manifest, shard) if remote.is_url(manifest.root) else Path(manifest.root, shard.name)
+        return self._download(manifest, shard) if remote.is_url(manifest.root) else manifest.path(shard)
 
     def _download(self, manifest: Manifest, shard: Shard) -> Path:
         assert self.cache, "whoever opens data sets behind a URL has a cache for them"
@@ -332,7 +333,7 @@ class _Batches(Dataset):
             latents = [self._latent(*visit) for visit in zip(chosen, epochs.tolist(), samples.tolist())]
             batch = collate(chosen, epochs, samples)._replace(latents=torch.stack(latents))
             return self.prepare(batch) if self.prepare else batch
-        except UserError as error:  # its one line, without the worker's traceback around it
+        except UserError as error:  # as a value: an exception would arrive with the worker's traceback around it
             return _Failure(error)
 
     def _latent(self, sample: Latent, epoch: int, i: int) -> Tensor:
@@ -343,10 +344,13 @@ class _Batches(Dataset):
 
 
 class _Failure(NamedTuple):
+    """What a worker hands over in place of a batch."""
+
     error: UserError
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """SLURM, and a terminal, send them to all processes of a job; a rank that saves then needs its loaders, and ends them itself."""
+    """Ignore the signals by which SLURM or a terminal asks all processes of a job to stop: a rank still needs its workers to finish the
+    step, and ends them itself."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -138,7 +138,7 @@ class Manifest:
         for shard in manifest.shards():
             if Path(shard.name).name != shard.name:
                 raise DataError(f"{file}: shard {shard.name!r} lies outside the folder; encode the data again")
-            if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # part of a file's name in a cache
+            if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # becomes part of a file name in a cache
                 raise DataError(f"{file}: shard {shard.name!r} has the sha256 {shard.sha256!r}; encode the data again")
             if len(shard.shape) != 3 or min(shard.shape) < 1 or shard.shape[0] != len(manifest.mean):
                 raise DataError(f"{file}: shard {shard.name!r} has latents of shape {list(shard.shape)}; encode the data again")
@@ -164,7 +164,7 @@ class Manifest:
         partial.replace(root / "manifest.json")
 
     def _with_folders(self, change: Callable[[str], str]) -> Manifest:
-        """With the folders of the VAE and text encoder changed, where they are none of a hub's ids."""
+        """A copy in which VAE and text encoder are ``change(folder)``, if they are folders and not hub ids."""
         text = self.text
         if text is not None and text.encoder_sha256 is not None:
             text = dataclasses.replace(text, encoder=change(text.encoder))
@@ -188,7 +188,7 @@ class Manifest:
         return Path(self.root, shard.name)
 
     def open(self, shard: Shard, path: Path | None = None) -> ShardReader:
-        """The samples of ``shard``, of which ``path`` may be a copy.
+        """A reader of ``shard``, or of its copy at ``path``.
 
         Raises:
             DataError: its index does not fit it, or the manifest.
@@ -212,7 +212,7 @@ class Manifest:
             if hashlib.sha256(content).hexdigest() != self.text.empty_sha256:
                 raise ValueError("sha256 differs from the manifest")
             return parse_text(content, self.text)
-        except Exception as error:  # bytes from anywhere
+        except Exception as error:  # bytes from anywhere: parsing them fails in many ways
             raise DataError(f"{file}: cannot be used ({error}); delete manifest.json and run ditmoe-data encode again") from None
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class Manifest:
 
 
 def weights_sha256(path_or_id: str) -> str | None:
-    """Of the safetensors in a local folder; None of a hub's id."""
+    """sha256 of the safetensors in a local folder; None for a hub id."""
     return sha256(*sorted(Path(path_or_id).glob("*.safetensors"))) if Path(path_or_id).is_dir() else None
 
 

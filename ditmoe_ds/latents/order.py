@@ -113,7 +113,7 @@ class BucketOrder:
         self.orders, self.global_batch, self.seed = orders, global_batch, seed
         sizes = [sum(part.total for part in order.orders) for order in orders]
         sets = [sum(part.total for part in parts) for parts in zip(*(order.orders for order in orders), strict=True)]
-        # of each set, its weight cut as its samples are: else a set of much weight would see its few samples of a rare shape all the time
+        # a set's weight is divided among shapes like its samples: else one of large weight would repeat its few samples of a rare shape
         wanted = [sum(Fraction(w * p.total, n) for w, p, n in zip(order.weights, order.orders, sets, strict=True)) for order in orders]
         self.shares = [max(1, round(self.BLOCK * share / sum(wanted))) for share in wanted]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]

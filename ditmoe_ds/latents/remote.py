@@ -1,4 +1,4 @@
-"""Data sets behind a URL: files come through webdataset's URL handlers into a local folder of bounded size."""
+"""Data sets behind a URL: webdataset's URL handlers download their files into a local folder of bounded size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTEMPTS = 6
 """Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
 
 _OURS = re.compile(r"[0-9a-f]{32}\.(tar|index\.npy)")
-"""What a cache holds, and may delete; its folder may have other files."""
+"""Names of the files that a cache makes and may delete; its folder may hold others."""
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Cache:
 
         Args:
             name: 32 hexadecimal digits and .tar or .index.npy.
-            check: raises OSError if a new one is damaged.
+            check: raises OSError if a downloaded file is damaged.
             beside: name of a file that is not deleted to make room for this one.
 
         Raises:
@@ -102,7 +102,7 @@ class Cache:
         ages, total = [], size
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
-                with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+                with contextlib.suppress(FileNotFoundError):  # another process is making room too
                     stat = path.stat()
                     total += stat.st_size
                     if path.name != beside:
@@ -127,7 +127,8 @@ def _persist(url: str, action: Callable[[], T]) -> T:
             return action()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]  # a pipe lists how it was opened
+            # a pipe's error begins with how it was opened
+            reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]
         if number < ATTEMPTS:
             print(f"{url}: {reason}; trying again", file=sys.stderr, flush=True)
             time.sleep(2 ** (number - 1))

@@ -77,7 +77,7 @@ def index_path(tar: Path) -> Path:
 
 
 def index_size(samples: int) -> int:
-    """Bytes of the index of a shard of so many samples."""
+    """Bytes of the index of a shard with this many samples."""
     return len(_npy_header((samples + 1,), "int64")) + 8 * (samples + 1)
 
 
@@ -109,7 +109,7 @@ class ShardReader:
             raise DataError(f"{error.filename}: is not there; {REMAKE}") from None
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-        # As of tensors, the header is compared and not believed.
+        # As with tensors (see ``_tensor``), the header is compared, not believed.
         count = (len(raw) - len(_npy_header((0,), "int64"))) // 8
         header = _npy_header((max(count, 0),), "int64")
         if count < 1 or raw[: len(header)] != header or len(raw) != len(header) + 8 * count:

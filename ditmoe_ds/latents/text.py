@@ -53,7 +53,7 @@ def load_text_encoder(
         reason = in_a_line(error)
         raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
     positions = getattr(model.config, "max_position_embeddings", max_tokens)
-    if "roberta" in model.config.model_type:  # whose first position is the one behind the padding's
+    if "roberta" in model.config.model_type:  # positions begin after the padding token's id
         positions -= model.config.pad_token_id + 1
     if max_tokens > positions:
         raise ConfigError(keys[1], max_tokens, f"at most {positions} with this encoder")
@@ -79,7 +79,7 @@ class TextEncoder:
         captions = [caption.encode(errors="replace").decode() for caption in captions]  # some were cut in the middle of an emoji
         tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         mask = tokens["attention_mask"]
-        if self.model.device.type != "meta":  # as while accelerate holds the weights, and sends what is handed in after them
+        if self.model.device.type != "meta":  # else accelerate holds the weights, and moves the inputs itself
             tokens = tokens.to(self.model.device)
         self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
         states = (
@@ -91,7 +91,7 @@ class TextEncoder:
         return found
 
     def _count_cut(self, captions: list[str]) -> None:
-        """Of ``captions`` that take all ``max_tokens``: those that are longer."""
+        """Count which of these captions, which fill ``max_tokens``, were cut, and print the first ever."""
         lengths = [len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in captions]
         longer = [(length, caption) for length, caption in zip(lengths, captions) if length > self.max_tokens]
         if longer and not self.cut and int(os.environ.get("RANK", 0)) == 0:

@@ -71,7 +71,7 @@ def load_vae(path_or_id: str, device: str | torch.device, sha256: str | None = N
     """A diffusers VAE from a local folder or the hub: float32, frozen, safetensors only.
 
     Args:
-        sha256: of the weights that the latents are known to be made with.
+        sha256: of the weights that made the latents, if known.
 
     Raises:
         DataError: there is no such folder or id, its weights cannot be read, or have changed since.

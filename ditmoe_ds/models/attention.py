@@ -28,13 +28,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D). ``rotation``, cosines and sines (B or 1, N, head_dim / 2), turns q and k by their positions (RoPE)."""
         heads = self.qkv(x).unflatten(2, (-1, self.head_dim))  # (B, N, heads, d)
-        kv = heads.shape[2] // (self.group + 2)  # the heads that are here: tensor parallelism deals them out
+        kv = heads.shape[2] // (self.group + 2)  # those on this rank: tensor parallelism divides them
         q, k, v = heads.split([self.group * kv, kv, kv], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         grouped = self.group > 1
-        if grouped and q.is_cuda and q.dtype == torch.float32:  # of fp32 no fused kernel takes groups, and all scores would be in memory
+        if grouped and q.is_cuda and q.dtype == torch.float32:  # no fused fp32 kernel takes groups: all scores would be in memory
             k, v, grouped = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2), False
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=grouped)
         return self.proj(out.transpose(1, 2).flatten(2))

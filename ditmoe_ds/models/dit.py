@@ -148,7 +148,7 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, maybe to text too, and feed-forward; adaLN-Zero modulates and gates all but the text's part."""
+    """Attention, maybe to text too, and feed-forward; adaLN-Zero modulates and gates all but the attention to text."""
 
     def __init__(self, config: DiTConfig, layer: int, ep_size: int):
         super().__init__()
@@ -192,7 +192,7 @@ class Block(nn.Module):
         """Tokens x (B, N, D) given c (B, condition), positions, and text (B, T, D) with its mask (B, T).
 
         Returns:
-            x and, from a sparse layer, what ``LayerStats`` has.
+            x and, from a layer with experts, the fields of ``LayerStats``.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
         attend = partial(checkpoint, self.attend, use_reentrant=False) if recompute_attention else self.attend
@@ -235,12 +235,10 @@ class FinalLayer(nn.Module):
 
 
 def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``forward`` with the first input's device as the current one: Triton launches there, whichever tensors it is given."""
+    """Run ``forward`` with its first input's device as the current one, where Triton launches kernels wherever their tensors lie."""
 
     @wraps(forward)
     def run(self: nn.Module, x: Tensor, *rest: Any, **named: Any) -> Any:
-        if not torch.cuda.is_available():
-            return forward(self, x, *rest, **named)
         with torch.cuda.device_of(x):
             return forward(self, x, *rest, **named)
 
@@ -277,7 +275,7 @@ class DiT(nn.Module):
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks x training, validation, sampling x shapes of images and captions
         for module in self.modules():
             if isinstance(module, PackedExperts) and module.asks_for_counts(self.config.equal_load):
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # or it is compiled for every count
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # else recompiled for new counts
         for block in self.blocks:
             block.compile(mode="reduce-overhead" if graphs else None)
 
@@ -309,7 +307,8 @@ class DiT(nn.Module):
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()  # else every block would be free to overwrite what the one before it returned
         rows, columns = (side // config.patch for side in x.shape[2:])
-        x = self.x_embed(x.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # every block inherits its strides
+        # contiguous, since every block would inherit the convolution's strides
+        x = self.x_embed(x.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
         angles = None
         if config.positions == "rope":
             angles = rotary_angles(rows, columns, config.hidden // config.heads, x.device)[None]
@@ -325,7 +324,7 @@ class DiT(nn.Module):
             assert text is not None and mask is not None
             text, pooled = self.text_embed(text, mask)
             c = c + pooled
-        rotation = None if angles is None else (angles.cos(), angles.sin())  # once for all layers, their q and k
+        rotation = None if angles is None else (angles.cos(), angles.sin())  # once for all layers
         stats = []
         again = self.checkpoint_activations if self.training else False
         for block in self.blocks:

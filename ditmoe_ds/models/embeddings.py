@@ -1,4 +1,4 @@
-"""What a DiT is told beside the latent: where, when and what."""
+"""Embeddings of what a DiT is given beside the latent: positions, time, class and text."""
 
 import functools
 from typing import Any
@@ -32,7 +32,7 @@ def rotary_angles(rows: int, columns: int, dim: int, device: torch.device) -> Te
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_(i + d/2)) of x (B, N, heads, d) by angles with these cosines and sines (B or 1, N, d / 2), in fp32."""
-    if x.is_cuda and not torch.compiler.is_compiling():  # a compiler makes one kernel of what follows
+    if x.is_cuda and not torch.compiler.is_compiling():  # a compiler fuses what follows into one kernel
         return rotary.Rotate.apply(x, cos, sin)
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = x.float().chunk(2, dim=-1)
@@ -40,7 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _angles(places: int, count: int) -> Tensor:
-    # on the CPU also inside ``torch.device("meta")``: no initial weights will fill this
+    # on the CPU even inside ``torch.device("meta")``: unlike weights, these are not filled in later
     omega = 10000.0 ** (-torch.arange(count, dtype=torch.float64, device="cpu") / count)
     return torch.arange(places, dtype=torch.float64, device="cpu")[:, None] * omega
 
@@ -83,7 +83,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """An encoder's tokens, for cross-attention and for adaLN.
+    """Projects a text encoder's tokens, for cross-attention and for adaLN.
 
     Args:
         text_width: of the encoder's tokens.

@@ -20,9 +20,9 @@ class Matrix(NamedTuple):
     shape: tuple[int, ...]
     key: tuple[int | str, ...]
     std: float | None = None
-    """Normal with this deviation; unset, uniform in +-``bound``."""
+    """Standard deviation of a normal distribution; None for the uniform one in +-``bound``."""
     bound: float | None = None
-    """Unset, Xavier's for (out, everything else)."""
+    """None for Xavier's, where the first dimension is outputs and all others are inputs."""
 
     def draw(self) -> Tensor:
         generator = keyed_generator("weight", *self.key)
@@ -38,10 +38,10 @@ class InitialWeights:
 
     Xavier-uniform for every matrix (each expert's own), N(0, 0.02) for label table and timestep MLP, uniform +-1/sqrt(D)
     for routers, ones for the scales of LayerNorm, zeros for biases, adaLN, the final layer and what cross-attention adds.
-    What is read is drawn then, matrix by matrix.
+    Matrices are drawn one by one, when they are read.
 
     Args:
-        model: tells names and shapes; may be on the meta device, and hold the experts of one rank only.
+        model: gives names and shapes; may be on the meta device, and hold the experts of one rank only.
     """
 
     def __init__(self, model: DiT, seed: int):

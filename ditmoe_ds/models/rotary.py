@@ -1,5 +1,6 @@
-"""RoPE as one Triton kernel, forward and backward: it reads and writes each element once, 4 bytes in bf16, where torch's operators, one
-after the other, move 48 and 52. It computes in fp32. For tensors on a GPU.
+"""RoPE as one Triton kernel, for forward and backward, on tensors on a GPU. It computes in fp32.
+
+It reads and writes each element once, 4 bytes in bf16; torch's operators would move 48 bytes in forward and 52 in backward.
 """
 
 from typing import Any

@@ -165,7 +165,7 @@ def macs(config: DiTConfig, tokens: int, text_tokens: int) -> tuple[int, int]:
 
 
 def expert_macs(config: DiTConfig, tokens: int) -> int:
-    """The part of ``macs`` in routed experts or their dense twins: of all choices of tokens, or of as many as a capacity factor keeps."""
+    """The part of ``macs`` in routed experts or their dense twins, without the takings that a capacity factor drops."""
     matrices, left = 3 if config.expert_activation == "swiglu" else 2, 1.0
     if config.routing == "token" and config.router.capacity_factor:
         left = min(config.router.capacity_factor, 1.0)

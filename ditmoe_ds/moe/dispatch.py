@@ -20,13 +20,13 @@ class Exchange(NamedTuple):
     order: Tensor
     """(R,) index that sorts the received rows, which arrive by (source rank, local expert), by local expert."""
     back: Tensor
-    """(R,) its inverse."""
+    """(R,) the inverse of ``order``."""
     counts: Tensor
     """(E_local,) rows of each local expert."""
 
 
 def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work] | None:
-    """Begin to exchange the takings per expert, for ``plan``. Equal ones are known."""
+    """Start telling the other ranks how many rows each of their experts will receive, for ``plan``. None if all counts are equal."""
     if assignment.equal:
         return None
     arriving = torch.empty_like(assignment.counts)
@@ -34,25 +34,27 @@ def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.
 
 
 def plan(assignment: Assignment, asked: tuple[Tensor, dist.Work] | None, group: dist.ProcessGroup) -> Exchange:
-    """Derive the splits from the takings per expert, which were ``asked`` for: the layer's only device-to-host sync."""
+    """Work out who sends how much to whom. ``asked`` is what ``ask`` returned; reading those counts is the layer's only device-to-host
+    sync."""
     counts, ranks = assignment.counts, dist.get_world_size(group)
+    local = len(counts) // ranks
     if asked is None:
         rows = torch.arange(len(assignment.tokens), device=counts.device)
         split = [len(rows) // ranks] * ranks
-        arrived = rows.view(ranks, len(counts) // ranks, -1)  # (source rank, local expert, places)
-        order, back = (rows.transpose(0, 1).reshape(-1) for rows in (arrived, arrived.view(len(counts) // ranks, ranks, -1)))
-        return Exchange(split, split, order, back, counts[: len(counts) // ranks] * ranks)
+        order = rows.view(ranks, local, -1).transpose(0, 1).reshape(-1)
+        back = rows.view(local, ranks, -1).transpose(0, 1).reshape(-1)
+        return Exchange(split, split, order, back, counts[:local] * ranks)
     arriving, work = asked
     work.wait()
     send, receive = torch.stack([counts.view(ranks, -1).sum(1), arriving.view(ranks, -1).sum(1)]).tolist()
-    local = torch.arange(len(counts) // ranks, device=counts.device).repeat(ranks)
-    order = local.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)
+    experts = torch.arange(local, device=counts.device).repeat(ranks)
+    order = experts.repeat_interleave(arriving, output_size=sum(receive)).argsort(stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return Exchange(send, receive, order, back, arriving.view(ranks, -1).sum(0))
 
 
 class Permute(torch.autograd.Function):
-    """Rows in the given order, whose inverse is ``back``: one gather each way, without the zeros and sums of an index's backward."""
+    """Rows reordered by ``order``, whose inverse is ``back``. Backward is one gather too, where that of plain indexing adds into zeros."""
 
     @staticmethod
     def forward(ctx, rows, order, back):
@@ -66,16 +68,16 @@ class Permute(torch.autograd.Function):
 
 
 class InFlight:
-    """Rows on their way. ``wait`` returns them; what is computed before it overlaps with the transfer, and so does its backward.
+    """Rows on their way to other ranks. ``wait`` returns the received ones; what is computed until then overlaps with the transfer.
 
-    In backward the gradient's transfer begins where ``wait`` was called and is waited for where the rows' transfer began. In between
-    autograd, which runs what is ready in reverse order of creation, computes the gradients of what was computed between the two.
+    So does its backward: the gradient's transfer begins where ``wait`` was called and is awaited where the rows' transfer began. Autograd
+    runs whatever is ready in reverse order of creation, so in between it computes the gradients of what was computed in between.
     """
 
     def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup):
         self.send, self.receive, self.group = send, receive, group
         self.under_way: tuple[dist.Work, Tensor, Tensor]
-        """The transfer, the rows, which it reads until its end, and the tensor where they arrive."""
+        """The transfer; the rows that it sends, which must live until it ends; and the tensor that it fills."""
         self.received = _Begin.apply(rows, self)
 
     def wait(self) -> Tensor:
@@ -91,7 +93,7 @@ class InFlight:
 
     def end(self) -> Tensor:
         work, _, out = self.under_way
-        with clock("all_to_all"):  # the part that nothing hid
+        with clock("all_to_all"):  # only the time that no computation hides
             work.wait()
         del self.under_way
         return out
@@ -118,4 +120,4 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ctx.flight.begin(grad, ctx.flight.receive, ctx.flight.send)
-        return grad, None  # for its shape alone: ``_Begin`` returns what arrives
+        return grad, None  # a placeholder of the right shape: ``_Begin`` returns what arrives

@@ -48,8 +48,9 @@ KERNELS = {"grouped": "one grouped GEMM", "batched": "one batched GEMM", "each":
 
 
 def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str:
-    """Of ``KERNELS``. On a CPU no grouped GEMM beats a GEMM each (docs/log.md); of GPUs torch has one for Hopper and Blackwell and bf16
-    alone, elsewhere it asks the device where each expert's rows end, in every product, and does a GEMM each."""
+    """A key of ``KERNELS``. On a CPU a grouped GEMM is no faster than a GEMM per expert (docs/log.md). On GPUs torch has a grouped kernel
+    only for bf16 on Hopper and Blackwell; elsewhere every ``grouped_mm`` waits for the device to tell where each expert's rows end, and
+    loops over the experts."""
     if equal:
         return "batched"
     fused = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
@@ -57,20 +58,20 @@ def fastest_kernel(device: torch.device, dtype: torch.dtype, equal: bool) -> str
 
 
 def leaves_gaps(device: torch.device) -> bool:
-    """Whether a grouped GEMM's weight gradient is left as memory was where an expert has no rows: on Blackwell (pytorch issue 172439)."""
+    """Whether a grouped GEMM leaves the weight gradient of an expert without rows uninitialised: on Blackwell (pytorch issue 172439)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 class ExpertFFN(torch.autograd.Function):
     """Rows of x (M, D), sorted by expert, through their expert's first matrix, activation and second matrix: (M, D).
 
-    Plain operations would save views of the weights for backward, and so keep the memory of every layer that ZeRO-3 gathered.
-    The parameters themselves, saved here, are empty once ZeRO-3 let go of the layer, and whole again when backward comes to it.
+    Plain operations would save views of the weights for backward, and so keep alive the memory of every layer that ZeRO-3 gathered.
+    Here the parameters themselves are saved, which ZeRO-3 empties when it releases the layer and refills before backward reaches it.
     Of the activations only x and the first product are saved; backward repeats the elementwise part.
 
     ``kernel`` "grouped" is one kernel for all experts, without host sync; so is "batched", for equal counts. "each" is a
-    GEMM per expert, for devices and dtypes without such a kernel. Experts without rows multiply an empty matrix: every
-    weight has a gradient on every rank.
+    GEMM per expert, for devices and dtypes without such a kernel. Experts without rows multiply an empty matrix, so that
+    every weight has a gradient on every rank.
     """
 
     @staticmethod
@@ -117,15 +118,16 @@ class Part(NamedTuple):
     rows: slice
     experts: slice
     ends: Tensor | None
-    """Where each expert's rows end; None if all have as many."""
+    """Where each expert's rows end; None if all have equally many."""
 
 
 def split(x: Tensor, counts: Tensor, kernel: str) -> list[Part]:
-    """On a CPU a few experts at a time, so that the elementwise part finds the products in the cache."""
+    """Group the experts for computation: all at once on a GPU; a few at a time on a CPU, whose cache then still holds a product when the
+    elementwise part reads it."""
     if kernel == "grouped":
         return [Part(slice(None), slice(None), counts.cumsum(0).to(torch.int32))]
     if kernel == "batched":
-        at_once = x.is_cuda or torch.compiler.is_compiling()  # a compiler cannot ask for the threads, and joins elementwise parts itself
+        at_once = x.is_cuda or torch.compiler.is_compiling()  # a compiler cannot trace get_num_threads, and fuses elementwise parts itself
         step, rows = len(counts) if at_once else torch.get_num_threads(), len(x) // len(counts)
         return [Part(slice(e * rows, (e + step) * rows), slice(e, e + step), None) for e in range(0, len(counts), step)]
     ends = counts.cumsum(0).tolist()
@@ -142,7 +144,7 @@ def multiply(x: Tensor, matrices: Tensor, ends: Tensor | None) -> Tensor:
 
 
 def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of weight (E, N, K), with the part of these experts: grad (M, N), transposed, times x (M, K)."""
+    """The gradient of weight (E, N, K), with the part's experts filled in: grad (M, N), transposed, times x (M, K)."""
     if part.ends is not None:
         found = F.grouped_mm(grad.t(), x, offs=part.ends)
         if leaves_gaps(x.device):
@@ -168,13 +170,13 @@ def add_bias(x: Tensor, bias: Tensor | None, part: Part, counts: Tensor) -> Tens
 
 
 def sum_rows(x: Tensor, part: Part, counts: Tensor) -> Tensor:
-    """Rows of x (M, N) of the part's experts, summed over each expert's: (experts, N). Added up in fp32, however many they are."""
+    """The sum of each of the part's experts' rows of x (M, N): (experts, N). It accumulates in fp32."""
     counts = counts[part.experts]
     if part.ends is None:
         return x.view(len(counts), len(x) // len(counts), x.shape[1]).sum(1)
     each = torch.arange(len(counts), device=x.device)
     own = each[:, None] == each.repeat_interleave(counts, output_size=len(x))
-    return own.to(x.dtype) @ x  # a GPU's index_add would round every single sum to bf16
+    return own.to(x.dtype) @ x  # a GPU's index_add would round to bf16 after every addition
 
 
 def per_expert(x: Tensor, matrices: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""What experts do besides GEMMs, as Triton kernels: each reads and writes every row once, where torch's operators, one after the other,
-would do so several times. All compute in fp32. Of ``rows.py`` and ``experts.py``, for tensors on a GPU.
+"""Triton kernels for what experts do besides GEMMs, called by ``rows.py`` and ``experts.py`` for tensors on a GPU.
+
+Each reads and writes every row once, where a sequence of torch's operators would do so several times. All compute in fp32.
 """
 
 import torch
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-"""Columns of a row that one program has in hand."""
+"""Columns of a row that one program handles."""
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
-    """The gradient of x, given that of ``swiglu``'s result, which is written to ``again`` if it is there; that may be ``grad`` itself."""
+    """The gradient of x, given ``grad``, that of ``swiglu(x)``. If given ``again``, which may be ``grad``, writes ``swiglu(x)`` there."""
     x_grad = torch.empty_like(x)
     if len(x):
         _swiglu_backward[_grid(grad)](x, grad, again, x_grad, grad.shape[1], BLOCK)
@@ -28,13 +29,13 @@ def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
 
 
 def sum_takings(rows: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
-    """For each of T tokens the sum of its rows, weighted or plain, in the order in which they are listed: the same on every run.
+    """For each of T tokens the sum of its rows, weighted or plain, always added in the order listed, so that every run rounds alike.
 
     Args:
         rows: (M, D).
         weights: (M,) fp32.
-        order: (M,) numbers of rows, those of a token side by side.
-        ends: (T,) where in ``order`` each token's end.
+        order: (M,) row numbers, grouped by token.
+        ends: (T,) where each token's row numbers end in ``order``.
     """
     out = rows.new_empty(len(ends), rows.shape[1])
     if len(out):
@@ -43,7 +44,8 @@ def sum_takings(rows: Tensor, weights: Tensor | None, order: Tensor, ends: Tenso
 
 
 def weigh_backward(grad: Tensor, rows: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows (M, D) and of weights (M,), of which each token of grad (T, D) has the weighted sum of its own."""
+    """Gradients of rows (M, D) and weights (M,), given grad (T, D), that of each token's weighted sum of its rows. ``tokens`` (M,) says
+    which token a row belongs to."""
     rows_grad, weights_grad = torch.empty_like(rows), torch.empty_like(weights)
     if len(rows):
         width = rows.shape[1]
@@ -52,7 +54,7 @@ def weigh_backward(grad: Tensor, rows: Tensor, tokens: Tensor, weights: Tensor) 
 
 
 def clear(matrices: Tensor, ends: Tensor) -> None:
-    """Zeros for those of the matrices (E, N, K) whose experts have no rows; ``ends`` (E,) is where each expert's end."""
+    """Zero those of the matrices (E, N, K) whose experts have no rows; ``ends`` (E,) is where each expert's rows end."""
     experts, size = len(matrices), matrices[0].numel()
     _clear[experts, min(triton.cdiv(size, BLOCK), 128)](matrices, ends, size, BLOCK)
 

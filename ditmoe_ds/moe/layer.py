@@ -25,7 +25,7 @@ class LayerStats(NamedTuple):
     mean_scores: Tensor
     """(E,) mean softmax score, with gradient."""
     z: Tensor
-    """() z-loss term, with gradient; 0 where it has no weight."""
+    """() z-loss term, with gradient; 0 if ``z_alpha`` is 0."""
 
 
 class Router(nn.Module):
@@ -86,8 +86,8 @@ class RoutedExperts(MOELayer):
         self.ep_group = ep_group
 
     def forward(self, x: Tensor, route_by: Tensor, shared: "SharedMLP | None") -> tuple[Tensor, ...]:
-        """Process x (B, N, D), routed by (B, N, D'). The shared path's first half is computed while tokens are on their way to
-        their experts, the second while they come back; so are their gradients.
+        """Process x (B, N, D); the router sees ``route_by`` (B, N, D'). The first half of the shared path is computed while tokens are on
+        their way to their experts, the second while they come back. In backward their gradients overlap with transfers likewise.
 
         Returns:
             (output (B, N, D), selections, takers, mean_scores, z); the last four are the fields of ``LayerStats``, for this rank's tokens.

@@ -75,13 +75,13 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
         weights = weights / weights.sum(-1, keepdim=True)
     if config.route_scale != 1:
         weights = weights * config.route_scale
-    flat = chosen.t().reshape(-1)  # below, gather: the backward of an index would sort
-    order = flat.short().argsort(stable=True)  # a GPU sorts by one byte of the key after the other
+    flat = chosen.t().reshape(-1)  # below, weights are gathered: the backward of indexing would sort
+    order = flat.short().argsort(stable=True)  # short: a GPU sorts the key byte by byte
     counts = count(flat, experts)
     weights = weights.t().reshape(-1)
     if config.capacity_factor is None:
         return Assignment(order % tokens, weights.gather(0, order), counts, order=order), chosen
-    place = torch.arange(room(tokens, experts, k * config.capacity_factor), device=order.device)
+    place = torch.arange(token_choice_capacity(tokens, experts, k * config.capacity_factor), device=order.device)
     taken = place < counts[:, None]  # (E, C)
     taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1).view(-1)]
     kept = torch.where(taken.view(-1), weights.gather(0, taking), 0.0)
@@ -89,7 +89,7 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
 
 
 def expert_choice(scores: Tensor, capacity: tuple[int, int], config: RouterConfig) -> Assignment:
-    """Each expert takes the ``places`` tokens of each pool that score best with it. Source: EC-DIT (arXiv 2410.02098), section 3.
+    """Each expert takes the C tokens of each pool that score best with it. Source: EC-DIT (arXiv 2410.02098), section 3.
 
     Args:
         scores: (P, N, E) fp32 softmax over experts, of P pools of N tokens.
@@ -99,10 +99,10 @@ def expert_choice(scores: Tensor, capacity: tuple[int, int], config: RouterConfi
         The assignment; tokens are numbered through the pools. A token may be taken by 0 to E experts.
     """
     pools, tokens, experts = scores.shape
-    weights, chosen = best(scores.transpose(1, 2), places(tokens, experts, capacity))  # (P, E, C)
+    weights, chosen = best(scores.transpose(1, 2), expert_choice_capacity(tokens, experts, capacity))  # (P, E, C)
     if config.renormalise:
         kept = torch.zeros_like(scores.transpose(1, 2)).scatter(2, chosen, weights)
-        weights = weights / kept.sum(1, keepdim=True).expand_as(kept).gather(2, chosen)  # an index_add rounds anew on every run of a GPU
+        weights = weights / kept.sum(1, keepdim=True).expand_as(kept).gather(2, chosen)  # a GPU's index_add rounds differently on every run
     index = chosen + torch.arange(0, pools * tokens, tokens, device=scores.device)[:, None, None]
     index, weights = (part.transpose(0, 1).reshape(-1) for part in (index, weights))
     if config.route_scale != 1:
@@ -115,7 +115,7 @@ _decisions: ContextVar[list[Tensor] | Iterator[Tensor] | None] = ContextVar("dec
 
 
 class Deciding:
-    """Within this context routers append what they choose to ``kept``; or, with ``again``, they choose what is in it."""
+    """Within this context routers record their choices in ``kept`` or, with ``again``, repeat those recorded there."""
 
     def __init__(self, kept: list[Tensor], again: bool):
         self.kept, self.again = kept, again
@@ -128,13 +128,13 @@ class Deciding:
 
 
 def same_decisions() -> tuple[Deciding, Deciding]:
-    """For ``torch.utils.checkpoint``'s ``context_fn``: what backward computes again is routed as before, even if it rounds differently."""
+    """For ``torch.utils.checkpoint``'s ``context_fn``: backward recomputes with forward's routing, even where it rounds differently."""
     kept: list[Tensor] = []
     return Deciding(kept, again=False), Deciding(kept, again=True)
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of the last dimension, and where they are."""
+    """The k largest scores along the last dimension, and their indices."""
     made = None if torch.compiler.is_compiling() else _decisions.get()
     if isinstance(made, Iterator):
         chosen = next(made)
@@ -145,17 +145,17 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, chosen), chosen
 
 
-def places(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
+def expert_choice_capacity(tokens: int, experts: int, capacity: tuple[int, int]) -> int:
     """C, the tokens of a pool that each expert takes: ``tokens * capacity / experts``, rounded, at least 1 and at most all.
 
     Args:
-        capacity: as a ratio of whole numbers: only through those can torch.compile follow a number of tokens that varies.
+        capacity: as a ratio of integers, because torch.compile can follow a varying number of tokens through integer arithmetic only.
     """
     over, under = capacity
     return min(max((2 * tokens * over + under * experts) // (2 * under * experts), 1), tokens)
 
 
-def room(tokens: int, experts: int, capacity: float) -> int:
+def token_choice_capacity(tokens: int, experts: int, capacity: float) -> int:
     """C, the takings of each expert under token choice with ``capacity`` experts per token: rounded up, at most one of each token."""
     return min(math.ceil(tokens * capacity / experts), tokens)
 

@@ -1,6 +1,6 @@
 """From tokens to the rows that experts compute, and back: activations, gathers and weighted sums.
 
-On a GPU one Triton kernel each (``kernels.py``), also in what torch.compile makes of a block; elsewhere torch's operators.
+On a GPU each is one Triton kernel (``kernels.py``), also inside compiled blocks; elsewhere torch's operators.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ if torch.version.cuda or torch.version.hip:  # these builds of torch bring Trito
 
 
 def fused(x: Tensor) -> bool:
-    """Whether Triton kernels compute it."""
+    """Whether Triton kernels compute on x."""
     return x.is_cuda
 
 
@@ -31,7 +31,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """``activate`` of x (M, N) again, and the gradient of x, given that of its result, in whose memory the former may be put."""
+    """``activate(x)`` once more, and the gradient of x (M, N), given ``grad``, that of ``activate(x)``, which may be overwritten."""
     if activation == "gelu":
         return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     if fused(x):
@@ -44,7 +44,7 @@ def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor,
 
 
 class SwiGLU(torch.autograd.Function):
-    """On a GPU."""
+    """``activate`` on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -58,19 +58,19 @@ class SwiGLU(torch.autograd.Function):
 
 
 def by_token(assignment: Assignment, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """For ``Take`` and ``Combine`` on a GPU: the M takings sorted by token, and (T,) where those of each of ``number`` tokens end. So
-    kernels add up without atomics, in the same order on every run."""
+    """For ``Take`` and ``Combine`` on a GPU: (M,) indices of the takings, sorted by token, and (T,) where those of each of the T tokens
+    end (``number`` is T). With these, kernels add without atomics, in the same order on every run."""
     tokens, order = assignment.tokens, assignment.order
     if not fused(tokens):
         return None, None
     if order is not None:  # the inverse permutation; nothing to sort
         places, each = torch.arange(len(order), device=order.device), len(order) // number
         return torch.empty_like(order).scatter_(0, order, places).view(each, number).t().reshape(-1), places[each - 1 :: each] + 1
-    return tokens.int().argsort(stable=True), count(tokens, number).cumsum(0)  # radix sort goes through the key byte by byte
+    return tokens.int().argsort(stable=True), count(tokens, number).cumsum(0)  # int: a GPU sorts the key byte by byte
 
 
 class Take(torch.autograd.Function):
-    """Rows (M, D) of x (T, D), of the tokens (M,)."""
+    """The rows of x (T, D) at ``tokens`` (M,): (M, D)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: Tensor, order: Tensor | None, ends: Tensor | None) -> Tensor:
@@ -87,9 +87,9 @@ class Take(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """The weighted sum of each token's takings, in fp32: rows (M, D) of the tokens (M,), of which there are T: (T, D).
+    """The weighted sum of each token's takings, in fp32: from rows (M, D), which belong to ``tokens`` (M,), to (T, D).
 
-    Plain operations would save the rows in fp32 twice for backward, plain and weighted; this saves them once, as they came.
+    Plain operations would save the rows twice in fp32 for backward, plain and weighted; this saves them once, in their own dtype.
     """
 
     @staticmethod

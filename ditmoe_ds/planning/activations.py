@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ditmoe_ds.models.dit import DiTConfig, Recompute
-from ditmoe_ds.moe.routing import places, room
+from ditmoe_ds.moe.routing import expert_choice_capacity, token_choice_capacity
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class MicroBatch:
         model, capacity = self.model, self.model.capacity(layer)
         if model.routing == "expert":
             pools, pool = (1, self.tokens) if model.router.pool == "microbatch" else (self.images, self.patches)
-            return pools * model.experts * places(pool, model.experts, capacity.as_integer_ratio())
+            return pools * model.experts * expert_choice_capacity(pool, model.experts, capacity.as_integer_ratio())
         if model.router.capacity_factor is not None:
-            return model.experts * room(self.tokens, model.experts, capacity * model.router.capacity_factor)
+            return model.experts * token_choice_capacity(self.tokens, model.experts, capacity * model.router.capacity_factor)
         return round(self.tokens * capacity)
 
 

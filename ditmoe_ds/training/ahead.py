@@ -23,13 +23,13 @@ class Ahead:
         self.loader, self.accumulation, self.device, self.conditioner = loader, accumulation, device, conditioner
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # the encoder's weights are on their way
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the encoder's weights may still be on their way
         self.ready: list[Prepared] | UserError | None = None
         self.waited = 0.0
         """Seconds spent waiting for samples since the last ``take``."""
 
     def begin(self) -> None:
-        """Start to load those of the next step. An error in reading is raised by ``take``, so that the current step is still finished."""
+        """Start to load the next step's micro-batches. ``take`` raises what fails here, so that the current step is still finished."""
         start = time.monotonic()
         try:
             loaded = [next(self.loader) for _ in range(self.accumulation)]

@@ -8,9 +8,9 @@ import hashlib
 import json
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
-from ditmoe_ds.distributed.topology import World, data_group, tensor_place
+from ditmoe_ds.distributed.topology import data_group, tensor_place
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -26,28 +26,14 @@ from ditmoe_ds.plain import plain
 from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training.plan import Plan
 
+if TYPE_CHECKING:  # which calls them
+    from ditmoe_ds.training.trainer import Trainer
+
 Record = dict[str, Any]
 VALIDATION_TIMES = [(i + 0.5) / 8 for i in range(8)]
 
 
-class TrainerView(Protocol):
-    """What callbacks may use of the trainer."""
-
-    plan: Plan
-    world: World
-    run_dir: Path
-    engine: Any
-    objective: Any
-    ema: Any
-    step: int
-    interrupted: bool
-    device: torch.device
-    conditioner: Conditioner
-
-    def save(self) -> None: ...
-
-
-Callback = Callable[[TrainerView, Record], None]
+Callback = Callable[["Trainer", Record], None]
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -66,6 +52,14 @@ def share_out(count: int) -> tuple[list[int], int]:
     return mine + [0] * (-(-count // ranks) - len(mine)), len(mine) if tensor_place()[0] == 0 else 0
 
 
+def share_micro_batches(trainer: "Trainer", count: int) -> Iterator[tuple[list[int], int]]:
+    """``share_out`` by micro-batches: the items of each, and how many of them, from the first on, count as this rank's."""
+    items, own = share_out(count)
+    micro = trainer.plan.batch.micro
+    for first in range(0, len(items), micro):
+        yield items[first : first + micro], min(max(own - first, 0), micro)
+
+
 class Validation:
     """EMA's loss on held-out samples at 8 equidistant times, with noise fixed per sample and time."""
 
@@ -73,29 +67,26 @@ class Validation:
         self.dataset = plan.open_heldout()
         self.samples = self.dataset.spread(plan.recipe.train.validate_samples)
 
-    def __call__(self, trainer: TrainerView, record: Record) -> None:
+    def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.validate_every, train.steps):
             return
-        items, answered = share_out(len(self.samples))
         sums = torch.zeros(len(VALIDATION_TIMES), dtype=torch.float64, device=trainer.device)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine), torch.no_grad():
-            for first in range(0, len(items), trainer.plan.batch.micro):
-                part = items[first : first + trainer.plan.batch.micro]
-                counts = (torch.arange(first, first + len(part)) < answered).double()
-                sums += (self._losses(trainer, [self.samples[i] for i in part]).cpu() * counts).sum(1).to(sums.device)
+            for items, counted in share_micro_batches(trainer, len(self.samples)):
+                sums += self._losses(trainer, [self.samples[i] for i in items])[:, :counted].double().sum(1)
         trainer.engine.train()
         dist.all_reduce(sums)
         record["val_loss_at_t"] = (sums / len(self.samples)).tolist()
         record["val_loss"] = sum(record["val_loss_at_t"]) / len(sums)
 
-    def _losses(self, trainer: TrainerView, samples: list[int]) -> torch.Tensor:
+    def _losses(self, trainer: "Trainer", samples: list[int]) -> torch.Tensor:
         """(times, samples) losses."""
         batch = self.dataset.batch(samples)
         x0 = batch.latents.to(trainer.device)
-        told = trainer.conditioner
-        condition = told.unpack(told.pack(told.told(batch)), trainer.device)
+        conditioner = trainer.conditioner
+        condition = conditioner.unpack(conditioner.pack(conditioner.of(batch)), trainer.device)
 
         def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return trainer.engine(z, t, **condition)
@@ -107,15 +98,15 @@ class Validation:
         return torch.stack(rows)
 
 
-def sample_latents(trainer: TrainerView, items: list[int], asked: list[Any]) -> torch.Tensor:
-    """Latents (B, C, H, W) that the current weights sample for the images numbered ``items``, under the conditions ``asked``. Collective.
+def sample_latents(trainer: "Trainer", items: list[int], conditions: list[Any]) -> torch.Tensor:
+    """Sample latents (B, C, H, W) with the current weights for the images numbered ``items``, under ``conditions``. Collective.
 
-    An image's noise is the same at every step.
+    An image starts from the same noise at every training step.
     """
-    plan, told = trainer.plan, trainer.conditioner
+    plan, conditioner = trainer.plan, trainer.conditioner
     diffusion, train = plan.recipe.diffusion, plan.recipe.train
     noise = starting_noise(image_generators(train.seed, items), plan.shape).to(trainer.device)
-    condition = told.unpack(told.pack([*asked, *[told.null] * len(asked)]), trainer.device)
+    condition = conditioner.unpack(conditioner.pack([*conditions, *[conditioner.null] * len(conditions)]), trainer.device)
     predict = guided(trainer.engine, condition, Guidance(train.guidance), diffusion, apart=plan.model.images_compete)
     return sample(predict, noise, make_scheduler(diffusion), diffusion, train.sample_steps)
 
@@ -124,17 +115,17 @@ class SampleGrid:
     """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images, and decode their own."""
 
     def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
-        self.asked = plan.asked_for(plan.recipe.train.sample_images, conditioner)
+        self.conditions = plan.grid_conditions(plan.recipe.train.sample_images, conditioner)
         self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
 
-    def __call__(self, trainer: TrainerView, record: Record) -> None:
+    def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.sample_every, train.steps):
             return
         items, _ = share_out(train.sample_images)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine):
-            latents = sample_latents(trainer, items, [self.asked[i] for i in items])
+            latents = sample_latents(trainer, items, [self.conditions[i] for i in items])
         trainer.engine.train()
         everyone: list[Any] = [None] * dist.get_world_size(data_group())
         dist.all_gather_object(everyone, self._decoded(trainer, latents), group=data_group())
@@ -147,16 +138,16 @@ class SampleGrid:
         except Exception as error:  # a full disk, for one: no reason to stop a run
             print(f"no sample grid of step {trainer.step}: {error}", flush=True)
 
-    def _decoded(self, trainer: TrainerView, latents: torch.Tensor) -> np.ndarray | str:
-        """uint8 images (B, H, W, 3); or why there are none, which is no reason for the other ranks to wait."""
+    def _decoded(self, trainer: "Trainer", latents: torch.Tensor) -> np.ndarray | str:
+        """uint8 images (B, H, W, 3), or why there are none: after an exception the other ranks would wait for this one."""
         manifest = trainer.plan.manifest
-        try:  # one by one: a VAE needs more memory for an image than a step has left
+        try:  # one by one: a step leaves little memory, and a VAE needs much for an image
             images = [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor).cpu() for one in latents]
             return torch.cat(images).numpy()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    def _save(self, trainer: TrainerView, images: torch.Tensor) -> None:
+    def _save(self, trainer: "Trainer", images: torch.Tensor) -> None:
         plan = trainer.plan
         path = trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png"
         save_grid(images, path, columns=min(10, plan.model.num_classes or 10, plan.recipe.train.sample_images))
@@ -165,7 +156,7 @@ class SampleGrid:
 class Checkpoints:
     """Saves every ``checkpoint.every`` steps, at the end, and when the run is asked to stop."""
 
-    def __call__(self, trainer: TrainerView, record: Record) -> None:
+    def __call__(self, trainer: "Trainer", record: Record) -> None:
         recipe = trainer.plan.recipe
         if trainer.interrupted or due(trainer.step, recipe.checkpoint.every, recipe.train.steps):
             trainer.save()
@@ -177,12 +168,14 @@ class Progress:
     def __init__(self, first: int):
         self.first, self.start = first, time.monotonic()
 
-    def __call__(self, trainer: TrainerView, record: Record) -> None:
+    def __call__(self, trainer: "Trainer", record: Record) -> None:
+        if dist.get_rank():
+            return
         train, step = trainer.plan.recipe.train, trainer.step
-        if dist.get_rank() == 0 and "spike" in record:
+        if "spike" in record:
             print(f"step {step}: the loss jumped: {record['spike']}", flush=True)
         measured = {key: record[key] for key in ("val_loss", "fd") if key in record}
-        if dist.get_rank() or not (due(step, train.log_every, train.steps) or step == self.first + 1 or measured):
+        if not (due(step, train.log_every, train.steps) or step == self.first + 1 or measured):
             return
         left = (time.monotonic() - self.start) / (step - self.first) * (train.steps - step)
         told = "".join(f"  {key} {value:.4f}" for key, value in measured.items())
@@ -219,7 +212,7 @@ class MetricsWriter:
             own = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
             self.wandb = wandb.init(project="ditmoe_ds", dir=str(run_dir), name=run_dir.name, id=f"{run_dir.name}-{own}", resume="allow")
 
-    def __call__(self, trainer: TrainerView, record: Record) -> None:
+    def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
         self._try(lambda: _append(self.file, json.dumps(plain(record)).encode() + b"\n"))
         if due(trainer.step, train.log_every, train.steps) or record.keys() & {"val_loss", "fd", "skipped", "spike"}:
@@ -283,11 +276,10 @@ def _flat(record: Record) -> dict[str, float]:
     """Nested lists and dicts as ``router/cv/3``."""
     flat: dict[str, float] = {}
     for key, value in record.items():
-        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
-        if isinstance(value, str):
-            continue
-        if items is None:
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": number for inner, number in _flat(value).items()}
+        elif not isinstance(value, str):
             flat[key] = value
-        else:
-            flat |= {f"{key}/{inner}": number for inner, number in _flat({str(k): v for k, v in items}).items()}
     return flat

@@ -88,7 +88,7 @@ def _describe(batch: Prepared, key: Key) -> str:
 
 @torch.no_grad()
 def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
-    """Its number in the order of computation, and the module's name."""
+    """The first module whose output is not finite: its number in the order of computation, and its name."""
     finite: list[tuple[str, Tensor]] = []
     with _watched(model, lambda name, args, out: finite.append((name, out.isfinite().all()))):
         run()
@@ -97,7 +97,7 @@ def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int,
 
 def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
     finite: list[tuple[str, Tensor]] = []
-    sources: list[Tensor] = []  # where backward ends if no weight's gradient is asked for
+    sources: list[Tensor] = []  # outputs that depend on weights alone: where a backward that computes no weight's gradient ends
 
     def look(name: str, args: Any, out: Tensor) -> None:
         if out.requires_grad:

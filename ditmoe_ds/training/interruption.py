@@ -22,7 +22,7 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        if number == signal.SIGINT:  # whoever sits there may lose patience; an exception would wait for loaders, which ignore signals
+        if number == signal.SIGINT:  # a second one ends at once; as an exception it would wait for loaders, which ignore signals
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

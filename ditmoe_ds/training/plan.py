@@ -47,7 +47,7 @@ class Plan:
     begun_on: int
     """Processes for which ``train.accumulation`` was chosen; a tensor-parallel group counts as one, here as in ``batch``."""
     batch: BatchShape
-    """As the processes that there are now cut it."""
+    """How the present number of processes cuts the global batch."""
     ds_config: dict[str, Any]
     weights: Weights | None
     """What training starts from; None for new weights."""
@@ -71,7 +71,7 @@ class Plan:
         return _commonest_shape(self.manifest)
 
     def initial(self, model: DiT) -> Callable[[str, int, Tensor], None]:
-        """What fills any range of a flattened weight of ``model`` (may be on meta), as ``InitialWeights.read`` does."""
+        """A function that fills any range of a flattened weight of ``model`` (may be on meta), like ``InitialWeights.read``."""
         if self.weights is None:
             return InitialWeights(model, self.recipe.train.seed).read
         return partial(_without_classes, self.weights) if self.recipe.model.new_classes else self.weights.read
@@ -81,7 +81,7 @@ class Plan:
         return self.recipe.data.open([self.manifest], "val", self.shape)
 
     def conditioner(self, device: torch.device) -> Conditioner:
-        """Of the model's kind: classes, stored texts, or captions encoded on ``device``.
+        """The conditioner that the model needs: for classes, stored texts, or captions encoded on ``device``.
 
         Raises:
             ConfigError, DataError: the text encoder or the stored empty caption cannot be used.
@@ -95,13 +95,13 @@ class Plan:
             )
         return Texts(self.manifest.empty_text())
 
-    def asked_for(self, count: int, conditioner: Conditioner) -> list[Any]:
-        """What the ``count`` pictures of a sample grid are asked to show: classes in turn, or held-out captions."""
+    def grid_conditions(self, count: int, conditioner: Conditioner) -> list[Any]:
+        """The conditions of the ``count`` pictures of a sample grid: classes in turn, or held-out captions."""
         if self.model.num_classes:
             return [i % self.model.num_classes for i in range(count)]
         heldout = self.open_heldout()
         samples = heldout.spread(count)
-        return list(conditioner.told(heldout.batch([samples[i % len(samples)] for i in range(count)])))
+        return list(conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)])))
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from."""
@@ -204,7 +204,7 @@ def named_network(given: ModelConfig) -> DiTConfig:
 
 
 def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
-    """The network that starting weights are. Raises ConfigError: the recipe names one too, or another objective."""
+    """The network of the starting weights. Raises ConfigError: the recipe names one too, or another objective."""
     given = recipe.model
     if given != ModelConfig(weights=given.weights, new_classes=given.new_classes):
         raise ConfigError(
@@ -301,7 +301,7 @@ def _check_conditions(recipe: Recipe, theirs: DiTConfig, ours: DiTConfig) -> Non
 
 
 def _without_classes(weights: Weights, name: str, start: int, out: Tensor) -> None:
-    """As ``weights.read``, with "no class", the last row of their table, for every class."""
+    """Like ``weights.read``, but every class gets "no class", the last row of their table."""
     if name != CLASS_TABLE:
         weights.read(name, start, out)
         return
@@ -335,8 +335,8 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
     """How processes cut the global batch, where a tensor-parallel group counts as one.
 
     Args:
-        begun_on: those for which ``train.accumulation`` was chosen; on others it becomes the least with which no rank computes more images
-            at once than on those.
+        begun_on: the number of processes for which ``train.accumulation`` was chosen. On another number it becomes the smallest with which
+            no rank computes more images at once than then.
         tensor: tensor-parallel size.
 
     Raises:
@@ -355,7 +355,7 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
 
 
 def begun_on(recipe: Recipe, processes: int) -> int:
-    """Processes for which the recipe's accumulation was chosen: those that a run began on, unless the recipe now cuts another way."""
+    """Processes for which the recipe's accumulation was chosen: those that the run began on, unless batch or accumulation have changed."""
     saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
     if saved is None:
         return processes

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-if TYPE_CHECKING:  # imported before torch is: the listening for signals must not wait for that
-    from ditmoe_ds.training.callbacks import Record, TrainerView
+if TYPE_CHECKING:  # this module is imported before torch, for which listening for signals must not wait
+    from ditmoe_ds.training.callbacks import Record
+    from ditmoe_ds.training.trainer import Trainer
 
 
 class Startup:
@@ -21,7 +22,7 @@ class Startup:
         now = time.time()
         self.seconds[part], self._last = now - self._last, now
 
-    def __call__(self, trainer: "TrainerView", record: "Record") -> None:
+    def __call__(self, trainer: "Trainer", record: "Record") -> None:
         if self.done:
             return
         self.lap("first step")

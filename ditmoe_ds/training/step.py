@@ -63,12 +63,12 @@ class Preparation:
         draws = draw(self.seed, batch.epochs, batch.samples, tuple(batch.latents.shape[1:]))
         latents = flip(batch.latents, draws) if self.mirror else batch.latents
         dropped = (draws.uniform[:, 1] < self.dropout).tolist()
-        told = [self.conditioner.null if drop else told for told, drop in zip(self.conditioner.told(batch), dropped, strict=True)]
+        conditions = [self.conditioner.null if drop else own for own, drop in zip(self.conditioner.of(batch), dropped, strict=True)]
         keep = None
         if self.mask_ratio:
             patches = latents[0, 0].numel() // self.patch**2
             keep = kept_patches(self.seed, batch.epochs, batch.samples, patches, patches - round(patches * self.mask_ratio))
-        return Prepared(latents, self.conditioner.pack(told), self.objective.time(draws), draws.noise, batch.samples, keep)
+        return Prepared(latents, self.conditioner.pack(conditions), self.objective.time(draws), draws.noise, batch.samples, keep)
 
 
 class StepLoss(NamedTuple):

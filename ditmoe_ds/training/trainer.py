@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ditmoe_ds import config
 from ditmoe_ds.clock import clock
-from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
+from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
@@ -36,7 +36,7 @@ from ditmoe_ds.distributed.topology import (
 from ditmoe_ds.distributed.weights import of_step
 from ditmoe_ds.errors import CheckpointError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
-from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.plain import plain
 from ditmoe_ds.source import source
@@ -52,10 +52,10 @@ from ditmoe_ds.training.telemetry import Profile, throughput
 
 
 def round_alike() -> None:
-    """From here on this process rounds the same on every run; torch refuses what cannot."""
+    """From here on this process rounds the same on every run; torch raises an error for operations that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses cuBLAS
     torch.use_deterministic_algorithms(True)
-    # filling new tensors helps in debugging, and is a pass over each
+    # filling new tensors helps only in debugging, and costs a pass over each
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -136,8 +136,8 @@ class Trainer:
                 record = self.train_step()
                 for callback in self.callbacks:
                     callback(self, record)
-            except AgreedError:  # of all ranks: what is being written can still be finished
-                with suppress(UserError):  # which has been said
+            except AgreedError:  # on all ranks, so that a checkpoint that is being written can be finished
+                with suppress(UserError):  # which was printed already
                     self.saver.finish()
                 raise
         self.loader.close()
@@ -208,7 +208,7 @@ class Trainer:
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
-            record["router"] = router_metrics(selections.cpu(), takers.cpu())  # a device would be waited for by each of them
+            record["router"] = router_metrics(selections.cpu(), takers.cpu())  # on the CPU: each of them would wait for a device
         if applied:
             self.skipped_in_a_row = 0
             if spike := self.spikes(diffusion, per_batch, batches, self.dataset.key):
@@ -218,7 +218,7 @@ class Trainer:
         return record
 
     def _keys(self, batches: list[Prepared]) -> list[str]:
-        """Of the global batch, in its order. Collective."""
+        """The keys of the global batch's samples, in its order. Collective."""
         everyone: list[Any] = [None] * dist.get_world_size(self.data_group)
         mine = [[self.dataset.key(i) for i in batch.samples.tolist()] for batch in batches]
         dist.all_gather_object(everyone, mine, group=self.data_group)
@@ -246,7 +246,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
         description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped)
-        description |= dict(started_from=self.started_from, code=self.code)  # the index is written by rank 0, which knows
+        description |= dict(started_from=self.started_from, code=self.code)  # rank 0, which writes the index, has the code
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
 
     def _started_from(self) -> dict[str, Any] | None:
@@ -254,9 +254,9 @@ class Trainer:
         source, weights = self.plan.recipe.model.weights, self.plan.weights
         if source is None or weights is None:
             return None
-        told = weights.description
-        print(f"starts from the {told['weights']} weights{of_step(told['step'])} of {source}", flush=True)
-        return dict(path=str(Path(source).absolute()), step=told["step"], weights=told["weights"])
+        kind, step = weights.description["weights"], weights.description["step"]
+        print(f"starts from the {kind} weights{of_step(step)} of {source}", flush=True)
+        return dict(path=str(Path(source).absolute()), step=step, weights=kind)
 
     def _newest_checkpoint(self) -> checkpoint.Reader | None:
         path = decided(lambda: checkpoint.newest(self.saver.folder))
@@ -287,9 +287,10 @@ class Trainer:
                 print(f"{begun}: train.accumulation {before} -> {batch.accumulation}, {kept}", flush=True)
 
     def _check_same_run(self, reader: checkpoint.Reader) -> None:
-        for part, kind in dict(model=DiTConfig, diffusion=DiffusionConfig).items():
-            ours, saved = self.plan.describe()[part], asdict(config.build(kind, reader.index[part]))
-            saved["input_size"] = ours.get("input_size")  # which of the data's sizes is called its own does not matter
+        parts: dict[str, Any] = dict(model=self.plan.model, diffusion=self.plan.recipe.diffusion)
+        for part, settings in parts.items():
+            ours, saved = asdict(settings), asdict(config.build(type(settings), reader.index[part]))
+            saved["input_size"] = ours.get("input_size")  # which of the data's sizes counts as its own does not matter
             if changed := config.changes(saved, ours, f"{part}."):
                 raise CheckpointError(
                     f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: {', '.join(changed)}; "
@@ -303,8 +304,7 @@ class Trainer:
         for section, key in (("train", "seed"), ("data", "window")):
             saved, ours = before[section][key], getattr(getattr(now, section), key)
             if saved != ours:
-                ordered = f"run_dir={str(self.run_dir)!r} has its order of samples by {saved}"
-                raise CheckpointError(f"{section}.{key}={ours}: {ordered}; keep that")
+                raise CheckpointError(f"{section}.{key}={ours}: run_dir={str(self.run_dir)!r} orders its samples by {saved}; keep that")
         if self.plan.data_digest() != reader.index["data_sha256"]:
             batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
             raise CheckpointError(
