@@ -392,5 +392,5 @@ def test_mistakes(run, made, models, tmp_path, capsys):
     assert "--clip=" in refused(*command(run, tmp_path / "new", "--detector", models / "yolos", "--clip", tmp_path))
     assert not (tmp_path / "new").exists()
     write_weights(tmp_path / "classes", random_weights()[1])
-    assert "told classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
+    assert "takes classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
     assert Path(made / "samples.json").is_file()

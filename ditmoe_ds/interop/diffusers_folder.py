@@ -69,10 +69,10 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
     with new_folder(out) as folder:
         (folder / "transformer").mkdir()
         write_shards(folder / "transformer", STEM, disassemble(weights, layout(config), DTYPES[dtype]), shard_bytes)
-        told = {key: value for key, value in asdict(config).items() if key == "router" or key in _SETTINGS}
+        settings = {key: value for key, value in asdict(config).items() if key == "router" or key in _SETTINGS}
         write_json(
             folder / "transformer" / "config.json",
-            dict(_class_name=TRANSFORMER, _step=weights.description["step"], **told, diffusion=asdict(diffusion)),
+            dict(_class_name=TRANSFORMER, _step=weights.description["step"], **settings, diffusion=asdict(diffusion)),
         )
         shutil.copyfile(FILES / "transformer_ditmoe.py", folder / "transformer" / "transformer_ditmoe.py")
         shutil.copyfile(FILES / "pipeline_ditmoe.py", folder / "pipeline_ditmoe.py")

@@ -17,8 +17,8 @@ LONG_PATIENCE = timedelta(days=1)
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add --vae, --text-encoder and --weights."""
-    parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    parser.add_argument("--text-encoder", help="folder or hub id, where the weights name none or it has moved")
+    parser.add_argument("--vae", help="folder or hub id; for weights that name none, or if it has moved")
+    parser.add_argument("--text-encoder", help="folder or hub id; for weights that name none, or if it has moved")
     add_weights(parser)
 
 
@@ -39,8 +39,8 @@ def check_guidance(guidance: float) -> None:
         raise ConfigError("--guidance", guidance, "a number; 1 is none")
 
 
-def check_told_nothing(run: "Run", guidance: float) -> None:
-    """Raises ConfigError if the model never saw an image without its condition, and so cannot be guided away from that."""
+def check_can_be_guided(run: "Run", guidance: float) -> None:
+    """Raises ConfigError if the model never trained without its condition, so that guidance has nothing to guide away from."""
     if guidance != 1 and run.diffusion.condition_dropout == 0:
         fix = "this model was trained with diffusion.condition_dropout=0, so without its condition it is untrained; give 1"
         raise ConfigError("--guidance", guidance, fix)
@@ -59,6 +59,6 @@ def open_for_captions(arguments: argparse.Namespace, path: str, key: str) -> "Ru
     classes or cannot be guided."""
     run = open_named(arguments, path)
     if run.model.config.num_classes:
-        raise ConfigError(key, path, "this model is told classes; the benchmark is for captions")
-    check_told_nothing(run, arguments.guidance)
+        raise ConfigError(key, path, "this model takes classes; the benchmark is for captions")
+    check_can_be_guided(run, arguments.guidance)
     return run
