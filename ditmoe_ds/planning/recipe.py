@@ -1,4 +1,4 @@
-"""From a recipe to what is planned. Its data need not be here."""
+"""Reads a recipe as a job and a shape to plan. Its data need not be on this machine."""
 
 import math
 from contextlib import suppress
@@ -18,8 +18,8 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     """Read ``RECIPE.yaml [key=value ...]``.
 
     Args:
-        image_size: pixels, with an f=8 VAE; None for the largest of the data, if they are here, else the model's usual size.
-        text_tokens: of a caption, for models with text; None for the recipe's, the longest of the data, if they are here, else 77.
+        image_size: pixels, with an f=8 VAE. None: the largest of the data if they are on this machine, else the model's usual size.
+        text_tokens: of a caption, for models with text. None: the recipe's, else the most of the data if they are on this machine, else 77.
 
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
@@ -46,16 +46,24 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     tokens = math.prod(side // model.patch for side in sides)
     patches = tokens - round(tokens * train.mask_ratio)
     text = (text_tokens or 77) if model.text_width else 0
-    averages = len(recipe.ema.decays)
-    square, optimizer = (sides[0], sides[1]), train.optimizer.name
-    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, averages, square, optimizer)
+    return recipe, Job(
+        model,
+        patches,
+        text,
+        train.precision,
+        train.global_batch,
+        train.steps,
+        averages=len(recipe.ema.decays),
+        sides=(sides[0], sides[1]),
+        optimizer=train.optimizer.name,
+    )
 
 
 def stages(parallel: ParallelConfig) -> dict[int, Shape]:
-    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; TP, EP, micro-batch and recomputation are open.
+    """By number, a shape of each ZeRO stage for which there is a DeepSpeed file; TP, EP, micro-batch and recomputation are yet to be set.
 
     Raises:
-        ConfigError: of the recipe's own stage: as ``read_ds_config``, or the optimizer is offloaded.
+        ConfigError: the file of the recipe's own stage cannot be used (see ``read_ds_config``), or offloads the optimizer.
     """
     found: dict[int, Shape] = {parallel.zero_stage: _of_stage(parallel)}
     for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else ():
@@ -77,7 +85,7 @@ def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape
     """The shape that the recipe itself describes.
 
     Raises:
-        ConfigError: the batch, the experts or what tensor parallelism cuts do not divide by the cluster.
+        ConfigError: the cluster does not divide the batch, the experts, or what tensor parallelism cuts.
     """
     parallel, tensor = recipe.parallel, recipe.parallel.tensor
     check_parallel(parallel, job.model, cluster.world)
