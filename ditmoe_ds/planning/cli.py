@@ -1,4 +1,4 @@
-"""``ditmoe plan``: what a recipe needs on a cluster, and how it is best spread."""
+"""``ditmoe plan``: what a recipe needs on a cluster, and the best way to spread it."""
 
 import argparse
 import json
@@ -32,8 +32,8 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")
     for name, unit in HARDWARE.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the row's")
-    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="of the search; gpus: the fewest that do")
-    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's where they are here, else 256")
+    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="what the search minimises")
+    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's if they are on this machine, else 256")
     plan.add_argument("--text-tokens", type=int, help="of a caption, for models with text; default: the data's, else 77")
     for assumed in fields(Assumptions):
         plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumed; see docs/scaling.md")
@@ -55,9 +55,14 @@ def _plan(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option.replace('_', '-')}", value, "must be at least 1")
     shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
     for name, share in shares.items():
-        if not 0 <= share <= 1 or (name in ("mfu", "link") and not share) or (name == "margin" and share == 1):
-            end = dict(mfu="above 0 and at most 1", link="above 0 and at most 1", margin="from 0 to below 1").get(name, "from 0 to 1")
-            raise ConfigError(f"--{name}", share, f"is a share, {end}")
+        if name in ("mfu", "link"):  # divisors
+            valid, wanted = 0 < share <= 1, "above 0 and at most 1"
+        elif name == "margin":
+            valid, wanted = 0 <= share < 1, "from 0 to below 1"
+        else:
+            valid, wanted = 0 <= share <= 1, "from 0 to 1"
+        if not valid:
+            raise ConfigError(f"--{name}", share, f"is a share, {wanted}")
     own = {name: getattr(arguments, name) for name in HARDWARE if getattr(arguments, name) is not None}
     for name, value in own.items():
         if not 0 < value < math.inf:
