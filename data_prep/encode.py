@@ -39,7 +39,7 @@ from ditmoe_ds.latents.vae import latent_space, load_vae
 from ditmoe_ds.rng import keyed_generator
 
 ENOUGH = 100
-"""Images to see before the share of rejected ones means anything."""
+"""Images to see before the share of rejected ones is judged."""
 
 
 def encode(
@@ -72,8 +72,8 @@ def encode(
     found = open_source(source, shard_size, classes, "captions" if text else "classes")
     request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
     root = Path(out)
-    models = functools.cache(functools.partial(_Encoder, request))
-    claim_folder(root, dataclasses.asdict(request), first=models, until_a_unit="batch")
+    open_encoder = functools.cache(functools.partial(_Encoder, request))
+    claim_folder(root, dataclasses.asdict(request), first=open_encoder, until_a_unit="batch")
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
@@ -85,7 +85,7 @@ def encode(
         rejections = _Rejections(max_rejected)
         for record in done.values():
             rejections.add(record.images, record.rejected)
-        encoder = models()
+        encoder = open_encoder()
         with Progress("encode", "images") as progress:
             try:
                 if encoder.text and not (root / EMPTY_TEXT).is_file():
@@ -168,7 +168,7 @@ class _Task(NamedTuple):
 
 def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator[_Task]:
     for unit in units:
-        if load_record(root, unit):  # by now, of another worker
+        if load_record(root, unit):  # another worker has done it meanwhile
             continue
         items = iter(source.unit(unit))
         part = list(itertools.islice(items, batch))
@@ -179,14 +179,14 @@ def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator
 
 
 class _Rejections:
-    """How many images were bad, of all that this worker saw."""
+    """How many images this worker saw, and how many of them were bad."""
 
     def __init__(self, limit: float):
         self.limit, self.seen, self.number = limit, 0, 0
         self.last: Rejection | None = None
 
     def add(self, images: int, rejected: Sequence[Rejection]) -> None:
-        """Those of a unit."""
+        """Count those of a unit."""
         self.seen += images
         self.number += len(rejected)
         self.last = rejected[-1] if rejected else self.last
@@ -235,8 +235,11 @@ class _Encoder:
         self.waiting: dict[tuple[int, ...], list[tuple[Item, np.ndarray]]] = {}
 
     def add(self, unit: UnitWriter, items: list[Item], contents: list[tuple[np.ndarray | str, str | None]]) -> None:
-        """Encode ``items`` with their pixels (height, width, 3) uint8, or the reasons why there are none, into ``unit``, and the
-        captions that were in files. They wait until there is a full batch of their size."""
+        """Encode ``items`` into ``unit``. They wait until there is a full batch of their size.
+
+        Args:
+            contents: of each item its pixels (height, width, 3) uint8, or the reason why there are none; and its caption, if in a file.
+        """
         unit.images += len(items)
         for item, (found, caption) in zip(items, contents):
             if isinstance(found, str):
@@ -269,7 +272,7 @@ class _Encoder:
                 unit.write(split, key, self._meta(item), **copy, **({"text": texts[i]} if texts else {}))
 
     def _latents(self, batch: Tensor, keys: list[str]) -> list[dict[str, Tensor]]:
-        """What is stored of each image: (C, H, W) latent, maybe (C, H, W) std."""
+        """What is stored of each image: ``latent`` (C, H, W) and, for "mean+std", ``std`` (C, H, W)."""
         dtype = getattr(torch, self.request.dtype)
         mean, std = (part.float().cpu() if part is not None else None for part in encode_images(self.vae, batch))
         assert mean is not None
