@@ -16,10 +16,10 @@ def add_commands(commands: Any) -> None:
     """Add ``launch`` to ``ditmoe``'s subparsers."""
     kinds = commands.add_parser("launch", help="train on many nodes").add_subparsers(required=True)
 
-    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and comes back by itself")
+    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and continues by itself")
     slurm.set_defaults(command=_slurm)
     _add_recipe(slurm)
-    slurm.add_argument("--nodes", required=True, help="4, or 2-4: as many as there are at each start")
+    slurm.add_argument("--nodes", required=True, help="4, or 2-4: as many of these as are free at each start")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
     slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1")
     slurm.add_argument("--cpus-per-task", type=int)
@@ -72,7 +72,7 @@ def _add_submission(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str | int | None]:
-    """Of sbatch: ours, but those that the user gives come last."""
+    """Options of sbatch: ours, then those of --sbatch, which win."""
     options: dict[str, str | int | None] = {key.replace("_", "-"): value for key, value in own.items()}
     options |= {key: getattr(arguments, key) for key in ("account", "partition", "time")}
     options |= {"cpus-per-task": arguments.cpus_per_task, "gpus-per-node": arguments.gpus_per_node or None}
@@ -80,7 +80,7 @@ def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str |
 
 
 def _pairs(option: str, given: list[str], flags: bool = False) -> dict[str, str]:
-    """By key; ``flags`` may be without a value, which is then ""."""
+    """Settings KEY=VALUE by key; with ``flags``, one may be KEY alone, whose value is ""."""
     pairs = [setting.partition("=") for setting in given]
     for setting, (key, sign, _) in zip(given, pairs, strict=True):
         if not (sign or flags) or not key.replace("-", "_").isidentifier():

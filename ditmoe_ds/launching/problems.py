@@ -1,4 +1,4 @@
-"""Finds out what is wrong with nodes from what is known about them."""
+"""What is wrong with nodes, by what is known about them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Problem:
     text: str
     fix: str
     warning: bool = False
-    """It may be right as it is."""
+    """Whether training may work all the same."""
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}. Fix: {self.fix}"
