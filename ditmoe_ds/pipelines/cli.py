@@ -175,8 +175,9 @@ def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[
         if arguments.classes is not None:
             raise ConfigError("--classes", arguments.classes, "this model takes prompts: --prompt")
         return _prompts(arguments)
-    if prompts := arguments.prompt or arguments.prompts:
-        raise ConfigError("--prompt", prompts, "this model takes classes: --classes")
+    for option in ("prompt", "prompts"):
+        if given := getattr(arguments, option):
+            raise ConfigError(f"--{option}", given, "this model takes classes: --classes")
     names = run.latents.get("class_names") or []
     asked = default if arguments.classes is None else [_class(part.strip(), names) for part in arguments.classes.split(",")]
     if wrong := [label for label in asked if not 0 <= label < classes]:
