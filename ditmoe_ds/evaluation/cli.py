@@ -12,7 +12,7 @@ from ditmoe_ds.evaluation.geneval import cli as geneval
 from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
 
 MEASURES = {
-    "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; of other extractors FD, precision, recall",
+    "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; with other extractors FD, precision, recall",
     "sfid": "sFID alone",
     "is": "Inception Score alone",
     "precision-recall": "improved precision and recall alone",
@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> None:
         parser.add_argument("--out", required=True, help="folder for result.json")
         parser.add_argument("--extractor", help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH")
         parser.add_argument("--inception", metavar="FILE", help="Inception's weights, where they cannot be downloaded")
-        parser.add_argument("--captions", metavar="FILE", help="of clip-score: a line per sample")
+        parser.add_argument("--captions", metavar="FILE", help="for clip-score: a line per sample")
         parser.add_argument("--batch", type=int, default=64, help="images at a time on each rank")
 
 

@@ -55,7 +55,7 @@ class NpzImages:
                 count = min(size, last - start)
                 try:
                     if start == first:
-                        file.seek(self.start + first * each)  # reads all before
+                        file.seek(self.start + first * each)  # in a zip, by reading all that comes before
                     content = file.read(count * each)
                 except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
                     raise DataError(f"{self.path}: damaged after image {start} ({error}); write it again") from None
@@ -123,10 +123,8 @@ class FolderImages:
                 images = list(readers.map(self._read, files))
                 for file, image in zip(files, images, strict=True):
                     if list(image.shape) != self.shape:
-                        fix = "crop all to one size"
-                        raise DataError(
-                            f"{file}: {image.shape[1]} x {image.shape[0]} pixels, the first {self.shape[1]} x {self.shape[0]}; {fix}"
-                        )
+                        pixels, wanted = (f"{columns} x {rows}" for rows, columns, _ in (image.shape, self.shape))
+                        raise DataError(f"{file}: {pixels} pixels, the first {wanted}; crop all to one size")
                 yield np.stack(images)
 
     def sha256(self) -> str:
@@ -151,7 +149,7 @@ def open_images(path: str | Path) -> Images:
     """The images of a folder or an npz.
 
     Raises:
-        DataError: there are none; or a run, whose pictures are grids.
+        DataError: there are none; or it is a run, whose pictures are grids.
     """
     path = Path(path)
     if (path / "config.yaml").is_file() and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):

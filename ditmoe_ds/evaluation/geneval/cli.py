@@ -29,10 +29,13 @@ def add_command(kinds: Any) -> None:
     add_memory(command)
     command.add_argument("--detector", help="folder or hub id (facebook/mask2former-swin-small-coco-instance); none: pictures only")
     command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id; tells colours")
-    command.add_argument("--threshold", type=float, default=0.3, help="an object scores more")
-    command.add_argument("--counting-threshold", type=float, default=0.9, help="in the task counting")
+    command.add_argument("--threshold", type=float, default=0.3, help="objects must score more than this")
+    command.add_argument("--counting-threshold", type=float, default=0.9, help="the same, in the task counting")
     command.add_argument(
-        "--max-overlap", type=float, default=1.0, help="of boxes that overlap this much (IoU) the strongest counts; 1: all"
+        "--max-overlap",
+        type=float,
+        default=1.0,
+        help="of boxes that overlap so much (IoU) only the strongest counts; 1: all count",
     )
 
 
@@ -64,7 +67,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     from ditmoe_ds.evaluation.extractors import tensors_sha256
     from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
     from ditmoe_ds.evaluation.geneval.detectors import open_detector
-    from ditmoe_ds.evaluation.geneval.folder import differences, generate, read_folder, report, score, settle
+    from ditmoe_ds.evaluation.geneval.folder import begin, differences, generate, read_folder, report, score
     from ditmoe_ds.evaluation.geneval.prompts import read_prompts
     from ditmoe_ds.evaluation.geneval.scorer import Limits
     from ditmoe_ds.pipelines.run import versions
@@ -89,7 +92,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         parts = dict(vae=run.latents.get("vae"), text_encoder=run.latents.get("text", {}).get("encoder"))
         parts |= dict(dtype=arguments.dtype, device=run.device.type)
         settings = decided(lambda: run.identity(arguments.run) | versions() | parts | sampling)
-        missing = decided(lambda: settle(folder, settings, prompts, arguments.images))
+        missing = decided(lambda: begin(folder, settings, prompts, arguments.images))
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
         agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
     if not arguments.detector:

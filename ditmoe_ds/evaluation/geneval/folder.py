@@ -37,8 +37,8 @@ class Pictures:
     files: list[Path]
 
 
-def settle(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images: int) -> list[int]:
-    """Note in a folder how its pictures are made.
+def begin(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images: int) -> list[int]:
+    """Note in a folder how its pictures are made, or compare with what is noted there.
 
     Returns:
         Numbers of the prompts whose pictures are not all there.
@@ -134,17 +134,15 @@ def _open(file: Path) -> Image.Image:
 
 
 def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorClassifier, limits: Limits) -> list[str]:
-    """How an evaluation differs from the published one, apart from its implementation. It knows prompts by their tasks, models by size."""
+    """How an evaluation differs from the published one, apart from its implementation. Prompts are told apart by their tasks alone, models
+    by their size."""
     found = []
     counts = Counter(part.prompt.task for part in pictures)
     if counts != PROMPTS:
         found.append(f"{len(pictures)} prompts that are not the published {sum(PROMPTS.values())}")
     if any(len(part.files) != IMAGES for part in pictures):
         found.append(f"not {IMAGES} pictures of each prompt")
-    if detector.kind:
-        found.append(detector.kind)
-    if colors.kind:
-        found.append(colors.kind)
+    found += [model.difference for model in (detector, colors) if model.difference]
     if limits != Limits():
         found.append(", ".join(f"{key} {value}" for key, value in limits._asdict().items() if value != Limits._field_defaults[key]))
     return found
