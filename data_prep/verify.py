@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from data_prep import images
 from data_prep.progress import Progress
 from data_prep.sources import FLIP, hash_of, open_source
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.manifest import Manifest, Shard
 from ditmoe_ds.latents.tars import Sample
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -84,9 +83,7 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
             raise DataError(f"--source={source or manifest.source!r}: the image of key {sample.key!r} cannot be read ({found})")
         originals.append(torch.from_numpy(np.ascontiguousarray(found[:, ::-1] if sample.key.endswith(FLIP) else found)))
     after = decoded(manifest, samples)
-    columns = min(8, len(samples))
-    rows = [part[i : i + columns] for i in range(0, len(samples), columns) for part in (originals, after)]
-    save_grid(list(chain.from_iterable(rows)), picture, columns)
+    save_pairs(originals, after, picture, columns=8)
     errors = [(a.float() - b.float()).square().mean().clamp(min=1e-12).item() for a, b in zip(originals, after)]
     return float(np.mean([10 * math.log10(255**2 / error) for error in errors]))
 
