@@ -286,5 +286,5 @@ def test_folders_that_are_not_in_the_layout(tmp_path):
         read_folder(tmp_path)
     (place / "samples").mkdir()
     (place / "samples" / "0000.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"0000\.png: no readable picture"):
+    with pytest.raises(DataError, match=r"0000\.png: cannot be read"):
         score(tmp_path, read_folder(tmp_path), Exact(), exact_colors, Limits())

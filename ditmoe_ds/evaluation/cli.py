@@ -9,7 +9,7 @@ from typing import Any
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.geneval import cli as geneval
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_least, open_for_captions
 
 MEASURES = {
     "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; with other extractors FD, precision, recall",
@@ -55,6 +55,7 @@ def add_commands(commands: Any) -> None:
 def _shapes(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.evaluation.shapes import evaluate
 
+    check_least(arguments, images=1)
     check_guidance(arguments.guidance)
     run = open_for_captions(arguments, arguments.run_dir, "run_dir")
     report = evaluate(
@@ -80,8 +81,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
 
     def opened(world: World) -> Measurement:
-        if arguments.batch < 1:
-            raise ConfigError("--batch", arguments.batch, "at least 1")
+        check_least(arguments, batch=1)
         given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
         measurement = open_measurement(arguments.measure, arguments.samples, device=world.device, **given)
         try:

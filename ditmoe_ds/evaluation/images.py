@@ -110,7 +110,7 @@ class FolderImages:
         self.files = sorted(file for file in below if file.suffix.lower() in SUFFIXES)
         if not self.files:
             raise DataError(f"{path}: no pictures ({', '.join(SUFFIXES)})")
-        self.shape = list(self._read(self.files[0]).shape)
+        self.shape = list(_pixels(self.files[0]).shape)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -120,7 +120,7 @@ class FolderImages:
         with ThreadPoolExecutor(READERS) as readers:
             for start in range(first, last, size):
                 files = self.files[start : min(start + size, last)]
-                images = list(readers.map(self._read, files))
+                images = list(readers.map(_pixels, files))
                 for file, image in zip(files, images, strict=True):
                     if list(image.shape) != self.shape:
                         pixels, wanted = (f"{columns} x {rows}" for rows, columns, _ in (image.shape, self.shape))
@@ -134,12 +134,22 @@ class FolderImages:
         """Content of ``samples.json`` in the folder; None without it."""
         return _read_json(self.path / "samples.json")
 
-    def _read(self, file: Path) -> np.ndarray:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                return np.array(rgb(upright(image)))
-        except Exception as error:  # each format's decoder fails in its own ways
-            raise DataError(f"{file}: cannot be read ({in_a_line(error)}); repair or remove it") from None
+
+def _pixels(file: Path) -> np.ndarray:
+    return np.array(open_picture(file))
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture as 8-bit RGB, upright, on white where it is transparent.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return rgb(upright(image))
+    except Exception as error:  # each format's decoder fails in its own ways
+        raise DataError(f"{file}: cannot be read ({in_a_line(error)}); repair or remove it") from None
 
 
 Images = NpzImages | FolderImages

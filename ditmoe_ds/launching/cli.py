@@ -10,6 +10,7 @@ from data_prep.cli import parser as data_parser
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, submit
+from ditmoe_ds.pipelines.arguments import check_least
 
 
 def add_commands(commands: Any) -> None:
@@ -88,13 +89,6 @@ def _pairs(option: str, given: list[str], flags: bool = False) -> dict[str, str]
     return {key: value for key, _, value in pairs}
 
 
-def _check_least(arguments: argparse.Namespace, **least: int) -> None:
-    for name, number in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < number:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {number}")
-
-
 def _python(arguments: argparse.Namespace) -> dict[str, str]:
     image = container(arguments.container)
     return dict(PYTHON="python3" if image else sys.executable, CONTAINER=image)
@@ -103,7 +97,7 @@ def _python(arguments: argparse.Namespace) -> dict[str, str]:
 def _slurm(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.training.plan import read_plan
 
-    _check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
+    check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
     sizes = arguments.nodes.split("-")
     if len(sizes) > 2 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[0]) > int(sizes[-1]):
@@ -140,7 +134,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _slurm_array(arguments: argparse.Namespace) -> int:
     words = arguments.encode[1:] if arguments.encode[:1] == ["--"] else arguments.encode
-    _check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
+    check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
     data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
     folder = Path(arguments.out).absolute()
     options = _options(arguments, array=f"0-{arguments.workers - 1}", output=str(folder / "encode-%A_%a.log"))
@@ -161,7 +155,7 @@ def _hostfile(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.launching.hosts import read_hostfile
 
     slots = read_hostfile(arguments.hostfile)
-    _check_least(arguments, max_restarts=0, min_nodes=1)
+    check_least(arguments, max_restarts=0, min_nodes=1)
     if (arguments.min_nodes or 1) > len(slots):
         raise ConfigError("--min-nodes", arguments.min_nodes, f"the hostfile has {len(slots)}")
     environment = _pairs("--env", arguments.env)

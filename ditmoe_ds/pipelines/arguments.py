@@ -1,4 +1,4 @@
-"""The part of a command line that opens a run."""
+"""What command lines share: options that open a run, and checks."""
 
 import argparse
 import math
@@ -31,6 +31,14 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     """Add --dtype and --offload-experts."""
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
     parser.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises ConfigError if an option, named with underscores, is given and smaller than this."""
+    for name, number in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < number:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {number}")
 
 
 def check_guidance(guidance: float) -> None:

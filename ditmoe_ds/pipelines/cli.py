@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError, some
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_can_be_guided, check_guidance, open_named
+from ditmoe_ds.pipelines.arguments import (
+    LONG_PATIENCE,
+    add_memory,
+    add_opening,
+    check_can_be_guided,
+    check_guidance,
+    check_least,
+    open_named,
+)
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
@@ -44,8 +52,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    if arguments.per_class < 1:
-        raise ConfigError("--per-class", arguments.per_class, "at least 1")
+    check_least(arguments, per_class=1)
     check_guidance(arguments.guidance)
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
@@ -95,8 +102,7 @@ def _many(arguments: argparse.Namespace) -> int:
         if target.out.suffix.lower() in PICTURES:
             raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
         _make_parent(arguments.out)
-        if arguments.num < 1 or arguments.batch < 1:
-            raise ConfigError("--num, --batch", [arguments.num, arguments.batch], "at least 1")
+        check_least(arguments, num=1, batch=1)
         for path in filter(None, (arguments.run_dir, arguments.autoguidance)):
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)
             check_expert_parallel(arguments.expert_parallel, experts, world.size, key="--expert-parallel")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ditmoe_ds.distributed.hardware import find
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.arguments import check_least
 
 HARDWARE = dict(
     gpu_tflops="TFLOP/s, dense bf16",
@@ -49,10 +50,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.planning.report import as_comment, as_json, as_text
     from ditmoe_ds.planning.search import search
 
-    for option in ("nodes", "gpus_per_node", "text_tokens"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')}", value, "must be at least 1")
+    check_least(arguments, nodes=1, gpus_per_node=1, text_tokens=1)
     shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
     for name, share in shares.items():
         if name in ("mfu", "link"):  # divisors

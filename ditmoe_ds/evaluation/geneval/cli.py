@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_least, open_for_captions
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import World
@@ -49,8 +49,7 @@ def geneval(arguments: argparse.Namespace) -> int:
     for option in ("threshold", "counting_threshold", "max_overlap"):
         if not 0 <= getattr(arguments, option) <= 1:
             raise ConfigError(f"--{option.replace('_', '-')}", getattr(arguments, option), "a number from 0 to 1")
-    if arguments.images < 1:
-        raise ConfigError("--images", arguments.images, "at least 1 of each prompt")
+    check_least(arguments, images=1)
     if arguments.run and not arguments.prompts:
         raise ConfigError("--prompts", None, "name prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval")
     return on_all_ranks(lambda world: _evaluate(arguments, world), LONG_PATIENCE)

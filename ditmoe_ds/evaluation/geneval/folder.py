@@ -16,12 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.images import FORMATS, upright
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
+from ditmoe_ds.evaluation.images import open_picture
 from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png, write
 from ditmoe_ds.pipelines.run import Run
 
@@ -107,7 +107,7 @@ def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: C
     verdicts = []
     for part in parts:
         for file in part.files:
-            image = _open(file)
+            image = open_picture(file)
             found = detector(image, part.prompt.names, min(limits.threshold, limits.counting))
             counted = {name: kept(objects, part.prompt.task, limits) for name, objects in found.items()}
             wrong = judge(part.prompt, counted, partial(colors, image))
@@ -123,14 +123,6 @@ def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: C
                 )
             )
     return verdicts
-
-
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return upright(image).convert("RGB")
-    except Exception as error:  # each format fails in its own way
-        raise DataError(f"{file}: no readable picture ({error})") from None
 
 
 def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorClassifier, limits: Limits) -> list[str]:
