@@ -68,9 +68,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     gpu = replace(find(arguments.gpu), **{name.removeprefix("gpu_"): value for name, value in own.items()})
     cluster = Cluster(gpu, arguments.nodes, arguments.gpus_per_node)
     recipe, job = read_job([arguments.recipe, *arguments.overrides], arguments.image_size, arguments.text_tokens)
-    known = stages(recipe.parallel)
-    plan = Plan(job, cluster, own_shape(recipe, job, cluster, known), Assumptions(**shares))
-    plans = search(job, cluster, known.values(), plan.assumptions, arguments.objective)
+    plan = Plan(job, cluster, own_shape(recipe, job, cluster), Assumptions(**shares))
+    plans = search(job, cluster, stages(recipe.parallel), plan.assumptions, arguments.objective)
     if arguments.json:
         print(json.dumps(as_json(plan, plans, arguments.objective), indent=1))
     elif arguments.comment:

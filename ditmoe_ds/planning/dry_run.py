@@ -21,7 +21,7 @@ from ditmoe_ds.planning.counting import GATHERED, Count, CountOnMeta
 from ditmoe_ds.planning.fake_world import balance, fake_world
 from ditmoe_ds.planning.job import Cluster
 from ditmoe_ds.planning.plan import Plan
-from ditmoe_ds.planning.recipe import own_shape, read_job, stages
+from ditmoe_ds.planning.recipe import own_shape, read_job
 from ditmoe_ds.planning.rehearsal import Rehearsal
 from ditmoe_ds.planning.report import overrides
 
@@ -51,7 +51,7 @@ def dry_run(where: str, arguments: list[str]) -> None:
     """
     cluster, image_size = cluster_of(where)
     recipe, job = read_job(arguments, image_size, None)
-    plan = Plan(job, cluster, own_shape(recipe, job, cluster, stages(recipe.parallel)))
+    plan = Plan(job, cluster, own_shape(recipe, job, cluster))
     require_tensor_parallel(recipe.parallel.tensor)
     count = CountOnMeta(cluster.per_node)
 

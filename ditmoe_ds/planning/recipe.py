@@ -59,20 +59,26 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     )
 
 
-def stages(parallel: ParallelConfig) -> dict[int, Shape]:
-    """By number, a shape of each ZeRO stage for which there is a DeepSpeed file; TP, EP, micro-batch and recomputation are yet to be set.
+def stages(parallel: ParallelConfig) -> list[Shape]:
+    """A shape of the recipe's ZeRO stage and of each other one that it has a DeepSpeed file for, as ``of_stage``.
 
     Raises:
-        ConfigError: the file of the recipe's own stage cannot be used (see ``read_ds_config``), or offloads the optimizer.
+        ConfigError: see ``of_stage``, of the recipe's own stage.
     """
-    found: dict[int, Shape] = {parallel.zero_stage: _of_stage(parallel)}
+    found = [of_stage(parallel)]
     for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else ():
-        with suppress(ConfigError):
-            found[stage] = _of_stage(replace(parallel, zero_stage=stage))
+        if stage != parallel.zero_stage:
+            with suppress(ConfigError):
+                found.append(of_stage(replace(parallel, zero_stage=stage)))
     return found
 
 
-def _of_stage(parallel: ParallelConfig) -> Shape:
+def of_stage(parallel: ParallelConfig) -> Shape:
+    """A shape with what the DeepSpeed file says; TP, EP, micro-batch and recomputation are yet to be set.
+
+    Raises:
+        ConfigError: the file cannot be used (see ``read_ds_config``), or offloads the optimizer.
+    """
     settings = read_ds_config(parallel)
     if offloads(settings):
         raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
@@ -81,15 +87,15 @@ def _of_stage(parallel: ParallelConfig) -> Shape:
     return Shape(parallel.zero_stage, 1, 1, False, bucket, zero.param_persistence_threshold)
 
 
-def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape]) -> Shape:
+def own_shape(recipe: Recipe, job: Job, cluster: Cluster) -> Shape:
     """The shape that the recipe itself describes.
 
     Raises:
-        ConfigError: the cluster does not divide the batch, the experts, or what tensor parallelism cuts.
+        ConfigError: the cluster does not divide the batch, the experts, or what tensor parallelism cuts; and as ``of_stage``.
     """
-    parallel, tensor = recipe.parallel, recipe.parallel.tensor
+    parallel, tensor, shape = recipe.parallel, recipe.parallel.tensor, of_stage(recipe.parallel)
     check_parallel(parallel, job.model, cluster.world)
     processes = cluster.world // tensor
     micro = cut_batch(recipe.train, processes, begun_on(recipe, processes), tensor).micro
     recompute = recipe.train.activation_checkpointing
-    return replace(known[parallel.zero_stage], ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)
+    return replace(shape, ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)

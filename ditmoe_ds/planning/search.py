@@ -1,6 +1,6 @@
 """Ways to train a job on a cluster, and the best of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import gcd
 from typing import Literal, get_args
@@ -43,9 +43,8 @@ def clusters(cluster: Cluster) -> list[Cluster]:
     return found
 
 
-def search(job: Job, cluster: Cluster, stages: Iterable[Shape], assumptions: Assumptions, objective: Objective) -> list[Plan]:
+def search(job: Job, cluster: Cluster, stages: Sequence[Shape], assumptions: Assumptions, objective: Objective) -> list[Plan]:
     """Every plan; with the objective "gpus" also on parts of the cluster."""
-    stages = list(stages)
     places = clusters(cluster) if objective == "gpus" else [cluster]
     return [Plan(job, place, shape, assumptions) for place in places for shape in shapes(job, place, stages)]
 
