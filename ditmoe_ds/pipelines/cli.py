@@ -76,16 +76,7 @@ def _grid(arguments: argparse.Namespace) -> int:
     _make_parent(arguments.out)
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
-    images = run.sample(
-        asked,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        sampler=arguments.sampler,
-        guidance_interval=_interval(arguments),
-        guided_channels=arguments.guided_channels,
-        weak_transformer=weak and weak.model,
-    )
+    images = run.sample(asked, guidance=arguments.guidance, **_options(arguments, weak))
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
     print(f"{len(asked)} images{of_step(run.step)} in {arguments.out}")
     return 0
@@ -129,13 +120,8 @@ def _many(arguments: argparse.Namespace) -> int:
             arguments.num,
             arguments.batch,
             settings,
-            seed=arguments.seed,
-            sampler=arguments.sampler,
-            steps=arguments.steps,
             guidance_scale=arguments.guidance,
-            guidance_interval=_interval(arguments),
-            guided_channels=arguments.guided_channels,
-            weak_transformer=weak and weak.model,
+            **_options(arguments, weak),
         )
         if world.rank == 0:
             print(f"{arguments.num} images{of_step(run.step)} in {arguments.out}")
@@ -172,6 +158,18 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         for one in runs:
             one.model.compile_blocks(graphs=one.device.type == "cuda" and arguments.expert_parallel == 1)
     return run, weak
+
+
+def _options(arguments: argparse.Namespace, weak: Run | None) -> dict[str, Any]:
+    """Arguments of ``Run.sample`` and ``sample_many``."""
+    return dict(
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        guidance_interval=_interval(arguments),
+        guided_channels=arguments.guided_channels,
+        weak_transformer=weak and weak.model,
+    )
 
 
 def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[Any]:
