@@ -70,7 +70,8 @@ def encode(
     """
     number, count = worker or worker_from_environment()
     found = open_source(source, shard_size, classes, "captions" if text else "classes")
-    request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
+    settings = dict(shard_size=shard_size, batch=batch, holdout=holdout, dtype=dtype, store=store, seed=seed, flip_copies=flip_copies)
+    request = _request(found, vae, size, text, text_max_tokens, settings)
     root = Path(out)
     open_encoder = functools.cache(functools.partial(_Encoder, request))
     claim_folder(root, dataclasses.asdict(request), first=open_encoder, until_a_unit="batch")
@@ -111,24 +112,14 @@ def encode(
 
 
 def _request(
-    found: Source,
-    vae: str,
-    size: Sequence[images.Size],
-    shard_size: int,
-    batch: int,
-    holdout: float,
-    dtype: Any,
-    store: Any,
-    seed: int,
-    flip_copies: bool,
-    text: str | None,
-    text_max_tokens: int,
+    found: Source, vae: str, size: Sequence[images.Size], text: str | None, text_max_tokens: int, settings: dict[str, Any]
 ) -> Request:
+    """``settings``: fields of the request that are as the user gave them."""
     space = latent_space(vae)
     if any(side % space.downsample for sides in size for side in sides):
         raise ConfigError("--size", images.size_names(size), f"must be multiples of {space.downsample}, the VAE's downsampling")
-    if store != "mean" and not space.posterior:
-        raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
+    if settings["store"] != "mean" and not space.posterior:
+        raise ConfigError("--store", settings["store"], "this VAE has no posterior to draw from; use mean")
     return Request(
         source=placed(found.name),
         source_sha256=found.sha256,
@@ -141,16 +132,10 @@ def _request(
         downsample=space.downsample,
         shapes=tuple((space.channels, height // space.downsample, width // space.downsample) for height, width in size),
         sizes=tuple(size),
-        shard_size=shard_size,
-        batch=batch,
-        holdout=holdout,
-        dtype=dtype,
-        store=store,
-        seed=seed,
-        flip_copies=flip_copies,
         text=_resolved(text) if text else None,
         text_sha256=weights_sha256(text) if text else None,
         text_max_tokens=text_max_tokens if text else 0,
+        **settings,
     )
 
 
