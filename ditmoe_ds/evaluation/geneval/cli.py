@@ -88,8 +88,12 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         agreed(lambda: scheduled(make_scheduler(run.diffusion), run.diffusion, arguments.steps))
         agreed(lambda: run.pipeline)  # or it says what is missing, before the folder is claimed
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
-        parts = dict(vae=run.latents.get("vae"), text_encoder=run.latents.get("text", {}).get("encoder"))
-        parts |= dict(dtype=arguments.dtype, device=run.device.type)
+        parts = dict(
+            vae=run.latents.get("vae"),
+            text_encoder=run.latents.get("text", {}).get("encoder"),
+            dtype=arguments.dtype,
+            device=run.device.type,
+        )
         settings = decided(lambda: run.identity(arguments.run) | versions() | parts | sampling)
         missing = decided(lambda: begin(folder, settings, prompts, arguments.images))
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
@@ -101,15 +105,21 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         return
 
     pictures = agreed(lambda: read_folder(folder))
-    parts = tqdm(pictures[world.rank :: world.size], "prompts", disable=world.rank > 0)
-    verdicts = agreed(lambda: score(folder, parts, detector, colors, limits))
+    mine = tqdm(pictures[world.rank :: world.size], "prompts", disable=world.rank > 0)
+    verdicts = agreed(lambda: score(folder, mine, detector, colors, limits))
     shares: list[Any] = [None] * world.size
     dist.all_gather_object(shares, verdicts)
     if world.rank == 0:
         together = sorted((verdict for share in shares for verdict in share), key=lambda verdict: verdict["filename"])
-        models = dict(detector=arguments.detector, detector_sha256=tensors_sha256(detector.model))
-        models |= dict(clip=arguments.clip, clip_sha256=tensors_sha256(colors.model), limits=limits._asdict())
-        _print(report(folder, together, dict(**models, differences=differences(pictures, detector, colors, limits))))
+        how = dict(
+            detector=arguments.detector,
+            detector_sha256=tensors_sha256(detector.model),
+            clip=arguments.clip,
+            clip_sha256=tensors_sha256(colors.model),
+            limits=limits._asdict(),
+            differences=differences(pictures, detector, colors, limits),
+        )
+        _print(report(folder, together, how))
 
 
 def _print(report: dict[str, Any]) -> None:
