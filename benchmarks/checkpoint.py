@@ -2,9 +2,9 @@
 
 python benchmarks/checkpoint.py [--model NAME] [--repeats 3] [--folder build/checkpoint] [--write]
 
-Starts the processes itself, prints markdown and, with --write, puts it under "Measured" in checkpoint.md. The training state
-is that of a bf16 run with one average, all of it random numbers: nothing is trained. Takes up to 64 bytes per parameter on
-the folder's disk (four files of a checkpoint's size) and 36 of memory.
+The training state is that of a bf16 run with one average, all of it random numbers: nothing is trained. Takes up to 64 bytes
+per parameter on the folder's disk (four files of a checkpoint's size) and 36 of memory. --write puts the tables under "Measured"
+in checkpoint.md.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from report import forget_peak, hardware, host_bytes, publish
+from report import Page, forget_peak, host_bytes
 
 from ditmoe_ds import cli
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -224,68 +223,43 @@ def measure_exports(folder: Path, repeats: int) -> dict[str, tuple[int, list[flo
     return {"plain": (size, seconds, len(CHUNK))} | results
 
 
-# -- the report ---------------------------------------------------------------------------------------------------------------
+# -- the page ------------------------------------------------------------------------------------------------------------------
 
 
-def row(what: str, size: int, seconds: list[float], peer: list[float], *more: str) -> str:
-    """A line of a table; ``peer``: seconds of the plain file of as many bytes."""
+def cells(size: int, seconds: list[float], peer: list[float]) -> tuple[str, str, str]:
+    """Seconds, MB/s, and the speed as a share of the plain file's; ``peer``: seconds of a plain file of as many bytes."""
     middle = statistics.median(seconds)
-    cells = (
-        what,
-        f"{middle:.2f} ({min(seconds):.2f}-{max(seconds):.2f})",
-        f"{size / middle / 1e6:,.0f}",
-        f"{statistics.median(peer) / middle:.2f}",
-    )
-    return "| " + " | ".join((*cells, *more)) + " |"
+    spread = f"{middle:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+    return spread, f"{size / middle / 1e6:,.0f}", f"{statistics.median(peer) / middle:.2f}"
 
 
-def report_run(world: int, parallel: ParallelConfig, size: int, deepspeed_bytes: int, times: Times) -> list[str]:
+def add_run(page: Page, world: int, parallel: ParallelConfig, size: int, deepspeed_bytes: int, times: Times) -> None:
     same = (world, parallel) == SAVED
     write, read = times["plain write"], times["plain read"]
-    lines = [
-        f"**{world} {'processes' if world > 1 else 'process'}, ZeRO-{parallel.zero_stage}, EP {parallel.expert}**",
-        "",
-        "| | s: median (range) | MB/s | of plain |",
-        "|---|---|---|---|",
-        row("plain write, fsync", size, write, write),
-        row("`torch.save`, fsync", size, times["torch.save"], write),
-    ]
+    processes = "process" if world == 1 else "processes"
+    page.add("", f"**{world} {processes}, ZeRO-{parallel.zero_stage}, EP {parallel.expert}; {size / 1e6:,.0f} MB**")
+    page.table("", "s: median (range)", "MB/s", "of plain")
+    page.row("plain write, fsync", *cells(size, write, write))
+    page.row("`torch.save`, fsync", *cells(size, times["torch.save"], write))
     if same:
-        of_that = [seconds * deepspeed_bytes / size for seconds in write]
-        lines += [
-            row(f"DeepSpeed's `save_checkpoint`, fsync ({deepspeed_bytes / 1e6:,.0f} MB)", deepspeed_bytes, times["deepspeed"], of_that),
-            row("**save**", size, times["save"], write),
-            row("**asynchronous save**, until on disk", size, times["async"], write),
-            row("**asynchronous save**, until training goes on", size, times["stall"], write),
-            f"| the first of these, which allocates | {times['stall'][0]:.2f} | {size / times['stall'][0] / 1e6:,.0f} | |",
-        ]
-    return [
-        *lines,
-        row("plain read", size, read, read),
-        row("`torch.load`", size, times["torch.load"], read),
-        row("**load**" if same else "**reshard**: load what the first shape saved", size, times["load"], read),
-        "",
-    ]
+        name = f"DeepSpeed's `save_checkpoint`, fsync ({deepspeed_bytes / 1e6:,.0f} MB)"
+        page.row(name, *cells(deepspeed_bytes, times["deepspeed"], [seconds * deepspeed_bytes / size for seconds in write]))
+        page.row("**save**", *cells(size, times["save"], write))
+        page.row("**asynchronous save**, until on disk", *cells(size, times["async"], write))
+        page.row("**asynchronous save**, until training goes on", *cells(size, times["stall"], write))
+        first = times["stall"][0]
+        page.row("the first of these, which allocates", f"{first:.2f}", f"{size / first / 1e6:,.0f}", "")
+    page.row("plain read", *cells(size, read, read))
+    page.row("`torch.load`", *cells(size, times["torch.load"], read))
+    page.row("**load**" if same else "**reshard**: load what the first shape saved", *cells(size, times["load"], read))
 
 
-def report_exports(results: dict[str, tuple[int, list[float], int]]) -> list[str]:
-    peer = results["plain"][1]
+def add_exports(page: Page, results: dict[str, tuple[int, list[float], int]]) -> None:
     names = dict(plain="plain write, fsync", torch="`torch.load`, `.bfloat16()`, `torch.save`, fsync")
-    return [
-        "**Export of the average as bf16, one process**",
-        "",
-        "| | s: median (range) | MB/s written | of plain | peak memory, MB |",
-        "|---|---|---|---|---|",
-        *(
-            row(names.get(target, f"**{target}**"), size, seconds, peer, f"{peak / 1e6:,.0f}")
-            for target, (size, seconds, peak) in results.items()
-        ),
-    ]
-
-
-def machine(folder: Path) -> str:
-    disk = subprocess.check_output(["df", "--output=fstype,source", folder], text=True).splitlines()[-1]
-    return f"{hardware()}, deepspeed {deepspeed.__version__}; {' on '.join(disk.split())}."
+    page.add("", "**Export of the average as bf16, one process**")
+    page.table("", "s: median (range)", "MB/s written", "of plain", "peak memory, MB")
+    for target, (size, seconds, peak) in results.items():
+        page.row(names.get(target, f"**{target}**"), *cells(size, seconds, results["plain"][1]), f"{peak / 1e6:,.0f}")
 
 
 def main() -> None:
@@ -298,27 +272,16 @@ def main() -> None:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True)
     try:
-        start, others, tables = time.monotonic(), os.getloadavg()[0], []
+        disk = subprocess.check_output(["df", "--output=fstype,source", folder], text=True).splitlines()[-1]
+        settings = f"deepspeed {deepspeed.__version__}; {' on '.join(disk.split())}; {arguments.model}, {arguments.repeats} repeats"
+        page = Page(__file__, arguments.write, settings)
         for world, parallel in LOADED:
             saves = (world, parallel) == SAVED
-            (size, *rest), *_ = on_ranks(world, measure_run, arguments.model, parallel, folder, arguments.repeats, saves)
-            tables += report_run(world, parallel, size, *rest)
-        tables += report_exports(*on_ranks(1, measure_exports, folder, arguments.repeats))
-        where = machine(folder)
+            found, *_ = on_ranks(world, measure_run, arguments.model, parallel, folder, arguments.repeats, saves)
+            add_run(page, world, parallel, *found)
+        add_exports(page, *on_ranks(1, measure_exports, folder, arguments.repeats))
     finally:
         shutil.rmtree(folder)
-    report = "\n".join(
-        [
-            f"`python {' '.join(sys.argv)}`, {(time.monotonic() - start) / 60:.1f} minutes. {where}",
-            f"{arguments.model}, a checkpoint of {size / 1e6:,.0f} MB; {arguments.repeats} repeats. "
-            f"Load average of the machine before: {others:.1f}.",
-            "",
-            *tables,
-        ]
-    )
-    print(f"\n{report}")
-    if arguments.write:
-        publish(__file__, report)
 
 
 if __name__ == "__main__":

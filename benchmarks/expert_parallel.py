@@ -42,11 +42,11 @@ class Sent:
 
 
 class Needed:
-    """Routes what each router sees again, and counts what has to leave this rank.
+    """Repeats each router's choice, and counts what has to leave this rank.
 
     Attributes:
-        takings: by experts of other ranks: a row of each goes there and comes back, as does its gradient.
-        visits: (token, rank) pairs among them: what would go if a token that several experts of a rank take were sent once.
+        takings: tokens taken by experts of other ranks, once for each expert. A row goes there and back for each, as does its gradient.
+        visits: the same, once for each rank: what would be sent if a token that several experts of a rank take were sent there once.
     """
 
     def __init__(self, model: torch.nn.Module, ep: int):

@@ -3,7 +3,7 @@
 python benchmarks/memory.py [--accumulation 2]     every ZeRO stage x EP 1, 2, 4 on 4 processes
 python benchmarks/memory.py --gather               what ZeRO-3 holds gathered, by its settings
 
-Each shape is a fresh group of processes on the CPU, where host memory tells all: a small model trains first, so that
+Each shape is a fresh group of processes on the CPU, so that host memory is all their memory. A small model trains first, so that
 libraries and connections are not counted; then a large one with small activations. Needs 8 GB.
 """
 

@@ -44,7 +44,7 @@ def outcome(layer: Layer, x: Tensor, upward: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def equal_layers(choice: str, weights: Weights, x: Tensor) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Our layer and the peers that compute the same, and what the others said instead."""
+    """Our layer and the peers, all checked to compute the same; and the errors of peers that do not run here."""
     layers, absent, upward = {"ours": ours(weights, choice)}, {}, torch.randn_like(x)
     wanted = outcome(layers["ours"], x, upward)
     for build in PEERS:

@@ -1,6 +1,6 @@
 """Our MoE layer and others with the same weights, each as a ``Layer``: routed SwiGLU experts, top-2, no shared path.
 
-A builder takes the weights and who chooses, "token" or "expert". What a peer lacks or needs, it says by an exception.
+A builder takes the weights and who chooses, "token" or "expert". It raises what the peer lacks or needs.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ditmoe_ds.moe.routing import RouterConfig, expert_choice
 
 TOP_K = 2
 ROUTERS = {"token": RouterConfig(renormalise=True), "expert": RouterConfig()}
-"""DeepSpeed's top-2 gates always sum to one, so all others' do; expert choice is as published."""
+"""DeepSpeed's top-2 weights always sum to one, so they do in every layer here; expert choice is as published."""
 
 
 class Weights(NamedTuple):

@@ -1,23 +1,22 @@
 """Memory and traffic of real training processes, counted to the byte, beside what ``ditmoe plan`` says of them.
 
-python benchmarks/planner.py [--from POINT]
+python benchmarks/planner.py [--from POINT] [--write]
 
 Each point is a fresh group of processes on the CPU: the real engine with DeepSpeed, masters, an average and optimizer steps on
-random latents. Memory is every storage while somebody holds it, from before the model is built;
-traffic is counted where ``torch.distributed`` hands it to a process group. The largest need 4 GB and minutes. ``--from`` takes only the
-points from that number (from 0) on, and prints their rows.
+random latents. Memory is every storage while somebody holds it, from before the model is built; traffic is counted where
+``torch.distributed`` hands it to a process group. The largest points need 4 GB and minutes. --from begins with the point of that
+number, counted from 0. --write puts the table under "Measured" in planner.md.
 """
 
 import argparse
 import gc
-import json
 from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from ranks import CPU, on_ranks
-from report import hardware, publish
+from report import Page
 
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.hardware import GPUS
@@ -150,34 +149,27 @@ def compare(case: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, An
     return dict(peak=(plan.peak, sum(peaks) / len(peaks)), ranks=(min(peaks), max(peaks)), sent=sent)
 
 
-def table(points: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """In Markdown."""
-    heads = ["model", "stage", "TP", "EP", "processes", "micro", "accum.", "recompute", "dtype"]
-    heads += ["peak MB: planned", "measured", "off", "sent MB: planned", "counted", "off"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for point, row in points:
-        fields = ", ".join(f"{key} {value}" for key, value in point["fields"].items() if key in ("hidden", "depth"))
-        planned, counted = (sum(pair[i] for pair in row["sent"].values()) for i in (0, 1))
-        peak, measured = row["peak"]
-        words = [f"{point['model']}, {fields}", *(str(point[key]) for key in ("stage", "tensor", "ep", "world", "micro", "accumulation"))]
-        words += [{False: "no", True: "blocks"}.get(point["recompute"], "attention"), point["precision"], f"{peak / 1e6:.1f}"]
-        words += ["-".join(f"{each / 1e6:.1f}" for each in row["ranks"]), f"{peak / measured - 1:+.1%}"]
-        words += [f"{planned / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{planned / counted - 1:+.1%}"]
-        lines.append("| " + " | ".join(words) + " |")
-    return "\n".join(lines)
+def row(case: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Cells of the table, for what ``compare`` found."""
+    fields = ", ".join(f"{key} {value}" for key, value in case["fields"].items() if key in ("hidden", "depth"))
+    planned, counted = (sum(pair[i] for pair in found["sent"].values()) for i in (0, 1))
+    peak, measured = found["peak"]
+    cells = [f"{case['model']}, {fields}", *(str(case[key]) for key in ("stage", "tensor", "ep", "world", "micro", "accumulation"))]
+    cells += [{False: "no", True: "blocks"}.get(case["recompute"], "attention"), case["precision"], f"{peak / 1e6:.1f}"]
+    cells += ["-".join(f"{each / 1e6:.1f}" for each in found["ranks"]), f"{peak / measured - 1:+.1%}"]
+    return [*cells, f"{planned / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{planned / counted - 1:+.1%}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="first", type=int, default=0, metavar="POINT")
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="POINT", help="leave out those before this number")
+    parser.add_argument("--write", action="store_true", help="put the figures into planner.md")
     arguments = parser.parse_args()
-    points = []
+    page = Page(__file__, arguments.write, "buckets of 100,000 elements")
+    shape = ("model", "stage", "TP", "EP", "processes", "micro", "accum.", "recompute", "dtype")
+    page.table(*shape, "peak MB: planned", "measured", "off", "sent MB: planned", "counted", "off")
     for point in POINTS[arguments.first :]:
-        points.append((point, compare(point, on_ranks(point["world"], work, point, environment=CPU))))
-        print(json.dumps(points[-1]), flush=True)
-    if arguments.first:
-        return print(table(points))
-    publish(__file__, f"{hardware()}.\n\n{table(points)}")
+        page.row(*row(point, compare(point, on_ranks(point["world"], work, point, environment=CPU))))
 
 
 MOE, TEXTED = "DiT-MoE-Nano/2-4E2A", "EC-DIT-Nano-4E"

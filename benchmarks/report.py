@@ -52,7 +52,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 class Page:
-    """What is measured: printed as it comes and, with ``write``, at once into the page, so that a run cut short leaves its rows.
+    """Prints what is measured as it comes and, with ``write``, puts it into the benchmark's page at once, so that a run cut short leaves
+    its rows. They replace what stands under "Measured", or where there is a GPU under "Measured on a GPU".
 
     Args:
         script: the benchmark's ``__file__``.
@@ -60,11 +61,12 @@ class Page:
     """
 
     def __init__(self, script: str, write: bool, settings: str):
-        self.script, self.write, self.lines = script, write, list[str]()
+        self.page, self.write, self.lines = Path(script).with_suffix(".md"), write, list[str]()
+        self.heading = f"## Measured{' on a GPU' * torch.cuda.is_available()}\n\n"
         self.add(f"`python {' '.join(sys.argv)}`. {hardware()}, {settings}. Load average at the start: {os.getloadavg()[0]:.1f}.")
 
     def table(self, *columns: str) -> None:
-        """Begin one."""
+        """Begin a table."""
         self.add("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|")
 
     def row(self, *cells: Any) -> None:
@@ -74,7 +76,9 @@ class Page:
         print(*lines, sep="\n", flush=True)
         self.lines += lines
         if self.write:
-            publish(self.script, "\n".join(self.lines))
+            before, _, after = self.page.read_text().partition(self.heading)
+            _, more, others = after.partition("\n## ")
+            self.page.write_text(before + self.heading + "\n".join(self.lines) + f"\n{more}{others}")
 
 
 class Layer(NamedTuple):
@@ -83,8 +87,11 @@ class Layer(NamedTuple):
 
 
 def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tuple[float, int]]:
-    """Seconds of each layer's forward and backward, median of ``repeats`` in which the layers take turns, and the bytes, gradients of
-    input and weights among them, that it takes at most. A GPU is waited for after every fifth, as it is only after many layers in training.
+    """Time and memory of each layer's forward and backward.
+
+    Returns:
+        By layer: seconds, the median of ``repeats`` in which the layers take turns; the most bytes it takes, gradients included. A GPU is
+        waited for after every fifth pass only, since in training it is waited for after many layers.
     """
     upward, queued = torch.randn_like(x), 5 if x.is_cuda else 1
 
@@ -99,12 +106,3 @@ def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tupl
     memory = {name: peak_bytes(partial(once, layer)) for name, layer in layers.items()}
     rounds = [{name: once(layer) for name, layer in layers.items()} for _ in range(repeats)]
     return {name: (statistics.median(each[name] for each in rounds), memory[name]) for name in layers}
-
-
-def publish(script: str, figures: str) -> None:
-    """Replace what stands under "Measured", or where there is a GPU under "Measured on a GPU", in the page of the benchmark ``script``."""
-    page = Path(script).with_suffix(".md")
-    heading = f"## Measured{' on a GPU' * torch.cuda.is_available()}\n\n"
-    before, _, after = page.read_text().partition(heading)
-    _, more, others = after.partition("\n## ")
-    page.write_text(f"{before}{heading}{figures}\n{more}{others}")

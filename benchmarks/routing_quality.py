@@ -12,12 +12,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from report import hardware, publish
+from report import Page
 
 from data_prep.shapes import CATEGORIES
 from ditmoe_ds.analysis.adaptive import on_objects, sample_with_takers
@@ -72,14 +71,14 @@ def train_and_score(folder: Path, data: Path, routing: str, seed: int, steps: in
     return dict(val=val, rate=statistics.median(rates), **scores)
 
 
-def variants(folder: Path, data: Path, steps: int, expert: dict[int, float]) -> list[str]:
+def add_variants(page: Page, folder: Path, data: Path, steps: int, expert: dict[int, float]) -> None:
     """Expert choice done otherwise, for half of the steps: the learning rate is constant, so the first half is the same training."""
     middle = min(expert, key=lambda step: abs(step - steps // 2))  # of the validated ones
-    lines = [f"| expert choice, seed 0 | validation loss, step {middle} |", "|---|---|", f"| as above | {expert[middle]:.4f} |"]
+    page.table("expert choice, seed 0", f"validation loss, step {middle}")
+    page.row("as above", f"{expert[middle]:.4f}")
     for number, (name, override) in enumerate(VARIANTS.items()):
         val = train(folder / f"variant-{number}", data, 0, middle, 1, "model.routing=expert", f"model.router.{override}")
-        lines.append(f"| {name} (`{override}`) | {val[middle]:.4f} |")
-    return lines
+        page.row(f"{name} (`{override}`)", f"{val[middle]:.4f}")
 
 
 def adaptive(run: Path) -> str:
@@ -102,19 +101,17 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+def add_results(page: Page, results: dict[str, list[dict[str, Any]]]) -> None:
     steps = sorted(results["dense"][0]["val"])
-    head = "| | " + " | ".join(f"validation loss, step {step}" for step in steps) + " | images/s |"
-    lines = [head, "|---" * (len(steps) + 2) + "|"]
+    page.table("", *(f"validation loss, step {step}" for step in steps), "images/s")
     for routing, runs in results.items():
         losses = [spread([run["val"][step] for run in runs]) for step in steps]
-        lines.append(f"| {routing} | " + " | ".join(losses) + f" | {statistics.median(run['rate'] for run in runs):.0f} |")
+        page.row(routing, *losses, f"{statistics.median(run['rate'] for run in runs):.0f}")
     for name, title in (("score", "new captions"), ("score_seen", "captions of training")):
-        lines += ["", f"| {title} | " + " | ".join([*CATEGORIES, "mean"]) + " |", "|---" * (len(CATEGORIES) + 2) + "|"]
+        page.table(title, *CATEGORIES, "mean")
         for routing, runs in results.items():
             scores = [spread([run[name]["categories"][category]["score"] for run in runs], 2) for category in CATEGORIES]
-            lines.append(f"| {routing} | " + " | ".join([*scores, spread([run[name]["mean"] for run in runs], 3)]) + " |")
-    return lines
+            page.row(routing, *scores, spread([run[name]["mean"] for run in runs], 3))
 
 
 def main() -> None:
@@ -125,18 +122,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/routing_quality"))
     parser.add_argument("--write", action="store_true", help="put the figures into routing_quality.md")
     arguments = parser.parse_args()
+    page = Page(__file__, arguments.write, f"mean and standard deviation over {arguments.seeds} seeds")
     data, folder = arguments.folder.resolve(), arguments.folder.resolve() / f"steps-{arguments.steps}"
     make_data(data)
     results: dict[str, list[dict[str, Any]]] = {routing: [] for routing in ROUTINGS}
     for seed in range(arguments.seeds):
         for routing in ROUTINGS:
             results[routing].append(train_and_score(folder, data, routing, seed, arguments.steps, arguments.images))
-    head = f"`python {' '.join(sys.argv)}`. {hardware()}. Mean and standard deviation over {arguments.seeds} seeds."
-    otherwise = variants(folder, data, arguments.steps, results["expert"][0]["val"])
-    report = "\n".join([head, "", *tables(results), "", *otherwise, "", adaptive(folder / "expert-0")])
-    print(report)
-    if arguments.write:
-        publish(__file__, report)
+    add_results(page, results)
+    add_variants(page, folder, data, arguments.steps, results["expert"][0]["val"])
+    page.add("", adaptive(folder / "expert-0"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The benchmarks of speed, the most telling first, within a given time. Needs no network.
 
-python -m benchmarks.run_all [--budget 540] [--write] [--only NAME ...]
+python benchmarks/run_all.py [--budget 540] [--write] [--only NAME ...]
 
 Each is a process of its own: one that fails or runs out of time costs the others nothing, and its rows so far stand.
 --write puts the figures into their pages.
@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from benchmarks.report import hardware
+from report import hardware
 
 ROOT = Path(__file__).parents[1]
 KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**34))
-"""glibc gives freed memory back to the system, which has to map it again in the next step; a GPU's allocator keeps it."""
+"""Makes glibc keep freed memory, as a GPU's allocator does; else the system has to map it again in every step."""
 
 
 class Benchmark(NamedTuple):
     name: str
     least: int
-    """Seconds under which it is not worth starting,"""
+    """It is skipped with fewer seconds left."""
     most: int
-    """and after which it is stopped."""
+    """It is stopped after so many seconds."""
 
 
 ON_GPU = [
@@ -51,7 +50,7 @@ ON_CPU = [
 
 
 def run(benchmark: Benchmark, seconds: float, write: bool) -> str:
-    """How it ended."""
+    """Run it. Returns how it ended."""
     command = [sys.executable, f"benchmarks/{benchmark.name}.py", *(["--write"] if write else [])]
     environment = KEEP_MEMORY | os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)

@@ -50,8 +50,8 @@ def write_latents(
 
 
 def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] | None = None) -> Trainer:
-    """A trainer that saves, validates and samples nothing, with random weights, none of them zero, that bf16 can tell: so its fp32 masters
-    are what its weights are.
+    """A trainer that saves, validates and samples nothing. Its weights are random, none zero, and exact in bf16, so that they equal its
+    fp32 masters.
 
     Args:
         settings: ``key=value`` of the recipe.
@@ -68,7 +68,7 @@ def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] 
 
 
 def close(trainer: Trainer) -> None:
-    """End it, so that its memory is given back: DeepSpeed's hooks would hold it."""
+    """End it and free its memory, which DeepSpeed's hooks would hold."""
     trainer.loader.close()
     trainer.engine.destroy()
 

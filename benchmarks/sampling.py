@@ -52,7 +52,7 @@ class Loop(nn.Module):
 def with_loops(model: DiT) -> DiT:
     """The same model and weights, with ``Loop`` for its sparse layers."""
     weights = {id(parameter): parameter for parameter in model.parameters()}
-    twin = deepcopy(model, weights)  # what the memo knows is shared
+    twin = deepcopy(model, weights)  # parameters that are in the memo are shared, not copied
     for block in twin.blocks:
         block.mlp = Loop(block.mlp)
     return twin
@@ -96,7 +96,7 @@ def main() -> None:
 
     noise = torch.randn(max(arguments.batches), *pipe.latent_shape, device=model.x_embed.weight.device)
     labels = [17 * i % 1000 for i in range(len(noise))]
-    # in fp32, where rounding does not decide who is routed where
+    # in fp32, where rounding does not change the routing
     torch.testing.assert_close(ours(labels[:2], noise[:2], 4), theirs(labels[:2], noise[:2], 4), rtol=1e-3, atol=1e-3)
     dtype = torch.bfloat16 if GPU else torch.float32
     model.to(dtype), plain.to(dtype)

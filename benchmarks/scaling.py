@@ -107,7 +107,7 @@ def main() -> None:
     def case(fewer: int = 1, **fields: object) -> Callable[[], Step]:
         return lambda: Step(replace(base, **fields), images // fewer)
 
-    Step(base, 1)  # what libraries take once shall not count for the first case
+    Step(base, 1)  # so that what libraries allocate once does not count for the first case
     for routing, chosen in (("token", "experts, chosen by tokens"), ("expert", "experts, which choose tokens")):
         compare(page, chosen, [(experts, case(routing=routing, experts=experts)) for experts in (8, 16, 32, 64)], arguments.rounds)
     compare(page, "layers", [(depth * times, case(depth=depth * times)) for times in (1, 2, 4)], arguments.rounds)

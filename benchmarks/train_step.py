@@ -47,13 +47,13 @@ KINDS = {
     "optimizer, averages": "adam|multi_tensor|lerp|vector_norm",
     "the rest": "",
 }
-"""Of kernels, or without a GPU of operators, by what their names contain: the first that fits."""
+"""Kinds of kernels, or without a GPU of operators, by a pattern of their names; the first that matches counts."""
 CHECKED = 3
 """Steps whose losses must agree before the plain loop is timed."""
 
 
 def dense_twin(sparse: DiTConfig) -> dict[str, Any]:
-    """Fields of the model that differs in its GELU MLPs: they have the FLOPs of the experts, shared ones too, that a token meets."""
+    """Fields of the dense model whose GELU MLPs have the FLOPs of the experts, shared ones included, that process a token."""
     matrices = 3 if sparse.expert_activation == "swiglu" else 2
     rows = matrices * sparse.top_k * sparse.expert_width + 3 * sparse.shared * sparse.hidden
     return dict(routing="dense", expert_activation="gelu", shared=0, expert_hidden=rows // (2 * sparse.top_k))

@@ -1,4 +1,4 @@
-"""Work done ahead, in other processes, with results in order."""
+"""Work that other processes do ahead of its consumer, with results in order."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ditmoe_ds.errors import DataError, in_a_line
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("caption", "text")
-"""What a caption may be called, the first that there is."""
+"""Names that a caption may have; the first that is there counts."""
 LIMIT = 1 << 20
 """Most bytes of a text, and characters of a line."""
 
@@ -48,12 +48,12 @@ def text_of(image: str) -> str:
 
 
 def beside(source: str, images: list[str], files: dict[str, Path]) -> dict[str, Any]:
-    """Of each image its caption from a metadata line, or the file of its text, which is not opened yet, or None.
+    """By image: its caption from a line of metadata, or the path of its text file, which is not opened yet; or None.
 
     Args:
         source: as given to ``--source``, for messages.
-        images: their paths in the folder.
-        files: what else is there, by the same kind of path.
+        images: paths relative to the folder.
+        files: the other files there, by relative path.
 
     Raises:
         DataError: two captions for one image, or none for any; metadata that cannot be read.
@@ -83,7 +83,7 @@ def beside(source: str, images: list[str], files: dict[str, Path]) -> dict[str, 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Of each line of a metadata file its number, ``file_name`` and caption, which is None if there is none."""
+    """For each row of a metadata file: its line's number, its ``file_name``, and its caption or None."""
     number = 0
 
     def lines() -> Iterator[str]:

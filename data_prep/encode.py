@@ -39,7 +39,7 @@ from ditmoe_ds.latents.vae import latent_space, load_vae
 from ditmoe_ds.rng import keyed_generator
 
 ENOUGH = 100
-"""Images to see before the share of rejected ones means anything."""
+"""Images to see before the share of rejected ones is judged."""
 
 
 def encode(
@@ -70,10 +70,11 @@ def encode(
     """
     number, count = worker or worker_from_environment()
     found = open_source(source, shard_size, classes, "captions" if text else "classes")
-    request = _request(found, vae, size, shard_size, batch, holdout, dtype, store, seed, flip_copies, text, text_max_tokens)
+    settings = dict(shard_size=shard_size, batch=batch, holdout=holdout, dtype=dtype, store=store, seed=seed, flip_copies=flip_copies)
+    request = _request(found, vae, size, text, text_max_tokens, settings)
     root = Path(out)
-    models = functools.cache(functools.partial(_Encoder, request))
-    claim_folder(root, dataclasses.asdict(request), first=models, until_a_unit="batch")
+    open_encoder = functools.cache(functools.partial(_Encoder, request))
+    claim_folder(root, dataclasses.asdict(request), first=open_encoder, until_a_unit="batch")
     if (root / "manifest.json").is_file():
         Manifest.load(root)
         print(f"{out}: already complete")
@@ -85,7 +86,7 @@ def encode(
         rejections = _Rejections(max_rejected)
         for record in done.values():
             rejections.add(record.images, record.rejected)
-        encoder = models()
+        encoder = open_encoder()
         with Progress("encode", "images") as progress:
             try:
                 if encoder.text and not (root / EMPTY_TEXT).is_file():
@@ -111,24 +112,14 @@ def encode(
 
 
 def _request(
-    found: Source,
-    vae: str,
-    size: Sequence[images.Size],
-    shard_size: int,
-    batch: int,
-    holdout: float,
-    dtype: Any,
-    store: Any,
-    seed: int,
-    flip_copies: bool,
-    text: str | None,
-    text_max_tokens: int,
+    found: Source, vae: str, size: Sequence[images.Size], text: str | None, text_max_tokens: int, settings: dict[str, Any]
 ) -> Request:
+    """``settings``: fields of the request that are as the user gave them."""
     space = latent_space(vae)
     if any(side % space.downsample for sides in size for side in sides):
         raise ConfigError("--size", images.size_names(size), f"must be multiples of {space.downsample}, the VAE's downsampling")
-    if store != "mean" and not space.posterior:
-        raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
+    if settings["store"] != "mean" and not space.posterior:
+        raise ConfigError("--store", settings["store"], "this VAE has no posterior to draw from; use mean")
     return Request(
         source=placed(found.name),
         source_sha256=found.sha256,
@@ -141,16 +132,10 @@ def _request(
         downsample=space.downsample,
         shapes=tuple((space.channels, height // space.downsample, width // space.downsample) for height, width in size),
         sizes=tuple(size),
-        shard_size=shard_size,
-        batch=batch,
-        holdout=holdout,
-        dtype=dtype,
-        store=store,
-        seed=seed,
-        flip_copies=flip_copies,
         text=_resolved(text) if text else None,
         text_sha256=weights_sha256(text) if text else None,
         text_max_tokens=text_max_tokens if text else 0,
+        **settings,
     )
 
 
@@ -168,7 +153,7 @@ class _Task(NamedTuple):
 
 def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator[_Task]:
     for unit in units:
-        if load_record(root, unit):  # by now, of another worker
+        if load_record(root, unit):  # another worker has done it meanwhile
             continue
         items = iter(source.unit(unit))
         part = list(itertools.islice(items, batch))
@@ -179,14 +164,14 @@ def _tasks(root: Path, source: Source, units: list[int], batch: int) -> Iterator
 
 
 class _Rejections:
-    """How many images were bad, of all that this worker saw."""
+    """How many images this worker saw, and how many of them were bad."""
 
     def __init__(self, limit: float):
         self.limit, self.seen, self.number = limit, 0, 0
         self.last: Rejection | None = None
 
     def add(self, images: int, rejected: Sequence[Rejection]) -> None:
-        """Those of a unit."""
+        """Count those of a unit."""
         self.seen += images
         self.number += len(rejected)
         self.last = rejected[-1] if rejected else self.last
@@ -235,8 +220,11 @@ class _Encoder:
         self.waiting: dict[tuple[int, ...], list[tuple[Item, np.ndarray]]] = {}
 
     def add(self, unit: UnitWriter, items: list[Item], contents: list[tuple[np.ndarray | str, str | None]]) -> None:
-        """Encode ``items`` with their pixels (height, width, 3) uint8, or the reasons why there are none, into ``unit``, and the
-        captions that were in files. They wait until there is a full batch of their size."""
+        """Encode ``items`` into ``unit``. They wait until there is a full batch of their size.
+
+        Args:
+            contents: of each item its pixels (height, width, 3) uint8, or the reason why there are none; and its caption, if in a file.
+        """
         unit.images += len(items)
         for item, (found, caption) in zip(items, contents):
             if isinstance(found, str):
@@ -269,7 +257,7 @@ class _Encoder:
                 unit.write(split, key, self._meta(item), **copy, **({"text": texts[i]} if texts else {}))
 
     def _latents(self, batch: Tensor, keys: list[str]) -> list[dict[str, Tensor]]:
-        """What is stored of each image: (C, H, W) latent, maybe (C, H, W) std."""
+        """What is stored of each image: ``latent`` (C, H, W) and, for "mean+std", ``std`` (C, H, W)."""
         dtype = getattr(torch, self.request.dtype)
         mean, std = (part.float().cpu() if part is not None else None for part in encode_images(self.vae, batch))
         assert mean is not None

@@ -1,4 +1,4 @@
-"""``ditmoe-data finalize``: units that are all done become a finished folder."""
+"""``ditmoe-data finalize``: makes a finished folder of units that are all done."""
 
 from __future__ import annotations
 

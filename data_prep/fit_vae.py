@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from tqdm import tqdm
 
 from data_prep import images
 from data_prep.sources import Item, is_heldout, open_source
 from data_prep.units import NOTE, placed, read_note, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.vae import decode, encode_mean
 
 HOLDOUT = 0.1  # as encode's default, so that the reported error is of images the VAE never saw
@@ -25,7 +25,8 @@ LEARNING_RATE = 4e-3
 
 
 def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: int, steps: int, batch: int, seed: int) -> None:
-    """Train on the images of ``source`` and save a diffusers folder with ``reconstructions.png``. Does nothing if ``out`` is complete.
+    """Train on the images of ``source`` and save a diffusers folder. Does nothing if ``out`` is complete. In the folder,
+    ``reconstructions.png`` has rows of held-out images, each above the row of what the VAE makes of them.
 
     Images are held in memory, ``size * size * 3`` bytes each.
 
@@ -61,7 +62,8 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
 
     partial = folder.with_name(folder.name + ".partial")
     vae.save_pretrained(partial)
-    _grid(heldout.permute(0, 2, 3, 1), decoded).save(partial / "reconstructions.png")
+    shown = torch.linspace(0, len(heldout) - 1, min(64, len(heldout))).long()
+    save_pairs(heldout.permute(0, 2, 3, 1)[shown], decoded[shown], partial / "reconstructions.png", columns=16)
     (partial / NOTE).write_text(json.dumps(request, indent=2) + "\n")
     for file in partial.iterdir():  # safetensors lets nobody but the owner read its own
         shutil.copymode(partial / NOTE, file)
@@ -109,14 +111,3 @@ def _train(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int) -> 
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(mse=f"{error.item():.4f}", kl=f"{kl.item():.2f}")
-
-
-def _grid(originals: torch.Tensor, decoded: torch.Tensor, columns: int = 16, rows: int = 4) -> Image.Image:
-    """Rows of originals, each above the row of their reconstructions, spread over all images. Both (N, H, W, 3) uint8."""
-    some = torch.linspace(0, len(originals) - 1, min(columns * rows, len(originals))).long()
-    lines = []
-    for pair in zip(originals[some].split(columns), decoded[some].split(columns)):
-        for line in pair:
-            gap = columns - len(line)
-            lines.append(torch.cat([*line, *[torch.zeros_like(line[0])] * gap], dim=1))
-    return Image.fromarray(torch.cat(lines).numpy())

@@ -19,9 +19,8 @@ from ditmoe_ds.errors import DataError
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
-# A list, since Pillow would hand PostScript to an interpreter.
+# Listed, since Pillow would open every format it knows, and hand PostScript to an interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-
 
 _UPRIGHT: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,7 +31,7 @@ _UPRIGHT: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF's number for how a camera was held."""
+"""By EXIF's number for how the camera was held: what turns the image upright."""
 
 
 def size_names(sizes: Sequence[Size]) -> str:
@@ -43,7 +42,7 @@ def size_names(sizes: Sequence[Size]) -> str:
 def read(
     pairs: list[tuple[Path | bytes | np.ndarray | str, Path | None]], sizes: Sequence[Size]
 ) -> list[tuple[np.ndarray | str, str | None]]:
-    """Of each image, with the file of its caption if there is one, what ``decode`` makes of it, and the caption.
+    """For pairs of an image and its caption's file or None: what ``decode`` makes of the image, and the caption.
 
     Raises:
         DataError: a file cannot be read at all.
@@ -60,8 +59,8 @@ def read(
 
 
 def decode(images: list[Path | bytes | np.ndarray | str], sizes: Sequence[Size]) -> list[np.ndarray | str]:
-    """Each image as (height, width, 3) uint8, or why it cannot be used. An array (h, w) or (h, w, 3) uint8 is only cropped.
-    Where an input is such a reason already, it is returned.
+    """Each image as (height, width, 3) uint8, or the reason why it cannot be used. A path or bytes are decoded; an array (h, w) or
+    (h, w, 3) uint8 is only cropped; a string is such a reason already, and is returned.
 
     Args:
         sizes: to choose from; an image gets the one whose aspect ratio is nearest to its own.
@@ -96,8 +95,8 @@ def _decode(image: Path | bytes | np.ndarray | str, sizes: Sequence[Size]) -> np
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as EXIF says. Pillow's own function rewrites all of EXIF, and fails if another entry of it is invalid."""
-    image.load()  # of a TIFF, Pillow turns the pixels itself, and then takes the note away
+    """The image turned as EXIF says. Pillow's own function rewrites all of EXIF, and fails if any other entry is invalid."""
+    image.load()  # a TIFF is turned by Pillow as it is loaded, and then no longer says how it was held
     way = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if way is None else image.transpose(way)
 

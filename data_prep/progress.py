@@ -11,7 +11,7 @@ PAUSE = 30  # seconds between lines
 
 
 class Progress:
-    """Counts ``unit``s; with ``total``, which may be set late, it says when the work will be done."""
+    """Counts ``unit``s. With a ``total``, which may be set or changed later, it estimates the time left."""
 
     def __init__(self, name: str, unit: str, total: int | None = None):
         self.name, self.unit, self.total, self.done = name, unit, total, 0

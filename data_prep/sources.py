@@ -21,13 +21,13 @@ from ditmoe_ds.errors import ConfigError, DataError, in_a_line, some
 from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
-# What a tar calls an image, the first that a sample has.
+# Extensions of images in a tar; of several in a sample the first counts.
 MEMBERS = ("jpg", "jpeg", "png", "webp", "image", "img")
 TEXTS = ("json", "cls", "txt")
 MEMBER_LIMIT = 256 << 20
 """Most bytes of an image or text in a tar."""
 LABELS = 1_000_000
-"""Most classes: a manifest lists them all, and an id of another kind would fill the memory."""
+"""Most classes. A manifest lists them all, so labels that are really ids of another kind would fill the memory."""
 _URL = re.compile("[a-z][a-z0-9]*:")
 Wanted = Literal["classes", "captions", "images"]
 FLIP = "-flip"
@@ -76,8 +76,8 @@ def open_source(name: str, unit_size: int = 1000, classes: int | None = None, wa
     Args:
         unit_size: images in a unit; for tars, each tar is a unit.
         classes: number of classes, for labels without names.
-        wanted: what a folder's images are used with. For ``classes``, those in no sub-folder are left out; ``captions`` are looked for
-            beside them; for ``images`` alone, neither.
+        wanted: what is needed of a folder beside its images. For ``classes``, images in no sub-folder are left out; ``captions`` are looked
+            for beside the images; for ``images`` alone, neither.
 
     Raises:
         ConfigError: ``classes`` does not fit this source.
@@ -111,16 +111,21 @@ def is_heldout(key: str, fraction: float) -> bool:
 
 def below(key: str, fraction: float) -> bool:
     """True for a share ``fraction`` of all keys; those of a smaller fraction are among them."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
+    return hash_of(key) < fraction * 2**64
+
+
+def hash_of(key: str) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def safe_key(name: str) -> str:
-    """``name`` if it can name a sample, with ``FLIP`` behind it too; else a hash of it."""
+    """``name`` if it can be a sample's key, also with ``FLIP`` appended; else a hash of it."""
     return name if re.fullmatch(r"[\w-]{1,75}", name, re.ASCII) else _digest(name)
 
 
 def _digest(name: str) -> str:
-    """Names of files may be no UTF-8."""
+    """A hash of ``name``, which as a file's may not be UTF-8."""
     return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
@@ -145,7 +150,7 @@ def _shapes(name: str, unit_size: int) -> Source:
 def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], list[Item]]:
     if not root.is_dir():
         raise DataError(f"--source={name!r}: no such folder")
-    with os.scandir(root) as entries:  # which knows what is a folder without asking the disk about each of a million files
+    with os.scandir(root) as entries:  # tells folders from files without a look at each of a million
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     known = set(folders)
     classes: list[str] = []
@@ -156,7 +161,7 @@ def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], lis
         before = len(items)
         for path in root.joinpath(folder).rglob("*") if folder else (path for path in root.iterdir() if path.name not in known):
             origin = path.relative_to(root).as_posix()
-            if "/." in f"/{origin}":  # a file manager's, a notebook's, an unfinished class
+            if "/." in f"/{origin}":  # hidden: of a file manager, of a notebook, or an unfinished class
                 continue
             if path.suffix.lower() not in SUFFIXES or (folder is None and wanted == "classes"):
                 others[origin] = path
@@ -165,7 +170,7 @@ def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], lis
                 items.append(Item(_digest(origin), len(classes) if folder else None, None, origin, path))
         if folder:
             (classes if len(items) > before else empty).append(folder)
-    texts = {captions.text_of(item.origin) for item in items}  # known by their names, for the same reason
+    texts = {captions.text_of(item.origin) for item in items}  # by name, not by a look at each file
     strange = [path for origin, path in others.items() if origin not in texts and path.name not in captions.METADATA]
     if count := sum(path.is_file() or path.is_symlink() for path in strange):
         place = " in a class's folder" if wanted == "classes" else ""
@@ -180,7 +185,7 @@ def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], lis
     if wanted == "captions":
         found = captions.beside(name, [item.origin for item in items], others)
         items = [_captioned(item, found[item.origin]) for item in items]
-    # Not class after class: shards that hold one class or two give batches of few classes.
+    # Not class by class: shards of one or two classes would give batches of few classes.
     return tuple(classes), sorted(items, key=lambda item: item.key)
 
 
@@ -209,20 +214,20 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
 
 
 class _Whole(tarfile.TarInfo):
-    """A member of an archive that is read to its mark of the end: what is no header elsewhere ends the reading in silence."""
+    """A member of an archive that must end with the mark of the end. ``tarfile`` takes a damaged header for the end, without a word."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Whole:
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # the mark
+            raise  # the mark of the end
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
 
 
 def _opened(url: str) -> BinaryIO:
-    """A tar, or a copy of what is behind a URL: only whole files can be tried again."""
+    """A tar, or a copy of the one behind a URL: a download that breaks off can be tried again, a stream cannot."""
     if not _URL.match(url):
         return open(url, "rb")
     copy = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
@@ -240,7 +245,7 @@ def _members(url: str) -> Iterator[dict[str, Any]]:
             if member.isreg():
                 kind = (base_plus_ext(member.name)[1] or "").lower()
                 content = archive.extractfile(member) if kind in (*MEMBERS, *TEXTS) and member.size <= MEMBER_LIMIT else None
-                yield dict(fname=member.name, data=content and content.read(), __url__=url)  # None: not for the memory, such as a video
+                yield dict(fname=member.name, data=content and content.read(), __url__=url)  # None: unused or too large, such as a video
             elif member.islnk() or member.issym():
                 raise tarfile.ReadError(f"{member.name} is a link; write the tar with --dereference --hard-dereference")
             archive.members = []  # type: ignore[attr-defined] # else it remembers all
@@ -267,7 +272,7 @@ def _tar(url: str) -> Iterator[Item]:
 
 
 def _item(sample: dict[str, Any]) -> Item:
-    """A sample of a tar. Its texts may be anyone's."""
+    """A sample of a tar, whose texts may hold anything."""
     key = sample["__key__"]
     kind = next((kind for kind in MEMBERS if kind in sample), None)
     try:

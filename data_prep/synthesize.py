@@ -63,15 +63,15 @@ def synthesize(
     root, settings = Path(out), dict(size=size, steps=steps, guidance=guidance, seed=seed)
     request = dict(pipeline=pipeline, clip=clip, keep=keep, prompt=prompt, per_class=per_class, classes=names, **settings)
     device = device_of_rank()
-    models = functools.cache(lambda: (_load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None))
-    claim_folder(root, request, first=models)
+    open_models = functools.cache(lambda: (_load_pipeline(pipeline, device), _load_clip(clip, device) if clip else None))
+    claim_folder(root, request, first=open_models)
     number, count = worker or worker_from_environment()
     mine = sorted(names)[number::count]
     todo = [folder for folder in mine if not (root / f"{folder}.jsonl").is_file()]
     if not todo:
         print(f"{out}: already complete" if mine else f"{out}: nothing to do for worker {number} of {count}, of {len(names)} classes")
         return
-    made, score = models()
+    generate, score = open_models()
     candidates = math.ceil(per_class / keep)
     with Progress("synthesize", "images", candidates * len(todo)) as progress:
         for folder in todo:
@@ -83,8 +83,8 @@ def synthesize(
                 generators = [keyed_generator(seed, "synthesize", folder, i) for i in numbers]
                 options = dict(generator=generators, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance)
                 try:
-                    part = made([text] * len(numbers), **options).images
-                except ValueError as error:  # of what is made for other sizes
+                    part = generate([text] * len(numbers), **options).images
+                except ValueError as error:  # of a pipeline made for other sizes
                     reason = in_a_line(error)
                     raise DataError(f"--pipeline={pipeline!r}: cannot make {size} pixels in {steps} steps ({reason})") from error
                 for i, image in zip(numbers, part, strict=True):

@@ -122,10 +122,10 @@ class UnitRecord:
 
 
 def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
-    """Write into ``root`` what is made there, unless that is written; of processes that start at once, one writes.
+    """Note in ``root`` what is made there, unless that is noted already; of processes that start at once, one does.
 
     Args:
-        first: called before anything is noted: opens what the request names, since a mistake in it must not claim the folder.
+        first: called before anything is noted, to open what the request names: a mistake in it must not claim the folder.
         until_a_unit: field of the request that may change as long as no unit is done.
 
     Raises:
@@ -167,7 +167,7 @@ def read_note(root: Path) -> Any:
 
 
 def placed(source: str) -> str:
-    """A source whose folder, if it has one, is found from anywhere."""
+    """The source with an absolute path, if it is a local folder."""
     kind, _, path = source.partition(":")
     return f"{kind}:{Path(path).resolve()}" if kind in ("folder", "hf") and Path(path).is_dir() else source
 
@@ -191,7 +191,7 @@ def record_path(root: Path, unit: int) -> Path:
 
 
 def load_record(root: Path, unit: int) -> UnitRecord | None:
-    """The record of a unit; None if it is not done, or no longer: its shards are not there in full length."""
+    """The record of a unit; None if it is not done, or if a shard of it is no longer there in full."""
     path = record_path(root, unit)
     if not path.is_file():
         return None
@@ -204,7 +204,7 @@ def load_record(root: Path, unit: int) -> UnitRecord | None:
 
 
 class UnitWriter:
-    """Writes the shards of one unit into a folder of its own and moves them out once they are whole.
+    """Writes the shards of one unit in a folder of its own, and moves them to ``root`` once they are complete.
 
     Args:
         shapes: (C, H, W) of its latents, of each size.
@@ -288,10 +288,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def worker_from_environment() -> tuple[int, int]:
-    """Worker i of n: a SLURM array's task, a rank of torchrun or srun, or such a rank in a task; (0, 1) if this process is alone.
+    """Worker i of n: a task of a SLURM array, a rank of torchrun or srun, or such a rank within a task; (0, 1) if this process is alone.
 
     Raises:
-        ConfigError: an array's tasks are not 0 to n - 1, as of one that is submitted again in part.
+        ConfigError: an array's tasks are not 0 to n - 1, as where a part of an array was submitted again.
     """
     environment, worker, count = os.environ, 0, 1
     if "SLURM_ARRAY_TASK_COUNT" in environment:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,9 @@ from torch import Tensor
 
 from data_prep import images
 from data_prep.progress import Progress
-from data_prep.sources import FLIP, open_source
+from data_prep.sources import FLIP, hash_of, open_source
 from ditmoe_ds.errors import DataError
-from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.manifest import Manifest, Shard
 from ditmoe_ds.latents.tars import Sample
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -85,9 +83,7 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
             raise DataError(f"--source={source or manifest.source!r}: the image of key {sample.key!r} cannot be read ({found})")
         originals.append(torch.from_numpy(np.ascontiguousarray(found[:, ::-1] if sample.key.endswith(FLIP) else found)))
     after = decoded(manifest, samples)
-    columns = min(8, len(samples))
-    rows = [part[i : i + columns] for i in range(0, len(samples), columns) for part in (originals, after)]
-    save_grid(list(chain.from_iterable(rows)), picture, columns)
+    save_pairs(originals, after, picture, columns=8)
     errors = [(a.float() - b.float()).square().mean().clamp(min=1e-12).item() for a, b in zip(originals, after)]
     return float(np.mean([10 * math.log10(255**2 / error) for error in errors]))
 
@@ -112,7 +108,7 @@ def decoded(manifest: Manifest, samples: list[Sample]) -> list[Tensor]:
 
 
 def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counter[int], np.ndarray]:
-    """How often each label is in a shard whose samples are all sound; hashes (samples,) of their keys."""
+    """Check every sample of a shard. Returns how often it has each label, and the hash of each key (samples,)."""
     manifest.verify(shard)
     reader = manifest.open(shard)
     labels, keys = Counter[int](), np.empty(len(reader), np.uint64)
@@ -121,7 +117,7 @@ def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counte
         for name, tensor in sample.tensors.items():
             if not tensor.isfinite().all():
                 raise DataError(f"{reader.path}: key {sample.key!r} has a {name} with values that are not finite; encode the data again")
-        keys[i] = _hash(sample.key)
+        keys[i] = hash_of(sample.key)
         label = sample.meta["label"]
         if label is not None:
             if not 0 <= label < manifest.num_classes:
@@ -131,12 +127,8 @@ def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counte
     return labels, keys
 
 
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
-
 def _check_unique(manifest: Manifest, keys: list[np.ndarray]) -> None:
-    """``keys``: hashes, of each shard."""
+    """``keys``: of each shard, its keys' hashes."""
     hashes = np.concatenate(keys)
     found, counts = np.unique(hashes, return_counts=True)
     if len(found) == len(hashes):
@@ -145,6 +137,6 @@ def _check_unique(manifest: Manifest, keys: list[np.ndarray]) -> None:
     places = np.flatnonzero(hashes == found[counts.argmax()])
     shards = [manifest.shards()[i] for i in np.searchsorted(ends, places, side="right")]
     reader = manifest.open(shards[0])
-    key = next(sample.key for sample in map(reader.read, range(len(reader))) if _hash(sample.key) == hashes[places[0]])
+    key = next(sample.key for sample in map(reader.read, range(len(reader))) if hash_of(sample.key) == hashes[places[0]])
     what = f"{len(hashes) - len(found)} samples have the key of another, such as {key!r} in {', '.join(s.name for s in shards[:5])}"
     raise DataError(f"{manifest.root}: {what}; leave one of the inputs out and encode again")

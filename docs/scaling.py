@@ -32,13 +32,13 @@ def cluster(nodes: int, per_node: int = 8) -> Cluster:
 
 def fastest(path: str, place: Cluster) -> Plan | None:
     recipe, job = read_job([path], None, None)
-    return best(search(job, place, stages(recipe.parallel).values(), Assumptions(), "time"), "time")
+    return best(search(job, place, stages(recipe.parallel), Assumptions(), "time"), "time")
 
 
 def of_recipe(path: str, place: Cluster, **shape: Any) -> Plan:
     """As the recipe says, but for some of the shape."""
     recipe, job = read_job([path], None, None)
-    plan = Plan(job, cluster(8), own_shape(recipe, job, cluster(8), stages(recipe.parallel)))
+    plan = Plan(job, cluster(8), own_shape(recipe, job, cluster(8)))
     return replace(plan, cluster=place, shape=replace(plan.shape, **shape))
 
 

@@ -450,7 +450,7 @@ def test_the_report_in_a_browser(reports):
         ("token", ["--dataset", "NAMES"], "class_names: ['0', '1', '2'], the model was trained with ['a', '<b>', 'c']"),
         ("token", ["--samples", "1"], "--samples=1"),
         ("token", ["--dataset", "URL"], "is behind a URL; copy the folder here"),
-        ("token", ["--prompt", "a"], "told classes"),
+        ("token", ["--prompt", "a"], "takes classes"),
     ],
 )
 def test_mistakes(runs, folder, which, options, message, capsys):

@@ -19,7 +19,7 @@ from processes import launch
 
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.errors import ConfigError, DataError, UserError
-from ditmoe_ds.evaluation.extractors import Look, load_extractor
+from ditmoe_ds.evaluation.extractors import Preprocessing, load_extractor
 from ditmoe_ds.evaluation.features import summarise
 from ditmoe_ds.evaluation.fidelity import open_measurement, result, run
 from ditmoe_ds.evaluation.images import NpzImages, open_images
@@ -175,10 +175,10 @@ def test_clip_sees_what_its_processor_shows(clip, tmp_path):
     images = torch.nn.functional.interpolate(noise, (48, 80), mode="bicubic").clamp(0, 255).byte().permute(0, 2, 3, 1)
     for shown in (images, images.transpose(1, 2)):
         theirs = transformers.CLIPImageProcessor.from_pretrained(clip)(images=list(shown.numpy()), return_tensors="pt")["pixel_values"]
-        assert (Look.of_processor(str(clip))(shown) - theirs).abs().max() < 0.05
+        assert (Preprocessing.of_processor(str(clip))(shown) - theirs).abs().max() < 0.05
     edge = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     edge[:, 4:] = 255
-    seen = Look(16, [0.0] * 3, [1.0] * 3)(edge)
+    seen = Preprocessing(16, [0.0] * 3, [1.0] * 3)(edge)
     assert (seen.min(), seen.max()) == (0, 1)  # pixels have no values beyond, where a bicubic kernel swings over
 
 

@@ -197,7 +197,7 @@ def test_the_summary():
 class Exact:
     """Finds the shapes in renderings."""
 
-    kind = "an exact detector"
+    difference = "an exact detector"
 
     def __call__(self, image, names, threshold):
         picture = np.array(image)
@@ -248,7 +248,7 @@ def test_renderings_are_right(tmp_path):
     folder = write_renderings(tmp_path / "right", lambda i: i)
     (folder / "grid.png").write_bytes(b"")  # the published layout has more files, which do not matter
     pictures = read_folder(folder)
-    verdicts, colors = score(folder, pictures, Exact(), exact_colors, Limits()), SimpleNamespace(kind="exact colours")
+    verdicts, colors = score(folder, pictures, Exact(), exact_colors, Limits()), SimpleNamespace(difference="exact colours")
     assert [verdict["reason"] for verdict in verdicts if not verdict["correct"]] == []
     found = report(folder, verdicts, dict(differences=differences(pictures, Exact(), colors, Limits(threshold=0.1))))
     assert found["overall"] == 1 and all(row["images"] == 24 and row["score"] == 1 for row in found["tasks"].values())
@@ -286,5 +286,5 @@ def test_folders_that_are_not_in_the_layout(tmp_path):
         read_folder(tmp_path)
     (place / "samples").mkdir()
     (place / "samples" / "0000.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"0000\.png: no readable picture"):
+    with pytest.raises(DataError, match=r"0000\.png: cannot be read"):
         score(tmp_path, read_folder(tmp_path), Exact(), exact_colors, Limits())

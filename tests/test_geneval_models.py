@@ -110,9 +110,9 @@ def test_detectors(models, image, name):
 def test_masks_are_those_of_transformers(models):
     """Its post-processing makes them of 384 x 384, so only nearly."""
     detector = open_detector(str(models / "m2f"), CPU)
-    assert isinstance(detector, Instances) and detector.kind == "a Mask2Former other than that of Swin-S"
+    assert isinstance(detector, Instances) and detector.difference == "a Mask2Former other than that of Swin-S"
     detector.model.config.backbone_config.embed_dim, detector.model.config.backbone_config.depths = 96, [2, 2, 18, 2]
-    assert Instances(detector.model, detector.processor).kind == ""
+    assert Instances(detector.model, detector.processor).difference == ""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (25, 25, 3), dtype=np.uint8)).resize(
         (800, 800), Image.Resampling.BICUBIC
     )
@@ -392,5 +392,5 @@ def test_mistakes(run, made, models, tmp_path, capsys):
     assert "--clip=" in refused(*command(run, tmp_path / "new", "--detector", models / "yolos", "--clip", tmp_path))
     assert not (tmp_path / "new").exists()
     write_weights(tmp_path / "classes", random_weights()[1])
-    assert "told classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
+    assert "takes classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
     assert Path(made / "samples.json").is_file()

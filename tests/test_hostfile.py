@@ -18,7 +18,7 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching import hostfile
 from ditmoe_ds.launching import hosts as hosts_of_launching
-from ditmoe_ds.launching.hostfile import _repeat
+from ditmoe_ds.launching.hostfile import _relay
 from ditmoe_ds.launching.hosts import read_hostfile
 from ditmoe_ds.launching.problems import Node
 
@@ -178,7 +178,7 @@ def test_any_output_of_a_host_is_read_to_its_end(reader, monkeypatch, capsys):
     process = hosts_of_launching.start(None, [sys.executable, "-c", worker], {})
     if reader == "has gone":
         monkeypatch.setattr(sys, "stdout", Closed())
-    _repeat("here", process)
+    _relay("here", process)
     assert process.wait(30) == 0
     if reader == "listens":
         said = capsys.readouterr().out.splitlines()

@@ -385,7 +385,7 @@ def test_mistakes(weights, folder, capsys):
         (["--num", "2", "--out", str(folder / "no"), "--sampler", "ddim"], "euler"),
         (["--num", "2", "--out", str(folder / "no"), "--guidance-interval", "0.8,0.1"], "LOW,HIGH"),
         (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "objective: rectified_flow -> ddpm"),
-        (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "told --classes"),
+        (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "takes classes"),
         (["--num", "2", "--out", str(folder / "no"), "--classes", "3"], "0..2"),
         (["--num", "2", "--out", str(folder / "no"), "--classes", "bird"], "know no names"),
         (["--num", "2", "--out", str(folder / "no"), "--steps", "0"], "from 1 to 1000"),

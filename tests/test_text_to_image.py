@@ -234,7 +234,7 @@ def test_sampling_by_prompt(online, tmp_path, capsys):
     assert not torch.equal(both[0], both[1])
     torch.testing.assert_close(run.sample(["b"], steps=2, guidance=2.0, first=1)[0].float(), both[1].float(), atol=1, rtol=0)
     capsys.readouterr()
-    assert main(arguments) == 2 and "told --prompt" in capsys.readouterr().err
+    assert main(arguments) == 2 and "takes prompts" in capsys.readouterr().err
     assert main(["eval", "shapes", str(online), "--out", str(tmp_path)]) == 2
     assert "is for pictures of 64 pixels" in capsys.readouterr().err
     for kind in (["shapes", str(online), "--out", str(tmp_path)], ["geneval", str(tmp_path), "--run", str(online), "--prompts", "none"]):

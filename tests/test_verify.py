@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data_prep.cli import main
+from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.vae import load_vae
 
@@ -41,6 +42,14 @@ def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monke
     monkeypatch.undo()
     assert main(["verify", str(tmp_path / "out")]) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_an_image_stands_above_its_decoded_latent_in_the_last_row_too(tmp_path):
+    images = [torch.full((4, 4, 3), i, dtype=torch.uint8) for i in range(10)]
+    save_pairs(images, [image + 100 for image in images], tmp_path / "pairs.png", columns=8)
+    tiles = np.array(Image.open(tmp_path / "pairs.png"))[::6, ::6, 0]
+    assert (tiles[0] + 100 == tiles[1]).all()
+    assert tiles[2:].tolist() == [[8, 9, *[255] * 6], [108, 109, *[255] * 6]]
 
 
 def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):

@@ -18,7 +18,7 @@ from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.plain import plain
 
 WHITE = 30
-"""A pixel belongs to an object if one of its channels is so much darker than white."""
+"""A pixel belongs to an object if one of its channels is darker than white by more than this."""
 
 
 def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -39,9 +39,9 @@ def analyze(
     """Analyse the routing of held-out samples and write the files into ``out``.
 
     Args:
-        run_dir: has ``metrics.jsonl``, if it is a run's.
+        run_dir: what ``run`` was opened from; of a run directory, ``metrics.jsonl`` is read too.
         dataset: folder of latents, if not the run's own; its held-out split is taken.
-        samples: the most to take; they are drawn at random, but the same ones every time.
+        samples: at most so many; drawn at random, but the same ones every time.
         prompts: for which images are sampled, to show how much compute their tokens get.
 
     Returns:
@@ -54,9 +54,9 @@ def analyze(
     if not any(isinstance(module, Router) for module in run.model.modules()):
         raise CheckpointError(f"{run_dir}: the model is dense, it has no routing to analyze")
     if prompts and config.num_classes:
-        raise ConfigError("--prompt", list(prompts), "this model is told classes; maps of compute are for text to image")
+        raise ConfigError("--prompt", list(prompts), "this model takes classes; maps of compute are for text to image")
     if samples < 2:
-        raise ConfigError("--samples", samples, "at least 2: their labels are permuted")
+        raise ConfigError("--samples", samples, "must be at least 2: their labels are permuted")
     data, records = heldout(run, dataset), read_metrics(run_dir / "metrics.jsonl")
     pictures = adaptive(run, list(prompts), out) if prompts else {}
     order = data.spread(samples)

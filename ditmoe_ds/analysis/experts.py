@@ -64,7 +64,7 @@ def compared(model: nn.Module, tokens: int = 64) -> Iterator[list[Tensor]]:
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, RoutedExperts)
         x = args[0].flatten(0, 1)
-        x = x[torch.arange(tokens, device=x.device) * (len(x) // tokens + 1) % len(x)]  # other positions in other images
+        x = x[torch.arange(tokens, device=x.device) * (len(x) // tokens + 1) % len(x)]  # so that positions differ from image to image
         experts = module.experts.deepspeed_experts[0]
         number = len(experts.w1)
         out = experts(x.repeat(number, 1), torch.full((number,), tokens, device=x.device), equal=True)

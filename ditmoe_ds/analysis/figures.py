@@ -78,10 +78,10 @@ def bars(values: Sequence[float], marks: Sequence[float], names: Sequence[str], 
     top = max(*values, *marks, 1e-12) * 1.08
     width, parts = 100 / len(values), []
     for i, (value, mark, name) in enumerate(zip(values, marks, names, strict=True)):
-        told = html.escape(f"{name}: {number(value)} {unit} (mark: {number(mark)})")
+        tooltip = html.escape(f"{name}: {number(value)} {unit} (mark: {number(mark)})")
         x, wide = (i + 0.15) * width, 0.7 * width
         parts.append(f'<rect x="{x:.2f}" y="{100 - 100 * value / top:.2f}" width="{wide:.2f}" height="{100 * value / top:.2f}">')
-        parts.append(f"<title>{told}</title></rect>")
+        parts.append(f"<title>{tooltip}</title></rect>")
         y = 100 - 100 * mark / top
         parts.append(f'<path class="mark" d="M{x - 0.1 * width:.2f} {y:.2f}h{0.9 * width:.2f}"/>')
     return _frame("".join(parts), "0", f"{number(top / 1.08)} {unit}", *ends, label)

@@ -99,14 +99,14 @@ def informations(counted: Takings, sides: tuple[int, int], labels: Tensor, class
         down, right = (torch.randint(side, (samples, 1, 1), generator=generator) for side in sides)
         return ((row + down) % height * width + (column + right) % width).flatten()
 
-    def told(units: Tensor, known: Tensor, rows: int, shuffle: Shuffle) -> Information:
+    def measure(units: Tensor, known: Tensor, rows: int, shuffle: Shuffle) -> Information:
         return information(units.reshape(-1, layers, experts), known, rows, shuffle, permutations)
 
     found = dict(
-        timestep=told(counted.by_time, torch.arange(times).repeat(samples), times, other_times),
-        position=told(counted.by_position, torch.arange(height * width).repeat(samples), height * width, other_positions),
+        timestep=measure(counted.by_time, torch.arange(times).repeat(samples), times, other_times),
+        position=measure(counted.by_position, torch.arange(height * width).repeat(samples), height * width, other_positions),
     )
     if classes:
         of_samples, labels = counted.by_time.sum(1, dtype=torch.int32)[labels >= 0], labels[labels >= 0]
-        found["class"] = told(of_samples, labels, classes, lambda generator: labels[torch.randperm(len(labels), generator=generator)])
+        found["class"] = measure(of_samples, labels, classes, lambda generator: labels[torch.randperm(len(labels), generator=generator)])
     return found

@@ -14,7 +14,7 @@ LABELS = {"timestep": "time (0 image, 1 noise)", "position": "patch position", "
 
 
 def plot_shares(share: Tensor, axis: str, numbers: Sequence[int], path: Path) -> None:
-    """One panel per layer: share of selections (L, rows, E) as expert x row; white is the uniform share. ``numbers`` are the layers'."""
+    """One panel per layer: share of selections (L, rows, E) as expert x row; white is the uniform share. ``numbers``: of the layers."""
     layers, rows, experts = share.shape
     columns = min(layers, 6)
     height = -(-layers // columns)

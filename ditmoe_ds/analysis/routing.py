@@ -45,10 +45,10 @@ def taken_by(assignment: Assignment, tokens: int) -> Tensor:
 
 @dataclass
 class Takings:
-    """Counts over S samples at T times, in L layers of E experts and N positions; of S, for tests by permutation within it.
+    """Counts of S samples at T times, in L layers of E experts, over N positions. Kept apart by sample, so that tests can permute labels.
 
     int32, 4 S (T + N) L E bytes in all: 175 MB for DiT-MoE-G (40 layers, 16 experts) with 256 samples of 256 tokens at 10 times,
-    0.7 GB with 1024 tokens. Classes need no table: a sample has one.
+    0.7 GB with 1024 tokens. Counts by class follow from these, since a sample has one class.
     """
 
     by_time: Tensor
@@ -71,8 +71,11 @@ class Takings:
         )
 
     def add(self, taken: list[Tensor], first: int, times: Tensor) -> None:
-        """Count one forward of B samples at times (B,), of which ``first`` is the first: L times (B * N, E), as ``watched`` gives. No
-        host sync."""
+        """Count one forward of B samples, of which ``first`` is the first, at times (B,).
+
+        Args:
+            taken: of each of L layers (B * N, E), as ``watched`` gives it. Nothing waits for the device.
+        """
         positions, experts = self.by_position.shape[1], self.by_position.shape[3]
         hits = torch.stack(taken, dim=1).view(-1, positions, len(taken), experts)  # (B, N, L, E)
         rows = torch.arange(first, first + len(hits), device=hits.device)
@@ -90,11 +93,12 @@ class Takings:
 def noised(run: Run, samples: Batch, times: int, size: int = 64) -> Iterator[tuple[int, Tensor]]:
     """Forward each sample, noised to the middle of each of ``times`` equal parts of [0, 1], ``size`` samples together.
 
-    Where images compete, those of a forward have different times, as in training: experts take as many tokens of all together.
+    Where images compete for experts, those of one forward get different times, as in training: if all had one time, every expert would
+    take equally many tokens at every time.
 
     Yields:
-        After each forward the number of its first sample, and those of its times (B,). The noise depends on the sample's index and
-        the time alone.
+        After each forward the position of its first sample in ``samples`` and, for each of its samples, the number of its time (B,). The
+        noise depends on the sample and the time alone.
     """
     objective, conditioner = make_objective(run.diffusion), run.conditioner
     conditions = conditioner.of(samples)

@@ -61,8 +61,10 @@ def _shares(numbers: Numbers, axis: str, how: str) -> str:
         **{"class": lambda: f"of class {names[row]}"},
     )[axis]()
     most = f"{100 * share[layer, row, expert]:.0f} % of the selections {place}"
-    told = f"The strongest preference: in layer {numbers['layers'][layer]}, expert {expert} gets {most}; even would be {100 * even:.0f} %."
-    return hint(f"{how} {told}") + scale("0", f"{even:.2f} (even)", f"{2 * even:.2f} and more")
+    strongest = (
+        f"The strongest preference: in layer {numbers['layers'][layer]}, expert {expert} gets {most}; even would be {100 * even:.0f} %."
+    )
+    return hint(f"{how} {strongest}") + scale("0", f"{even:.2f} (even)", f"{2 * even:.2f} and more")
 
 
 def over_time(numbers: Numbers) -> str:
@@ -123,18 +125,18 @@ def balance(numbers: Numbers) -> str:
 
 def training(numbers: Numbers) -> str:
     """Loss and load over the steps."""
-    told = numbers["training"]
-    if not told:
+    curves = numbers["training"]
+    if not curves:
         return ""
-    ends = (f"step {told['steps'][0]}", f"step {told['steps'][-1]}")
-    loss = told["loss"].tolist()
-    left = hint(f"Training loss, mean of each {told['every']} steps: {number(loss[0])} to {number(loss[-1])}.") + lines(
+    ends = (f"step {curves['steps'][0]}", f"step {curves['steps'][-1]}")
+    loss = curves["loss"].tolist()
+    left = hint(f"Training loss, mean of each {curves['every']} steps: {number(loss[0])} to {number(loss[-1])}.") + lines(
         {"loss": loss}, ends, "training loss"
     )
     key = "max_over_mean" if numbers["routing"] == "token" else "takers_std"
-    if key not in told["router"]:
+    if key not in curves["router"]:
         return left
-    values = told["router"][key]  # (L, places)
+    values = curves["router"][key]  # (L, places)
     high = max(values.max().item(), values.min().item() + 0.1)
     means = values.mean(0)
     what = dict(

@@ -9,10 +9,10 @@ from typing import Any
 
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.geneval import cli as geneval
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_least, open_for_captions
 
 MEASURES = {
-    "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; of other extractors FD, precision, recall",
+    "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; with other extractors FD, precision, recall",
     "sfid": "sFID alone",
     "is": "Inception Score alone",
     "precision-recall": "improved precision and recall alone",
@@ -48,13 +48,14 @@ def add_commands(commands: Any) -> None:
         parser.add_argument("--out", required=True, help="folder for result.json")
         parser.add_argument("--extractor", help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH")
         parser.add_argument("--inception", metavar="FILE", help="Inception's weights, where they cannot be downloaded")
-        parser.add_argument("--captions", metavar="FILE", help="of clip-score: a line per sample")
+        parser.add_argument("--captions", metavar="FILE", help="for clip-score: a line per sample")
         parser.add_argument("--batch", type=int, default=64, help="images at a time on each rank")
 
 
 def _shapes(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.evaluation.shapes import evaluate
 
+    check_least(arguments, images=1)
     check_guidance(arguments.guidance)
     run = open_for_captions(arguments, arguments.run_dir, "run_dir")
     report = evaluate(
@@ -80,8 +81,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
 
     def opened(world: World) -> Measurement:
-        if arguments.batch < 1:
-            raise ConfigError("--batch", arguments.batch, "at least 1")
+        check_least(arguments, batch=1)
         given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
         measurement = open_measurement(arguments.measure, arguments.samples, device=world.device, **given)
         try:

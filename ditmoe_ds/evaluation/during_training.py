@@ -17,11 +17,11 @@ from ditmoe_ds.training.trainer import Trainer
 
 
 class FrechetDistance:
-    """``fd`` of EMA's samples to held-out data, both decoded by the VAE: what the VAE cannot draw does not count. The samples take
-    the classes or captions of the held-out ones in turn. The ranks share the work. The number of images biases it: compare it only
-    between steps and runs with the same ``train.fd_samples``.
+    """Records ``fd``, of samples by EMA's weights to held-out data. Both are decoded by the VAE, so that its own errors do not count. The
+    samples take the classes or captions of the held-out data in turn. The ranks share the work. The number of images biases it: compare
+    it only between steps and runs with the same ``train.fd_samples``.
 
-    If images cannot be decoded or scored, rank 0 prints it and training continues.
+    If images cannot be decoded or scored, rank 0 says so and training continues.
 
     Raises:
         ConfigError, DataError: the VAE or the extractor cannot be loaded, or there are too few held-out samples.
@@ -51,7 +51,7 @@ class FrechetDistance:
             record["fd"] = frechet_distance(made, self.real)
 
     def _sampled(self, trainer: Trainer) -> Iterator[Tensor]:
-        """Latents of this rank's images. Collective, with as many parts on every rank."""
+        """Latents of this rank's images. Collective: every rank has equally many parts."""
         for items, counted in share_micro_batches(trainer, trainer.plan.recipe.train.fd_samples):
             conditions = trainer.conditioner.of(self._shown(items))
             yield sample_latents(trainer, items, list(conditions))[:counted]
@@ -72,7 +72,7 @@ class FrechetDistance:
             try:
                 images = decode(self.vae, latents, manifest.scaling_factor, manifest.shift_factor)
                 moments.add(self.extractor.features(images)["pool"])
-            except Exception as error:  # memory, for one: the other ranks still need this one for their images
+            except Exception as error:  # out of memory, for one: the others still need this rank to sample theirs
                 failed = f"{type(error).__name__}: {error}"
         found: list[str | None] = [None] * trainer.world.size
         dist.all_gather_object(found, failed)

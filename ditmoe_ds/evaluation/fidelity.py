@@ -27,12 +27,12 @@ from ditmoe_ds.latents.manifest import sha256
 OF_PAIRS = {"precision-recall", "kid", "cmmd"}
 """Measures that need the features of both sets, not only their moments."""
 FEWEST = 4
-"""Fewest images: each needs three others."""
+"""Fewest images: recall and precision need three neighbours of each."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured on what; everything that a user can get wrong has been checked."""
+    """What is measured, and of what. Everything that a user can get wrong has been checked."""
 
     asked: tuple[str, ...]
     samples: Images
@@ -141,14 +141,17 @@ def run(measurement: Measurement, device: torch.device, batch: int = 64) -> dict
 
 
 def result(measurement: Measurement, scores: dict[str, float]) -> dict[str, Any]:
-    """What ``result.json`` says. ``samples`` is how they were made, null where that is not known."""
+    """The content of ``result.json``; its ``samples`` says how they were made, and is null where that is not known."""
     reference: dict[str, Any] | None = None
     if measurement.reference:
-        # of a folder, of all its pictures
-        digest = measurement.real.sha256() if measurement.real else sha256(measurement.reference)
-        number = len(measurement.real) if measurement.real else None
-        reference = dict(path=str(measurement.reference), sha256=digest, number=number, published_statistics=[*measurement.statistics])
-        reference["size"] = measurement.real.shape[:2] if measurement.real else None
+        real = measurement.real
+        reference = dict(
+            path=str(measurement.reference),
+            sha256=real.sha256() if real else sha256(measurement.reference),
+            number=len(real) if real else None,
+            published_statistics=[*measurement.statistics],
+            size=real.shape[:2] if real else None,
+        )
     return {
         **scores,
         "number": len(measurement.samples),
@@ -183,7 +186,7 @@ def _reference(path: Path, asked: tuple[str, ...], extractor: str) -> tuple[Imag
             if len(published[mean]) != width:
                 raise DataError(f"{path}: {mean} has {len(published[mean])} numbers, of Inception it is {width}")
             statistics[kind] = Gaussian(torch.from_numpy(published[mean]), torch.from_numpy(published[covariance]))
-    missing = [measure for measure in asked if measure in ("fd", *kinds) and (measure == "fd" or kinds[measure][0] not in statistics)]
+    missing = [measure for measure in asked if measure == "fd" or (measure in kinds and kinds[measure][0] not in statistics)]
     pairs = [measure for measure in asked if measure in OF_PAIRS]
     if path.is_dir() or MEMBER in npz_members(path):
         return (_enough(open_images(path)) if missing or pairs else None), statistics
@@ -203,7 +206,7 @@ def _captions(path: str | None, count: int) -> list[str]:
     if path is None:
         raise ConfigError("--captions", None, "name a file with a caption per line, in the order of the samples")
     try:
-        lines = Path(path).read_text().removesuffix("\n").split("\n")  # a caption may have other ends of lines, of Unicode
+        lines = Path(path).read_text().removesuffix("\n").split("\n")  # splitlines() would also cut at Unicode's line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--captions", path, f"cannot be read ({error})") from None
     if len(lines) != count:

@@ -55,7 +55,7 @@ class NpzImages:
                 count = min(size, last - start)
                 try:
                     if start == first:
-                        file.seek(self.start + first * each)  # reads all before
+                        file.seek(self.start + first * each)  # in a zip, by reading all that comes before
                     content = file.read(count * each)
                 except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
                     raise DataError(f"{self.path}: damaged after image {start} ({error}); write it again") from None
@@ -110,7 +110,7 @@ class FolderImages:
         self.files = sorted(file for file in below if file.suffix.lower() in SUFFIXES)
         if not self.files:
             raise DataError(f"{path}: no pictures ({', '.join(SUFFIXES)})")
-        self.shape = list(self._read(self.files[0]).shape)
+        self.shape = list(_pixels(self.files[0]).shape)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -120,13 +120,11 @@ class FolderImages:
         with ThreadPoolExecutor(READERS) as readers:
             for start in range(first, last, size):
                 files = self.files[start : min(start + size, last)]
-                images = list(readers.map(self._read, files))
+                images = list(readers.map(_pixels, files))
                 for file, image in zip(files, images, strict=True):
                     if list(image.shape) != self.shape:
-                        fix = "crop all to one size"
-                        raise DataError(
-                            f"{file}: {image.shape[1]} x {image.shape[0]} pixels, the first {self.shape[1]} x {self.shape[0]}; {fix}"
-                        )
+                        pixels, wanted = (f"{columns} x {rows}" for rows, columns, _ in (image.shape, self.shape))
+                        raise DataError(f"{file}: {pixels} pixels, the first {wanted}; crop all to one size")
                 yield np.stack(images)
 
     def sha256(self) -> str:
@@ -136,12 +134,22 @@ class FolderImages:
         """Content of ``samples.json`` in the folder; None without it."""
         return _read_json(self.path / "samples.json")
 
-    def _read(self, file: Path) -> np.ndarray:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                return np.array(rgb(upright(image)))
-        except Exception as error:  # each format's decoder fails in its own ways
-            raise DataError(f"{file}: cannot be read ({in_a_line(error)}); repair or remove it") from None
+
+def _pixels(file: Path) -> np.ndarray:
+    return np.array(open_picture(file))
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture as 8-bit RGB, upright, on white where it is transparent.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return rgb(upright(image))
+    except Exception as error:  # each format's decoder fails in its own ways
+        raise DataError(f"{file}: cannot be read ({in_a_line(error)}); repair or remove it") from None
 
 
 Images = NpzImages | FolderImages
@@ -151,7 +159,7 @@ def open_images(path: str | Path) -> Images:
     """The images of a folder or an npz.
 
     Raises:
-        DataError: there are none; or a run, whose pictures are grids.
+        DataError: there are none; or it is a run, whose pictures are grids.
     """
     path = Path(path)
     if (path / "config.yaml").is_file() and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):

@@ -1,4 +1,4 @@
-"""Scores of features (N, D), computed in float64 and in blocks: no matrix of all pairs. The ranks share the blocks; they are collective."""
+"""Scores of features (N, D), in float64 and block by block, without a matrix of all pairs. Collective: the ranks share the blocks."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def cmmd(a: Tensor, b: Tensor) -> float:
 
 
 def wilson(right: int, count: int) -> list[float]:
-    """The 95 % confidence interval of a share, [low, high] (Wilson's). Of two counts, and not collective."""
+    """Wilson's 95 % confidence interval [low, high] of the share ``right / count``. Not collective."""
     z, share = 1.96, right / count
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     ends = (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)

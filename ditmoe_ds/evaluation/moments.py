@@ -18,7 +18,7 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """Of vectors that come batch by batch: their count, mean, and sum of outer products about it."""
+    """Count, mean and sum of outer products about the mean, of vectors that come batch by batch."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         self.count = 0
@@ -36,7 +36,7 @@ class Moments:
         self.count = count
 
     def gaussian(self) -> Gaussian:
-        """Of all ranks' vectors, at least two, with the unbiased covariance. Collective."""
+        """Mean and unbiased covariance of all ranks' vectors, at least two. Collective."""
         device = self.mean.device
         count = total(torch.tensor(float(self.count), dtype=torch.float64, device=device)).item()
         mean = total(self.mean * (self.count / count))
@@ -48,12 +48,12 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), arXiv 1706.08500; also of singular covariances.
 
-    The trace of the root is the sum of the singular values of A^(1/2) B^(1/2): without the root of a number that is zero but for
-    rounding, which is why it keeps its digits where there are fewer images than features.
+    The trace of the root is computed as the sum of the singular values of A^(1/2) B^(1/2). This takes no root of numbers that are zero but
+    for rounding, and so stays exact where there are fewer images than features.
     """
     root = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root
-    return max(distance.item(), 0.0)  # of equals, rounding may leave less
+    return max(distance.item(), 0.0)  # rounding may leave less than 0 for equal ones
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -47,8 +47,6 @@ def evaluate(
     Raises:
         ConfigError: images of another size, or a model conditioned on classes; and as ``Run.sample``.
     """
-    if images < 1:
-        raise ConfigError("--images", images, "at least 1 of each prompt")
     if find_spec("scipy") is None:
         raise ConfigError("eval", "shapes", "needs package scipy: pip install scipy")
     asked = [scene for scene in prompts(not seen) for _ in range(images)]

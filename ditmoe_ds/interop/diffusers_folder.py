@@ -30,7 +30,7 @@ _SETTINGS |= {"router.balance_alpha", "router.balance_scope", "router.z_alpha"}
 
 
 def layout(config: DiTConfig) -> Layout:
-    """Our names without the parts that DeepSpeed needs."""
+    """In our names, without the parts of them that DeepSpeed's modules add."""
     shorter = {".mlp.deepspeed_moe.gate.": ".mlp.router.", ".mlp.deepspeed_moe.experts.deepspeed_experts.0.": ".mlp.experts."}
     out: Layout = {}
     for name, shape in parameter_shapes(config).items():
@@ -69,10 +69,10 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
     with new_folder(out) as folder:
         (folder / "transformer").mkdir()
         write_shards(folder / "transformer", STEM, disassemble(weights, layout(config), DTYPES[dtype]), shard_bytes)
-        told = {key: value for key, value in asdict(config).items() if key == "router" or key in _SETTINGS}
+        settings = {key: value for key, value in asdict(config).items() if key == "router" or key in _SETTINGS}
         write_json(
             folder / "transformer" / "config.json",
-            dict(_class_name=TRANSFORMER, _step=weights.description["step"], **told, diffusion=asdict(diffusion)),
+            dict(_class_name=TRANSFORMER, _step=weights.description["step"], **settings, diffusion=asdict(diffusion)),
         )
         shutil.copyfile(FILES / "transformer_ditmoe.py", folder / "transformer" / "transformer_ditmoe.py")
         shutil.copyfile(FILES / "pipeline_ditmoe.py", folder / "pipeline_ditmoe.py")
@@ -108,7 +108,7 @@ def diffusers_weights(path: Path) -> Weights:
         vae = str((path / "vae").absolute())
         space = latent_space(vae)
         latents = dict(vae=vae, scaling_factor=space.scaling_factor, shift_factor=space.shift_factor)
-    if "max_tokens" in index:  # of a text encoder that is cut in two there, so that it has to be named
+    if "max_tokens" in index:  # its text encoder and tokenizer are in two folders there: the user has to name one of both
         latents["text"] = dict(encoder=None, max_tokens=index["max_tokens"], sha256=None)
     named = dict(scaling_factor="scaling_factor", shift_factor="shift_factor", class_names="class_names", shape="latent_shape")
     latents |= {ours: index[theirs] for ours, theirs in named.items() if index.get(theirs) is not None}

@@ -1,7 +1,7 @@
 """How another program's tensors make up ours: written once, used to read and to write.
 
-A ``Layout`` gives for each of our parameters the tensors of theirs (key, shape) whose flattened elements, one after the
-other, are the parameter's. Packing experts and fusing gate with up, or q with k and v, are no more than that.
+A ``Layout`` gives for each of our parameters those tensors of theirs (key, shape) whose flattened elements, one after the other,
+are the parameter's. This is all it takes to pack experts and to fuse gate with up, or q with k and v.
 """
 
 import math
@@ -93,7 +93,7 @@ def refuse_settings_without_place(model: DiTConfig, known: set[str], target: str
     """Every setting but the ``known`` ones (dotted) must be at its default, which is what ``target`` assumes.
 
     Raises:
-        CheckpointError: one is not; or the model is told text, which none of the targets is.
+        CheckpointError: one is not; or the model takes text, for which no target has a layout.
     """
     if model.text_width:
         raise CheckpointError(f"{target} has no layout for text to image, nor for EC-DIT")

@@ -42,7 +42,7 @@ _RENAMED_QK_NORM = {".attn.qkv.": ".attn.Wqkv.", ".attn.proj.": ".attn.out_proj.
 
 
 def layout(config: DiTConfig) -> Layout:
-    """Their names: experts one by one, gate and up apart, attention by the qk-norm variant."""
+    """In their names: experts one by one, gate and up apart, attention named by whether it has qk-norm."""
     out: Layout = {}
     for name, shape in parameter_shapes(config).items():
         block, _, rest = name.partition(".mlp.")
@@ -128,7 +128,7 @@ def reference_weights(
         learn_variance=shapes["final_layer.linear.bias"][0] == 2 * in_channels * patch**2,
         router=RouterConfig(balance_alpha=balance_alpha),
     )
-    # ddpm passes its step 0..999 to the embedding: the scale is of no use there
+    # ddpm ignores the scale: it passes its step 0..999 to the embedding
     diffusion = DiffusionConfig(objective, time_scale=time_scale if objective == "rectified_flow" else 1000.0)
     description = dict(name=None, model=asdict(config), diffusion=asdict(diffusion), latents={}, step=0, weights="reference")
     return assemble(theirs, layout(config), description, ignored=("pos_embed",))

@@ -28,8 +28,8 @@ _DENSE = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias"
 
 
 def upcycle(dense: Weights, experts: int, top_k: int, split: int = 1, noise: float = 0.0, seed: int = 0) -> Weights:
-    """Weights of the sparse model, by token choice whatever the family: with expert choice, tokens that no expert takes would get nothing.
-    Nothing is read yet.
+    """Weights of the sparse model; nothing is read yet. It routes by token choice, whatever the dense model's family: with expert choice,
+    tokens that no expert takes would get nothing.
 
     Args:
         dense: of a DiT without experts.

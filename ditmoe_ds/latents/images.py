@@ -18,3 +18,15 @@ def save_grid(images: Sequence[Tensor] | Tensor, path: Path, columns: int, gap: 
         canvas[top : top + len(image), left : left + image.shape[1]] = image
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas.numpy()).save(path)
+
+
+def save_pairs(above: Sequence[Tensor] | Tensor, below: Sequence[Tensor] | Tensor, path: Path, columns: int) -> None:
+    """As ``save_grid``: rows of images of ``above``, under each the row of their counterparts in ``below``."""
+    columns = min(columns, len(above))
+    nothing = torch.full((1, 1, 3), 255, dtype=torch.uint8)
+    tiles: list[Tensor] = []
+    for first in range(0, len(above), columns):
+        for images in (above, below):
+            row = images[first : first + columns]
+            tiles += [*row, *[nothing] * (columns - len(row))]
+    save_grid(tiles, path, columns)

@@ -10,16 +10,17 @@ from data_prep.cli import parser as data_parser
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, submit
+from ditmoe_ds.pipelines.arguments import check_least
 
 
 def add_commands(commands: Any) -> None:
     """Add ``launch`` to ``ditmoe``'s subparsers."""
     kinds = commands.add_parser("launch", help="train on many nodes").add_subparsers(required=True)
 
-    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and comes back by itself")
+    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and continues by itself")
     slurm.set_defaults(command=_slurm)
     _add_recipe(slurm)
-    slurm.add_argument("--nodes", required=True, help="4, or 2-4: as many as there are at each start")
+    slurm.add_argument("--nodes", required=True, help="4, or 2-4: as many of these as are free at each start")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
     slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1")
     slurm.add_argument("--cpus-per-task", type=int)
@@ -72,7 +73,7 @@ def _add_submission(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str | int | None]:
-    """Of sbatch: ours, but those that the user gives come last."""
+    """Options of sbatch: ours, then those of --sbatch, which win."""
     options: dict[str, str | int | None] = {key.replace("_", "-"): value for key, value in own.items()}
     options |= {key: getattr(arguments, key) for key in ("account", "partition", "time")}
     options |= {"cpus-per-task": arguments.cpus_per_task, "gpus-per-node": arguments.gpus_per_node or None}
@@ -80,19 +81,12 @@ def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str |
 
 
 def _pairs(option: str, given: list[str], flags: bool = False) -> dict[str, str]:
-    """By key; ``flags`` may be without a value, which is then ""."""
+    """Settings KEY=VALUE by key; with ``flags``, one may be KEY alone, whose value is ""."""
     pairs = [setting.partition("=") for setting in given]
     for setting, (key, sign, _) in zip(given, pairs, strict=True):
         if not (sign or flags) or not key.replace("-", "_").isidentifier():
             raise ConfigError(option, setting, "write KEY=VALUE")
     return {key: value for key, _, value in pairs}
-
-
-def _check_least(arguments: argparse.Namespace, **least: int) -> None:
-    for name, number in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < number:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {number}")
 
 
 def _python(arguments: argparse.Namespace) -> dict[str, str]:
@@ -103,7 +97,7 @@ def _python(arguments: argparse.Namespace) -> dict[str, str]:
 def _slurm(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.training.plan import read_plan
 
-    _check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
+    check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
     sizes = arguments.nodes.split("-")
     if len(sizes) > 2 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[0]) > int(sizes[-1]):
@@ -140,7 +134,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _slurm_array(arguments: argparse.Namespace) -> int:
     words = arguments.encode[1:] if arguments.encode[:1] == ["--"] else arguments.encode
-    _check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
+    check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
     data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
     folder = Path(arguments.out).absolute()
     options = _options(arguments, array=f"0-{arguments.workers - 1}", output=str(folder / "encode-%A_%a.log"))
@@ -161,7 +155,7 @@ def _hostfile(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.launching.hosts import read_hostfile
 
     slots = read_hostfile(arguments.hostfile)
-    _check_least(arguments, max_restarts=0, min_nodes=1)
+    check_least(arguments, max_restarts=0, min_nodes=1)
     if (arguments.min_nodes or 1) > len(slots):
         raise ConfigError("--min-nodes", arguments.min_nodes, f"the hostfile has {len(slots)}")
     environment = _pairs("--env", arguments.env)
@@ -174,9 +168,9 @@ def _hostfile(arguments: argparse.Namespace) -> int:
         arguments.overrides,
         slots,
         environment,
-        arguments.master_addr,
-        arguments.master_port,
-        arguments.bind_cores,
-        arguments.max_restarts,
-        arguments.min_nodes or len(slots),
+        master_addr=arguments.master_addr,
+        master_port=arguments.master_port,
+        bind_cores=arguments.bind_cores,
+        max_restarts=arguments.max_restarts,
+        min_nodes=arguments.min_nodes or len(slots),
     ).run()

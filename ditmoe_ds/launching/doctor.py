@@ -23,9 +23,9 @@ from ditmoe_ds.launching.problems import Node, Problem, compare, in_words
 FACTS_SECONDS = 60.0
 MEASURE_SECONDS = 2 * RENDEZVOUS + 2 * COLLECTIVES
 LATER_SECONDS = 10.0
-"""Seconds that the others still get once a process has failed to join them: they would wait for it in vain, but may fail likewise."""
+"""Seconds that the others get once a process has failed: they wait for it in vain, but may have a failure of their own to report."""
 LOGINS, LOGIN_SECONDS = 8, 0.5
-"""How many logins start on a host at once, and seconds until the next ones: of more than 10 unfinished logins sshd drops some."""
+"""How many logins start on a host at once, and seconds until the next ones: of more than 10 that are unfinished, sshd drops some."""
 
 _SSH_FIXES = {
     "Could not resolve hostname": "correct its name in the hostfile, or add it to DNS or /etc/hosts",
@@ -81,7 +81,7 @@ def _check_ep(ep: int, world: int) -> None:
 
 
 def ask(slots: dict[str, int], run_dir: str, environment: dict[str, str]) -> tuple[list[Node], list[Problem]]:
-    """What the hosts of a hostfile say of themselves in this environment, all asked at once, and why some say nothing."""
+    """Ask all hosts of a hostfile at once for their facts, in this environment. Returns them, and why some do not answer."""
     nodes = [Node(host, count) for host, count in slots.items()]
     problems = []
     command = _python("facts", run_dir)
@@ -148,7 +148,7 @@ def _srun_nodes() -> list[str]:
 
 
 def _measure(nodes: list[Node], targets: list[Any], address: str, run_dir: str, ep: int) -> list[Problem]:
-    """Start a process on every GPU that training will use (CPU core, where there are no GPUs), and see what they find."""
+    """Start a process for every GPU that training will use (where there are none, for every CPU core), and collect what they find."""
     port = os.environ.get("MASTER_PORT", "29500")
     passed = {key: value for key, value in os.environ.items() if key.startswith(("NCCL_", "GLOO_"))}
     places = []
@@ -179,7 +179,7 @@ def _measure(nodes: list[Node], targets: list[Any], address: str, run_dir: str, 
 
 
 def _take_over(nodes: list[Node], found: dict[str, Any]) -> list[Problem]:
-    """Write into ``nodes`` what rank 0 has gathered, see ``network.measure``; returns what is a problem as it stands."""
+    """Write into ``nodes`` what rank 0 has gathered (see ``network.measure``). Returns the problems that this shows by itself."""
     ranks = {int(rank): host for rank, host in found["ranks"].items()}
     results = {int(rank): result for rank, result in found["results"].items()}
     problems = []
@@ -205,10 +205,10 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 
 def _run(jobs: list[tuple[Any, list[str], dict[str, str]]], seconds: float, later: float) -> list[tuple[int | None, str]]:
-    """Run (host, command, environment) at the same time; ends what is left after ``seconds``, or ``later`` seconds after one fails.
+    """Run jobs (host, command, environment) at the same time. After ``seconds``, or ``later`` after one has failed, the rest is ended.
 
     Returns:
-        (exit code, or None if it was ended; output), by job.
+        Of each job its exit code, or None if it was ended, and its output.
     """
     with contextlib.ExitStack() as stack:
         # files, since a pipe that nobody reads would block its process
@@ -282,7 +282,7 @@ def _report(nodes: list[Node], problems: list[Problem], as_json: bool) -> int:
         print(json.dumps(dict(healthy=healthy, nodes=[asdict(node) for node in nodes], problems=[asdict(one) for one in problems])))
     else:
         print(_table(nodes))
-        alike: dict[Problem, list[str]] = {}  # what is the same on many nodes takes one line
+        alike: dict[Problem, list[str]] = {}  # a problem that many nodes have takes one line
         for problem in sorted(problems, key=lambda one: one.warning):
             alike.setdefault(replace(problem, host=""), []).append(problem.host)
         for problem, hosts in alike.items():

@@ -26,7 +26,7 @@ _MARK = "ditmoe doctor: "
 
 
 def say(what: dict[str, Any]) -> None:
-    """Print ``what`` for the reader of this process's output, into which libraries print too."""
+    """Print ``what`` so that ``heard`` finds it among what libraries print."""
     print(_MARK + json.dumps(what), flush=True)
 
 
@@ -45,7 +45,8 @@ def facts(run_dir: str) -> dict[str, Any]:
     folder = _existing(Path(run_dir).absolute())
     driver = _driver()
     extensions = _extensions()
-    nofile, memlock = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]  # ranks raise the first
+    _, nofile = resource.getrlimit(resource.RLIMIT_NOFILE)  # the hard limit, to which ranks raise theirs
+    memlock, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "deepspeed", "ditmoe_ds")},
@@ -72,7 +73,7 @@ def old_locks() -> list[str]:
 
 
 def _address() -> str:
-    """The first by which another host may reach this one: of IPv4, else of IPv6, not the loopback's, nor one that a link gave itself."""
+    """The first address by which another host may reach this one: IPv4 if there is one, else IPv6; neither loopback nor link-local."""
     entries = [entry for interface in psutil.net_if_addrs().values() for entry in interface]
     texts = [entry.address for family in (socket.AF_INET, socket.AF_INET6) for entry in entries if entry.family == family]
     return next((text for text in texts if not ((it := ip_address(text)).is_loopback or it.is_link_local)), LOOPBACK)

@@ -35,7 +35,7 @@ UNREACHABLE = 255
 
 @dataclass
 class Job:
-    """A recipe on some hosts, from its first start to its last."""
+    """Training a recipe on some hosts, from the first start to the end, restarts included."""
 
     recipe: str
     overrides: list[str]
@@ -101,7 +101,7 @@ class Job:
             command += ["--bind_cores_to_rank"] * self.bind_cores
             command += ["--module", "ditmoe_ds.train", str(recipe), *self.overrides]
             processes[host] = start(host, command, self.environment)
-            pumps.append(threading.Thread(target=_repeat, args=(host, processes[host]), daemon=True))
+            pumps.append(threading.Thread(target=_relay, args=(host, processes[host]), daemon=True))
             pumps[-1].start()
         first: tuple[str, int] | None = None
         limit, asked = float("inf"), False
@@ -113,7 +113,7 @@ class Job:
                 asked = True
                 for process in processes.values():
                     assert process.stdin
-                    process.stdin.close()  # which the other end takes as the wish to end
+                    process.stdin.close()  # by which ``node`` learns that it is to end
             time.sleep(0.1)
         for pump in pumps:
             pump.join(5)
@@ -137,7 +137,7 @@ def survey(slots: dict[str, int], run_dir: Path, environment: dict[str, str]) ->
     return [node for node in nodes if node.host not in faulty], "; ".join(f"host {problem}" for problem in problems)
 
 
-def _repeat(host: str, process: "subprocess.Popen[str]") -> None:
+def _relay(host: str, process: "subprocess.Popen[str]") -> None:
     assert process.stdout
     for line in process.stdout:  # to its end: a host whose output nobody reads stands still
         with contextlib.suppress(OSError):  # whoever read ours has gone

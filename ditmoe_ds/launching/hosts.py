@@ -45,9 +45,10 @@ def read_hostfile(path: str) -> dict[str, int]:
 def start(
     host: str | None, command: list[str], environment: dict[str, str], output: int | IO[Any] = subprocess.PIPE
 ) -> "subprocess.Popen[str]":
-    """Run ``command`` on ``host`` in this folder, with this Python on its path; it runs only as long as standard input stays open.
+    """Run ``command`` on ``host`` in this folder, with this Python on its path, until it ends or its standard input is closed.
 
-    None is this machine, without ssh. ssh never asks for a password; an unreachable host ends with code 255 after at most 15 seconds.
+    A ``host`` of None is this machine, without ssh. ssh never asks for a password; for an unreachable host it ends with code 255 after at
+    most 15 seconds.
     """
     options = ["BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3"]
     there = [sys.executable, "-m", "ditmoe_ds.launching.node"]

@@ -1,4 +1,4 @@
-"""What only a process on every node can find out: ``python -m ditmoe_ds.launching.network HOST RUN_DIR EP``.
+"""What can only be found out by a process on every node: ``python -m ditmoe_ds.launching.network HOST RUN_DIR EP``.
 
 The processes know their places by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as in training. They meet in torch's
 key-value store at rank 0, which tells them what to do and gathers what they found. Every wait has a time limit.
@@ -102,7 +102,7 @@ def _open_store(rank: int, address: str, port: int) -> "Store":
 
 
 def _knock(address: str, port: int) -> None:
-    """Wait until something listens. Where there is no way, a plain socket says so at once; TCPStore tries for the whole time."""
+    """Wait until something listens there. Where there is no route, a plain socket fails at once, TCPStore only after all of the time."""
     deadline = time.monotonic() + RENDEZVOUS
     while True:
         try:
@@ -149,7 +149,7 @@ def _lead(store: "Store", size: int, run_dir: str, ep: int) -> dict[str, Any]:
 
 
 def _gather(store: "Store", what: str, ranks: "range | list[int]", seconds: float) -> dict[int, Any]:
-    """What each rank has put there within ``seconds``, without those that put nothing."""
+    """What each rank has stored under ``what`` within ``seconds``; without those that stored nothing."""
     deadline = time.monotonic() + seconds
     while not store.check([f"{what}/{rank}" for rank in ranks]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -195,7 +195,7 @@ def _take_part(store: "Store", rank: int, plan: dict[str, Any]) -> dict[str, Any
 
 
 def _within(seconds: float, action: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """``action``'s result. It runs in a thread, since time-outs within gloo and NCCL do not cover all that can hang.
+    """The result of ``action``, which runs in a thread, since time-outs within gloo and NCCL do not cover all that can hang.
 
     Raises:
         TimeoutError: it takes longer.

@@ -1,4 +1,4 @@
-"""Finds out what is wrong with nodes from what is known about them."""
+"""What is wrong with nodes, by what is known about them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Problem:
     text: str
     fix: str
     warning: bool = False
-    """It may be right as it is."""
+    """Whether training may work all the same."""
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}. Fix: {self.fix}"
@@ -61,9 +61,8 @@ def compare(nodes: list[Node], min_free_gb: float) -> list[Problem]:
     """All problems that appear from the nodes' facts and from what was measured between them."""
     found: list[Problem] = []
     first = next((node.host for node in nodes if node.facts), "")
-    told = {node.host: node.facts for node in nodes if node.facts}
     for key, (name, fix) in _EQUAL.items():
-        values = {host: in_words(facts[key]) for host, facts in told.items()}
+        values = {node.host: in_words(node.facts[key]) for node in nodes if node.facts}
         for host, value in values.items():
             usual = Counter(values.values()).most_common(1)[0][0]  # the first node's, where none is in the majority
             if value != usual:

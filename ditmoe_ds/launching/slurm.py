@@ -12,12 +12,12 @@ SCRIPTS = Path(ditmoe_ds.__file__).parents[1] / "launchers" / "slurm"
 
 
 def fill_in(script: str, options: dict[str, str | int | None], settings: dict[str, str], arguments: list[str]) -> str:
-    """A script of ours with its options, variables and arguments written into it.
+    """A script of ours with options, variables and arguments written into it.
 
     Args:
-        options: of sbatch, without the dashes; None keeps the script's own, "" is for one without a value.
-        settings: variables that the script reads.
-        arguments: what it would get on its command line.
+        options: of sbatch, by name without dashes. None keeps the script's own; "" is for an option without a value.
+        settings: environment variables that the script reads.
+        arguments: the script's command line.
 
     Raises:
         ConfigError: an option's value that cannot stand on an #SBATCH line.

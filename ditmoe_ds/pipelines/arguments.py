@@ -1,4 +1,4 @@
-"""The part of a command line that opens a run."""
+"""What command lines share: options that open a run, and checks."""
 
 import argparse
 import math
@@ -17,8 +17,8 @@ LONG_PATIENCE = timedelta(days=1)
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add --vae, --text-encoder and --weights."""
-    parser.add_argument("--vae", help="folder or hub id, where the weights name none or it has moved")
-    parser.add_argument("--text-encoder", help="folder or hub id, where the weights name none or it has moved")
+    parser.add_argument("--vae", help="folder or hub id; for weights that name none, or if it has moved")
+    parser.add_argument("--text-encoder", help="folder or hub id; for weights that name none, or if it has moved")
     add_weights(parser)
 
 
@@ -33,14 +33,22 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
 
 
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises ConfigError if an option, named with underscores, is given and smaller than this."""
+    for name, number in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < number:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {number}")
+
+
 def check_guidance(guidance: float) -> None:
     """Raises ConfigError if it is not a finite number."""
     if not math.isfinite(guidance):
         raise ConfigError("--guidance", guidance, "a number; 1 is none")
 
 
-def check_told_nothing(run: "Run", guidance: float) -> None:
-    """Raises ConfigError if the model never saw an image without its condition, and so cannot be guided away from that."""
+def check_can_be_guided(run: "Run", guidance: float) -> None:
+    """Raises ConfigError if the model never trained without its condition, so that guidance has nothing to guide away from."""
     if guidance != 1 and run.diffusion.condition_dropout == 0:
         fix = "this model was trained with diffusion.condition_dropout=0, so without its condition it is untrained; give 1"
         raise ConfigError("--guidance", guidance, fix)
@@ -59,6 +67,6 @@ def open_for_captions(arguments: argparse.Namespace, path: str, key: str) -> "Ru
     classes or cannot be guided."""
     run = open_named(arguments, path)
     if run.model.config.num_classes:
-        raise ConfigError(key, path, "this model is told classes; the benchmark is for captions")
-    check_told_nothing(run, arguments.guidance)
+        raise ConfigError(key, path, "this model takes classes; the benchmark is for captions")
+    check_can_be_guided(run, arguments.guidance)
     return run

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError, some
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_told_nothing, open_named
+from ditmoe_ds.pipelines.arguments import (
+    LONG_PATIENCE,
+    add_memory,
+    add_opening,
+    check_can_be_guided,
+    check_guidance,
+    check_least,
+    open_named,
+)
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
@@ -27,7 +35,7 @@ def add_commands(commands: Any) -> None:
     sample.add_argument("--num", type=int, help="number of images, made by any number of processes; continues or extends a set")
     sample.add_argument("--classes", help="numbers or names, comma-separated; default: 0, with --num all in turn")
     sample.add_argument("--prompt", action="append", help="for a text-to-image model; repeat --prompt for several")
-    sample.add_argument("--prompts", help="file with a prompt a line")
+    sample.add_argument("--prompts", help="file with one prompt per line")
     sample.add_argument("--per-class", type=int, default=8, help="without --num: images (a row) per class or prompt")
     sample.add_argument("--size", metavar="HEIGHTxWIDTH", help="of the images in pixels; default: the most common in training")
     sample.add_argument("--batch", type=int, default=32, help="with --num: images computed together by a GPU; a CPU computes each alone")
@@ -45,13 +53,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    if arguments.per_class < 1:
-        raise ConfigError("--per-class", arguments.per_class, "at least 1")
+    check_least(arguments, per_class=1)
     check_guidance(arguments.guidance)
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
 
-def _make_room(out: str) -> None:
+def _make_parent(out: str) -> None:
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,22 +74,10 @@ def _grid(arguments: argparse.Namespace) -> int:
         raise ConfigError("--num", None, "several processes make many images: say how many")
     if Path(arguments.out).suffix.lower() not in PICTURES:
         raise ConfigError("--out", arguments.out, "a picture, FILE.png; many images, by --num, go into a folder or FILE.npz")
-    _make_room(arguments.out)
+    _make_parent(arguments.out)
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
-    height, width = _size(arguments, run)
-    images = run.sample(
-        asked,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        sampler=arguments.sampler,
-        height=height,
-        width=width,
-        guidance_interval=_interval(arguments),
-        guided_channels=arguments.guided_channels,
-        weak_transformer=weak and weak.model,
-    )
+    images = run.sample(asked, guidance=arguments.guidance, **_options(arguments, run, weak))
     save_grid(images, Path(arguments.out), columns=arguments.per_class)
     print(f"{len(asked)} images{of_step(run.step)} in {arguments.out}")
     return 0
@@ -98,9 +93,8 @@ def _many(arguments: argparse.Namespace) -> int:
         target = Target(Path(arguments.out))
         if target.out.suffix.lower() in PICTURES:
             raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
-        _make_room(arguments.out)
-        if arguments.num < 1 or arguments.batch < 1:
-            raise ConfigError("--num, --batch", [arguments.num, arguments.batch], "at least 1")
+        _make_parent(arguments.out)
+        check_least(arguments, num=1, batch=1)
         for path in filter(None, (arguments.run_dir, arguments.autoguidance)):
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)
             check_expert_parallel(arguments.expert_parallel, experts, world.size, key="--expert-parallel")
@@ -119,7 +113,6 @@ def _many(arguments: argparse.Namespace) -> int:
         agreed(lambda: check(world))
         group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
         run, weak, asked = agreed(lambda: prepare(group))
-        height, width = _size(arguments, run)
         settings = decided(lambda: _describe(arguments, run, weak, asked))
         sample_many(
             run,
@@ -129,15 +122,8 @@ def _many(arguments: argparse.Namespace) -> int:
             arguments.num,
             arguments.batch,
             settings,
-            seed=arguments.seed,
-            sampler=arguments.sampler,
-            steps=arguments.steps,
-            height=height,
-            width=width,
             guidance_scale=arguments.guidance,
-            guidance_interval=_interval(arguments),
-            guided_channels=arguments.guided_channels,
-            weak_transformer=weak and weak.model,
+            **_options(arguments, run, weak),
         )
         if world.rank == 0:
             print(f"{arguments.num} images{of_step(run.step)} in {arguments.out}")
@@ -166,7 +152,7 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
         if difference := next(iter(differences), None) or differently_encoded(run.latents, weak.latents):
             raise ConfigError("--autoguidance", arguments.autoguidance, f"its model was trained otherwise; {difference}")
     if not weak:
-        check_told_nothing(run, arguments.guidance)
+        check_can_be_guided(run, arguments.guidance)
     channels = run.model.config.in_channels
     if arguments.guided_channels is not None and not 1 <= arguments.guided_channels <= channels:
         raise ConfigError("--guided-channels", arguments.guided_channels, f"the latents have {channels}")
@@ -176,14 +162,31 @@ def _open(arguments: argparse.Namespace, group: ExpertGroup | None = None) -> tu
     return run, weak
 
 
+def _options(arguments: argparse.Namespace, run: Run, weak: Run | None) -> dict[str, Any]:
+    """Arguments of ``Run.sample`` and ``sample_many``."""
+    height, width = _size(arguments, run)
+    return dict(
+        height=height,
+        width=width,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        guidance_interval=_interval(arguments),
+        guided_channels=arguments.guided_channels,
+        weak_transformer=weak and weak.model,
+    )
+
+
 def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[Any]:
-    """Classes or prompts, as the model is told."""
+    """The classes or prompts to sample, whichever the model takes."""
     classes = run.model.config.num_classes
-    if not classes and arguments.classes is None:
+    if not classes:
+        if arguments.classes is not None:
+            raise ConfigError("--classes", arguments.classes, "this model takes prompts: --prompt")
         return _prompts(arguments)
-    if arguments.prompt or arguments.prompts or not classes:
-        given = "--classes" if not classes else "--prompt"
-        raise ConfigError(given, getattr(arguments, given[2:]), f"this model is told {'--classes' if classes else '--prompt'}")
+    for option in ("prompt", "prompts"):
+        if given := getattr(arguments, option):
+            raise ConfigError(f"--{option}", given, "this model takes classes: --classes")
     names = run.latents.get("class_names") or []
     asked = default if arguments.classes is None else [_class(part.strip(), names) for part in arguments.classes.split(",")]
     if wrong := [label for label in asked if not 0 <= label < classes]:
@@ -191,15 +194,15 @@ def _asked(arguments: argparse.Namespace, run: Run, default: list[int]) -> list[
     return asked
 
 
-def _class(told: str, names: list[str]) -> int:
-    """The number of a class, which is given by it or by name."""
+def _class(given: str, names: list[str]) -> int:
+    """The number of a class that is given by number or by name."""
     try:
-        return int(told)
+        return int(given)
     except ValueError:
-        if told in names:
-            return names.index(told)
+        if given in names:
+            return names.index(given)
         known = f"or names: {some(names)}" if names else "for example 0,1,2; these weights know no names"
-        raise ConfigError("--classes", told, f"write numbers with commas, {known}") from None
+        raise ConfigError("--classes", given, f"write numbers with commas, {known}") from None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -210,12 +213,10 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("--prompts", arguments.prompts, f"not a readable text file ({error})") from None
     if "" in lines:
-        raise ConfigError(
-            "--prompts", arguments.prompts, f"line {lines.index('') + 1} is empty; every line is a prompt, the caption of an image"
-        )
+        raise ConfigError("--prompts", arguments.prompts, f"line {lines.index('') + 1} is empty; every line must be a prompt")
     found = [*(arguments.prompt or []), *lines]
     if not found:
-        raise ConfigError("--prompt", None, "this model is told --prompt, or --prompts FILE")
+        raise ConfigError("--prompt", None, "this model takes prompts: --prompt, or --prompts FILE")
     return found
 
 
@@ -246,7 +247,10 @@ def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: 
     from ditmoe_ds.diffusion.sampling import SCHEDULERS
     from ditmoe_ds.pipelines.run import versions
 
-    told = dict(classes=asked) if run.model.config.num_classes else dict(prompts=len(asked), prompts_sha256=_sha256("\n".join(asked)))
+    if run.model.config.num_classes:
+        conditions: dict[str, Any] = dict(classes=asked)
+    else:
+        conditions = dict(prompts=len(asked), prompts_sha256=hashlib.sha256("\n".join(asked).encode()).hexdigest())
     return dict(
         format="ditmoe-samples/1",
         num=arguments.num,
@@ -260,14 +264,10 @@ def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: 
         autoguidance=weak and weak.identity(arguments.autoguidance),
         seed=arguments.seed,
         size=arguments.size and _size(arguments, run),
-        **told,
+        **conditions,
         vae=run.latents["vae"],
         text_encoder=run.latents.get("text", {}).get("encoder"),
         dtype=arguments.dtype,
         expert_parallel=arguments.expert_parallel,
         device=run.device.type,
     )
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

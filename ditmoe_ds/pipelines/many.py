@@ -26,13 +26,13 @@ from tqdm import tqdm
 from ditmoe_ds.diffusion.sampling import Sampler
 from ditmoe_ds.distributed.topology import World, decided
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png, told
+from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, read_description, save_png
 from ditmoe_ds.pipelines.run import Run
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the images go: a folder, or FILE.npz, which is made of such a folder at the end."""
+    """Where the images go: a folder, or FILE.npz, into which such a folder is packed at the end."""
 
     out: Path
 
@@ -54,7 +54,7 @@ class Target:
         return self.folder / f"{number:06d}.png"
 
     def begin(self, settings: dict[str, Any], count: int) -> list[int]:
-        """Write the description, or compare with the one that is there, to which images may be added until an npz is packed.
+        """Write the description or, if there is one, compare with it. Images may be added to a set unless it is a finished npz.
 
         Returns:
             The numbers of the images that are missing.
@@ -63,12 +63,13 @@ class Target:
             ConfigError: something else is there, or images of other settings.
         """
         packed = self.npz and self.out.is_file()
-        if packed and self.description.is_file() and (number := (told(self.description) or {}).get("num", count)) < count:
+        noted = read_description(self.description) if packed and self.description.is_file() else None
+        if noted and (number := noted.get("num", count)) < count:
             fix = f"{self.out} has {number} images, and a finished npz is not extended (a folder is); choose another --out"
             raise ConfigError("--num", count, fix)
         describe(self.description, settings, "--out", self.out, self.folder, grows="" if packed else "num")
         if packed:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed at its end
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a process that was killed before it removed them
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
         return [number for number in range(count) if not self.image(number).is_file()]
@@ -96,7 +97,7 @@ class Behind:
 
     def __init__(self, run: Run):
         self.run = run
-        self.thread = ThreadPoolExecutor(1, initializer=self._settle, initargs=(torch.get_num_threads(),))
+        self.thread = ThreadPoolExecutor(1, initializer=self._start_thread, initargs=(torch.get_num_threads(),))
         self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         self.last: Future[None] | None = None
 
@@ -107,8 +108,8 @@ class Behind:
             self.stream.wait_stream(torch.cuda.current_stream(self.run.device))
         self.last = self.thread.submit(self._finish, latents, paths)
 
-    def _settle(self, threads: int) -> None:
-        """A new thread has as many as there are cores, and the first GPU, where every rank of a host would take memory."""
+    def _start_thread(self, threads: int) -> None:
+        """A new thread would compute with as many threads as there are cores, and take memory on the first GPU, as all ranks of a host."""
         torch.set_num_threads(threads)
         if self.stream:
             torch.cuda.set_device(self.run.device)

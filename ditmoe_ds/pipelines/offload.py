@@ -9,8 +9,8 @@ from ditmoe_ds.moe.experts import PackedExperts
 def keep_experts_on_the_host(model: nn.Module, device: torch.device) -> None:
     """Copy each layer's experts, which lie in host memory, to ``device`` when the layer runs, and let the copy go after it.
 
-    The device holds the experts of one layer at a time. From page-locked memory, as of ``empty_on_host``, the copy runs beside the host's
-    work, not beside the device's.
+    The device holds the experts of one layer at a time. From page-locked memory (see ``empty_on_host``) the host does not wait for the
+    copy; the device does, before it computes the layer.
     """
     for module in model.modules():
         if isinstance(module, PackedExperts):

@@ -1,4 +1,4 @@
-"""Sets of images that several processes make in parts, and that can be continued: a part gets its name when it is complete."""
+"""Files of image sets that several processes make and that can be continued: each gets its name only once it is complete."""
 
 import json
 import os
@@ -11,23 +11,23 @@ from torch import Tensor
 from ditmoe_ds.errors import ConfigError
 
 DESCRIPTION = "samples.json"
-"""In a folder of images: what they are."""
+"""The file in a folder of images that says how they were made."""
 
 
 def describe(note: Path, settings: dict[str, Any], key: str, *places: Path, grows: str = "") -> None:
-    """Write into the file ``note`` how the images at ``places`` are made; if it exists, compare.
+    """Write into the file ``note`` how the images at ``places`` are made; if it exists, compare with it.
 
     Args:
-        settings: ``checkpoint`` among them, the path of the weights, is not compared: their sha256 is.
-        key: what the user calls the first of ``places``.
-        grows: a number among the settings that may be larger than before; the note then says so.
+        settings: compared without ``checkpoint``, the path of the weights, since their sha256 is among them.
+        key: the option by which the user named the first of ``places``.
+        grows: name of a number among the settings that may be larger than noted; the note is then updated.
 
     Raises:
         ConfigError: something else is there, or images of other settings.
     """
     settings = json.loads(json.dumps(settings))
     if note.is_file():
-        found = told(note)
+        found = read_description(note)
         if found is None:
             raise ConfigError(key, str(places[0]), f"{note} does not say what is there; choose another")
         more = grows in settings and isinstance(found.get(grows), int) and found[grows] < settings[grows]
@@ -45,8 +45,8 @@ def describe(note: Path, settings: dict[str, Any], key: str, *places: Path, grow
         write(note, json.dumps(settings, indent=1) + "\n")
 
 
-def told(note: Path) -> dict[str, Any] | None:
-    """What ``note`` says; None if it is no description."""
+def read_description(note: Path) -> dict[str, Any] | None:
+    """The settings in ``note``; None if it is no JSON object."""
     try:
         found = json.loads(note.read_text())
     except ValueError:
@@ -55,7 +55,7 @@ def told(note: Path) -> dict[str, Any] | None:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted keys, without the paths."""
+    """By dotted keys, without ``checkpoint``."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if key != "checkpoint":

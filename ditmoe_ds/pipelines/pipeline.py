@@ -128,8 +128,8 @@ class _Pipeline(DiffusionPipeline):
 
     def _condition(self, asked: Sequence[Any], device: torch.device) -> Condition:
         """Arguments of the model for B things asked for, and for B times nothing, as ``guided`` takes them."""
-        told = self.conditioner
-        return told.unpack(told.pack([*asked, *[told.null] * len(asked)]), device)
+        conditioner = self.conditioner
+        return conditioner.unpack(conditioner.pack([*asked, *[conditioner.null] * len(asked)]), device)
 
     @torch.no_grad()
     def decoded(self, z: Tensor, output_type: str) -> Any:

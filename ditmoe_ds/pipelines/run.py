@@ -69,7 +69,7 @@ class Run:
 
     def identity(self, path: str | Path) -> dict[str, Any]:
         """Which model this is, opened from ``path``: for the description of images. Reads all weights, the VAE's and encoder's too."""
-        told, text, vae = self.weights.description, self.latents.get("text"), self.latents.get("vae")
+        opened, text, vae = self.weights.description, self.latents.get("text"), self.latents.get("vae")
         latents = {key: self.latents.get(key) for key in ("scaling_factor", "shift_factor")}
         latents |= dict(shape=list(self.shape), vae_sha256=vae and weights_sha256(vae))
         if text:
@@ -77,10 +77,10 @@ class Run:
         return dict(
             checkpoint=str(Path(path).absolute()),
             step=self.step,
-            weights=told["weights"],
+            weights=opened["weights"],
             weights_sha256=self.weights.sha256(),
-            model=told["model"],
-            diffusion=told["diffusion"],
+            model=opened["model"],
+            diffusion=opened["diffusion"],
             latents=latents,
         )
 
@@ -101,7 +101,7 @@ class Run:
         if "vae" not in self.latents:
             raise ConfigError("--vae", None, "these weights do not say which VAE makes images of their latents; name a folder or hub id")
         decoder_space(self.latents["vae"], self.model.config.in_channels)
-        told = self.conditioner
+        conditioner = self.conditioner
         parts: dict[str, Any] = dict(
             transformer=DiTMoETransformer.of(self.model, self.diffusion),
             scheduler=make_scheduler(self.diffusion),
@@ -110,10 +110,12 @@ class Run:
             shift_factor=self.latents.get("shift_factor"),
             latent_shape=self.shape,
         )
-        if isinstance(told, Captions):
-            encoder = told.encoder
-            parts |= dict(text_encoder=encoder.model, tokenizer=encoder.tokenizer, max_tokens=encoder.max_tokens)
-        pipe = ECDiTPipeline(**parts) if isinstance(told, Captions) else DiTMoEPipeline(**parts)
+        pipe: DiTMoEPipeline | ECDiTPipeline
+        if isinstance(conditioner, Captions):
+            encoder = conditioner.encoder
+            pipe = ECDiTPipeline(**parts, text_encoder=encoder.model, tokenizer=encoder.tokenizer, max_tokens=encoder.max_tokens)
+        else:
+            pipe = DiTMoEPipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -1,4 +1,4 @@
-"""What a rank's forward keeps for its backward, tensor by tensor, as ``models.dit`` and ``moe`` compute it with fused attention."""
+"""What a rank's forward keeps for its backward, tensor by tensor, of the computation in ``models.dit`` and ``moe`` with fused attention."""
 
 from dataclasses import dataclass, field
 
@@ -20,16 +20,16 @@ class MicroBatch:
     size: int
     """Bytes of an activation's element: 2 in bf16, 4 in fp32."""
     cuda: bool = True
-    """Whether a GPU multiplies the rows of all experts at once, where it can."""
+    """Whether it is a GPU, which multiplies the rows of all experts at once."""
     tensor: int = 1
-    """Ranks that share heads and hidden units, by tensor parallelism; inputs and outputs of these are whole on each."""
+    """Ranks that divide heads and hidden units by tensor parallelism; each has their inputs and outputs whole."""
 
     @property
     def tokens(self) -> int:
         return self.images * self.patches
 
     def rows(self, layer: int) -> int:
-        """Takings of this rank's tokens in a layer with experts; with an even load its experts process equally many."""
+        """Takings (one expert, one token) of this rank's tokens in a layer with experts. Evenly loaded, its experts process as many."""
         model, capacity = self.model, self.model.capacity(layer)
         if model.routing == "expert":
             pools, pool = (1, self.tokens) if model.router.pool == "microbatch" else (self.images, self.patches)
@@ -44,13 +44,13 @@ class Activations:
     """Bytes on one rank."""
 
     kept: float
-    """Kept from forward to backward."""
+    """From forward to backward."""
     recomputed: float
-    """Kept of the block that backward computes again; 0 if none is."""
+    """What the one block that backward is computing again keeps; 0 without recomputation."""
     working: float
-    """Gradients and temporaries beside them, at the most."""
+    """The most that backward's gradients and temporaries take beside these."""
     exchange: float
-    """Of that, what the all-to-all sends and receives."""
+    """The part of ``working`` that the all-to-all sends and receives."""
     parts: dict[str, float] = field(default_factory=dict)
     """``kept`` and ``recomputed`` by part of the network."""
 
@@ -60,7 +60,7 @@ class Activations:
 
 
 def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
-    """Of one micro-batch; of what is recomputed only the input is kept, and one block's at a time is whole."""
+    """Of one micro-batch. Of what is recomputed only each block's input is kept, and one block at a time is whole again."""
     model = batch.model
     layers = [block(batch, layer) for layer in range(model.depth)]
     outside = _outside(batch)
@@ -84,7 +84,7 @@ def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
 
 
 def block(batch: MicroBatch, layer: int) -> dict[str, float]:
-    """Bytes that one block keeps, by part. Counted per token and per image in elements of ``size`` bytes, and in bytes where fp32."""
+    """Bytes that one block keeps, by part: terms with ``size`` are in the activations' dtype, plain numbers of bytes are fp32."""
     model, size, tensor = batch.model, batch.size, batch.tensor
     D, head = model.hidden, model.hidden // model.heads
     kv = head * (model.kv_heads or model.heads)

@@ -1,4 +1,4 @@
-"""``ditmoe plan``: what a recipe needs on a cluster, and how it is best spread."""
+"""``ditmoe plan``: what a recipe needs on a cluster, and the best way to spread it."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from ditmoe_ds.distributed.hardware import find
 from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.pipelines.arguments import check_least
 
 HARDWARE = dict(
     gpu_tflops="TFLOP/s, dense bf16",
@@ -32,8 +33,8 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")
     for name, unit in HARDWARE.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the row's")
-    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="of the search; gpus: the fewest that do")
-    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's where they are here, else 256")
+    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="what the search minimises")
+    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's if they are on this machine, else 256")
     plan.add_argument("--text-tokens", type=int, help="of a caption, for models with text; default: the data's, else 77")
     for assumed in fields(Assumptions):
         plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumed; see docs/scaling.md")
@@ -49,15 +50,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.planning.report import as_comment, as_json, as_text
     from ditmoe_ds.planning.search import search
 
-    for option in ("nodes", "gpus_per_node", "text_tokens"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')}", value, "must be at least 1")
+    check_least(arguments, nodes=1, gpus_per_node=1, text_tokens=1)
     shares = {assumed.name: getattr(arguments, assumed.name) for assumed in fields(Assumptions)}
     for name, share in shares.items():
-        if not 0 <= share <= 1 or (name in ("mfu", "link") and not share) or (name == "margin" and share == 1):
-            end = dict(mfu="above 0 and at most 1", link="above 0 and at most 1", margin="from 0 to below 1").get(name, "from 0 to 1")
-            raise ConfigError(f"--{name}", share, f"is a share, {end}")
+        if name in ("mfu", "link"):  # divisors
+            valid, wanted = 0 < share <= 1, "above 0 and at most 1"
+        elif name == "margin":
+            valid, wanted = 0 <= share < 1, "from 0 to below 1"
+        else:
+            valid, wanted = 0 <= share <= 1, "from 0 to 1"
+        if not valid:
+            raise ConfigError(f"--{name}", share, f"is a share, {wanted}")
     own = {name: getattr(arguments, name) for name in HARDWARE if getattr(arguments, name) is not None}
     for name, value in own.items():
         if not 0 < value < math.inf:
@@ -65,9 +68,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     gpu = replace(find(arguments.gpu), **{name.removeprefix("gpu_"): value for name, value in own.items()})
     cluster = Cluster(gpu, arguments.nodes, arguments.gpus_per_node)
     recipe, job = read_job([arguments.recipe, *arguments.overrides], arguments.image_size, arguments.text_tokens)
-    known = stages(recipe.parallel)
-    plan = Plan(job, cluster, own_shape(recipe, job, cluster, known), Assumptions(**shares))
-    plans = search(job, cluster, known.values(), plan.assumptions, arguments.objective)
+    plan = Plan(job, cluster, own_shape(recipe, job, cluster), Assumptions(**shares))
+    plans = search(job, cluster, stages(recipe.parallel), plan.assumptions, arguments.objective)
     if arguments.json:
         print(json.dumps(as_json(plan, plans, arguments.objective), indent=1))
     elif arguments.comment:

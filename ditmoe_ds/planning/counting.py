@@ -1,4 +1,4 @@
-"""Counts what this process allocates and sends, with real tensors or with meta tensors, of which nothing is computed."""
+"""Counts what this process allocates and sends, with real tensors, or with meta tensors, on which nothing is computed."""
 
 import weakref
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ SENDS = {
     "broadcast_": ("gather", 1),
     "alltoall_base_": ("exchange", 1),
 }
-"""Operators of a process group, what they are for here, and how often a ring sends all but a rank's part of the tensor."""
+"""A process group's operators: what each is for here, and how many times a rank sends all but its part of the tensor, in a ring."""
 
 GATHERED = "ZeRO-3 live layers"
 
@@ -70,7 +70,7 @@ class Count(TorchDispatchMode):
                 self.live[kind] += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_view(func):  # first, since DeepSpeed cuts every tensor into as many as there are ranks
+        if is_view(func):  # asked first: most calls, as DeepSpeed cuts tensors into a view for each rank
             return func(*args, **(kwargs or {}))
         out = self.run(func, args, kwargs or {})
         if func.namespace == "c10d":
@@ -129,9 +129,9 @@ class Count(TorchDispatchMode):
 
 
 class CountOnMeta(Count):
-    """As ``Count``, but every tensor becomes a meta tensor, whatever device is asked for; those asked for on meta are not counted.
+    """As ``Count``, but every tensor is made on meta, whatever device is asked for. Those for which meta is asked are not counted.
 
-    What Python asks a tensor for is False, 0 or 1.0: no overflow, a finite norm. Python's own numbers, as tensors, stay real.
+    Values that Python reads (``item()``) are False, 0 or 1.0: no overflow, a finite norm. Tensors made of Python's numbers stay real.
     """
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -141,14 +141,14 @@ class CountOnMeta(Count):
         if on_meta and func is aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 0
         if on_meta and func is aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype and "device" in kwargs:
-            return aten.alias(args[0])  # it is there
+            return aten.alias(args[0])  # it is there already
         if creates(func) or (on_meta and kwargs.get("device") is not None):
             kwargs = kwargs | dict(device=torch.device("meta"))
         return func(*args, **kwargs)
 
 
 def asks_for_meta(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator that is given no meta tensor is to make one; autograd names the device of what it converts back to a dtype."""
+    """Whether the caller asks for a meta tensor. Not so autograd, which names the device when it converts a gradient's dtype."""
     return kwargs.get("device") == torch.device("meta") and not (func is aten._to_copy.default and args[0].is_meta)
 
 

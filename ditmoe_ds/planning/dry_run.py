@@ -1,7 +1,7 @@
-"""``ditmoe train RECIPE dry_run=8x8``: what one rank would allocate and send in a step, counted where the plan computes it.
+"""``ditmoe train RECIPE dry_run=8x8``: what one rank would allocate and send in a step, counted where a plan computes it.
 
-The real model and DeepSpeed's real engine run on tensors without memory, in one process, on any machine. The load of the experts
-is even. Not counted, as in a plan: what kernels and NCCL take for themselves, and fragmentation; ``Assumptions.margin`` stands for them.
+The real model and DeepSpeed's real engine run on tensors without memory, in one process, on any machine. Experts are evenly loaded.
+As in a plan, kernels' workspaces, NCCL's buffers and fragmentation are not counted; ``Assumptions.margin`` is for them.
 """
 
 import gc
@@ -21,7 +21,7 @@ from ditmoe_ds.planning.counting import GATHERED, Count, CountOnMeta
 from ditmoe_ds.planning.fake_world import balance, fake_world
 from ditmoe_ds.planning.job import Cluster
 from ditmoe_ds.planning.plan import Plan
-from ditmoe_ds.planning.recipe import own_shape, read_job, stages
+from ditmoe_ds.planning.recipe import own_shape, read_job
 from ditmoe_ds.planning.rehearsal import Rehearsal
 from ditmoe_ds.planning.report import overrides
 
@@ -51,13 +51,14 @@ def dry_run(where: str, arguments: list[str]) -> None:
     """
     cluster, image_size = cluster_of(where)
     recipe, job = read_job(arguments, image_size, None)
-    plan = Plan(job, cluster, own_shape(recipe, job, cluster, stages(recipe.parallel)))
+    plan = Plan(job, cluster, own_shape(recipe, job, cluster))
     require_tensor_parallel(recipe.parallel.tensor)
     count = CountOnMeta(cluster.per_node)
 
-    torch.set_num_threads(max(job.model.experts, 1))  # on a CPU this many experts are computed at a time, on a GPU all
-    # At stages 1 and 2 a rank that keeps most gradients; of these the last, which owns the last weights and allots first, beside all
-    # activations. At stage 3 the ranks are alike, and compare notes with rank 0, which here only rank 0 can.
+    torch.set_num_threads(max(job.model.experts, 1))  # a CPU computes so many experts at a time; a GPU, all of them
+    # At stages 1 and 2 the ranks differ in the gradients they keep: take one that keeps most, and of several the last, which owns the last
+    # weights and so allocates its part while all activations are still there. At stage 3 they are alike, but each compares its trace
+    # with rank 0's, which nobody sends here.
     rank = 0
     if plan.shape.stage in (1, 2):
         rank = max(range(plan.groups), key=lambda group: (plan.gradients[group], group)) * plan.shape.tensor

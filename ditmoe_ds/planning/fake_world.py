@@ -29,16 +29,16 @@ class _OnMeta(CPU_Accelerator):
 
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
-    """Within this context the process is one of ``size`` ranks; only once in a process, since DeepSpeed keeps its groups.
+    """Within this context the process is one of ``size`` ranks. Once in a process only, since DeepSpeed keeps its groups.
 
-    Meta tensors take the paths of a GPU's: fused attention, the fused optimizer, all experts at once.
+    Meta tensors are treated as a GPU's would be: fused attention, the fused optimizer, all experts at once.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     set_accelerator(_OnMeta())
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=size)
     kernels = torch.library.Library("aten", "IMPL")
     kernels.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
-    with patch("torch.optim.adam._device_dtype_check_for_fused"):  # it has a kernel for meta tensors, but does not list them
+    with patch("torch.optim.adam._device_dtype_check_for_fused"):  # it runs on meta tensors, but torch does not list them
         yield
     kernels._destroy()
     dist.destroy_process_group()
@@ -55,13 +55,13 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Not the plain products that torch takes for a device of which it knows nothing."""
+    """In place of the plain matrix products that torch uses on a device without a fused kernel."""
     mask = None if attn_mask is None else torch.empty_like(attn_mask, dtype=q.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
 
 
 def balance(model: nn.Module) -> None:
-    """Give every expert as many tokens as the others: without a capacity, how many each has depends on values."""
+    """Give all experts equally many tokens where no capacity does: how many each gets would depend on values, which are not there."""
 
     def even(router: Router, args: Any, out: tuple[Assignment, LayerStats]) -> tuple[Assignment, LayerStats]:
         assignment, stats = out

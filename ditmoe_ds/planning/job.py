@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ class Job:
     """Patches of an image that the network sees."""
     text: int
     """Tokens of a caption; 0 for models without."""
-    precision: str
+    precision: Literal["bf16", "fp32"]
     global_batch: int
     steps: int
     averages: int
@@ -46,11 +47,11 @@ class Assumptions:
     """What a plan cannot know. Every one is an option of ``ditmoe plan``."""
 
     mfu: float = 0.4
-    """Share of the GPU's peak that the arithmetic alone reaches, without waiting for anyone."""
+    """Share of the GPU's peak that the arithmetic reaches, waiting aside."""
     overlap: float = 0.8
-    """Share of the arithmetic's time beside which ZeRO's traffic can run; the exchange of tokens, and their sums, are counted whole."""
+    """Share of the arithmetic's time that can hide ZeRO's traffic; nothing hides the exchange of tokens, nor their sums."""
     link: float = 0.7
-    """Share of a link's line rate, and of the memory's, that is reached."""
+    """Share of their nominal rates that links and the GPU's memory reach."""
     margin: float = 0.1
     """Share of the GPU's memory left for the CUDA context, NCCL's buffers, kernels' workspaces and fragmentation."""
 
@@ -68,27 +69,27 @@ class Shape:
     persistent: int = 0
     """Weights of fewer elements stay whole at stage 3."""
     tensor: int = 1
-    """Tensor-parallel size: consecutive ranks that share every layer and see the same images."""
+    """Tensor-parallel size: so many consecutive ranks divide every layer among them and see the same images."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Numbers of elements of the weights, on a rank of a tensor-parallel group."""
+    """How many elements the weights have on a rank of a tensor-parallel group. Dense are all weights but those of experts."""
 
     dense: int
-    """Of all weights but those of experts."""
+    """In all dense weights."""
     experts: int
-    """Of all experts' weights."""
+    """In the weights of all experts."""
     dense_layer: int
-    """Of the largest layer's weights but those of its experts."""
+    """In the dense weights of the largest layer."""
     expert_layer: int
-    """Of the experts' weights of the largest layer."""
+    """In the experts of the largest layer."""
     largest: tuple[int, int]
-    """Of the largest layer: of its largest dense tensor, and of its largest tensor of experts."""
+    """In the largest layer's largest dense tensor and largest tensor of experts."""
     dense_tensors: tuple[int, ...]
-    """Of each dense tensor, those outside the layers included, in the model's order."""
+    """In each dense tensor, inside and outside the layers, in the model's order."""
     expert_tensors: tuple[int, ...]
-    """Of each tensor of experts, in the model's order."""
+    """In each tensor of experts, in the model's order."""
 
 
 @lru_cache
@@ -108,11 +109,11 @@ def layers(model: DiTConfig, tensor: int = 1) -> Layers:
         return [size for is_expert, size in block if is_expert == experts]
 
     return Layers(
-        sum(of(everything, False)),
-        sum(of(everything, True)),
-        sum(of(largest, False)),
-        sum(of(largest, True)),
-        (max(of(largest, False)), max(of(largest, True), default=0)),
-        tuple(of(everything, False)),
-        tuple(of(everything, True)),
+        dense=sum(of(everything, False)),
+        experts=sum(of(everything, True)),
+        dense_layer=sum(of(largest, False)),
+        expert_layer=sum(of(largest, True)),
+        largest=(max(of(largest, False)), max(of(largest, True), default=0)),
+        dense_tensors=tuple(of(everything, False)),
+        expert_tensors=tuple(of(everything, True)),
     )

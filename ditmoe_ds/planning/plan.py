@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from ditmoe_ds.distributed.memory import EXPERT_GROUP, Memory, touched, training_memory
 from ditmoe_ds.models.sizes import expert_macs, macs, recomputed_macs, uncut_macs
@@ -16,7 +15,7 @@ ZERO3_HOOKS = 0.015
 
 @dataclass(frozen=True)
 class Plan:
-    """Computed on demand, so that a search asks only for what it needs."""
+    """Its numbers are computed on demand, since a search asks for few of them."""
 
     job: Job
     cluster: Cluster
@@ -26,7 +25,8 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """Number of tensor-parallel groups, each with its own images: that many ranks share the state of a weight, or of a part of it."""
+        """Number of tensor-parallel groups. Each has its own images, and over so many ranks ZeRO shards the state of a weight, or of a
+        tensor-parallel part of it."""
         return self.cluster.world // self.shape.tensor
 
     @property
@@ -49,18 +49,17 @@ class Plan:
     @cached_property
     def _state(self) -> Memory:
         found, shape = self._layers, self.shape
-        precision: Any = self.job.precision
         return training_memory(
             found.dense,
             found.experts,
             shape.stage,
             shape.ep,
             self.groups,
-            precision,
-            self.job.averages,
-            self.accumulation,
-            shape.bucket,
-            max(self.gradients) if shape.stage in (1, 2) else None,
+            self.job.precision,
+            averages=self.job.averages,
+            accumulation=self.accumulation,
+            bucket=shape.bucket,
+            whole=max(self.gradients) if shape.stage in (1, 2) else None,
         )
 
     @cached_property
@@ -77,9 +76,9 @@ class Plan:
         state, acts = self._state, self.activations
         everything = acts.kept + acts.recomputed
         moments = [("in the optimizer's step", state.step, 0.0, 0.0)]
-        if self.shape.stage:  # the rank that owns the last weights allots its part of the gradients as backward begins
+        if self.shape.stage:  # the rank that owns the last weights allocates its part of the gradients as backward begins
             moments.append(("in backward", state.backward, everything, acts.working))
-        else:  # gradients, as large as the weights, come as activations go, and then travel as copies
+        else:  # gradients, as large as the weights, appear as activations are freed, and are then copied to be all-reduced
             whole = state.weights
             moments.append(("in backward", whole if self.accumulation > 1 else 0.0, everything, acts.working))
             moments.append(("in backward", whole, acts.recomputed or acts.kept / self.job.model.depth, acts.working))
@@ -109,7 +108,7 @@ class Plan:
 
     @property
     def _live(self) -> float:
-        """A layer, and one tensor more, as ``engine.build`` has ZeRO-3 hold whole; and what it never shards."""
+        """What ZeRO-3 holds whole: a layer and one tensor more, as ``engine.build`` sets it up, and the weights that it never shards."""
         found, ep = self._layers, self.shape.ep
         tensor = max(found.largest[0], found.largest[1] / ep)
         return self.batch.size * (found.dense_layer + found.expert_layer / ep + tensor + self._persistent)
@@ -139,7 +138,7 @@ class Plan:
 
     @property
     def _images(self) -> float:
-        """Images of a step, for each rank."""
+        """Images of a step, divided by the ranks."""
         return self.job.global_batch / self.cluster.world
 
     @property
@@ -154,7 +153,7 @@ class Plan:
 
     @property
     def empty_flops(self) -> float:
-        """FLOPs of a rank's experts for places that no token fills, under token choice with a capacity factor above 1; no progress."""
+        """FLOPs of a rank's experts on empty places, under token choice with a capacity factor above 1; they do not count as progress."""
         model, layers = self.job.model, self.job.model.sparse_layers
         if model.routing != "token" or not layers:
             return 0.0
@@ -164,7 +163,8 @@ class Plan:
 
     @property
     def alike_flops(self) -> float:
-        """FLOPs beyond a rank's share that all ranks of its tensor-parallel group repeat, for what is not cut; no progress."""
+        """FLOPs beyond a rank's share for what tensor parallelism does not cut, so that every rank of a group computes it all; they do not
+        count as progress."""
         job, times = self.job, 8.0 if self.shape.recompute is True else 6.0
         return times * uncut_macs(job.model, job.patches, job.text) * self._images * (self.shape.tensor - 1)
 
@@ -195,8 +195,8 @@ class Plan:
 
     @property
     def _alike_memory_seconds(self) -> float:
-        """Of norms, gates and the like, which tensor parallelism does not cut, beyond the rank's share, which is in ``mfu``: what they keep
-        is written and read in forward, read in backward, and so is its gradient written and read. An estimate."""
+        """An estimate for norms, gates and the like, which tensor parallelism does not cut, beyond the rank's share, which ``mfu`` covers.
+        What they keep is written and read in forward and read in backward, and its gradient is written and read."""
         batch, tensor = self.batch, self.shape.tensor
         if tensor == 1:
             return 0.0
@@ -206,8 +206,8 @@ class Plan:
 
     @property
     def _optimizer_seconds(self) -> float:
-        """The memory's: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read and written;
-        masters become averages and weights. At stage 0 one kernel does all but the norm and the averages (``distributed.adamw``)."""
+        """Time of the memory's traffic: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read
+        and written; masters are copied to the weights. At stage 0 one kernel does all but norm and averages (``distributed.adamw``)."""
         one_kernel = self.shape.stage == 0 and self.job.precision == "bf16" and self.job.optimizer == "adamw"
         found, shape, size = self._layers, self.shape, self.batch.size
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
@@ -225,7 +225,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """MFU of the whole step; recomputing is no progress."""
+        """MFU of the whole step; recomputing does not count as progress."""
         return self.flops / self.step_seconds / (self.cluster.gpu.tflops * 1e12)
 
     @property

@@ -1,4 +1,4 @@
-"""From a recipe to what is planned. Its data need not be here."""
+"""Reads a recipe as a job and a shape to plan. Its data need not be on this machine."""
 
 import math
 from contextlib import suppress
@@ -18,8 +18,8 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     """Read ``RECIPE.yaml [key=value ...]``.
 
     Args:
-        image_size: pixels, with an f=8 VAE; None for the largest of the data, if they are here, else the model's usual size.
-        text_tokens: of a caption, for models with text; None for the recipe's, the longest of the data, if they are here, else 77.
+        image_size: pixels, with an f=8 VAE. None: the largest of the data if they are on this machine, else the model's usual size.
+        text_tokens: of a caption, for models with text. None: the recipe's, else the most of the data if they are on this machine, else 77.
 
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
@@ -46,25 +46,39 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     tokens = math.prod(side // model.patch for side in sides)
     patches = tokens - round(tokens * train.mask_ratio)
     text = (text_tokens or 77) if model.text_width else 0
-    averages = len(recipe.ema.decays)
-    square, optimizer = (sides[0], sides[1]), train.optimizer.name
-    return recipe, Job(model, patches, text, train.precision, train.global_batch, train.steps, averages, square, optimizer)
+    return recipe, Job(
+        model,
+        patches,
+        text,
+        train.precision,
+        train.global_batch,
+        train.steps,
+        averages=len(recipe.ema.decays),
+        sides=(sides[0], sides[1]),
+        optimizer=train.optimizer.name,
+    )
 
 
-def stages(parallel: ParallelConfig) -> dict[int, Shape]:
-    """The ZeRO stages for which the recipe has DeepSpeed's settings, by number; TP, EP, micro-batch and recomputation are open.
+def stages(parallel: ParallelConfig) -> list[Shape]:
+    """A shape of the recipe's ZeRO stage and of each other one that it has a DeepSpeed file for, as ``of_stage``.
 
     Raises:
-        ConfigError: of the recipe's own stage: as ``read_ds_config``, or the optimizer is offloaded.
+        ConfigError: see ``of_stage``, of the recipe's own stage.
     """
-    found: dict[int, Shape] = {parallel.zero_stage: _of_stage(parallel)}
+    found = [of_stage(parallel)]
     for stage in (0, 1, 2, 3) if "{zero_stage}" in parallel.deepspeed else ():
-        with suppress(ConfigError):
-            found[stage] = _of_stage(replace(parallel, zero_stage=stage))
+        if stage != parallel.zero_stage:
+            with suppress(ConfigError):
+                found.append(of_stage(replace(parallel, zero_stage=stage)))
     return found
 
 
-def _of_stage(parallel: ParallelConfig) -> Shape:
+def of_stage(parallel: ParallelConfig) -> Shape:
+    """A shape with what the DeepSpeed file says; TP, EP, micro-batch and recomputation are yet to be set.
+
+    Raises:
+        ConfigError: the file cannot be used (see ``read_ds_config``), or offloads the optimizer.
+    """
     settings = read_ds_config(parallel)
     if offloads(settings):
         raise ConfigError("parallel.deepspeed", parallel.deepspeed, "offloads the optimizer, which is not planned; name another")
@@ -73,15 +87,15 @@ def _of_stage(parallel: ParallelConfig) -> Shape:
     return Shape(parallel.zero_stage, 1, 1, False, bucket, zero.param_persistence_threshold)
 
 
-def own_shape(recipe: Recipe, job: Job, cluster: Cluster, known: dict[int, Shape]) -> Shape:
+def own_shape(recipe: Recipe, job: Job, cluster: Cluster) -> Shape:
     """The shape that the recipe itself describes.
 
     Raises:
-        ConfigError: the batch, the experts or what tensor parallelism cuts do not divide by the cluster.
+        ConfigError: the cluster does not divide the batch, the experts, or what tensor parallelism cuts; and as ``of_stage``.
     """
-    parallel, tensor = recipe.parallel, recipe.parallel.tensor
+    parallel, tensor, shape = recipe.parallel, recipe.parallel.tensor, of_stage(recipe.parallel)
     check_parallel(parallel, job.model, cluster.world)
     processes = cluster.world // tensor
     micro = cut_batch(recipe.train, processes, begun_on(recipe, processes), tensor).micro
     recompute = recipe.train.activation_checkpointing
-    return replace(known[parallel.zero_stage], ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)
+    return replace(shape, ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)

@@ -21,12 +21,13 @@ from ditmoe_ds.training.step import Prepared, compute_loss
 
 
 class Rehearsal:
-    """Real, on the CPU, or without memory if ``count`` is ``CountOnMeta``. Weights are not initialised.
+    """Runs on the CPU, or without memory if ``count`` is a ``CountOnMeta``. Weights are not initialised.
 
     Args:
-        model: as the data will make it.
+        model: of the recipe, fitted to its data.
         text: tokens of a caption, for models with text.
         ds_config: what ``read_ds_config`` returned.
+        sides: rows and columns of a latent; None for a square of the model's ``input_size``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A plan and a search in words, in a comment and as JSON: the same numbers."""
+"""A plan and the results of a search as text, as a recipe's comment and as JSON: the same numbers."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +12,7 @@ RECOMPUTED: dict[Recompute, str] = {False: "nothing", "attention": "attention", 
 
 
 def overrides(plan: Plan, tensor: int = 1) -> str:
-    """Overrides with which a recipe trains in this shape; ``tensor`` is its own tensor-parallel size. Where both are 1, it is left out."""
+    """Overrides with which a recipe trains in this shape, without ``parallel.tensor`` if that is 1 here and in the recipe (``tensor``)."""
     shape = plan.shape
     cut = f"parallel.tensor={shape.tensor} " if {shape.tensor, tensor} != {1} else ""
     return (
@@ -22,12 +22,12 @@ def overrides(plan: Plan, tensor: int = 1) -> str:
 
 
 def _short(value: float, places: int) -> str:
-    """With this many decimal places; with two significant digits where a value other than 0 would read as 0."""
+    """With this many decimal places, or with two significant digits where a value other than 0 would read as 0."""
     return f"{value:,.{places}f}" if value >= 10**-places or not value else f"{value:.2g}"
 
 
 def as_json(plan: Plan, plans: list[Plan], objective: Objective) -> dict[str, Any]:
-    """The recipe's own plan, the Pareto front of those that fit, and the best of them. Bytes, seconds, and the units in names."""
+    """The recipe's own plan, the Pareto front of those that fit, and the best of them. In bytes, seconds, or the unit in the name."""
     chosen, fitting = best(plans, objective), [other for other in plans if other.fits]
     return dict(
         cluster=asdict(plan.cluster),

@@ -1,6 +1,6 @@
 """Ways to train a job on a cluster, and the best of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import gcd
 from typing import Literal, get_args
@@ -14,7 +14,7 @@ Objective = Literal["time", "memory", "gpus"]
 
 
 def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shape]:
-    """Every shape whose TP, EP and micro-batch divide, with each kind of recomputation, completed by ``stages``."""
+    """Each of ``stages`` with every TP, EP and micro-batch that divides the job and the cluster, and every kind of recomputation."""
     experts = job.model.experts if job.model.routed_layers else 1
     for stage in stages:
         for tensor in tensor_sizes(job.model, cluster):
@@ -26,7 +26,7 @@ def shapes(job: Job, cluster: Cluster, stages: Iterable[Shape]) -> Iterator[Shap
 
 
 def tensor_sizes(model: DiTConfig, cluster: Cluster) -> list[int]:
-    """Tensor-parallel sizes that the model can be cut into and that stay inside a node: the network is too slow for a layer's sums."""
+    """Tensor-parallel sizes that divide the model and fit inside a node: between nodes the network is too slow for a layer's sums."""
     return [1] if has_biased_experts(model) else divisors(gcd(cluster.per_node, *divided(model).values()))
 
 
@@ -35,7 +35,7 @@ def divisors(number: int) -> list[int]:
 
 
 def clusters(cluster: Cluster) -> list[Cluster]:
-    """The cluster, its half, its quarter and so on: fewer nodes, then fewer GPUs of one node."""
+    """The cluster, half of it, a quarter and so on: first fewer nodes, then fewer GPUs of one node."""
     found = [cluster]
     while found[-1].world > 1:
         last = found[-1]
@@ -43,9 +43,8 @@ def clusters(cluster: Cluster) -> list[Cluster]:
     return found
 
 
-def search(job: Job, cluster: Cluster, stages: Iterable[Shape], assumptions: Assumptions, objective: Objective) -> list[Plan]:
+def search(job: Job, cluster: Cluster, stages: Sequence[Shape], assumptions: Assumptions, objective: Objective) -> list[Plan]:
     """Every plan; with the objective "gpus" also on parts of the cluster."""
-    stages = list(stages)
     places = clusters(cluster) if objective == "gpus" else [cluster]
     return [Plan(job, place, shape, assumptions) for place in places for shape in shapes(job, place, stages)]
 
@@ -53,7 +52,7 @@ def search(job: Job, cluster: Cluster, stages: Iterable[Shape], assumptions: Ass
 def best(plans: Iterable[Plan], objective: Objective) -> Plan | None:
     """The best of those that fit: the fastest, the one with the least memory, or the fastest on the fewest GPUs. None if none fits.
 
-    Of equally fast ones, that with the largest micro-batch: small ones take a GPU longer, which a plan does not know.
+    Of equally fast ones, that with the largest micro-batch: small ones are slower on a GPU, which a plan does not know.
     """
     orders = {
         "time": lambda plan: (round(plan.step_seconds, 6), -plan.shape.micro, plan.peak),
@@ -64,7 +63,7 @@ def best(plans: Iterable[Plan], objective: Objective) -> Plan | None:
 
 
 def pareto(plans: Iterable[Plan], objective: Objective) -> list[Plan]:
-    """Those that no other beats in both time and memory (with "gpus": in both time and number of GPUs); the fastest first."""
+    """The plans that no other beats in both time and memory (with "gpus": time and number of GPUs), the fastest first."""
     front: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.step_seconds, plan.peak)):
         if not front or cost(plan, objective) < cost(front[-1], objective):

@@ -36,39 +36,41 @@ def step_traffic(
     """The traffic of all micro-batches of a step and of the optimizer.
 
     Args:
-        weights: elements on a rank of a tensor-parallel group: ``dense``, ``experts`` (all of them), and of both together those that ZeRO-3
-            always keeps whole, ``whole``.
+        weights: numbers of elements, before ZeRO and EP divide them, on a rank of a tensor-parallel group: ``dense``, ``experts``, and
+            ``whole``, the part of ``dense`` that ZeRO-3 never shards.
     """
     ep, tensor, size, found = batch.ep, batch.tensor, batch.size, []
     apart = ep * tensor
     rings = [
-        (weights["dense"], range(0, world, tensor), range(tensor), "dense"),
-        (weights["experts"] / ep, range(0, world, apart), range(apart), "experts"),
+        ("dense", weights["dense"], range(0, world, tensor), range(tensor)),
+        ("experts", weights["experts"] / ep, range(0, world, apart), range(apart)),
     ]
-    for elements, ranks, shifts, kind in rings:
-        cross = crossing(ranks, shifts, per_node)
-        once = size * elements * (1 - 1 / len(ranks))  # sent when it is gathered once
-
-        def add(what: str, phase: str, times: float, once: float = once, cross: float = cross, kind: str = kind) -> None:
-            if once * times:
-                found.append(Traffic(f"{what}, {kind}", phase, once * times * (1 - cross), once * times * cross))
-
+    for kind, elements, ranks, shifts in rings:
+        flows: list[tuple[str, str, float]]  # what, beside what, and how many times a rank sends its share of it
         if stage == 3:
             kept = weights["whole"] / weights["dense"] if kind == "dense" else 0
             layers = accumulation * (1 - kept)
-            add("reduce gradients", "backward", accumulation)
-            add("gather weights", "forward", layers)
-            add("gather weights", "backward", layers * (1 - 1 / batch.model.depth))  # the last layer was not let go
-            add("gather weights", "alone", kept)
+            flows = [
+                ("reduce gradients", "backward", accumulation),
+                ("gather weights", "forward", layers),
+                ("gather weights", "backward", layers * (1 - 1 / batch.model.depth)),  # the last layer is still whole from forward
+                ("gather weights", "alone", kept),
+            ]
         else:
             phase = "alone" if stage == 0 else "last backward" if stage == 1 else "backward"
-            add("reduce gradients", phase, 2 * (accumulation if stage == 2 else 1))
-            if stage:
-                add("gather weights", "alone", 1)
+            flows = [
+                ("reduce gradients", phase, 2 * (accumulation if stage == 2 else 1)),
+                ("gather weights", "alone", min(stage, 1)),
+            ]
+        cross = crossing(ranks, shifts, per_node)
+        once = size * elements * (1 - 1 / len(ranks))  # bytes that a rank sends to gather these weights once
+        for what, phase, times in flows:
+            if amount := once * times:
+                found.append(Traffic(f"{what}, {kind}", phase, amount * (1 - cross), amount * cross))
     if ep > 1:
-        times = 6 if recompute is True else 4  # forward takes tokens to their experts and back, so does backward, and what is recomputed
+        ways = 6 if recompute is True else 4  # to the experts and back: in forward, in backward, and in what is recomputed
         rows = sum(map(batch.rows, batch.model.routed_layers))
-        sent: float = times * accumulation * size * batch.model.hidden * rows
+        sent: float = ways * accumulation * size * batch.model.hidden * rows
         near, far = exchange_shares(world, ep, per_node, tensor)
         found.append(Traffic("exchange tokens", "alone", sent * near, sent * far))
     if tensor > 1:
@@ -82,16 +84,17 @@ def summed(batch: MicroBatch, recompute: Recompute) -> float:
     """Bytes that the ranks of a tensor-parallel group all-reduce in a micro-batch, as ``distributed.tensor_parallel`` cuts the layers.
 
     Attention to the patches, attention to the text and the feed-forward each sum their outputs in forward and their inputs' gradients in
-    backward. Backward stops computing again where it has what it needs: after attention's output, before the text's.
+    backward. Where attention alone is recomputed, that ends once backward has what it needs: after the sum of attention to the patches,
+    before that of attention to the text.
     """
     model, D, text = batch.model, batch.model.hidden, bool(batch.text)
     forward = 2 + text
     again = forward if recompute is True else 1 if recompute else 0
     layer = (2 * forward + again) * batch.tokens * D
-    layer += batch.images * batch.text * D  # the gradient of what k and v of the text come from
-    layer += model.qk_norm * (1 + text) * 4 * (D // model.heads)  # those of the weights and biases of q's and k's norms
+    layer += batch.images * batch.text * D  # the gradient of the text, from which its k and v are computed
+    layer += model.qk_norm * (1 + text) * 4 * (D // model.heads)  # gradients of the weights and biases of q's and k's norms
     takings = sum(map(batch.rows, model.routed_layers))
-    return batch.size * model.depth * layer + 4 * takings  # a taking's weight has a gradient in fp32
+    return batch.size * model.depth * layer + 4 * takings  # the gradient of each taking's weight is fp32
 
 
 @lru_cache
@@ -109,8 +112,8 @@ def crossing(ranks: Sequence[int], shifts: Sequence[int], per_node: int) -> floa
 
 @lru_cache
 def exchange_shares(world: int, ep: int, per_node: int, tensor: int = 1) -> tuple[float, float]:
-    """Shares of a rank's rows that go to other ranks of its node and to other nodes; groups of ``ep`` evenly loaded ranks, each ``tensor``
-    after the one before."""
+    """Shares of a rank's rows that go to other ranks of its node, and to other nodes. Expert-parallel groups are of ``ep`` evenly loaded
+    ranks, ``tensor`` ranks apart."""
     same, apart = 0, ep * tensor
     for first in range(0, world, apart):
         for place in range(first, first + tensor):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, open_for_captions
+from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_least, open_for_captions
 
 if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import World
@@ -29,10 +29,13 @@ def add_command(kinds: Any) -> None:
     add_memory(command)
     command.add_argument("--detector", help="folder or hub id (facebook/mask2former-swin-small-coco-instance); none: pictures only")
     command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id; tells colours")
-    command.add_argument("--threshold", type=float, default=0.3, help="an object scores more")
-    command.add_argument("--counting-threshold", type=float, default=0.9, help="in the task counting")
+    command.add_argument("--threshold", type=float, default=0.3, help="objects must score more than this")
+    command.add_argument("--counting-threshold", type=float, default=0.9, help="the same, in the task counting")
     command.add_argument(
-        "--max-overlap", type=float, default=1.0, help="of boxes that overlap this much (IoU) the strongest counts; 1: all"
+        "--max-overlap",
+        type=float,
+        default=1.0,
+        help="of boxes that overlap so much (IoU) only the strongest counts; 1: all count",
     )
 
 
@@ -46,8 +49,7 @@ def geneval(arguments: argparse.Namespace) -> int:
     for option in ("threshold", "counting_threshold", "max_overlap"):
         if not 0 <= getattr(arguments, option) <= 1:
             raise ConfigError(f"--{option.replace('_', '-')}", getattr(arguments, option), "a number from 0 to 1")
-    if arguments.images < 1:
-        raise ConfigError("--images", arguments.images, "at least 1 of each prompt")
+    check_least(arguments, images=1)
     if arguments.run and not arguments.prompts:
         raise ConfigError("--prompts", None, "name prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval")
     return on_all_ranks(lambda world: _evaluate(arguments, world), LONG_PATIENCE)
@@ -64,7 +66,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     from ditmoe_ds.evaluation.extractors import tensors_sha256
     from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
     from ditmoe_ds.evaluation.geneval.detectors import open_detector
-    from ditmoe_ds.evaluation.geneval.folder import differences, generate, read_folder, report, score, settle
+    from ditmoe_ds.evaluation.geneval.folder import begin, differences, generate, read_folder, report, score
     from ditmoe_ds.evaluation.geneval.prompts import read_prompts
     from ditmoe_ds.evaluation.geneval.scorer import Limits
     from ditmoe_ds.pipelines.run import versions
@@ -86,10 +88,14 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         agreed(lambda: scheduled(make_scheduler(run.diffusion), run.diffusion, arguments.steps))
         agreed(lambda: run.pipeline)  # or it says what is missing, before the folder is claimed
         sampling = dict(steps=arguments.steps, guidance=arguments.guidance, seed=arguments.seed)
-        parts = dict(vae=run.latents.get("vae"), text_encoder=run.latents.get("text", {}).get("encoder"))
-        parts |= dict(dtype=arguments.dtype, device=run.device.type)
+        parts = dict(
+            vae=run.latents.get("vae"),
+            text_encoder=run.latents.get("text", {}).get("encoder"),
+            dtype=arguments.dtype,
+            device=run.device.type,
+        )
         settings = decided(lambda: run.identity(arguments.run) | versions() | parts | sampling)
-        missing = decided(lambda: settle(folder, settings, prompts, arguments.images))
+        missing = decided(lambda: begin(folder, settings, prompts, arguments.images))
         numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
         agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
     if not arguments.detector:
@@ -99,15 +105,21 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         return
 
     pictures = agreed(lambda: read_folder(folder))
-    parts = tqdm(pictures[world.rank :: world.size], "prompts", disable=world.rank > 0)
-    verdicts = agreed(lambda: score(folder, parts, detector, colors, limits))
+    mine = tqdm(pictures[world.rank :: world.size], "prompts", disable=world.rank > 0)
+    verdicts = agreed(lambda: score(folder, mine, detector, colors, limits))
     shares: list[Any] = [None] * world.size
     dist.all_gather_object(shares, verdicts)
     if world.rank == 0:
         together = sorted((verdict for share in shares for verdict in share), key=lambda verdict: verdict["filename"])
-        models = dict(detector=arguments.detector, detector_sha256=tensors_sha256(detector.model))
-        models |= dict(clip=arguments.clip, clip_sha256=tensors_sha256(colors.model), limits=limits._asdict())
-        _print(report(folder, together, dict(**models, differences=differences(pictures, detector, colors, limits))))
+        how = dict(
+            detector=arguments.detector,
+            detector_sha256=tensors_sha256(detector.model),
+            clip=arguments.clip,
+            clip_sha256=tensors_sha256(colors.model),
+            limits=limits._asdict(),
+            differences=differences(pictures, detector, colors, limits),
+        )
+        _print(report(folder, together, how))
 
 
 def _print(report: dict[str, Any]) -> None:

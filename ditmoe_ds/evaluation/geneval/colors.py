@@ -27,7 +27,7 @@ class ColorClassifier:
         DataError: there is no such model, or it is no CLIP.
 
     Attributes:
-        kind: how it differs from the protocol's, in words; empty if it does not.
+        difference: how it differs from the protocol's, in words; empty if it does not.
     """
 
     def __init__(self, path_or_id: str, device: torch.device):
@@ -36,9 +36,9 @@ class ColorClassifier:
         model = load("--clip", path_or_id, transformers.CLIPModel, weights_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = load("--clip", path_or_id, transformers.CLIPProcessor)
-        look = model.config.vision_config
-        size = look.num_hidden_layers, look.hidden_size, look.patch_size
-        self.kind = "" if size == (24, 1024, 14) else "a CLIP other than ViT-L/14"
+        vision = model.config.vision_config
+        size = vision.num_hidden_layers, vision.hidden_size, vision.patch_size
+        self.difference = "" if size == (24, 1024, 14) else "a CLIP other than ViT-L/14"
         self.texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -54,8 +54,8 @@ class ColorClassifier:
         if name not in self.texts:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.model.device)
-            told = normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
-            self.texts[name] = normalize(told.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1), dim=-1)
+            encoded = normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
+            self.texts[name] = normalize(encoded.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1), dim=-1)
         return self.texts[name]
 
 

@@ -25,7 +25,7 @@ class Detector(Protocol):
     """Finds objects; one picture at a time, so that no result depends on another picture."""
 
     model: Any
-    kind: str
+    difference: str
     """How it differs from the protocol's, in words; empty if it does not."""
 
     def check(self, names: list[str]) -> None:
@@ -100,7 +100,7 @@ class Instances(_OfKnownClasses):
         super().__init__(model, processor)
         seen = model.config.backbone_config
         size = getattr(seen, "embed_dim", None), [*getattr(seen, "depths", [])]
-        self.kind = "" if size == (96, [2, 2, 18, 2]) else "a Mask2Former other than that of Swin-S"
+        self.difference = "" if size == (96, [2, 2, 18, 2]) else "a Mask2Former other than that of Swin-S"
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
@@ -110,7 +110,7 @@ class Instances(_OfKnownClasses):
         found = {}
         for name in names:
             share = shares[:, self.numbers[_plain(name)]]
-            likely = share > threshold  # how sure the mask is can only lower the score
+            likely = share > threshold  # the mask's factor can only lower the score
             # transformers' own post-processing makes masks of 384 x 384, which it stretches: here they are made at the picture's size
             logits = outputs.masks_queries_logits[:, likely].float()
             for size in (inputs.pixel_values.shape[-2:], image.size[::-1]):
@@ -132,7 +132,7 @@ def _instance(share: Tensor, logits: Tensor) -> Detected | None:
 class Boxes(_OfKnownClasses):
     """Boxes of objects: DETR and its descendants, YOLOS."""
 
-    kind = "boxes in place of masks"
+    difference = "boxes in place of masks"
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, names: list[str], threshold: float) -> dict[str, list[Detected]]:
@@ -144,7 +144,7 @@ class Boxes(_OfKnownClasses):
 class OpenVocabulary:
     """Boxes of what a text names: OWL-ViT, OWLv2, Grounding DINO. Each class is asked by itself, so none depends on another."""
 
-    kind = "an open-vocabulary detector, boxes in place of masks"
+    difference = "an open-vocabulary detector, boxes in place of masks"
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor

@@ -16,12 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.images import FORMATS, upright
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
+from ditmoe_ds.evaluation.images import open_picture
 from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png, write
 from ditmoe_ds.pipelines.run import Run
 
@@ -37,8 +37,8 @@ class Pictures:
     files: list[Path]
 
 
-def settle(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images: int) -> list[int]:
-    """Note in a folder how its pictures are made.
+def begin(folder: Path, settings: dict[str, Any], prompts: list[Prompt], images: int) -> list[int]:
+    """Note in a folder how its pictures are made, or compare with what is noted there.
 
     Returns:
         Numbers of the prompts whose pictures are not all there.
@@ -107,7 +107,7 @@ def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: C
     verdicts = []
     for part in parts:
         for file in part.files:
-            image = _open(file)
+            image = open_picture(file)
             found = detector(image, part.prompt.names, min(limits.threshold, limits.counting))
             counted = {name: kept(objects, part.prompt.task, limits) for name, objects in found.items()}
             wrong = judge(part.prompt, counted, partial(colors, image))
@@ -125,26 +125,16 @@ def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: C
     return verdicts
 
 
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return upright(image).convert("RGB")
-    except Exception as error:  # each format fails in its own way
-        raise DataError(f"{file}: no readable picture ({error})") from None
-
-
 def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorClassifier, limits: Limits) -> list[str]:
-    """How an evaluation differs from the published one, apart from its implementation. It knows prompts by their tasks, models by size."""
+    """How an evaluation differs from the published one, apart from its implementation. Prompts are told apart by their tasks alone, models
+    by their size."""
     found = []
     counts = Counter(part.prompt.task for part in pictures)
     if counts != PROMPTS:
         found.append(f"{len(pictures)} prompts that are not the published {sum(PROMPTS.values())}")
     if any(len(part.files) != IMAGES for part in pictures):
         found.append(f"not {IMAGES} pictures of each prompt")
-    if detector.kind:
-        found.append(detector.kind)
-    if colors.kind:
-        found.append(colors.kind)
+    found += [model.difference for model in (detector, colors) if model.difference]
     if limits != Limits():
         found.append(", ".join(f"{key} {value}" for key, value in limits._asdict().items() if value != Limits._field_defaults[key]))
     return found

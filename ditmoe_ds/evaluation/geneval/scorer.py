@@ -96,8 +96,8 @@ def _lacks(clause: Clause, objects: list[Detected], matched: list[list[Detected]
 def relation(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """On which sides of box ``b`` box ``a`` is: up to two of ``RELATIONS``.
 
-    The offset of the centres, shortened along each axis by ``MARGIN`` of both sizes, is divided by its length before; more
-    than half along an axis is a side.
+    The offset of the centres is shortened along each axis by ``MARGIN`` of both sizes, and divided by the length that it had before. More
+    than 0.5 along an axis is a side.
     """
     boxes = np.array([a, b], float).reshape(2, 2, 2)  # box, corner, axis
     offset = np.subtract(*boxes.mean(1))
