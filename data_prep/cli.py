@@ -20,8 +20,8 @@ SOURCE = (
     "sample:shapes (12,000 captioned scenes of coloured shapes)"
 )
 TEXT = (
-    "folder or hub id of a transformers text encoder; None stores captions alone, and none of folder:PATH, whose captions are x.txt "
-    "beside x.png, or lines of a metadata.jsonl or metadata.csv with file_name and text"
+    "folder or hub id of a transformers text encoder. Without it captions are stored as text alone, and those of folder:PATH (x.txt beside "
+    "x.png, or metadata.jsonl or metadata.csv with file_name and text) are not read"
 )
 
 
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--latent-channels", type=_positive, default=4, help="channels of a latent")
     fit.add_argument("--steps", type=_positive, default=1000, help="optimizer steps")
     fit.add_argument("--batch", type=_positive, default=12, help="images per step")
-    fit.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    fit.add_argument("--seed", type=int, default=0, help="for weights and batches")
 
     encode = commands.add_parser("encode", help="encode images into shards", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     encode.add_argument("--source", required=True, help=SOURCE)
@@ -68,39 +68,39 @@ def parser() -> argparse.ArgumentParser:
         "--size",
         type=_sizes,
         default="32",
-        help="pixels: 256 is 256x256; or several HEIGHTxWIDTH, comma-separated: each image gets the one nearest to its own aspect ratio",
+        help="pixels: 256 is 256x256; or several HEIGHTxWIDTH, comma-separated: each image gets the one nearest to its aspect ratio",
     )
-    encode.add_argument("--shard-size", type=_positive, default=1000, help="images per unit of work; for wds, each tar is one unit")
-    encode.add_argument("--holdout", type=_fraction, default=0.1, help="share of samples in the split val")
+    encode.add_argument("--shard-size", type=_positive, default=1000, help="images per unit of work; each tar of wds is one unit")
+    encode.add_argument("--holdout", type=_fraction, default=0.1, help="share of the samples that is held out")
     encode.add_argument("--batch", type=_positive, default=100, help="images encoded at once")
-    encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of stored latents")
-    encode.add_argument("--store", choices=("mean", "mean+std", "sample"), default="mean", help="what is stored of the VAE's posterior")
-    encode.add_argument("--seed", type=int, default=0, help="of --store sample")
+    encode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the stored latents")
+    encode.add_argument("--store", choices=("mean", "mean+std", "sample"), default="mean", help="what to store of the VAE's posterior")
+    encode.add_argument("--seed", type=int, default=0, help="for --store sample")
     encode.add_argument("--flip-copies", action="store_true", help="also encode a mirrored copy of each image")
     encode.add_argument("--text", help=TEXT)
     encode.add_argument("--text-max-tokens", type=_positive, default=77, help="longer captions are cut")
-    encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; None: as the largest label needs")
+    encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; None: as many as the largest label needs")
     encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")
-    encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: a SLURM array's task, a process's rank")
-    rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of a worker's images, and of all, that may be unreadable")
+    encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: by SLURM array task, or by rank")
+    rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of a worker's images, and of all, that may be rejected")
     encode.add_argument("--max-rejected", **rejected)
 
-    finalize = commands.add_parser("finalize", help="once all workers are done: write the manifest")
-    finalize.add_argument("path", metavar="DIR", help="folder that encode was given")
+    finalize = commands.add_parser("finalize", help="write the manifest, once all workers are done")
+    finalize.add_argument("path", metavar="DIR", help="folder that encode wrote to")
     finalize.add_argument("--max-rejected", **rejected)
 
     verify = commands.add_parser("verify", help="check every byte of a finished folder")
     verify.add_argument("path", type=_local, metavar="DIR", help="folder made by encode")
     verify.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some images above their decoded latents")
-    verify.add_argument("--source", help="where those images are, if not where the manifest says")
+    verify.add_argument("--source", help="where the images of the sheet are, if not where the manifest says")
 
     inspect = commands.add_parser("inspect", help="print what is in a folder or shard")
     inspect.add_argument("path", type=_local, metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")
     inspect.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some decoded latents")
 
-    subset = commands.add_parser("subset", help="copy a share of the samples, to try things on")
+    subset = commands.add_parser("subset", help="copy a small part of the samples, to try things on")
     subset.add_argument("path", type=_local, metavar="DIR", help="finished folder")
-    subset.add_argument("--fraction", type=_fraction, required=True, help="share of the samples; smaller shares are among larger ones")
+    subset.add_argument("--fraction", type=_fraction, required=True, help="share of the samples; larger shares contain smaller ones")
     subset.add_argument("--out", required=True, help="new folder")
     subset.add_argument("--shard-size", type=_positive, default=1000, help="samples per shard")
 
@@ -108,18 +108,18 @@ def parser() -> argparse.ArgumentParser:
         "synthesize", help="make images with a text-to-image pipeline", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     make.add_argument("--pipeline", required=True, help="folder or hub id of a diffusers text-to-image pipeline")
-    make.add_argument("--classes", required=True, help="file with a class per line: folder, or folder, tab, name for the prompt")
+    make.add_argument("--classes", required=True, help="file with one class per line: its folder, or folder, tab and name for the prompt")
     make.add_argument("--out", required=True, help="folder for the images, a sub-folder per class; encode it as folder:OUT")
-    make.add_argument("--per-class", type=_positive, required=True, help="images of each class that are kept")
-    make.add_argument("--prompt", default="a photo of a {}", help="{} stands for the name")
-    make.add_argument("--clip", help="folder or hub id of a transformers CLIP model, to choose by")
-    make.add_argument("--keep", type=float, default=1.0, help="share of the images that is kept, those that fit the prompt best")
+    make.add_argument("--per-class", type=_positive, required=True, help="images to keep of each class")
+    make.add_argument("--prompt", default="a photo of a {}", help="{} stands for the class's name")
+    make.add_argument("--clip", help="folder or hub id of a transformers CLIP model that chooses the images to keep")
+    make.add_argument("--keep", type=float, default=1.0, help="share of the images to keep: those that fit the prompt best")
     make.add_argument("--size", type=_positive, default=512, help="pixels")
-    make.add_argument("--steps", type=_positive, default=30, help="of the pipeline's sampler")
+    make.add_argument("--steps", type=_positive, default=30, help="steps of the pipeline's sampler")
     make.add_argument("--guidance", type=_finite, default=5.0, help="guidance scale")
     make.add_argument("--batch", type=_positive, default=4, help="images made at once")
-    make.add_argument("--seed", type=int, default=0, help="of the noise, with the class and the image's number")
-    make.add_argument("--worker", type=_worker, help="i/n: make every n-th class; default as for encode")
+    make.add_argument("--seed", type=int, default=0, help="for the noise, together with the class and the image's number")
+    make.add_argument("--worker", type=_worker, help="i/n: make every n-th class, from class i on; default: as for encode")
     return parser
 
 

@@ -18,15 +18,15 @@ from ditmoe_ds.planning import cli as planning
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if ``doctor`` found problems, or 2 after one line about a user's mistake."""
-    parser = argparse.ArgumentParser(prog="ditmoe", description="Mixture-of-Experts diffusion transformers on DeepSpeed-MoE.")
+    parser = argparse.ArgumentParser(prog="ditmoe", description="Train and use Mixture-of-Experts diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True)
 
-    train = commands.add_parser("train", help="train in one process (several: deepspeed --module ditmoe_ds.train)")
+    train = commands.add_parser("train", help="train in one process (in several: deepspeed --module ditmoe_ds.train)")
     train.set_defaults(command=_train)
-    train.add_argument("recipe")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    train.add_argument("recipe", help="YAML file")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
 
-    info = commands.add_parser("info", help="parameters and multiply-accumulates of a named model")
+    info = commands.add_parser("info", help="print parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)
     info.add_argument("name", help="for example DiT-MoE-XL/2-8E2A or DiT-XL/2")
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")

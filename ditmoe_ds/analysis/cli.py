@@ -11,13 +11,13 @@ from ditmoe_ds.pipelines.arguments import add_memory, add_opening, open_named
 
 def add_commands(commands: Any) -> None:
     """Add ``analyze`` to ``ditmoe``'s subparsers."""
-    analyze = commands.add_parser("analyze", help="which expert takes which token: a report, pictures and JSON")
+    analyze = commands.add_parser("analyze", help="show which experts take which tokens: a report, pictures and JSON")
     analyze.set_defaults(command=_analyze)
-    analyze.add_argument("run_dir", help="or a checkpoint folder, or a weights folder")
+    analyze.add_argument("run_dir", help="a run directory, a checkpoint folder or a weights folder")
     analyze.add_argument("--out", required=True, help="folder for report.html, routing.json and pictures")
-    analyze.add_argument("--dataset", help="folder of latents whose held-out split is routed; default: the run's own")
-    analyze.add_argument("--samples", type=int, default=256)
-    analyze.add_argument("--prompt", action="append", help="of a text-to-image model: how many experts take each token of its image")
+    analyze.add_argument("--dataset", help="folder of latents whose held-out samples are used; default: the run's own")
+    analyze.add_argument("--samples", type=int, default=256, help="number of held-out samples")
+    analyze.add_argument("--prompt", action="append", help="also map how many experts take each token of this prompt's image")
     add_opening(analyze)
     add_memory(analyze)
 

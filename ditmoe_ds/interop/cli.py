@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
     export.set_defaults(command=_export)
     export.add_argument("run", help="a run directory, a checkpoint folder or a weights folder")
     export.add_argument("--to", choices=["safetensors", "diffusers", "reference"], default="safetensors")
-    export.add_argument("--vae", help="for --to diffusers: folder of the VAE, where the weights name none or it has moved")
+    export.add_argument("--vae", help="for --to diffusers: folder of the VAE, if the weights name none or it has moved")
     add_weights(export)
     _add_output(export, "a new folder; for --to reference also a file NAME.pt")
 
@@ -25,26 +25,26 @@ def add_commands(commands: Any) -> None:
     reference = importing.add_parser("reference", help="a checkpoint of the DiT-MoE reference code")
     reference.set_defaults(command=_import_reference)
     reference.add_argument("file", help="*.pt, *.safetensors or a folder of shards")
-    for name, meaning in (("top-k", "experts per token"), ("heads", "attention heads"), ("classes", "without the null class")):
+    for name, meaning in (("top-k", "experts per token"), ("heads", "attention heads"), ("classes", "not counting the null class")):
         reference.add_argument(f"--{name}", type=int, required=True, help=meaning)
-    reference.add_argument("--input-size", type=int, required=True, help="side of the latent: 32 for 256 px")
+    reference.add_argument("--input-size", type=int, required=True, help="side of the latent, for example 32 for 256 px")
     reference.add_argument("--objective", choices=["rectified_flow", "ddpm"], required=True)
-    reference.add_argument("--balance-alpha", type=float, default=0.005)
-    reference.add_argument("--time-scale", type=float, default=1.0, help="factor on rectified flow's t; other than 1 for weights from here")
+    reference.add_argument("--balance-alpha", type=float, default=0.005, help="weight of the balance loss in later training")
+    reference.add_argument("--time-scale", type=float, default=1.0, help="factor on rectified flow's t: 1000 if trained here, else 1")
     _add_output(reference)
-    diffusers = importing.add_parser("diffusers", help="a pipeline of ours, or one with diffusers' DiTTransformer2DModel")
+    diffusers = importing.add_parser("diffusers", help="a pipeline saved by this package, or one with diffusers' DiTTransformer2DModel")
     diffusers.set_defaults(command=_import_diffusers)
     diffusers.add_argument("folder")
     _add_output(diffusers)
 
-    upcycle = commands.add_parser("upcycle", help="make a sparse model that computes the same as a dense one")
+    upcycle = commands.add_parser("upcycle", help="make a sparse model from a dense one, with the same output")
     upcycle.set_defaults(command=_upcycle)
     upcycle.add_argument("dense", help="a run directory, a checkpoint folder or a weights folder of a dense DiT")
     upcycle.add_argument("--experts", type=int, default=8)
-    upcycle.add_argument("--top-k", type=int, help="by default 2, or --split")
-    upcycle.add_argument("--split", type=int, default=1, help="slices per copy of the dense MLP, each an expert")
-    upcycle.add_argument("--noise", type=float, default=0.0, help="standard deviation, relative to each matrix's")
-    upcycle.add_argument("--seed", type=int, default=0, help="of router and noise")
+    upcycle.add_argument("--top-k", type=int, help="experts per token; default: 2, or the value of --split")
+    upcycle.add_argument("--split", type=int, default=1, help="cut each copy of the dense MLP into this many experts")
+    upcycle.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on copies, relative to the matrix's")
+    upcycle.add_argument("--seed", type=int, default=0, help="for the router and the noise")
     add_weights(upcycle)
     _add_output(upcycle)
 
@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
 def _add_output(parser: argparse.ArgumentParser, out: str = "a new folder") -> None:
     parser.add_argument("--out", required=True, help=out)
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--shard-size", default="5GB", help="most bytes per file, for example 500MB")
+    parser.add_argument("--shard-size", default="5GB", help="largest size of a file, for example 500MB")
 
 
 def _export(arguments: argparse.Namespace) -> int:

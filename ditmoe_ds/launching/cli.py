@@ -17,45 +17,45 @@ def add_commands(commands: Any) -> None:
     """Add ``launch`` to ``ditmoe``'s subparsers."""
     kinds = commands.add_parser("launch", help="train on many nodes").add_subparsers(required=True)
 
-    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and continues by itself")
+    slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and restarts itself")
     slurm.set_defaults(command=_slurm)
     _add_recipe(slurm)
-    slurm.add_argument("--nodes", required=True, help="4, or 2-4: as many of these as are free at each start")
+    slurm.add_argument("--nodes", required=True, help="for example 4, or 2-4 for as many as are available at each start")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
-    slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1")
+    slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1 without GPUs")
     slurm.add_argument("--cpus-per-task", type=int)
-    slurm.add_argument("--time", help="limit as sbatch takes it; shortly before it the run saves and is queued again")
+    slurm.add_argument("--time", help="time limit in sbatch's form; shortly before it the run saves and is queued again")
     slurm.add_argument(
-        "--signal-seconds", type=int, default=180, help="how long before the limit the run saves; more than one step and one save take"
+        "--signal-seconds", type=int, default=180, help="seconds before the limit at which the run saves; more than a step and a save take"
     )
-    slurm.add_argument("--max-restarts", type=int, default=3, help="starts in a row that may bring no new checkpoint")
+    slurm.add_argument("--max-restarts", type=int, default=3, help="most restarts in a row without a new checkpoint; 0: none")
     _add_submission(slurm)
 
     array = kinds.add_parser("slurm-array", help="submit ditmoe-data encode as a job array")
     array.set_defaults(command=_slurm_array)
     array.add_argument("--workers", type=int, required=True)
-    array.add_argument("--gpus-per-node", type=int, default=1, help="of a worker; 0: encode on the CPU")
+    array.add_argument("--gpus-per-node", type=int, default=1, help="GPUs per worker; 0: encode on the CPU")
     array.add_argument("--cpus-per-task", type=int)
     array.add_argument("--time")
     _add_submission(array)
     array.add_argument("--out", default="launch", help="folder for the script and the workers' logs")
-    array.add_argument("encode", nargs=argparse.REMAINDER, help="after --, what ditmoe-data encode takes")
+    array.add_argument("encode", nargs=argparse.REMAINDER, help="after --: the arguments of ditmoe-data encode")
 
-    hostfile = kinds.add_parser("hostfile", help="run on the hosts of a hostfile, by ssh from here")
+    hostfile = kinds.add_parser("hostfile", help="train on the hosts of a hostfile, by ssh from here")
     hostfile.set_defaults(command=_hostfile)
     _add_recipe(hostfile)
-    hostfile.add_argument("--hostfile", required=True, help="lines of HOST slots=N")
-    hostfile.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="set on every host; nothing else is carried over")
-    hostfile.add_argument("--master-addr", help="default: the first host's first address")
+    hostfile.add_argument("--hostfile", required=True, help="file with lines HOST slots=N")
+    hostfile.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="set on every host; no others are passed on")
+    hostfile.add_argument("--master-addr", help="where the processes meet; default: the first host's first address")
     hostfile.add_argument("--master-port", type=int, default=29500)
-    hostfile.add_argument("--bind-cores", action="store_true", help="give each process cores of its own (needs numactl)")
-    hostfile.add_argument("--max-restarts", type=int, default=0, help="starts in a row that may bring no new checkpoint")
-    hostfile.add_argument("--min-nodes", type=int, help="continue with at least this many if others are lost; default: all")
+    hostfile.add_argument("--bind-cores", action="store_true", help="give each process its own cores (needs numactl)")
+    hostfile.add_argument("--max-restarts", type=int, default=0, help="most restarts in a row without a new checkpoint; 0: none")
+    hostfile.add_argument("--min-nodes", type=int, help="restart with fewer hosts if at least this many are left; default: all")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +66,10 @@ def _add_submission(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY[=VALUE]",
-        help="any other option of sbatch: qos=high, exclusive",
+        help="any other option of sbatch, for example qos=high or exclusive",
     )
-    parser.add_argument("--container", help="an image: FILE.sif (Apptainer), else for pyxis")
-    parser.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
+    parser.add_argument("--container", help="container image: FILE.sif for Apptainer, anything else for pyxis")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 
 def _options(arguments: argparse.Namespace, **own: str | int) -> dict[str, str | int | None]:

@@ -46,12 +46,12 @@ _EXCHANGE_FIX = (
 
 def add_command(commands: Any) -> None:
     """Add ``doctor`` to ``ditmoe``'s subparsers."""
-    doctor = commands.add_parser("doctor", help="what is wrong with the nodes, before training (also: srun ditmoe doctor)")
+    doctor = commands.add_parser("doctor", help="find what is wrong with the nodes before training (also: srun ditmoe doctor)")
     doctor.set_defaults(command=_doctor)
-    doctor.add_argument("--hostfile", help="lines of HOST slots=N; without it the nodes of srun, or this machine alone")
-    doctor.add_argument("--run-dir", default=".", help="where the run will write; all nodes must see the same there")
-    doctor.add_argument("--ep", type=int, default=0, help="parallel.expert: ranks that exchange tokens; by default all of a node")
-    doctor.add_argument("--min-free-gb", type=float, default=10.0, help="of the run directory's disk")
+    doctor.add_argument("--hostfile", help="file with lines HOST slots=N; default: the nodes of srun, or this machine alone")
+    doctor.add_argument("--run-dir", default=".", help="where the run will write; all nodes must see the same folder")
+    doctor.add_argument("--ep", type=int, default=0, help="parallel.expert: ranks that exchange tokens; default: all ranks of a node")
+    doctor.add_argument("--min-free-gb", type=float, default=10.0, help="free space that the run directory's disk needs")
     doctor.add_argument("--json", action="store_true")
 
 

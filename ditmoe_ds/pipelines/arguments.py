@@ -17,20 +17,20 @@ LONG_PATIENCE = timedelta(days=1)
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add --vae, --text-encoder and --weights."""
-    parser.add_argument("--vae", help="folder or hub id; for weights that name none, or if it has moved")
-    parser.add_argument("--text-encoder", help="folder or hub id; for weights that name none, or if it has moved")
+    parser.add_argument("--vae", help="folder or hub id, if the weights name none or it has moved")
+    parser.add_argument("--text-encoder", help="folder or hub id, if the weights name none or it has moved")
     add_weights(parser)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add --weights."""
-    parser.add_argument("--weights", default="ema", help="of a run: ema, master (the raw weights) or one average by name: ema_0.999")
+    parser.add_argument("--weights", default="ema", help="of a run: ema, master (the raw weights), or one average by name: ema_0.999")
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """Add --dtype and --offload-experts."""
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; latents and VAE are fp32")
-    parser.add_argument("--offload-experts", action="store_true", help="keep experts in host memory, and copy them layer by layer")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of the model; latents and VAE are fp32")
+    parser.add_argument("--offload-experts", action="store_true", help="keep experts in host memory and copy them layer by layer")
 
 
 def check_least(arguments: argparse.Namespace, **least: int) -> None:

@@ -24,23 +24,23 @@ def add_commands(commands: Any) -> None:
     """Add ``plan`` to ``ditmoe``'s subparsers."""
     from ditmoe_ds.planning.job import Assumptions
 
-    plan = commands.add_parser("plan", help="memory, traffic and time of a recipe on a cluster, and the best way to spread it")
+    plan = commands.add_parser("plan", help="plan a recipe on a cluster: memory, traffic, time and the best parallel shape")
     plan.set_defaults(command=_plan)
-    plan.add_argument("recipe")
-    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    plan.add_argument("recipe", help="YAML file")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
     plan.add_argument("--nodes", type=int, default=1)
     plan.add_argument("--gpus-per-node", type=int, default=8)
     plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")
     for name, unit in HARDWARE.items():
-        plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the row's")
-    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="what the search minimises")
-    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's if they are on this machine, else 256")
-    plan.add_argument("--text-tokens", type=int, help="of a caption, for models with text; default: the data's, else 77")
+        plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the GPU's in the table")
+    plan.add_argument("--objective", choices=["time", "memory", "gpus"], default="time", help="what to minimise; gpus: how many are needed")
+    plan.add_argument("--image-size", type=int, help="pixels, with an f=8 VAE; default: the data's if they are here, else 256")
+    plan.add_argument("--text-tokens", type=int, help="tokens of a caption; default: the data's if they are here, else 77")
     for assumed in fields(Assumptions):
-        plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumed; see docs/scaling.md")
+        plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumption; see docs/scaling.md")
     form = plan.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
-    form.add_argument("--comment", action="store_true", help="in two lines, as the recipes' headers have it")
+    form.add_argument("--comment", action="store_true", help="print the lines that the headers of recipes have")
 
 
 def _plan(arguments: argparse.Namespace) -> int:

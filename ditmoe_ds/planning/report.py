@@ -75,18 +75,18 @@ def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str) -> 
 
 
 def as_comment(plan: Plan, plans: list[Plan], objective: Objective) -> str:
-    """For a recipe's header, about two lines."""
+    """For a recipe's header: one line to three."""
     fit = "" if plan.fits else "; DOES NOT FIT"
     words = [
-        f"{plan.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} a GPU{fit}; {_short(plan.step_seconds, 3)} s a step, "
+        f"{plan.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} per GPU{fit}; {_short(plan.step_seconds, 3)} s per step, "
         f"{plan.images_per_second:,.0f} images/s, MFU {plan.mfu:.0%}; "
         f"{plan.job.steps:,} steps in {_short(plan.days, 1)} days, {_short(plan.gpu_hours, 0)} GPU-hours"
     ]
     if plan.host_seconds > plan.step_seconds:
-        words.append(f"not in it: ZeRO-3's hooks in Python may take the host {plan.host_seconds:.2f} s (docs/scaling.md)")
+        words.append(f"not counted: ZeRO-3's hooks in Python, {plan.host_seconds:.2f} s per step where measured (docs/scaling.md)")
     chosen = best(plans, objective)
     if chosen and chosen.step_seconds < 0.99 * plan.step_seconds:
-        words.append(f"the search's best, {_short(chosen.step_seconds, 3)} s: {overrides(chosen, plan.shape.tensor)}")
+        words.append(f"the search found a faster way, {_short(chosen.step_seconds, 3)} s: {overrides(chosen, plan.shape.tensor)}")
     return "\n".join(f"#   {line}" for line in words)
 
 

@@ -16,26 +16,23 @@ if TYPE_CHECKING:
 
 def add_command(kinds: Any) -> None:
     """Add ``geneval`` to the subparsers of ``ditmoe eval``."""
-    command = kinds.add_parser("geneval", help="text to image: GenEval's six tasks, by a detector and CLIP")
+    command = kinds.add_parser("geneval", help="score a text-to-image model on GenEval's six tasks, by a detector and CLIP")
     command.set_defaults(command=geneval)
-    command.add_argument("samples", metavar="SAMPLES", help="folder of pictures in GenEval's layout; with --run they are made first")
-    command.add_argument("--run", help="a run, a checkpoint or a weights folder")
-    command.add_argument("--prompts", help="evaluation_metadata.jsonl of github.com/djghosh13/geneval, for --run")
-    command.add_argument("--images", type=int, default=4, help="of each prompt")
+    command.add_argument("samples", metavar="SAMPLES", help="pictures in GenEval's folder layout; with --run they are made first")
+    command.add_argument("--run", help="a run directory, a checkpoint folder or a weights folder")
+    command.add_argument("--prompts", help="with --run: evaluation_metadata.jsonl of github.com/djghosh13/geneval")
+    command.add_argument("--images", type=int, default=4, help="images per prompt")
     command.add_argument("--steps", type=int, default=50)
     command.add_argument("--guidance", type=float, default=5.0)
     command.add_argument("--seed", type=int, default=0)
     add_opening(command)
     add_memory(command)
-    command.add_argument("--detector", help="folder or hub id (facebook/mask2former-swin-small-coco-instance); none: pictures only")
-    command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id; tells colours")
-    command.add_argument("--threshold", type=float, default=0.3, help="objects must score more than this")
+    command.add_argument("--detector", help="folder or hub id (facebook/mask2former-swin-small-coco-instance); none: do not score")
+    command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id of the CLIP model that judges colours")
+    command.add_argument("--threshold", type=float, default=0.3, help="an object counts if its score is above this")
     command.add_argument("--counting-threshold", type=float, default=0.9, help="the same, in the task counting")
     command.add_argument(
-        "--max-overlap",
-        type=float,
-        default=1.0,
-        help="of boxes that overlap so much (IoU) only the strongest counts; 1: all count",
+        "--max-overlap", type=float, default=1.0, help="of boxes that overlap at least this much (IoU) only the strongest counts; 1: all"
     )
 
 
