@@ -1,6 +1,6 @@
 """The benchmarks of speed, the most telling first, within a given time. Needs no network.
 
-python benchmarks/run_all.py [--budget 540] [--write] [--only NAME ...]
+python -m benchmarks.run_all [--budget 540] [--write] [--only NAME ...]
 
 Each is a process of its own: one that fails or runs out of time costs the others nothing, and its rows so far stand.
 --write puts the figures into their pages.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from report import hardware
+
+from benchmarks.report import hardware
 
 ROOT = Path(__file__).parents[1]
 KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**34))

@@ -8,9 +8,9 @@ import sys
 import pytest
 from processes import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT))
 
-from run_all import ON_CPU, ON_GPU, main
+from benchmarks.run_all import ON_CPU, ON_GPU, main
 
 CASES = {
     "train_step": ("--models DiT-MoE-Tiny/2-8E2A EC-DIT-Tiny-8E --images 2 --rounds 1 --steps 1", 2 + 4 + 4 + 2 * 6),
@@ -20,7 +20,7 @@ CASES = {
     "scaling": ("--width 32 --images 16 --rounds 1", 4 + 4 + 3 + 3),
     "expert_choice": ("--width 64 --repeats 1", 3),
 }
-"""Arguments, and the least rows of figures. ``run_all`` runs these on a GPU."""
+"""Arguments, and the least rows of figures. ``benchmarks.run_all`` runs these on a GPU."""
 SLOW = {
     "loader": ("--seconds 0.2 --folder {}", 6),
     "checkpoint": ("--model DiT-MoE-Tiny/2-8E2A --repeats 1 --folder {}", 6),
