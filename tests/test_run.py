@@ -115,6 +115,13 @@ def tensors(run, step):
     return out
 
 
+def test_a_start_compiles_nothing(folder, recipe, monkeypatch):
+    """DeepSpeed would its all-reduce for CPUs, of which 69 MB a rank stay in /dev/shm for ever."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+    train(recipe, 1, "parallel.expert=1", "train.steps=1", f"run_dir={folder / 'started'}")
+    assert not (folder / "extensions").exists()
+
+
 def test_the_run_directory_describes_itself(straight, recipe):
     run, output = straight
     assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe)
