@@ -133,6 +133,16 @@ def test_a_full_disk(on_failure, folder, recipe):
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_log_that_cannot_be_written_stops_no_run(folder, recipe):
+    """Its disk may be another than the run's; and whoever read it may have gone."""
+    run = folder / "unread"
+    command = [sys.executable, "-m", "ditmoe_ds.train", recipe, f"run_dir={run}", "parallel.expert=1", "train.steps=2"]
+    with open("/dev/full", "w") as full:
+        environment = os.environ | dict(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+        assert subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=full, timeout=600).returncode == 0
+    assert checkpoint.newest(run / "checkpoints").name == "step_00000002"
+
+
 def test_metrics_that_cannot_be_written_are_left_out(tmp_path, capsys):
     """Whole lines: what is written later does not begin in the midst of one."""
     settings = SimpleNamespace(tensorboard=False, wandb=False, log_every=1, steps=9)
