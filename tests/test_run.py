@@ -31,6 +31,7 @@ from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import init_weights
 from ditmoe_ds.pipelines.run import open_run
 from ditmoe_ds.rng import keyed_generator
+from ditmoe_ds.training import callbacks
 from ditmoe_ds.training.callbacks import MetricsWriter, _flat
 from ditmoe_ds.training.interruption import MARKER, mark
 from ditmoe_ds.training.plan import read_plan
@@ -146,7 +147,17 @@ def test_the_run_directory_describes_itself(straight, recipe):
     assert found == pytest.approx(written)  # to the last value of the last step
     assert Image.open(run / "samples" / "step_00000008.png").size == (5 * 32 + 4 * 2, 32)
     lines = [line for line in output.splitlines() if line.startswith("step ")]
-    assert lines[0].startswith("step 1/8") and "min left" in lines[-1]
+    assert lines[0].startswith("step 1/8") and lines[-1].endswith("img/s  0:00:00 left")
+
+
+def test_what_is_left_is_told_in_days(monkeypatch, capsys):
+    settings = SimpleNamespace(train=SimpleNamespace(steps=7_000_000, log_every=50))
+    trainer = SimpleNamespace(step=1_000, plan=SimpleNamespace(recipe=settings))
+    monkeypatch.setattr(callbacks.dist, "get_rank", lambda: 0)
+    progress = callbacks.Progress(0)
+    progress.start -= 250
+    progress(trainer, dict(loss=1.0, grad_norm=1.0, images_per_s=1.0))
+    assert re.search(r"  20 days, 6:0\d:\d\d left$", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 import mmap
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,7 +189,7 @@ class Progress:
         told = "".join(f"  {key} {value:.4f}" for key, value in measured.items())
         print(
             f"step {step}/{train.steps}  loss {record['loss']:.4f}{told}  grad norm {record['grad_norm']:.3f}"
-            f"  {record['images_per_s']:.1f} img/s  {left / 60:.1f} min left",
+            f"  {record['images_per_s']:.1f} img/s  {timedelta(seconds=round(left))} left",
             flush=True,
         )
 
