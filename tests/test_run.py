@@ -437,16 +437,6 @@ def test_rmsprop_begins_at_rest(folder, recipe):
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
-def test_what_tensorboard_cannot_write_does_not_end_a_run(tmp_path, monkeypatch, capsys):
-    def full(*arguments, **named):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
-    plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=True, wandb=False)))
-    assert MetricsWriter(plan, tmp_path, 0).tensorboard is None
-    assert "metrics cannot be written (No space left on device)" in capsys.readouterr().out
-
-
 def test_a_run_that_begins_anew_keeps_the_metrics_of_before(tmp_path, capsys):
     """Its checkpoints are gone, or it was killed before the first."""
     plan, file = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(tensorboard=False, wandb=False))), tmp_path / "metrics.jsonl"
