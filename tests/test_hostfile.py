@@ -1,5 +1,6 @@
 """``ditmoe launch hostfile`` on real hosts: two network namespaces with an sshd each."""
 
+import errno
 import json
 import os
 import re
@@ -164,25 +165,41 @@ def test_hosts_that_cannot_be_used_are_told(start, overrides, tmp_path):
     assert job.returncode == 2 and f"host1: {lock} is left" in output, output
 
 
-@pytest.mark.parametrize("reader", ["listens", "has gone"])
-def test_any_output_of_a_host_is_read_to_its_end(reader, monkeypatch, capsys):
+def test_any_output_of_a_host_is_read_to_its_end(capsys):
     """Its processes would stand still otherwise."""
+    worker = "import sys; sys.stdout.buffer.write(b'caf\\xe9\\n' + b'x' * 300_000 + b'\\nend\\n')"
+    process = hosts_of_launching.start(None, [sys.executable, "-c", worker], {})
+    _relay("here", process)
+    assert process.wait(30) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert (said[0], said[-1]) == ("here: caf\ufffd", "here: end")
 
-    class Closed:
-        def write(self, text):
-            raise BrokenPipeError
+
+def test_a_log_that_cannot_be_written_stops_neither_hosts_nor_restarts(tmp_path, monkeypatch, overrides):
+    """Its disk may be another than the run's."""
+    ends = iter([1, 0])
+
+    class Full:
+        def write(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
         flush = write
 
-    worker = "import sys; sys.stdout.buffer.write(b'caf\\xe9\\n' + b'x' * 300_000 + b'\\nend\\n')"
-    process = hosts_of_launching.start(None, [sys.executable, "-c", worker], {})
-    if reader == "has gone":
-        monkeypatch.setattr(sys, "stdout", Closed())
-    _relay("here", process)
-    assert process.wait(30) == 0
-    if reader == "listens":
-        said = capsys.readouterr().out.splitlines()
-        assert (said[0], said[-1]) == ("here: caf\ufffd", "here: end")
+    def end(self, used, master, recipe):
+        code = next(ends)
+        process = hosts_of_launching.start(None, [sys.executable, "-c", f"print('x' * 300_000); raise SystemExit({code})"], {})
+        _relay("here", process)
+        return process.wait(30)
+
+    (tmp_path / "hostfile").write_text("host1 slots=1\n")
+    monkeypatch.setattr(hostfile, "survey", lambda *_: ([Node("host1", 1, dict(address="host1"))], ""))
+    monkeypatch.setattr(hostfile.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(hostfile.Job, "_start", end)
+    command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", str(tmp_path / "hostfile"), "--max-restarts", "1", *overrides]
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Full())
+    assert main([*command, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert not list(ends)
 
 
 def test_a_launch_that_cannot_be(tmp_path, capsys):

@@ -361,6 +361,8 @@ def test_the_recipe_of_16_billion(capsys):
     assert main(["plan", G, "--nodes", "8"]) == 0
     text = capsys.readouterr().out
     assert f"{own['peak'] / 1e9:.2f}  of 72.0" in text
+    # every 5,000th step, the newest three and every 100,000th; fp32 masters, two moments, one average
+    assert f"{said['job']['total'] * 16 / 1e9:.1f} GB a checkpoint, at most 73 of them on disk: 19.3 TB" in text
     assert said["best"]["overrides"] in text
     assert own == said["best"], "the recipe is what its plan says is the best"
     # followed, the advice is what was promised

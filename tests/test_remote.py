@@ -128,9 +128,9 @@ def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
     dataset = LatentDataset([manifest], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
     shard = folder / "train-000002.tar"
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(DataError, match=r"train-000002\.tar: cannot be read in 6 attempts \(sha256 differs"):
+    with pytest.raises(DataError, match=r"train-000002\.tar: cannot be read in 10 attempts \(sha256 differs"):
         dataset[13]
-    assert capsys.readouterr().err.count("trying again") == 5
+    assert capsys.readouterr().err.count("trying again") == 9
     with pytest.raises(DataError, match="6 attempts"):
         Manifest.load(f"{url}/elsewhere")
 
@@ -198,15 +198,24 @@ def test_a_cut_index_is_fetched_again(folder, url, tmp_path):
     assert not Handler.cutting
 
 
-def test_a_disk_that_fails_is_not_called_damage(folder, monkeypatch):
-    dataset = LatentDataset([Manifest.load(folder)], "train")
+@pytest.mark.parametrize("failures", [9, 10])
+def test_a_disk_that_fails_for_minutes_is_waited_for_and_not_called_damage(failures, folder, monkeypatch, capsys):
+    dataset, real, waited = LatentDataset([Manifest.load(folder)], "train"), os.pread, []
+    expected = dataset[0].latent
 
-    def stale(*_):
-        raise OSError(errno.ESTALE, "Stale file handle")
+    def stale(*arguments):
+        if len(waited) < failures:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*arguments)
 
     monkeypatch.setattr(os, "pread", stale)
-    with pytest.raises(DataError, match=r"train-000000.tar: cannot be read \(Stale file handle\)$"):
-        dataset[0]
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    if failures == 9:
+        assert torch.equal(dataset[0].latent, expected)
+    else:
+        with pytest.raises(DataError, match=r"train-000000.tar: cannot be read in 10 attempts \(\[Errno 116\] Stale file handle\)$"):
+            dataset[0]
+    assert sum(waited) == 511 and capsys.readouterr().err.count("Stale file handle; trying again") == 9
 
 
 def test_a_shells_pipe_is_no_url():

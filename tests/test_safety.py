@@ -21,6 +21,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from latents import write_latents
 from models import DENSE, SPARSE, random_weights
 from processes import ROOT, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
@@ -133,19 +134,34 @@ def test_a_full_disk(on_failure, folder, recipe):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_metrics_that_cannot_be_written_are_left_out(tmp_path, capsys):
-    """Whole lines: what is written later does not begin in the midst of one."""
-    settings = SimpleNamespace(tensorboard=False, wandb=False, log_every=1, steps=9)
+def test_a_log_that_cannot_be_written_stops_no_run(folder, recipe):
+    """Its disk may be another than the run's; and whoever read it may have gone."""
+    run = folder / "unread"
+    command = [sys.executable, "-m", "ditmoe_ds.train", recipe, f"run_dir={run}", "parallel.expert=1", "train.steps=2"]
+    with open("/dev/full", "w") as full:
+        environment = os.environ | dict(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+        assert subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=full, timeout=600).returncode == 0
+    assert checkpoint.newest(run / "checkpoints").name == "step_00000002"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, which ends by it
+@pytest.mark.parametrize("room, steps, files", [(5, [1, 2, 5], 1), (30, [1, 2, 3, 4, 5], 3)])
+def test_metrics_that_cannot_be_written_are_left_out(room, steps, files, tmp_path, capsys):
+    """Whole lines: what is written later does not begin in the midst of one. With room for a line alone TensorBoard goes without, and on a
+    disk that is full for days it does not leave a file a step."""
+    settings = SimpleNamespace(tensorboard=True, wandb=False, log_every=1, steps=9)
     trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=settings)), step=0)
     writer, limits = MetricsWriter(trainer.plan, tmp_path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
     for trainer.step in range(1, 6):
         if trainer.step in (3, 4):  # as a disk with room for a part of it
-            resource.setrlimit(resource.RLIMIT_FSIZE, (writer.file.stat().st_size + 5, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (writer.file.stat().st_size + room, limits[1]))
         try:
             writer(trainer, dict(step=trainer.step, loss=1.0))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [json.loads(line)["step"] for line in writer.file.read_text().splitlines()] == [1, 2, 5]
+    assert [json.loads(line)["step"] for line in writer.file.read_text().splitlines()] == steps
+    assert [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")] == [1, 2, 5]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == files
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
 
 

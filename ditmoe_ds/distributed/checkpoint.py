@@ -56,6 +56,11 @@ class CheckpointConfig:
     """When a checkpoint cannot be written (a full disk): stop the run, or say so and train on. An asynchronous failure
     is printed at once and stops the run at the next save."""
 
+    def most(self, steps: int) -> int:
+        """How many a run of so many steps has on disk at once: the last is written before the one that it replaces is deleted."""
+        written = sorted({*range(self.every, steps + 1, self.every), steps})
+        return len({*written[-self.keep - 1 :], *(step for step in written if self.keep_every and step % self.keep_every == 0)})
+
 
 class Saver:
     """Writes a run's checkpoints into ``folder``. Methods are collective; one checkpoint is written at a time."""

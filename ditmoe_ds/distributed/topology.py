@@ -216,6 +216,8 @@ def expert_group(ep_size: int, tensor: int = 1) -> ExpertGroup:
     import deepspeed
     from deepspeed.utils import groups
 
+    # its own all-reduce for CPUs serves inference alone: a minute of compiling, and 69 MB of shared memory a rank that outlive it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     if tensor > 1:
         from ditmoe_ds.distributed.tensor_parallel import join_groups

@@ -19,6 +19,9 @@ from ditmoe_ds.errors import DataError
 ATTEMPTS = 6
 """Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
 
+LASTING = 10
+"""Attempts where a training may depend on it, which nobody watches at night: pauses of 8.5 minutes in all, as for a server's restart."""
+
 _OURS = re.compile(r"[0-9a-f]{32}\.(tar|index\.npy)")
 """Names of the files that a cache makes and may delete; its folder may hold others."""
 
@@ -53,7 +56,7 @@ def fetch(url: str, out: BinaryIO) -> None:
         out.truncate()
         _copy(url, out)
 
-    _persist(url, attempt)
+    persist(url, attempt)
 
 
 class Cache:
@@ -96,7 +99,7 @@ class Cache:
                     partial.replace(path)
             return path
 
-        return _persist(url, attempt)
+        return persist(url, attempt, LASTING)
 
     def _make_room(self, size: int, beside: str) -> None:
         ages, total = [], size
@@ -121,15 +124,19 @@ def _copy(url: str, out: BinaryIO) -> None:
         shutil.copyfileobj(stream, out, 1 << 20)
 
 
-def _persist(url: str, action: Callable[[], T]) -> T:
-    for number in range(1, ATTEMPTS + 1):
+def persist(name: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
+    """What ``action`` returns, in the first attempt that raises neither OSError nor ValueError.
+
+    Raises:
+        DataError: no attempt did.
+    """
+    for number in range(1, attempts + 1):
         try:
             return action()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            # a pipe's error begins with how it was opened
-            reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]
-        if number < ATTEMPTS:
-            print(f"{url}: {reason}; trying again", file=sys.stderr, flush=True)
+            reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]  # a pipe lists how it was opened
+        if number < attempts:
+            print(f"{name}: {reason}; trying again", file=sys.stderr, flush=True)
             time.sleep(2 ** (number - 1))
-    raise DataError(f"{url}: cannot be read in {ATTEMPTS} attempts ({reason})")
+    raise DataError(f"{name}: cannot be read in {attempts} attempts ({reason})")

@@ -17,20 +17,23 @@ import math
 import os
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents import remote
 
 if TYPE_CHECKING:  # which opens the shards that it lists
     from ditmoe_ds.latents.manifest import Manifest, Text
 
 REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
 SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
+T = TypeVar("T")
 KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
 
 
@@ -103,12 +106,7 @@ class ShardReader:
     def __init__(self, path: Path, manifest: Manifest, shape: tuple[int, ...]):
         self.path, self.manifest, self.shape = path, manifest, shape
         index = index_path(path)
-        try:
-            raw, size = index.read_bytes(), path.stat().st_size
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename}: is not there; {REMAKE}") from None
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        raw, size = _persist(index, lambda: (index.read_bytes(), path.stat().st_size))
         # As with tensors (see ``_tensor``), the header is compared, not believed.
         count = (len(raw) - len(_npy_header((0,), "int64"))) // 8
         header = _npy_header((max(count, 0),), "int64")
@@ -132,17 +130,18 @@ class ShardReader:
         try:
             if size > SAMPLE_LIMIT:
                 raise ValueError(f"{size} bytes, more than {SAMPLE_LIMIT}")
-            # Opened per read: a large data set has more shards than a process may hold open.
-            file = os.open(self.path, os.O_RDONLY)
-            try:
-                raw = os.pread(file, size, start)
-            finally:
-                os.close(file)
-            return self._parse(raw)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+            return self._parse(_persist(self.path, lambda: self._bytes(start, size)))
+        except DataError:
+            raise
         except Exception as error:  # bytes from anywhere: each parser of them fails in its own ways
             raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {REMAKE}") from None
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        file = os.open(self.path, os.O_RDONLY)  # per read: a large data set has more shards than a process may hold open
+        try:
+            return os.pread(file, size, start)
+        finally:
+            os.close(file)
 
     def _parse(self, raw: bytes) -> Sample:
         keys, members = set(), {}
@@ -188,6 +187,20 @@ class ShardReader:
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
         return tensor
+
+
+def _persist(path: Path, action: Callable[[], T]) -> T:
+    """As ``remote.persist``, for file servers that are away for minutes; what is missing or forbidden is refused at once."""
+
+    def attempt() -> T:
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: is not there; {REMAKE}") from None
+        except PermissionError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    return remote.persist(str(path), attempt, remote.LASTING)
 
 
 def parse_text(content: bytes, text: Text) -> torch.Tensor:

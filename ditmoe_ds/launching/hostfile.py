@@ -4,7 +4,6 @@ Not through pdsh, which pastes a recipe's overrides unquoted into a shell line, 
 """
 
 import base64
-import contextlib
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from ditmoe_ds.launching.problems import Node, compare
 from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.restarts import MISTAKE, should_restart
 from ditmoe_ds.training.interruption import MARKER
+from ditmoe_ds.training.output import outlive_readers
 from ditmoe_ds.training.plan import read_plan
 
 OTHERS = 50.0
@@ -63,6 +63,7 @@ class Job:
         if faults:
             raise UserError(faults)
         recipe = prepare(run_dir, self.recipe)
+        outlive_readers()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
         job = f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
@@ -140,5 +141,4 @@ def survey(slots: dict[str, int], run_dir: Path, environment: dict[str, str]) ->
 def _relay(host: str, process: "subprocess.Popen[str]") -> None:
     assert process.stdout
     for line in process.stdout:  # to its end: a host whose output nobody reads stands still
-        with contextlib.suppress(OSError):  # whoever read ours has gone
-            print(f"{host}: {line}", end="", flush=True)
+        print(f"{host}: {line}", end="", flush=True)

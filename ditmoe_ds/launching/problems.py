@@ -92,7 +92,7 @@ def _of_one(node: Node, facts: dict[str, Any], min_free_gb: float) -> list[Probl
     if not facts["writable"]:
         found.append((f"cannot write in {facts['run_dir']}", "mount it for writing and give this user the right to write"))
     for tool in facts["no_tool"]:
-        found.append((f"no {tool} on the PATH: DeepSpeed compiles at its first start", f"install {tool} there"))
+        found.append((f"no {tool} on the PATH: DeepSpeed compiles an optimizer that is kept on the host", f"install {tool} there"))
     if not facts["extensions_writable"]:
         text = f"cannot write compiled extensions in {facts['extensions']}"
         found.append((text, "set TORCH_EXTENSIONS_DIR to a folder that can be written"))

@@ -75,5 +75,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     elif arguments.comment:
         print(as_comment(plan, plans, arguments.objective))
     else:
-        print(as_text(plan, plans, arguments.objective, f"{Path(arguments.recipe).stem} on {arguments.gpu}"))
+        checkpoints = recipe.checkpoint.most(recipe.train.steps)
+        print(as_text(plan, plans, arguments.objective, f"{Path(arguments.recipe).stem} on {arguments.gpu}", checkpoints))
     return 0

@@ -48,8 +48,12 @@ def _numbers(plan: Plan, own: Plan) -> dict[str, Any]:
     return numbers | dict(activations=plan.activations.parts, traffic=[asdict(flow) for flow in plan.traffic])
 
 
-def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str) -> str:
-    """About 50 lines to read."""
+def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str, checkpoints: int) -> str:
+    """About 50 lines to read.
+
+    Args:
+        checkpoints: how many are on disk at once, at most.
+    """
     job, cluster, gpu = plan.job, plan.cluster, plan.cluster.gpu
     size = describe(job.model, job.text)
     text = f" and {job.text} of text" if job.text else ""
@@ -66,6 +70,7 @@ def as_text(plan: Plan, plans: list[Plan], objective: Objective, title: str) -> 
         *_traffic(plan),
         "",
         *_time(plan),
+        _disk(size["total"] * 4 * (3 + job.averages), checkpoints),
         "",
         *_assumed(plan),
         "",
@@ -125,6 +130,11 @@ def _time(plan: Plan) -> list[str]:
         f"{_short(plan.days, 1)} days, {_short(plan.gpu_hours, 0)} GPU-hours"
     )
     return lines
+
+
+def _disk(size: int, checkpoints: int) -> str:
+    """Of fp32 masters, two moments and the averages."""
+    return f"  {_short(size / 1e9, 1)} GB a checkpoint, at most {checkpoints} of them on disk: {_short(checkpoints * size / 1e12, 1)} TB"
 
 
 def _assumed(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import mmap
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,7 @@ class Progress:
         told = "".join(f"  {key} {value:.4f}" for key, value in measured.items())
         print(
             f"step {step}/{train.steps}  loss {record['loss']:.4f}{told}  grad norm {record['grad_norm']:.3f}"
-            f"  {record['images_per_s']:.1f} img/s  {left / 60:.1f} min left",
+            f"  {record['images_per_s']:.1f} img/s  {timedelta(seconds=round(left))} left",
             flush=True,
         )
 
@@ -196,16 +197,11 @@ class MetricsWriter:
             _cut_after(self.file, resumed_at)  # steps after the checkpoint are run again
         else:
             _set_aside(self.file)
+        self.told = resumed_at
+        """The last step that TensorBoard has."""
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.failed = False
-        if plan.recipe.train.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            def begin() -> None:
-                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
-
-            self._try(begin)
         if plan.recipe.train.wandb:
             import wandb
 
@@ -214,25 +210,27 @@ class MetricsWriter:
 
     def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
-        self._try(lambda: _append(self.file, json.dumps(plain(record)).encode() + b"\n"))
-        if due(trainer.step, train.log_every, train.steps) or record.keys() & {"val_loss", "fd", "skipped", "spike"}:
-            if self.tensorboard:
-                self._try(lambda: self._tell_tensorboard(trainer.step, record))
-            if self.wandb:
-                self.wandb.log(_flat(record), step=trainer.step)
-
-    def _tell_tensorboard(self, step: int, record: Record) -> None:
-        for key, value in _flat(record).items():
-            self.tensorboard.add_scalar(key, value, step)
-        self.tensorboard.flush()
-
-    def _try(self, action: Callable[[], None]) -> None:
+        told = due(trainer.step, train.log_every, train.steps) or record.keys() & {"val_loss", "fd", "skipped", "spike"}
         try:
-            action()
+            _append(self.file, json.dumps(plain(record)).encode() + b"\n")
+            if told and train.tensorboard:
+                self._tell_tensorboard(trainer.step, record)
         except OSError as error:
             if not self.failed:
                 print(f"metrics cannot be written ({error.strerror or error}); the run goes on", flush=True)
             self.failed = True
+        if told and self.wandb:
+            self.wandb.log(_flat(record), step=trainer.step)
+
+    def _tell_tensorboard(self, step: int, record: Record) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer, self.tensorboard = self.tensorboard, None  # one that has failed writes nothing ever after
+        writer = writer or SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=self.told + 1)
+        for key, value in _flat(record).items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+        self.tensorboard, self.told = writer, step
 
 
 def _append(path: Path, line: bytes) -> None:
