@@ -72,6 +72,52 @@ def test_compiled_modules_are_looked_into():
     assert model[1]._compiled_call_impl is call
 
 
+class Experts(torch.nn.Module):
+    """Three rows of every token, of which large ones overflow."""
+
+    def forward(self, x):
+        return x.flatten(0, 1).repeat(3, 1).exp()
+
+
+class Overflow(torch.autograd.Function):
+    """Of the gradient of a sample whose values are above 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.large = (x > 1).any(-1, keepdim=True)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(ctx.large, torch.inf, grad)
+
+
+class Network(torch.nn.Module):
+    def __init__(self, cut):
+        super().__init__()
+        self.first, self.experts, self.last = torch.nn.Linear(4, 4), Experts(), torch.nn.Linear(4, 4)
+        self.cut = cut
+        torch.nn.init.eye_(self.first.weight)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.experts(x).view(3, *x.shape).sum(0) if self.cut == "output" else Overflow.apply(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    "cut, where",
+    [("latents", "the latents"), ("output", "the output of experts"), ("gradient", "the gradient of the output of first")],
+)
+def test_the_bad_samples_of_a_large_micro_batch_are_named(cut, where):
+    latents = torch.zeros(16, 3, 4)
+    latents[12, 1, 2] = torch.nan if cut == "latents" else 100.0
+    batch = Prepared(latents, {}, torch.arange(16) / 100, latents, torch.arange(16) + 50, None)
+    network = Network(cut)
+    said = explain(network, [batch], lambda batch: network(batch.latents).sum(), "sample{}".format)
+    assert said == f"first in {where}, rank 0, t 0.120 to 0.120, samples sample62"
+
+
 @pytest.mark.parametrize("step, kept", [(0, 0), (2, 2), (3, 3), (9, 3)])
 def test_records_after_the_checkpoint_are_cut_off(tmp_path, step, kept):
     lines = [json.dumps(dict(step=number, loss=1.0)) + "\n" for number in (1, 2, 3)]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,20 +28,19 @@ def explain(model: nn.Module, batches: list[Prepared], forward: Callable[[Prepar
         forward: computes the loss of one, as the step did.
 
     Returns:
-        The first module (in the order of computation) whose output is not finite, with its rank, the range of t and the samples of its
-        micro-batch: experts pass what is not finite on to other ranks. If all are finite, the same of the gradients in backward.
+        The first module (in the order of computation) whose output is not finite, with its rank, and the samples whose part of it is not
+        and their range of t; of all samples of the micro-batch where only experts met them, as their rows may be other ranks'. If all
+        outputs are finite, the same of the gradients in backward.
     """
     for first_bad, what in ((_first_bad_output, "the output of"), (_first_bad_gradient, "the gradient of the output of")):
         mine: list[tuple[int, int, int, str]] = []
         for number, batch in enumerate(batches):
-            bad = first_bad(model, partial(forward, batch))
+            bad = first_bad(model, batch, partial(forward, batch))
             if bad is not None:
-                place, module = bad
-                if not batch.latents.isfinite().all():
-                    place, where = -1, "the latents"
-                else:
-                    where = f"{what} {module}"
-                mine.append((number, place, dist.get_rank(), f"first in {where}, {_describe(batch, key)}"))
+                place, where, samples = bad.place, f"{what} {bad.module}", bad.samples
+                if not (finite := batch.latents.isfinite().flatten(1).all(1)).all():
+                    place, where, samples = -1, "the latents", ~finite
+                mine.append((number, place, dist.get_rank(), f"first in {where}, {_describe(batch, key, samples)}"))
         everyone: list[list[Any]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         if found := min(itertools.chain.from_iterable(everyone), default=None):
@@ -80,35 +79,55 @@ class SpikeWatch:
         return f"loss {loss:.4f} after {mean:.4f} +- {deviation:.4f}; largest, {value:.4f}, on {where}"
 
 
-def _describe(batch: Prepared, key: Key) -> str:
-    keys = [key(i) for i in batch.samples.tolist()]
+class _Bad(NamedTuple):
+    place: int
+    """Number of the module in the order of computation."""
+    module: str
+    samples: Tensor | None
+    """(B,) which ones were not finite; None if only experts met them, whose rows may be other ranks'."""
+
+
+def _describe(batch: Prepared, key: Key, which: Tensor | None = None) -> str:
+    """Of the samples ``which`` (B,) marks, by default all, the rank, range of t and keys."""
+    samples, times = (x if which is None else x[which.to(x.device)] for x in (batch.samples, batch.times))
+    keys = [key(i) for i in samples.tolist()]
     shown = ", ".join(keys[:MAX_KEYS]) + (f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else "")
-    return f"rank {dist.get_rank()}, t {batch.times.min():.3f} to {batch.times.max():.3f}, samples {shown}"
+    return f"rank {dist.get_rank()}, t {times.min():.3f} to {times.max():.3f}, samples {shown}"
 
 
 @torch.no_grad()
-def _first_bad_output(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
-    """The first module whose output is not finite: its number in the order of computation, and its name."""
+def _first_bad_output(model: nn.Module, batch: Prepared, run: Callable[[], Tensor]) -> _Bad | None:
     finite: list[tuple[str, Tensor]] = []
-    with _watched(model, lambda name, args, out: finite.append((name, out.isfinite().all()))):
+    with _watched(model, lambda name, args, out: finite.append((name, _finite(out, batch)))):
         run()
-    return next(((place, name) for place, (name, good) in enumerate(finite) if not good), None)
+    return _first(finite)
 
 
-def _first_bad_gradient(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, str] | None:
+def _first_bad_gradient(model: nn.Module, batch: Prepared, run: Callable[[], Tensor]) -> _Bad | None:
     finite: list[tuple[str, Tensor]] = []
     sources: list[Tensor] = []  # outputs that depend on weights alone: where a backward that computes no weight's gradient ends
 
     def look(name: str, args: Any, out: Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda gradient: finite.append((name, gradient.isfinite().all())))
+            out.register_hook(lambda gradient: finite.append((name, _finite(gradient, batch))))
             if not any(isinstance(value, Tensor) and value.requires_grad for value in args):
                 sources.append(out)
 
     with _watched(model, look):
         loss = run()
     torch.autograd.grad(loss, sources, allow_unused=True)
-    return next(((place, name) for place, (name, good) in enumerate(finite) if not good), None)
+    return _first(finite)
+
+
+def _finite(x: Tensor, batch: Prepared) -> Tensor:
+    """(B,) for each sample of the batch where ``x`` has a row for each, else ()."""
+    of_samples = x.dim() > 1 and len(x) == len(batch.samples)
+    return x.isfinite().flatten(1).all(1) if of_samples else x.isfinite().all()
+
+
+def _first(finite: list[tuple[str, Tensor]]) -> _Bad | None:
+    bad = [(place, name, good) for place, (name, good) in enumerate(finite) if not good.all()]
+    return _Bad(*bad[0][:2], next((~good for *_, good in bad if good.dim()), None)) if bad else None
 
 
 @contextmanager
