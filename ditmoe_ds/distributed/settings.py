@@ -28,7 +28,7 @@ OWNED = {
 """DeepSpeed settings that the recipe owns, and where."""
 
 FIXED = {
-    "zero_optimization.round_robin_gradients": (False, "DeepSpeed then misreports where a weight's master lies: wrong ones would be saved"),
+    "zero_optimization.round_robin_gradients": (False, "DeepSpeed then misreports where a weight's master lies: wrong ones are saved"),
     "zero_optimization.offload_optimizer.ratio": (1.0, "what stays on the GPU has an optimizer of its own, whose state is not saved"),
     "zero_optimization.cpu_offload": (False, "write offload_optimizer, with device cpu"),
     "zero_optimization.cpu_offload_param": (False, "weights on the host were not tried with experts"),
