@@ -27,7 +27,7 @@ def draw_scores(path: str) -> None:
     scores = (2 * torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(3))).softmax(-1)
     routers = {
         f"token choice: each row its {FACTOR} best": token_choice(scores, FACTOR, RouterConfig())[0],
-        f"expert choice: each column its {TOKENS * FACTOR // EXPERTS} best": expert_choice(scores[None], FACTOR, RouterConfig()),
+        f"expert choice: each column its {TOKENS * FACTOR // EXPERTS} best": expert_choice(scores[None], (FACTOR, 1), RouterConfig()),
     }
     figure, panels = plt.subplots(1, 2, figsize=(8.2, 5.4), layout="constrained", facecolor="white")
     for panel, (title, assignment) in zip(panels, routers.items(), strict=True):
