@@ -27,8 +27,8 @@ OLD = "0.19.7"
 
 FACTS = dict(
     python="3.11.7", torch="2.13.0", deepspeed="0.19.8", ditmoe_ds="0.1.0", driver="550.54.15", nccl="2.27.3", gpus=["H100", "H100"],
-    cores=8, run_dir="/run", writable=True, run_dir_gb=500.0, tmp_gb=50.0, nofile=65536, memlock=None, no_tool=[],
-    extensions="/ext", extensions_writable=True, locks=[],
+    cores=8, run_dir="/run", writable=True, run_dir_gb=500.0, tmp_gb=50.0, nofile=65536, memlock=None,
+    ninja="/bin/ninja", not_compiled=None, extensions="/ext", extensions_writable=True, locks=[],
 )  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def nodes(**changes):
         (dict(run_dir_gb=3.0), "3.0 GB free in /run, less than 10"),
         (dict(tmp_gb=0.1), "0.1 GB free in /tmp, less than 1"),
         (dict(writable=False), "cannot write in /run"),
-        (dict(no_tool=["ninja"]), "no ninja on the PATH"),
+        (dict(ninja=None), "no ninja on the PATH"),
+        (dict(not_compiled="c++: no Python.h"), "does not compile #include <Python.h>: c++: no Python.h"),
         (dict(extensions_writable=False), "cannot write compiled extensions in /ext"),
         (dict(locks=["/ext/py311/shm/lock"]), "Fix: there: rm /ext/py311/shm/lock"),
     ],
@@ -136,6 +137,23 @@ def test_alone_with_the_port_taken(tmp_path, monkeypatch, capsys):
     (problem,) = [one for one in report["problems"] if not one["warning"]]
     assert "cannot reach the rendezvous" in problem["text"] and "set MASTER_PORT" in problem["fix"]
     assert report["nodes"][0]["facts"]["run_dir"] == str(tmp_path)
+
+
+def test_the_compiler_is_tried(tmp_path, monkeypatch):
+    """Being on the PATH is not enough."""
+    monkeypatch.delenv("CXX", raising=False)
+    assert facts._compile() is None
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'stub: broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert facts._compile() == "c++: stub: broken" == facts.facts(str(tmp_path))["not_compiled"]
+    monkeypatch.setenv("CXX", f"{tmp_path}/none -O1")
+    assert facts._compile() == f"{tmp_path}/none: No such file or directory"
+    monkeypatch.setenv("CXX", "g++ -O1")
+    assert facts._compile() is None
+    monkeypatch.setattr(facts.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert "Python.h: No such file" in facts._compile()
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ def test_a_killed_rank_is_named_and_ends_the_job_everywhere(two, start, override
     until_step(tmp_path / "run", 5, job)
     assert (list(ranks_of(found["host1"])), list(ranks_of(found["host2"]))) == ([0], [1])
     ranks_of(found["host2"])[1].kill()
+    killed = time.monotonic()
     output, _ = job.communicate(timeout=300)
+    assert time.monotonic() - killed < 60, output
     assert job.returncode not in (0, 2), output
     assert "EP groups of 2 consecutive ranks over 2 hosts" in output
     assert re.search(r"^host1: error: rank 1 on host2 ended without a word after step \d+", output, re.M), output

@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 import yaml
 from latents import write_latents
 from models import SPARSE, random_weights
-from processes import ROOT, launch
+from processes import ROOT, Ranks, launch
 
 from ditmoe_ds.distributed.topology import AgreedError, agreed
 from ditmoe_ds.distributed.weights import write_weights
@@ -111,6 +113,31 @@ end(train.main(["{recipe}", "parallel.expert=4"]))
     (first, output), (second, _) = launch(2, ["-c", worker], check=False)
     assert (first, second) == (2, 2)
     check_output(output, ["2 processes"])
+
+
+def test_a_port_that_is_taken():
+    """Rank 0 says so; the others, which wait in what listens there, end as soon as they are asked, whatever else a run makes of that."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        worker = f"""
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: None)
+os.environ["MASTER_PORT"] = "{port}"
+from ditmoe_ds.distributed.topology import on_all_ranks
+sys.exit(on_all_ranks(print))
+"""
+        ranks = Ranks(2, ["-c", worker])
+        try:
+            assert ranks.processes[0].wait(60) == 1
+            for _ in range(40):  # it may be importing still
+                ranks.processes[1].terminate()
+                time.sleep(0.5)
+                if ranks.processes[1].poll() is not None:
+                    break
+        finally:
+            (_, output), (code, silent) = ranks.wait(0, check=False)
+    assert code == -signal.SIGTERM, silent
+    check_output(output, [f"MASTER_PORT={port}", "--master_port"])
 
 
 def test_through_the_deepspeed_launcher(recipe):

@@ -165,6 +165,32 @@ def test_metrics_that_cannot_be_written_are_left_out(room, steps, files, tmp_pat
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
 
 
+@pytest.mark.parametrize("fails, steps", [("init", []), ("log", [2])])
+def test_weights_and_biases_stop_no_run(fails, steps, tmp_path, monkeypatch, capsys):
+    """Without network or login, say."""
+    got = []
+
+    def log(record, step):
+        if fails == "log" and step != 2:
+            raise ConnectionError("no network")
+        got.append(step)
+
+    def init(**_):
+        if fails == "init":
+            raise RuntimeError("no api key\nlog in")
+        return SimpleNamespace(log=log)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = SimpleNamespace(tensorboard=False, wandb=True, log_every=1, steps=9)
+    trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=settings)), step=0)
+    writer = MetricsWriter(trainer.plan, tmp_path, 0)
+    for trainer.step in range(1, 4):
+        writer(trainer, dict(step=trainer.step, loss=1.0))
+    assert got == steps and writer.file.read_text().count("\n") == 3
+    reason = dict(init="no api key log in", log="no network")[fails]
+    assert capsys.readouterr().out == f"Weights & Biases cannot be written ({reason}); the run goes on\n"
+
+
 def test_what_a_run_may_not_change(recipe, folder):
     """Its order of samples, of which every part is named."""
     turned = write_latents(folder / "turned", train=40, val=6, shape=(4, 4, 8), turned=True, per_shard=10)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def join(patience: timedelta = PATIENCE) -> World:
 
     Raises:
         UserError: on every rank of a host where they see fewer GPUs than there are ranks.
+        SystemExit: on rank 0, after one line, if the port is taken. A failure, since a launcher that tries again may find it free.
     """
     env = os.environ
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -87,7 +89,16 @@ def join(patience: timedelta = PATIENCE) -> World:
         torch.cuda.set_device(world.device)
     if world.rank == 0 and world.size > 1:  # from here on they wait in silence for one that is missing
         print(f"{world.size} processes meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}", flush=True)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
+    # no handler of Python's runs while torch waits: a launcher that ends the ranks when one has failed would wait, too
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", timeout=patience)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        options = "deepspeed --master_port, ditmoe launch hostfile --master-port, else MASTER_PORT"
+        sys.exit(f"error: MASTER_PORT={env['MASTER_PORT']}: taken on {host_name()}, perhaps by another run; choose another ({options})")
+    signal.signal(signal.SIGTERM, handler)
     return world
 
 

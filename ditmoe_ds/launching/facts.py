@@ -5,9 +5,12 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
+import sysconfig
 import time
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
@@ -15,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from ditmoe_ds.errors import in_a_line
 
 LOCK_SECONDS = 300.0
 """DeepSpeed's extensions seldom take longer to build, so an older lock is probably one that a killed build left behind."""
@@ -60,7 +65,8 @@ def facts(run_dir: str) -> dict[str, Any]:
         "tmp_gb": shutil.disk_usage("/tmp").free / 1e9,
         "nofile": None if nofile == resource.RLIM_INFINITY else nofile,
         "memlock": None if memlock == resource.RLIM_INFINITY else memlock,
-        "no_tool": [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)],
+        "ninja": shutil.which("ninja"),
+        "not_compiled": _compile(),
         "extensions": str(extensions),
         "extensions_writable": os.access(_existing(extensions), os.W_OK),
         "locks": old_locks(),
@@ -101,6 +107,18 @@ def _gpus() -> dict[str, Any]:
     count = torch.cuda.device_count()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if count else None
     return dict(nccl=nccl, gpus=[torch.cuda.get_device_name(i) for i in range(count)])
+
+
+def _compile() -> str | None:
+    """Why a file that includes what every extension does is not compiled as torch compiles; None if it is."""
+    headers = sysconfig.get_path("include", "posix_prefix")
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "-x", "c++", "-fsyntax-only", f"-I{headers}", "-"]
+    try:
+        end = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    said = in_a_line(end.stderr) or f"exit code {end.returncode}"  # not its last line alone: GCC's is "compilation terminated."
+    return f"{command[0]}: {said}" if end.returncode else None
 
 
 def _extensions() -> Path:

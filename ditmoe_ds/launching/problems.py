@@ -91,8 +91,12 @@ def _of_one(node: Node, facts: dict[str, Any], min_free_gb: float) -> list[Probl
             found.append((f"{facts[key]:.1f} GB free in {place}, less than {least:g}", "make room, or use another disk"))
     if not facts["writable"]:
         found.append((f"cannot write in {facts['run_dir']}", "mount it for writing and give this user the right to write"))
-    for tool in facts["no_tool"]:
-        found.append((f"no {tool} on the PATH: DeepSpeed compiles an optimizer that is kept on the host", f"install {tool} there"))
+    use = "with which DeepSpeed compiles an optimizer that is kept on the host"
+    if not facts["ninja"]:
+        found.append((f"no ninja on the PATH, {use}", "there: pip install ninja"))
+    if facts["not_compiled"]:
+        text = f"the C++ compiler, {use}, does not compile #include <Python.h>: {facts['not_compiled']}"
+        found.append((text, "install g++ and Python's headers (python3-dev) there, or set CXX to a compiler that works"))
     if not facts["extensions_writable"]:
         text = f"cannot write compiled extensions in {facts['extensions']}"
         found.append((text, "set TORCH_EXTENSIONS_DIR to a folder that can be written"))

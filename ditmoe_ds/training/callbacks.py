@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
 from ditmoe_ds.distributed.topology import data_group, tensor_place
+from ditmoe_ds.errors import in_a_line
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -189,7 +190,8 @@ class Progress:
 
 class MetricsWriter:
     """``metrics.jsonl``, one object per optimizer step; printed and special steps also go to TensorBoard and Weights & Biases, if asked
-    for. Rank 0 only. What cannot be written is left out: whether a full disk ends the run is decided when a checkpoint is written."""
+    for. Rank 0 only. What cannot be written is left out: whether a full disk ends the run is decided when a checkpoint is written, and a
+    service that nobody reaches is no reason to end it."""
 
     def __init__(self, plan: Plan, run_dir: Path, resumed_at: int):
         self.file = run_dir / "metrics.jsonl"
@@ -201,12 +203,13 @@ class MetricsWriter:
         """The last step that TensorBoard has."""
         self.tensorboard: Any = None
         self.wandb: Any = None
-        self.failed = False
+        self.failed: set[str] = set()
+        """What could not be written, and was told."""
         if plan.recipe.train.wandb:
-            import wandb
-
-            own = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
-            self.wandb = wandb.init(project="ditmoe_ds", dir=str(run_dir), name=run_dir.name, id=f"{run_dir.name}-{own}", resume="allow")
+            try:
+                self.wandb = _open_wandb(run_dir)
+            except Exception as error:  # without network or login, for two
+                self._leave_out("Weights & Biases", error)
 
     def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
@@ -216,11 +219,17 @@ class MetricsWriter:
             if told and train.tensorboard:
                 self._tell_tensorboard(trainer.step, record)
         except OSError as error:
-            if not self.failed:
-                print(f"metrics cannot be written ({error.strerror or error}); the run goes on", flush=True)
-            self.failed = True
+            self._leave_out("metrics", error)
         if told and self.wandb:
-            self.wandb.log(_flat(record), step=trainer.step)
+            try:
+                self.wandb.log(_flat(record), step=trainer.step)
+            except Exception as error:
+                self._leave_out("Weights & Biases", error)
+
+    def _leave_out(self, what: str, error: Exception) -> None:
+        if what not in self.failed:
+            print(f"{what} cannot be written ({in_a_line(error)}); the run goes on", flush=True)
+        self.failed.add(what)
 
     def _tell_tensorboard(self, step: int, record: Record) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -231,6 +240,13 @@ class MetricsWriter:
             writer.add_scalar(key, value, step)
         writer.flush()
         self.tensorboard, self.told = writer, step
+
+
+def _open_wandb(run_dir: Path) -> Any:
+    import wandb
+
+    own = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:8]
+    return wandb.init(project="ditmoe_ds", dir=str(run_dir), name=run_dir.name, id=f"{run_dir.name}-{own}", resume="allow")
 
 
 def _append(path: Path, line: bytes) -> None:
