@@ -558,8 +558,9 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     before = os.umask(0o027)
     assert main(arguments) == 0
     os.umask(before)
+    out, error = capsys.readouterr()
+    assert "PSNR" in out and "\r" not in error and "fit-vae: 100% 3/3" in error and "mse=" in error
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "v").iterdir()} == {0o640}  # colleagues may read it
-    assert "PSNR" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "already complete" in capsys.readouterr().out
     assert main([*arguments, "--steps", "4"]) == 2
