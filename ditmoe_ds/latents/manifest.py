@@ -113,19 +113,25 @@ class Manifest:
     splits: Splits
 
     @classmethod
-    def load(cls, path: str | Path) -> Manifest:
+    def load(cls, path: str | Path, key: str = "data.manifest") -> Manifest:
         """Read the manifest of a folder or URL (or the ``manifest.json`` itself). In a folder, all shards must be there in full length.
 
+        Args:
+            key: the setting that names it, for errors.
+
         Raises:
+            ConfigError: a URL of a kind that nothing opens.
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
         """
         there = remote.is_url(str(path))
+        if there:
+            remote.refuse_unknown(key, str(path), str(path))
         file = str(path) if str(path).endswith(".json") else f"{str(path).rstrip('/')}/manifest.json"
         root = file.rpartition("/")[0] if there else str(Path(file).parent.resolve())
         try:
             tree = json.loads(remote.read(file) if there else Path(file).read_text())
         except OSError as error:
-            raise DataError(f"data.manifest={str(path)!r}: no readable manifest ({error.strerror}); run ditmoe-data encode first") from None
+            raise DataError(f"{key}={str(path)!r}: no readable manifest ({error.strerror}); run ditmoe-data encode first") from None
         except ValueError as error:
             raise DataError(f"{file}: not valid JSON ({error}); encode the data again") from None
         if not isinstance(tree, dict) or (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):

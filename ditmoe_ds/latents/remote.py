@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import ConfigError, DataError
 
 ATTEMPTS = 6
 """Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
@@ -29,8 +29,26 @@ T = TypeVar("T")
 
 
 def is_url(root: str) -> bool:
-    """Whether ``root`` is a URL that webdataset opens (https://, gs://, ...). ``pipe:`` is not: it would run a shell command."""
+    """Whether ``root`` is a URL (https://, s3://, ...). ``pipe:`` is not: it would run a shell command."""
     return re.match(r"(?!pipe:)[a-z][a-z0-9]*://", root) is not None
+
+
+def refuse_unknown(key: str, value: str, url: str) -> None:
+    """Refuse a URL of a kind that nothing opens, which no further attempt would change.
+
+    Args:
+        key, value: setting that has the URL, for the error.
+
+    Raises:
+        ConfigError: it is.
+    """
+    from webdataset.gopen import rewrite_url
+
+    kind = re.match("[a-z][a-z0-9]*(?=:)", rewrite_url(url))  # rewritten as $GOPEN_REWRITE says
+    known = {"file", *_openers()}
+    if kind and kind[0] not in known:
+        listed = ", ".join(f"{name}://" for name in sorted(known - {"__default__", "pipe"}))
+        raise ConfigError(key, value, f"nothing opens {kind[0]}: URLs; choose a local path or one of {listed}")
 
 
 def read(url: str) -> bytes:
@@ -120,8 +138,23 @@ class Cache:
 def _copy(url: str, out: BinaryIO) -> None:
     from webdataset.gopen import gopen
 
-    with gopen(url, "rb") as stream:
-        shutil.copyfileobj(stream, out, 1 << 20)
+    _openers()
+    try:
+        with gopen(url, "rb") as stream:
+            shutil.copyfileobj(stream, out, 1 << 20)
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: cannot be read: no file or program {error.filename}") from None
+
+
+def _openers() -> dict[str, Any]:
+    """webdataset's table of what opens a URL, by its scheme, with s3, which it lacks."""
+    from webdataset.gopen import Pipe, gopen_schemes
+
+    def s3(url: str, mode: str, bufsize: int) -> Pipe:
+        return Pipe(["aws", "s3", "cp", url, "-"], mode=mode, bufsize=bufsize)
+
+    gopen_schemes.setdefault("s3", s3)  # $USE_AIS_FOR may have set another
+    return gopen_schemes
 
 
 def persist(name: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:

@@ -228,7 +228,7 @@ def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
     for i, other in enumerate(data.mix):
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
-        manifest = Manifest.load(other.manifest)
+        manifest = Manifest.load(other.manifest, f"data.mix[{i}].manifest")
         by_name = ["vae"] if first.vae_sha256 is None else []  # hub ids have no sha256
         for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", *by_name, "store", "text", "class_names"):
             theirs, ours = getattr(manifest, key), getattr(first, key)
