@@ -99,21 +99,20 @@ def _many(arguments: argparse.Namespace) -> int:
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)
             check_expert_parallel(arguments.expert_parallel, experts, world.size, key="--expert-parallel")
 
-    def prepare(group: ExpertGroup | None) -> tuple[Run, Run | None, list[Any]]:
+    def prepare(group: ExpertGroup | None) -> tuple[Run, Run | None, list[Any], dict[str, Any]]:
         run, weak = _open(arguments, group)
         asked = _asked(arguments, run, list(range(run.model.config.num_classes)))
         scheduled(make_scheduler(run.diffusion, arguments.sampler), run.diffusion, arguments.steps)
         assert run.pipeline  # or it says what is missing
-        _size(arguments, run)
-        return run, weak, asked
+        return run, weak, asked, _options(arguments, run, weak)
 
     def sample(world: World) -> None:
         named = arguments.run_dir, arguments.autoguidance
         arguments.run_dir, arguments.autoguidance = decided(lambda: [path and str(locate(path)) for path in named])
         agreed(lambda: check(world))
         group = expert_group(arguments.expert_parallel) if arguments.expert_parallel > 1 else None
-        run, weak, asked = agreed(lambda: prepare(group))
-        settings = decided(lambda: _describe(arguments, run, weak, asked))
+        run, weak, asked, options = agreed(lambda: prepare(group))
+        settings = decided(lambda: _describe(arguments, run, weak, asked, options))
         sample_many(
             run,
             world,
@@ -123,7 +122,7 @@ def _many(arguments: argparse.Namespace) -> int:
             arguments.batch,
             settings,
             guidance_scale=arguments.guidance,
-            **_options(arguments, run, weak),
+            **options,
         )
         if world.rank == 0:
             print(f"{arguments.num} images{of_step(run.step)} in {arguments.out}")
@@ -242,8 +241,8 @@ def _interval(arguments: argparse.Namespace) -> tuple[float, float]:
     return low, high
 
 
-def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: list[Any]) -> dict[str, Any]:
-    """For ``samples.json``: everything that the images depend on."""
+def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """For ``samples.json``: everything that the images depend on, ``options`` of sampling among it."""
     from ditmoe_ds.diffusion.sampling import SCHEDULERS
     from ditmoe_ds.pipelines.run import versions
 
@@ -259,11 +258,11 @@ def _describe(arguments: argparse.Namespace, run: Run, weak: Run | None, asked: 
         sampler=arguments.sampler or next(iter(SCHEDULERS[run.diffusion.objective])),
         steps=arguments.steps,
         guidance=arguments.guidance,
-        guidance_interval=_interval(arguments),
+        guidance_interval=options["guidance_interval"],
         guided_channels=arguments.guided_channels,
         autoguidance=weak and weak.identity(arguments.autoguidance),
         seed=arguments.seed,
-        size=arguments.size and _size(arguments, run),
+        size=arguments.size and (options["height"], options["width"]),
         **conditions,
         vae=run.latents["vae"],
         text_encoder=run.latents.get("text", {}).get("encoder"),
