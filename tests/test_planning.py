@@ -457,7 +457,7 @@ def test_data_that_the_trainer_refuses_are_not_planned(capsys, tmp_path):
 def test_starting_weights_are_planned_as_the_network_that_they_are(capsys, tmp_path):
     gelu = replace(SPARSE, shared=0, expert_activation="gelu", expert_hidden=48)
     weights = write_weights(tmp_path / "weights", random_weights(gelu)[1])
-    settings = ["model.name=null", f"model.weights={weights}", "data.manifest=none"]
+    settings = ["model.name=null", f"model.weights={weights}", "data.manifest=none", f"run_dir={tmp_path}/run"]
     said = plan_json(capsys, "recipes/digits.yaml", *settings, "--gpus-per-node", "2")
     assert said["job"]["model"]["expert_hidden"] == 48
 
