@@ -1,11 +1,13 @@
 """What benchmarks of training share: a folder of random latents, and a real trainer on them with random weights."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.distributed.weights import Weights
@@ -49,6 +51,19 @@ def write_latents(
     return Manifest.load(folder)
 
 
+def random_reader() -> Callable[[str, int, Tensor], None]:
+    """For ``Weights``: fills ``out`` with a million random numbers again and again, from anywhere among them; new ones for each of
+    billions would take a CPU most of a minute."""
+    noise = torch.empty(2**20 + 7).normal_(std=0.02).bfloat16().float()  # a prime, so that experts begin at different places
+
+    def read(name: str, start: int, out: Tensor) -> None:
+        turned = noise.roll(int(torch.randint(len(noise), ())))
+        for part in out.split(len(noise)):
+            part.copy_(turned[: len(part)])
+
+    return read
+
+
 def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] | None = None) -> Trainer:
     """A trainer that saves, validates and samples nothing. Its weights are random, none zero, and exact in bf16, so that they equal its
     fp32 masters.
@@ -61,8 +76,7 @@ def make_trainer(world: World, settings: dict[str, Any], change: dict[str, Any] 
     quiet |= {"checkpoint.every": 10**6, "parallel.expert": 1, "diffusion.objective": "rectified_flow"}
     plan = read_plan([str(RECIPE), *(f"{key}={value}" for key, value in (quiet | settings).items())], world.size)
     model: DiTConfig = replace(plan.model, **change or {})
-    weights = Weights(parameter_shapes(model), lambda name, start, out: out.copy_(torch.empty_like(out).normal_(std=0.02).bfloat16()), {})
-    made = Trainer(replace(plan, model=model, weights=weights), world)
+    made = Trainer(replace(plan, model=model, weights=Weights(parameter_shapes(model), random_reader(), {})), world)
     made.engine.train()
     return made
 

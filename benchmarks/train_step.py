@@ -36,7 +36,7 @@ XL = f"DiT-MoE-XL/2-{8 if LARGE else 4}E2A"  # the training state of 8 experts t
 MODELS = (
     ["DiT-MoE-S/2-8E2A", "DiT-MoE-B/2-8E2A", "DiT-MoE-L/2-8E2A", XL, "EC-DIT-XL-8E"] if GPU else ["DiT-MoE-Tiny/2-8E2A", "EC-DIT-Tiny-8E"]
 )
-MICRO = {384: 128, 768: 128, 1024: 64, 1152: 32} if LARGE else {384: 128, 768: 64, 1024: 32, 1152: 16}
+MICRO = {384: 128, 768: 128, 1024: 128, 1152: 64} if LARGE else {384: 128, 768: 64, 1024: 32, 1152: 16}
 """Images of a micro-batch on a GPU, by the width of the model."""
 KINDS = {
     "compiled": "^triton_",
@@ -113,7 +113,7 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tup
         last = [block(partial(train, trainer), steps) for trainer in trainers]
         for each, (seconds, _) in zip(times, last):
             each.append(seconds)
-    profiles = [spent(partial(train, trainer), 2, kernels=GPU) for trainer in trainers]
+    profiles = [spent(partial(train, trainer), 1 if GPU else 2, kernels=GPU) for trainer in trainers]
     for trainer in trainers:
         close(trainer)
     return [(statistics.median(each), record, profile) for each, (_, record), profile in zip(times, last, profiles)]
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=MODELS, help="none: the plain loop alone")
     parser.add_argument("--plain", default="DiT-XL/2" if GPU else "DiT-S/4", help="the dense model of the plain loop; none: leave it out")
     parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
-    parser.add_argument("--stage", type=int, default=2, help="of ZeRO")
+    parser.add_argument("--stage", type=int, default=0 if GPU else 2, help="of ZeRO")
     parser.add_argument("--compile", action="store_true", help="compare the models with compiled blocks")
     parser.add_argument("--rounds", type=int, default=3 if GPU else 5)
     parser.add_argument("--steps", type=int, default=4 if GPU else 2, help="of a peer in a round")

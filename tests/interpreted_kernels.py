@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
 from ditmoe_ds.moe import experts, kernels
+from ditmoe_ds.moe.routing import RouterConfig, expert_choice, token_choice
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
 
@@ -39,16 +40,44 @@ def test_swiglu(rows, width, dtype):
 def test_rows_of_tokens(tokens, width, dtype):
     tokens = torch.tensor(tokens, dtype=torch.int64)
     rows, weights, upward = torch.randn(len(tokens), width).to(dtype), torch.rand(len(tokens)), torch.randn(6, width).to(dtype)
-    order, ends = tokens.argsort(stable=True), torch.bincount(tokens, minlength=6).cumsum(0)
+    found = torch.bincount(tokens, minlength=6).int()
+    listed = torch.full((6, 5), -1, dtype=torch.int32)
+    listed[torch.arange(5) < found[:, None]] = tokens.argsort(stable=True).int()
     leaves = rows.float().requires_grad_(), weights.clone().requires_grad_()
     weighted = torch.zeros(6, width).index_add(0, tokens, leaves[0] * leaves[1][:, None])
     plain = torch.zeros(6, width).index_add(0, tokens, rows.float())
-    torch.testing.assert_close(kernels.sum_takings(rows, weights, order, ends), weighted.to(dtype), **NEAR[dtype])
-    torch.testing.assert_close(kernels.sum_takings(rows, None, order, ends), plain.to(dtype), **NEAR[dtype])
+    torch.testing.assert_close(kernels.sum_takings(rows, weights, listed, found), weighted.to(dtype), **NEAR[dtype])
+    torch.testing.assert_close(kernels.sum_takings(rows, None, listed, found), plain.to(dtype), **NEAR[dtype])
     rows_grad, weights_grad = torch.autograd.grad(weighted, leaves, upward.float())
-    found = kernels.weigh_backward(upward, rows, tokens, weights)
-    torch.testing.assert_close(found[0], rows_grad.to(dtype), **NEAR[dtype])
-    torch.testing.assert_close(found[1], weights_grad, rtol=1e-4, atol=1e-4)
+    own = kernels.weigh_backward(upward, rows, tokens, weights)
+    torch.testing.assert_close(own[0], rows_grad.to(dtype), **NEAR[dtype])
+    torch.testing.assert_close(own[1], weights_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(5, 4, 1), (37, 8, 2), (16, 4, 3), (700, 6, 2)])
+def test_choices_of_each_token(tokens, experts, k):
+    assignment, _ = token_choice(torch.randn(tokens, experts).softmax(-1), k, RouterConfig())
+    listed = kernels.list_choices(assignment.tokens, assignment.order, tokens)
+    assert listed.shape == (tokens, k) and listed.dtype == torch.int32
+    assert torch.equal(assignment.order[listed.long()], torch.arange(k) * tokens + torch.arange(tokens)[:, None])
+    rows = torch.randn(k * tokens, 3)
+    torch.testing.assert_close(kernels.sum_takings(rows, None, listed, None), torch.zeros(tokens, 3).index_add(0, assignment.tokens, rows))
+
+
+@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(pool="microbatch"), RouterConfig(capacity_factor=1.5)])
+@pytest.mark.parametrize("images, tokens, experts", [(1, 5, 4), (3, 37, 6), (2, 700, 9)])
+def test_takings_of_each_token(images, tokens, experts, config):
+    scores, number = torch.randn(images, tokens, experts).softmax(-1), images * tokens
+    if config.capacity_factor:
+        assignment, _ = token_choice(scores.flatten(0, 1), 2, config)
+    else:
+        assignment = expert_choice(scores if config.pool == "image" else scores.reshape(1, number, experts), (2, 1), config)
+    listed, found = kernels.list_takings(assignment.tokens, assignment.weights, number, experts)
+    assert listed.shape == (number, experts) and listed.dtype == found.dtype == torch.int32
+    filled = assignment.weights != 0
+    assert filled.all() == (config.capacity_factor is None)
+    for token, rows in enumerate(listed):
+        assert rows[: found[token]].tolist() == torch.where(filled & (assignment.tokens == token))[0].tolist()
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 0, 2], [1, 1, 1, 1], [0, 0, 0, 0], [2, 0, 0, 0]])

@@ -15,7 +15,6 @@ def stepped_alike(device: str, rounding: float) -> None:
     Args:
         rounding: how far bf16 weights may be from their masters.
     """
-    engine.adamw = adamw.adamw  # only torch's builds for GPUs bring Triton along
     sides = [(3,), (adamw.BLOCK,), (100, 130)], [(2, adamw.BLOCK + 1), (1,)]
     torch.manual_seed(0)
     start = [[torch.randn(side, device=device) for side in group] for group in sides]
@@ -28,11 +27,14 @@ def stepped_alike(device: str, rounding: float) -> None:
             [dict(params=group) for group in masters], lr=1e-2, betas=(0.9, 0.99), eps=1e-2, weight_decay=0.1, fused=True
         )
         pretended: Any = SimpleNamespace(clip=0.3, optimizer=SimpleNamespace(optimizer=adam, fp16_groups=weights, fp32_groups=masters))
+        kernel: Any = None
         for number in range(5):
             for parameter, gradient in zip(chain(*weights), chain(*gradients)):
                 parameter.grad = torch.cat([gradient.new_zeros(1), gradient[number].flatten()])[1:].view(parameter.shape)
             if at_once and number:  # the first step makes the state
-                engine._step_masters_at_once(pretended, adamw.blocks_of([*chain(*masters)]))
+                kernel = kernel or adamw.AtOnce(adam, *([*chain(*groups)] for groups in (masters, weights)))
+                kernel.prepare()
+                kernel.step(0.3)
             else:
                 engine._step_masters(pretended)
         found.append([*chain(*masters), *(state[key] for state in adam.state.values() for key in ("exp_avg", "exp_avg_sq", "step"))])

@@ -105,6 +105,7 @@ def test_host_memory_is_locked_as_long_as_it_is_used(runtime):
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         assert not tensor.nbytes or (start in runtime.locked and end <= start + runtime.locked[start] <= end + PAGESIZE)
+        assert tensor.untyped_storage().data_ptr() in runtime.locked  # where ``is_pinned`` looks
     held = torch.nn.Parameter(tensors.pop())
     last = held.data_ptr()
     del tensor, tensors

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-"""Elements that one program steps."""
+BLOCK, WARPS = 1024, 8
+"""Elements that one program steps, and its warps."""
 
 
 def blocks_of(tensors: list[Tensor]) -> Tensor:
@@ -22,35 +22,40 @@ def blocks_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack([owner, torch.arange(len(owner), device=each.device) - first[owner]], 1).int()
 
 
-def adamw(
-    gradients: list[Tensor],
-    masters: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    weights: list[Tensor],
-    blocks: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    clip: float,
-) -> None:
-    """Step ``masters`` by ``gradients * clip`` as ``torch.optim.AdamW`` does, and round them into ``weights``.
+class AtOnce:
+    """The step of ``torch.optim.AdamW`` for bf16 ``weights`` with fp32 ``masters``, which are stepped and rounded into the weights.
 
     Args:
-        gradients, weights: bf16; the others are fp32, all contiguous.
-        means, squares: moving averages of the gradient and of its square.
-        blocks: ``blocks_of(masters)``.
-        step: the number of this step, from 1.
+        adam: of the masters, all of whose groups have the same settings; it has made a step, so that its state is there.
     """
-    gradients = [g if g.is_contiguous() and g.data_ptr() % 16 == 0 else g.clone(memory_format=torch.contiguous_format) for g in gradients]
-    places = zip(gradients, masters, means, squares, weights, strict=True)
-    rows = [[*(tensor.data_ptr() for tensor in place), place[0].numel()] for place in places]
-    # anew in every step, since gradients have other addresses; from page-locked memory, so that nothing waits
-    table = torch.tensor(rows, pin_memory=blocks.is_cuda).to(blocks.device, non_blocking=True)
-    rate, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
-    _adamw[(len(blocks),)](blocks, table, clip, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], rate, root, eps, BLOCK, num_warps=8)
+
+    def __init__(self, adam: torch.optim.Optimizer, masters: list[Tensor], weights: list[Tensor]):
+        self.adam, self.masters, self.weights, self.blocks = adam, masters, weights, blocks_of(masters)
+
+    def prepare(self) -> None:
+        """What the host does before the kernel: to be called while the device is busy. The weights have their gradients."""
+        own = [self.adam.state[master] for master in self.masters]
+        means, squares = ([state[key] for state in own] for key in ("exp_avg", "exp_avg_sq"))
+        gradients = [_at_16_bytes(weight.grad) for weight in self.weights]  # type: ignore[arg-type] # all have one
+        self.copies = [gradient for gradient, weight in zip(gradients, self.weights) if gradient is not weight.grad]
+        places = zip(gradients, self.masters, means, squares, self.weights, strict=True)
+        rows = [[*(tensor.data_ptr() for tensor in place), place[0].numel()] for place in places]
+        # anew in every step, since gradients have other addresses; from page-locked memory, so that nothing waits
+        self.table = torch.tensor(rows, pin_memory=self.blocks.is_cuda).to(self.blocks.device, non_blocking=True)
+
+    def step(self, clip: float) -> None:
+        """Step by the gradients that were there at ``prepare``, times ``clip``."""
+        settings, steps = self.adam.param_groups[0], [self.adam.state[master]["step"] for master in self.masters]
+        lr, betas, number = settings["lr"], settings["betas"], int(steps[0]) + 1
+        keep, rate, root = 1 - lr * settings["weight_decay"], lr / (1 - betas[0] ** number), (1 - betas[1] ** number) ** -0.5
+        grid = (len(self.blocks),)
+        _adamw[grid](self.blocks, self.table, clip, keep, 1 - betas[0], 1 - betas[1], rate, root, settings["eps"], BLOCK, num_warps=WARPS)
+        torch._foreach_add_(steps, 1)
+
+
+def _at_16_bytes(gradient: Tensor) -> Tensor:
+    lies_well = gradient.is_contiguous() and gradient.data_ptr() % 16 == 0
+    return gradient if lies_well else gradient.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
-    from ditmoe_ds.distributed.adamw import adamw, blocks_of
+    from ditmoe_ds.distributed.adamw import AtOnce
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Engine(DeepSpeedEngine):
     grad_clip = 0.0
     clip = 1.0
     """Factor that clips this step's gradient; used at stage 0 only."""
+    at_once: "AtOnce | None" = None
+    """The optimizer's step at stage 0 in bf16, if one kernel makes it."""
 
     def _broadcast_model(self) -> None:
         """Not needed: every rank fills in the same weights, later."""
@@ -102,7 +104,10 @@ class Engine(DeepSpeedEngine):
         if self.zero_optimization():
             super()._take_model_step(lr_kwargs)
             return
-        norm = self._norm_without_zero()
+        square = self._square_without_zero()
+        if self.at_once:
+            self.at_once.prepare()
+        norm = math.sqrt(square.item())  # waits for the device
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
             self._step_applied = False
@@ -115,8 +120,8 @@ class Engine(DeepSpeedEngine):
         super()._take_model_step(lr_kwargs)
         self._global_grad_norm = norm
 
-    def _norm_without_zero(self) -> float:
-        """2-norm of the averaged gradient of the whole model: every expert once, every replicated weight once."""
+    def _square_without_zero(self) -> Tensor:
+        """() squared 2-norm of the averaged gradient of the whole model: every expert once, every replicated weight once."""
         squares = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # [is cut by tensor parallelism][is of experts]
         group, gradients = None, defaultdict(list)
         for parameter in self.module.parameters():
@@ -130,7 +135,7 @@ class Engine(DeepSpeedEngine):
         squares = squares.sum(0)
         if group is not None:
             dist.all_reduce(squares[1:], group=group)
-        return float(squares.sum().sqrt())
+        return squares.sum()
 
 
 def build(
@@ -192,7 +197,9 @@ def build(
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
         if device.type == "cuda" and optimizer.name == "adamw":
-            engine.optimizer.step = partial(_step_masters_at_once, engine, blocks_of([*chain(*engine.optimizer.fp32_groups)]))
+            groups_of = engine.optimizer.fp32_groups, engine.optimizer.fp16_groups
+            engine.at_once = AtOnce(engine.optimizer.optimizer, *([*chain(*each)] for each in groups_of))
+            engine.optimizer.step = lambda: engine.at_once.step(engine.clip)
     engine.grad_clip = optimizer.grad_clip
     assert parallel.zero_stage == engine.zero_optimization_stage()
     assert not any(isinstance(module, MoE) for module in model.modules()) or engine.has_moe_layers
@@ -252,29 +259,6 @@ def _step_masters(engine: Engine) -> None:
         for master in high:
             master.grad = None
         torch._foreach_copy_([parameter.data for parameter in low], [master.data for master in high])
-
-
-def _step_masters_at_once(engine: Engine, blocks: Tensor) -> None:
-    """``_step_masters`` of AdamW on a GPU, of all groups together, given ``blocks_of`` their masters. All groups have the same settings."""
-    optimizer = engine.optimizer
-    adam, masters, weights = optimizer.optimizer, [*chain(*optimizer.fp32_groups)], [*chain(*optimizer.fp16_groups)]
-    states, settings = [adam.state[master] for master in masters], adam.param_groups[0]
-    number = int(states[0]["step"]) + 1
-    torch._foreach_add_([state["step"] for state in states], 1)
-    adamw(
-        [parameter.grad for parameter in weights],
-        masters,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        weights,
-        blocks,
-        number,
-        settings["lr"],
-        settings["betas"],
-        settings["eps"],
-        settings["weight_decay"],
-        engine.clip,
-    )
 
 
 def _gather_by_layer(model: nn.Module) -> dict[str, int]:

@@ -4,7 +4,7 @@ torch's own allocator of such memory rounds every tensor up to a power of two by
 """
 
 import weakref
-from mmap import PAGESIZE
+from mmap import PAGESIZE, mmap
 
 import torch
 from torch import Tensor
@@ -15,10 +15,9 @@ def empty_on_host(shape: torch.Size, dtype: torch.dtype, locked: bool) -> Tensor
     if not locked:
         return torch.empty(shape, dtype=dtype, device="cpu")
     size = shape.numel() * dtype.itemsize
-    pages = size // PAGESIZE + 1
-    memory = torch.empty((pages + 1) * PAGESIZE, dtype=torch.uint8, device="cpu")
-    own = memory[-memory.data_ptr() % PAGESIZE :]  # from a page on, so that it shares no page with other locked memory
+    # Pages of its own: no page can be locked twice. A tensor counts as locked if its storage begins in locked memory.
+    memory = torch.frombuffer(mmap(-1, (size // PAGESIZE + 1) * PAGESIZE), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(own.data_ptr(), pages * PAGESIZE, 1))  # 1: for all GPUs
-    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, own.data_ptr()).atexit = False
-    return own[:size].view(dtype).view(shape)
+    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 1))  # 1: for all GPUs
+    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return memory[:size].view(dtype).view(shape)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 BLOCK = 1024
 """Columns of a row that one program handles."""
+SUM_BLOCK, SUM_WARPS = 1024, 2
+"""Of ``_sum_takings``: columns, and warps of a program."""
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -28,18 +30,45 @@ def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
     return x_grad
 
 
-def sum_takings(rows: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
+def list_choices(tokens: Tensor, order: Tensor, number: int) -> Tensor:
+    """The rows of each of ``number`` tokens T, all of which have K: (T, K) int32, in the order of the token's choices.
+
+    Args:
+        tokens: (M,) the token that a row belongs to.
+        order: (M,) of each row its place in the list of all first choices, then all second ones, ...
+    """
+    listed = tokens.new_empty(number, len(tokens) // number, dtype=torch.int32)
+    _list[_programs(tokens)](tokens, order, None, listed, len(tokens), number, listed.shape[1], BLOCK)
+    return listed
+
+
+def list_takings(tokens: Tensor, weights: Tensor, number: int, experts: int) -> tuple[Tensor, Tensor]:
+    """The rows of each of ``number`` tokens T, by expert: the first entries of (T, E) int32; and (T,) int32, how many these are. Rows whose
+    weight is 0 are left out.
+
+    Args:
+        tokens: (M,) the token that a row belongs to; each of the ``experts`` has M / E consecutive rows, and no token twice.
+    """
+    by_expert = tokens.new_full((number, experts), -1, dtype=torch.int32)
+    listed, found = torch.empty_like(by_expert), by_expert.new_empty(number)
+    _list[_programs(tokens)](tokens, None, weights, by_expert, len(tokens), len(tokens) // experts, experts, BLOCK)
+    _pack[(number,)](by_expert, listed, found, experts, triton.next_power_of_2(experts), num_warps=1)
+    return listed, found
+
+
+def sum_takings(rows: Tensor, weights: Tensor | None, listed: Tensor, found: Tensor | None) -> Tensor:
     """For each of T tokens the sum of its rows, weighted or plain, always added in the order listed, so that every run rounds alike.
 
     Args:
         rows: (M, D).
         weights: (M,) fp32.
-        order: (M,) row numbers, grouped by token.
-        ends: (T,) where each token's row numbers end in ``order``.
+        listed: (T, S) int32 row numbers of each token.
+        found: (T,) int32, how many of these count; None: all.
     """
-    out = rows.new_empty(len(ends), rows.shape[1])
+    out = rows.new_empty(len(listed), rows.shape[1])
     if len(out):
-        _sum_takings[_grid(out)](rows, weights, order, ends, out, out.shape[1], weights is not None, BLOCK)
+        grid = len(out), triton.cdiv(out.shape[1], SUM_BLOCK)
+        _sum_takings[grid](rows, weights, listed, found, out, out.shape[1], listed.shape[1], SUM_BLOCK, num_warps=SUM_WARPS)
     return out
 
 
@@ -61,6 +90,10 @@ def clear(matrices: Tensor, ends: Tensor) -> None:
 
 def _grid(rows: Tensor) -> tuple[int, int]:
     return len(rows), triton.cdiv(rows.shape[1], BLOCK)
+
+
+def _programs(rows: Tensor) -> tuple[int]:
+    return (triton.cdiv(len(rows), BLOCK),)
 
 
 @triton.jit
@@ -94,15 +127,35 @@ def _swiglu_backward(x, grad, again, x_grad, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_takings(rows, weights, order, ends, out, width, weighted: tl.constexpr, BLOCK: tl.constexpr):
+def _list(tokens, order, weights, listed, rows, per_slot, slots, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    place = row
+    if order is not None:
+        place = tl.load(order + row, inside, other=0)
+    if weights is not None:
+        inside &= tl.load(weights + row, inside, other=0.0) != 0
+    tl.store(listed + tl.load(tokens + row, inside, other=0) * slots + place // per_slot, row, inside)
+
+
+@triton.jit
+def _pack(by_expert, listed, found, experts, BLOCK: tl.constexpr):
+    token, expert = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.load(by_expert + token * experts + expert, expert < experts, other=-1)
+    there = (row >= 0).to(tl.int32)
+    tl.store(listed + token * experts + tl.cumsum(there) - 1, row, there > 0)
+    tl.store(found + token, tl.sum(there))
+
+
+@triton.jit
+def _sum_takings(rows, weights, listed, found, out, width, slots: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns, inside = _columns(width, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    start = tl.load(ends + token - 1, token > 0, other=0)
-    for at in range(start, tl.load(ends + token)):
-        row = tl.load(order + at)
+    for at in range(slots if found is None else tl.load(found + token)):
+        row = tl.load(listed + token * slots + at).to(tl.int64)
         part = tl.load(rows + row * width + columns, inside).to(tl.float32)
-        total += part * tl.load(weights + row) if weighted else part
+        total += part if weights is None else part * tl.load(weights + row)
     tl.store(out + token * width + columns, total, inside)
 
 

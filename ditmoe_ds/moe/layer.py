@@ -7,7 +7,6 @@ from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe.experts import PackedExperts
@@ -64,19 +63,42 @@ class Router(nn.Module):
 
 
 class Logits(torch.autograd.Function):
-    """x (B, N, D) times the transposed weight (E, D), in fp32: (B, N, E). Plain operations would keep x in fp32 for backward."""
+    """x (B, N, D) times the transposed weight (E, D), in fp32: (B, N, E). Plain operations would keep x in fp32 for backward.
+
+    A GPU's matrix units take bf16 and add products, which are exact, in fp32; a gradient in fp32 they are given as the sum of two in bf16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float())
+        return product(x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad = grad.flatten(0, 1)
-        x_grad = (grad @ weight.float()).to(x.dtype).view_as(x)
-        return x_grad, (grad.t() @ x.flatten(0, 1).float()).to(weight.dtype)
+        tokens, grad = x.flatten(0, 1), grad.flatten(0, 1)
+        if direct(tokens, weight):
+            x_grad, weight_grad = in_halves(grad, tokens, weight)
+        else:
+            x_grad, weight_grad = product(grad, weight), product(grad.t(), tokens)
+        return x_grad.to(x.dtype).view_as(x), weight_grad.to(weight.dtype)
+
+
+def direct(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b are multiplied as they are, with a result in fp32."""
+    return a.is_cuda and a.dtype == b.dtype == torch.bfloat16
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two matrices in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if direct(a, b) else a.float() @ b.float()
+
+
+def in_halves(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (T, D) in bf16 and of weight (E, D) in fp32, given that of the logits (T, E) in fp32, whose first 16 bits count."""
+    high = grad.bfloat16()
+    halves = torch.cat([high, (grad - high).bfloat16()], 1)
+    return halves @ torch.cat([weight, weight]), product(halves.t(), x).view(2, *weight.shape).sum(0)
 
 
 class RoutedExperts(MOELayer):

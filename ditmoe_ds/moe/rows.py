@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditmoe_ds.moe.routing import Assignment, count
+from ditmoe_ds.moe.routing import Assignment
 
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
     from ditmoe_ds.moe import kernels
@@ -57,33 +57,31 @@ class SwiGLU(torch.autograd.Function):
         return kernels.swiglu_backward(x.contiguous().flatten(0, -2), grad.contiguous().flatten(0, -2), None).view_as(x)
 
 
-def by_token(assignment: Assignment, number: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """For ``Take`` and ``Combine`` on a GPU: (M,) indices of the takings, sorted by token, and (T,) where those of each of the T tokens
-    end (``number`` is T). With these, kernels add without atomics, in the same order on every run."""
-    tokens, order = assignment.tokens, assignment.order
-    if not fused(tokens):
+def by_token(assignment: Assignment, number: int) -> tuple[Tensor | None, Tensor | None]:
+    """For ``Take`` and ``Combine`` on a GPU: ``listed`` and ``found`` of ``kernels.sum_takings``, for ``number`` tokens. With these,
+    kernels add without atomics, in the same order on every run."""
+    if not fused(assignment.tokens):
         return None, None
-    if order is not None:  # the inverse permutation; nothing to sort
-        places, each = torch.arange(len(order), device=order.device), len(order) // number
-        return torch.empty_like(order).scatter_(0, order, places).view(each, number).t().reshape(-1), places[each - 1 :: each] + 1
-    return tokens.int().argsort(stable=True), count(tokens, number).cumsum(0)  # int: a GPU sorts the key byte by byte
+    if assignment.order is not None:
+        return kernels.list_choices(assignment.tokens, assignment.order, number), None
+    return kernels.list_takings(assignment.tokens, assignment.weights, number, len(assignment.counts))
 
 
 class Take(torch.autograd.Function):
     """The rows of x (T, D) at ``tokens`` (M,): (M, D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, order: Tensor | None, ends: Tensor | None) -> Tensor:
-        ctx.save_for_backward(tokens, order, ends)
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, listed: Tensor | None, found: Tensor | None) -> Tensor:
+        ctx.save_for_backward(tokens, listed, found)
         ctx.number = len(x)
         return x.index_select(0, tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, order, ends = ctx.saved_tensors
-        if order is None:
+        tokens, listed, found = ctx.saved_tensors
+        if listed is None:
             return grad.new_zeros(ctx.number, grad.shape[1]).index_add_(0, tokens, grad), None, None, None
-        return kernels.sum_takings(grad.contiguous(), None, order, ends), None, None, None
+        return kernels.sum_takings(grad.contiguous(), None, listed, found), None, None, None
 
 
 class Combine(torch.autograd.Function):
@@ -93,12 +91,14 @@ class Combine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, weights: Tensor, number: int, order: Tensor | None, ends: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, tokens: Tensor, weights: Tensor, number: int, listed: Tensor | None, found: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, tokens, weights)
-        if order is None or ends is None:
+        if listed is None:
             out = rows.new_zeros(number, rows.shape[1], dtype=torch.float32)
             return out.index_add_(0, tokens, rows * weights[:, None]).to(rows.dtype)
-        return kernels.sum_takings(rows.contiguous(), weights, order, ends)
+        return kernels.sum_takings(rows.contiguous(), weights, listed, found)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
