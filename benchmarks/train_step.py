@@ -37,7 +37,7 @@ MODELS = (
     ["DiT-MoE-S/2-8E2A", "DiT-MoE-B/2-8E2A", "DiT-MoE-L/2-8E2A", XL, "EC-DIT-XL-8E"] if GPU else ["DiT-MoE-Tiny/2-8E2A", "EC-DIT-Tiny-8E"]
 )
 MICRO = {384: 128, 768: 128, 1024: 128, 1152: 64} if LARGE else {384: 128, 768: 64, 1024: 32, 1152: 16}
-"""Images of a micro-batch on a GPU, by the width of the model."""
+"""Images of a micro-batch on a GPU, by the width of a DiT-MoE. An EC-DIT takes twice as many, since every other layer is dense."""
 KINDS = {
     "compiled": "^triton_",
     "attention": "flash|fmha|sdpa|attention",
@@ -236,7 +236,8 @@ def main() -> None:
         runs = itertools.count()
 
         def make(name: str, change: dict[str, Any], compiled: bool = False, stage: int = arguments.stage) -> Trainer:
-            micro = min(MICRO[named_config(name).hidden], arguments.images) if GPU else arguments.images
+            fitting = MICRO[named_config(name).hidden] * (2 if name.startswith("EC") else 1)
+            micro = min(fitting, arguments.images) if GPU else arguments.images
             settings = {
                 "model.name": name,
                 "data.manifest": folder / ("texts" if name.startswith("EC") else "classes"),
