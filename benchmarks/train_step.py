@@ -236,8 +236,9 @@ def main() -> None:
         runs = itertools.count()
 
         def make(name: str, change: dict[str, Any], compiled: bool = False, stage: int = arguments.stage) -> Trainer:
-            fitting = MICRO[named_config(name).hidden] * (2 if name.startswith("EC") else 1)
-            micro = min(fitting, arguments.images) if GPU else arguments.images
+            micro = arguments.images
+            if GPU:
+                micro = min(MICRO[named_config(name).hidden] * (2 if name.startswith("EC") else 1), micro)
             settings = {
                 "model.name": name,
                 "data.manifest": folder / ("texts" if name.startswith("EC") else "classes"),
