@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
 from ditmoe_ds.moe import experts, kernels
-from ditmoe_ds.moe.routing import RouterConfig, expert_choice, token_choice
+from ditmoe_ds.moe.choosing import choose
+from ditmoe_ds.moe.routing import RouterConfig, expert_choice, same_decisions, token_choice
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
 
@@ -54,14 +55,51 @@ def test_rows_of_tokens(tokens, width, dtype):
     torch.testing.assert_close(own[1], weights_grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens, experts, k", [(5, 4, 1), (37, 8, 2), (16, 4, 3), (700, 6, 2)])
-def test_choices_of_each_token(tokens, experts, k):
-    assignment, _ = token_choice(torch.randn(tokens, experts).softmax(-1), k, RouterConfig())
-    listed = kernels.list_choices(assignment.tokens, assignment.order, tokens)
-    assert listed.shape == (tokens, k) and listed.dtype == torch.int32
-    assert torch.equal(assignment.order[listed.long()], torch.arange(k) * tokens + torch.arange(tokens)[:, None])
-    rows = torch.randn(k * tokens, 3)
-    torch.testing.assert_close(kernels.sum_takings(rows, None, listed, None), torch.zeros(tokens, 3).index_add(0, assignment.tokens, rows))
+@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(renormalise=True, route_scale=2.5)])
+@pytest.mark.parametrize("tokens, experts, k", [(5, 4, 1), (37, 8, 2), (300, 6, 3), (700, 64, 2), (40, 3, 3)])
+def test_token_choice(tokens, experts, k, config):
+    logits, upward, of_means = torch.randn(tokens, experts, requires_grad=True), torch.randn(tokens, experts), torch.randn(experts)
+    outcomes = []
+    for ours in (False, True):
+        if ours:
+            assignment, means = choose(logits, k, config)
+            assert torch.equal(assignment.tokens[assignment.listed.long()], torch.arange(tokens)[:, None].expand(-1, k))
+            assert torch.equal(assignment.listed.flatten().sort().values, torch.arange(k * tokens, dtype=torch.int32))
+        else:
+            scores = logits.softmax(-1)
+            assignment, means = token_choice(scores, k, config)[0], scores.mean(0)
+        expert = torch.arange(experts).repeat_interleave(assignment.counts)
+        dense = torch.zeros(tokens, experts).index_put((assignment.tokens, expert), assignment.weights)
+        loss = (dense * upward).sum() + (means * of_means).sum()
+        outcomes.append([dense, means, assignment.counts, *torch.autograd.grad(loss, logits)])
+        for places in assignment.tokens.split(assignment.counts.tolist()):
+            assert not ours or torch.equal(places, places.sort().values)
+    for found, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_token_choice_repeats_its_decisions():
+    logits, other = torch.randn(2, 50, 8)
+    first, again = same_decisions()
+    with first:
+        before, _ = choose(logits, 2, RouterConfig())
+    with again:
+        after, _ = choose(other, 2, RouterConfig())
+    assert torch.equal(before.tokens, after.tokens) and torch.equal(before.counts, after.counts)
+    chosen = other.softmax(-1)[after.tokens, torch.arange(8).repeat_interleave(after.counts)]
+    torch.testing.assert_close(after.weights, chosen)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -3.4e38])
+def test_token_choice_of_what_is_not_finite(value):
+    """Each token has K different experts still, so nothing is written elsewhere, and the loss shows it."""
+    logits = torch.randn(40, 6)
+    logits[7], logits[9, 2], logits[11, 1:] = value, value, value
+    assignment, means = choose(logits, 3, RouterConfig())
+    assert assignment.counts.sum() == 120 and torch.equal(assignment.tokens.bincount(), torch.full((40,), 3))
+    expert = torch.arange(6).repeat_interleave(assignment.counts)
+    assert len(torch.stack([assignment.tokens, expert]).unique(dim=1).t()) == 120
+    assert means.isfinite().all() == (value == -3.4e38)
 
 
 @pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(pool="microbatch"), RouterConfig(capacity_factor=1.5)])

@@ -16,7 +16,8 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from ditmoe_ds.moe import experts, kernels, rows
+from ditmoe_ds.moe import experts, kernels, layer, rows
+from ditmoe_ds.moe.choosing import choose
 
 
 class Driver:
@@ -41,10 +42,34 @@ def swiglu_backward(x, grad, x_grad, again=None, **_):
         again.copy_(value)  # perhaps over grad
 
 
-def list_rows(tokens, listed, rows, per_slot, order=None, weights=None, **_):
-    row = torch.arange(rows)
-    kept = slice(None) if weights is None else weights != 0
-    listed[tokens[kept], ((row if order is None else order) // per_slot)[kept]] = row[kept].int()
+def list_rows(tokens, weights, by_expert, rows, each, **_):
+    row = torch.arange(rows)[weights != 0]
+    by_expert[tokens[row], row // each] = row.int()
+
+
+def chose(logits, chosen, taken, sums, BLOCK, K, **_):
+    scores = logits.softmax(-1)
+    chosen.copy_(scores.topk(K, dim=-1).indices)
+    for block, (one, of_one) in enumerate(zip(chosen.split(BLOCK), scores.split(BLOCK), strict=True)):
+        taken[:, block], sums[block] = one.flatten().bincount(minlength=len(taken)), of_one.sum(0)
+
+
+def place(logits, chosen, tokens, weights, listed, scale, renormalise, **_):
+    order = chosen.flatten().argsort(stable=True)
+    tokens.copy_(order // chosen.shape[1])
+    listed.view(-1)[order] = torch.arange(len(order), dtype=torch.int32)
+    kept = logits.softmax(-1).gather(1, chosen.long())
+    weights.copy_((scale * kept / (kept.sum(1, keepdim=True) if renormalise else 1)).flatten()[order])
+
+
+def choose_backward(logits, chosen, listed, weights_grad, means_grad, logits_grad, scale, renormalise, **_):
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = leaf.softmax(-1)
+        kept = scores.gather(1, chosen.long())
+        weights = scale * kept / (kept.sum(1, keepdim=True) if renormalise else 1)
+        value = (weights * weights_grad[listed.long()]).sum() + (scores.mean(0) * means_grad).sum()
+    logits_grad.copy_(*torch.autograd.grad(value, leaf))
 
 
 def pack(by_expert, listed, found, **_):
@@ -70,7 +95,12 @@ def clear(matrices, ends, **_):
     matrices[ends.diff(prepend=ends.new_zeros(1)) == 0] = 0.0
 
 
-PLAIN = {f"_{f.__name__}": f for f in (swiglu, swiglu_backward, pack, sum_takings, weigh_backward, clear)} | {"_list": list_rows}
+BOTH = {f"_{f.__name__}": f for f in (swiglu, swiglu_backward, sum_takings, weigh_backward)}
+EQUAL, UNEQUAL = (
+    {"_list": list_rows, "_pack": pack},
+    {"_choose": chose, "_place": place, "_choose_backward": choose_backward, "_clear": clear},
+)
+PLAIN = BOTH | EQUAL | UNEQUAL
 
 
 @pytest.fixture
@@ -88,7 +118,9 @@ def ran(monkeypatch):
     monkeypatch.setitem(triton_kernel_wrapper_mutation.py_kernels, DispatchKey.CompositeExplicitAutograd, launch)
     triton_kernel_wrapper_mutation._dispatch_cache.clear()
     monkeypatch.setattr(rows, "kernels", kernels, raising=False)
-    monkeypatch.setattr(rows, "fused", lambda x: True)
+    monkeypatch.setattr(layer, "choose", choose, raising=False)
+    for module in (layer, rows):
+        monkeypatch.setattr(module, "fused", lambda x: True)
     monkeypatch.setattr(experts, "kernels", kernels, raising=False)
     monkeypatch.setattr(experts, "leaves_gaps", lambda device: True)
     monkeypatch.setattr(experts, "fastest_kernel", lambda device, dtype, equal: "batched" if equal else "grouped")
@@ -104,12 +136,13 @@ def test_a_compiled_block_with_kernels_is_the_block(ran, monkeypatch, options, a
     model = disturbed(expert_activation=activation, **options).bfloat16()
     model.checkpoint_activations = again
     with monkeypatch.context() as without:
-        without.setattr(rows, "fused", lambda x: False)
+        for module in (layer, rows):
+            without.setattr(module, "fused", lambda x: False)
         without.setattr(experts, "leaves_gaps", lambda device: False)
         plain = gradients(model)
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(gradients(model), plain, strict=True):
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
-    unused = "_clear" if model.config.equal_load else "_pack"
-    assert ran.keys() == PLAIN.keys() - {unused} and counters["stats"]["unique_graphs"] == 1
+    used = BOTH | (EQUAL if model.config.equal_load else UNEQUAL)
+    assert ran.keys() == used.keys() and counters["stats"]["unique_graphs"] == 1

@@ -30,18 +30,6 @@ def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
     return x_grad
 
 
-def list_choices(tokens: Tensor, order: Tensor, number: int) -> Tensor:
-    """The rows of each of ``number`` tokens T, all of which have K: (T, K) int32, in the order of the token's choices.
-
-    Args:
-        tokens: (M,) the token that a row belongs to.
-        order: (M,) of each row its place in the list of all first choices, then all second ones, ...
-    """
-    listed = tokens.new_empty(number, len(tokens) // number, dtype=torch.int32)
-    _list[_programs(tokens)](tokens, order, None, listed, len(tokens), number, listed.shape[1], BLOCK)
-    return listed
-
-
 def list_takings(tokens: Tensor, weights: Tensor, number: int, experts: int) -> tuple[Tensor, Tensor]:
     """The rows of each of ``number`` tokens T, by expert: the first entries of (T, E) int32; and (T,) int32, how many these are. Rows whose
     weight is 0 are left out.
@@ -51,7 +39,7 @@ def list_takings(tokens: Tensor, weights: Tensor, number: int, experts: int) -> 
     """
     by_expert = tokens.new_full((number, experts), -1, dtype=torch.int32)
     listed, found = torch.empty_like(by_expert), by_expert.new_empty(number)
-    _list[_programs(tokens)](tokens, None, weights, by_expert, len(tokens), len(tokens) // experts, experts, BLOCK)
+    _list[(triton.cdiv(len(tokens), BLOCK),)](tokens, weights, by_expert, len(tokens), len(tokens) // experts, experts, BLOCK)
     _pack[(number,)](by_expert, listed, found, experts, triton.next_power_of_2(experts), num_warps=1)
     return listed, found
 
@@ -92,10 +80,6 @@ def _grid(rows: Tensor) -> tuple[int, int]:
     return len(rows), triton.cdiv(rows.shape[1], BLOCK)
 
 
-def _programs(rows: Tensor) -> tuple[int]:
-    return (triton.cdiv(len(rows), BLOCK),)
-
-
 @triton.jit
 def _columns(width, BLOCK: tl.constexpr):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -127,15 +111,11 @@ def _swiglu_backward(x, grad, again, x_grad, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _list(tokens, order, weights, listed, rows, per_slot, slots, BLOCK: tl.constexpr):
+def _list(tokens, weights, by_expert, rows, each, experts, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    place = row
-    if order is not None:
-        place = tl.load(order + row, inside, other=0)
-    if weights is not None:
-        inside &= tl.load(weights + row, inside, other=0.0) != 0
-    tl.store(listed + tl.load(tokens + row, inside, other=0) * slots + place // per_slot, row, inside)
+    inside &= tl.load(weights + row, inside, other=0.0) != 0
+    tl.store(by_expert + tl.load(tokens + row, inside, other=0) * experts + row // each, row, inside)
 
 
 @triton.jit

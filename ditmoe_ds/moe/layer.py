@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe.experts import PackedExperts
 from ditmoe_ds.moe.routing import Assignment, RouterConfig, count, expert_choice, token_choice
-from ditmoe_ds.moe.rows import Combine, Take, activate, by_token
+from ditmoe_ds.moe.rows import Combine, Take, activate, by_token, fused
+
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.moe.choosing import choose
 
 
 class LayerStats(NamedTuple):
@@ -44,8 +47,12 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Assignment, LayerStats]:
         """Route tokens x (B, N, D)."""
         logits = Logits.apply(x, self.weight)
-        scores = logits.softmax(-1)
         tokens, experts = x.shape[0] * x.shape[1], len(self.weight)
+        z = logits.logsumexp(-1).square().mean() if self.config.z_alpha else logits.new_zeros(())
+        if self.choice == "token" and self.config.capacity_factor is None and fused(logits):
+            assignment, mean_scores = choose(logits.view(tokens, experts), int(self.experts_per_token), self.config)
+            return assignment, LayerStats(assignment.counts, all_taken(assignment, tokens), mean_scores, z)
+        scores = logits.softmax(-1)
         if self.choice == "expert":
             pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
             assignment = expert_choice(pools, self.capacity, self.config)
@@ -53,13 +60,18 @@ class Router(nn.Module):
         else:
             assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)
             if self.config.capacity_factor is None:
-                selections, takers = assignment.counts, assignment.counts.new_zeros(experts + 1)
-                takers[chosen.shape[1]].fill_(tokens)
+                selections, takers = assignment.counts, all_taken(assignment, tokens)
             else:
                 selections = count(chosen, experts)
                 takers = count(count(assignment.tokens, tokens, assignment.weights != 0), experts + 1)
-        z = logits.logsumexp(-1).square().mean() if self.config.z_alpha else logits.new_zeros(())
         return assignment, LayerStats(selections, takers, scores.mean((0, 1)), z)
+
+
+def all_taken(assignment: Assignment, tokens: int) -> Tensor:
+    """``LayerStats.takers`` where each of the tokens is taken equally often."""
+    takers = assignment.counts.new_zeros(len(assignment.counts) + 1)
+    takers[len(assignment.tokens) // tokens].fill_(tokens)
+    return takers
 
 
 class Logits(torch.autograd.Function):

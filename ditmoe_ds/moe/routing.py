@@ -52,9 +52,8 @@ class Assignment(NamedTuple):
     """(E,) takings of each expert."""
     equal: bool = False
     """Whether all counts are equal, on every rank: then ranks need not exchange them."""
-    order: Tensor | None = None
-    """Only where every token has exactly K takings: (M,) index of each taking in the list of all first choices, then all second ones,
-    ...; ``order % T`` is its token."""
+    listed: Tensor | None = None
+    """Only from a GPU's dropless token choice: (T, K) int32 index of each token's takings."""
 
 
 def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignment, Tensor]:
@@ -80,7 +79,7 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
     counts = count(flat, experts)
     weights = weights.t().reshape(-1)
     if config.capacity_factor is None:
-        return Assignment(order % tokens, weights.gather(0, order), counts, order=order), chosen
+        return Assignment(order % tokens, weights.gather(0, order), counts), chosen
     place = torch.arange(token_choice_capacity(tokens, experts, k * config.capacity_factor), device=order.device)
     taken = place < counts[:, None]  # (E, C)
     taking = order[((counts.cumsum(0) - counts)[:, None] + place).clamp(max=len(order) - 1).view(-1)]
@@ -135,14 +134,24 @@ def same_decisions() -> tuple[Deciding, Deciding]:
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores along the last dimension, and their indices."""
-    made = None if torch.compiler.is_compiling() else _decisions.get()
-    if isinstance(made, Iterator):
-        chosen = next(made)
-    else:
+    chosen = recorded()
+    if chosen is None:
         chosen = scores.detach().topk(k, dim=-1).indices
-        if made is not None:
-            made.append(chosen)
+    record(chosen)
     return scores.gather(-1, chosen), chosen
+
+
+def recorded() -> Tensor | None:
+    """The next choice to be repeated, if there is one."""
+    made = None if torch.compiler.is_compiling() else _decisions.get()
+    return next(made) if isinstance(made, Iterator) else None
+
+
+def record(chosen: Tensor) -> None:
+    """Keep a choice, if it is to be repeated."""
+    made = None if torch.compiler.is_compiling() else _decisions.get()
+    if isinstance(made, list):
+        made.append(chosen)
 
 
 def expert_choice_capacity(tokens: int, experts: int, capacity: tuple[int, int]) -> int:

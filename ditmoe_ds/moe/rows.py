@@ -62,8 +62,8 @@ def by_token(assignment: Assignment, number: int) -> tuple[Tensor | None, Tensor
     kernels add without atomics, in the same order on every run."""
     if not fused(assignment.tokens):
         return None, None
-    if assignment.order is not None:
-        return kernels.list_choices(assignment.tokens, assignment.order, number), None
+    if assignment.listed is not None:
+        return assignment.listed, None
     return kernels.list_takings(assignment.tokens, assignment.weights, number, len(assignment.counts))
 
 
