@@ -23,6 +23,7 @@ from ditmoe_ds.planning.search import best, search
 
 G, XL, M = (f"recipes/{name}.yaml" for name in ("dit_moe_g2_16e2a_256", "dit_moe_xl2_8e2a_256", "ec_dit_m_64e"))
 COLORS = {"arithmetic": "#1f6feb", "zero": "#d9730d", "exchange": "#2da44e", "optimizer": "#57606a", "alike": "#8250df", "sums": "#bf3989"}
+COLORS["gradients"] = "#c9a227"
 NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -62,6 +63,7 @@ def draw_speed(path: Path) -> None:
     plans = [plan for nodes in NODES if (plan := fastest(G, cluster(nodes)))]
     bottom = [0.0] * len(plans)
     names = dict(arithmetic="arithmetic", zero="ZeRO's traffic, not hidden", exchange="exchange of tokens", optimizer="optimizer")
+    names |= dict(gradients="copies and sums of gradients")
     names |= dict(alike="alike on a TP group's ranks", sums="sums of tokens")
     for part, name in names.items():
         heights = [plan.seconds[part] * plan.cluster.world / 64 for plan in plans]
@@ -114,8 +116,9 @@ def draw_traffic(path: Path) -> None:
 
 
 def draw_measured(page: Path, path: Path) -> None:
-    """Planned beside measured: the rows of benchmarks/planner.md."""
-    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| ") and "TP" not in line.split("|")[3]]
+    """Planned beside measured: the rows that benchmarks/planner.py wrote."""
+    measured = page.read_text().partition("## Measured\n")[2]
+    rows = [line.split("|")[1:-1] for line in measured.splitlines() if line.startswith("| ") and "TP" not in line.split("|")[3]]
     assert len(rows) >= 8
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", facecolor="white")
     for panel, column, title, allowed in (

@@ -248,6 +248,15 @@ def test_time_by_hand():
     for optimizer, touched in (("adamw", 2 + 28 + 12), ("rmsprop", 2 + 6 + 8 + 28 + 12 + 6)):
         alone = replace(plan, job=replace(job, optimizer=optimizer), shape=replace(plan.shape, stage=0))
         assert alone.seconds["optimizer"] == pytest.approx((found.dense + found.experts / 2) * touched / 500e9)
+    copied = {
+        0: (3 + 6, 3 + 6),
+        1: (3 + 6 + 1.5, 3 + 6 + 3),
+        2: (12 + 3.25, 12 + 6.5),
+        3: (12 + 2.25, 12 + 4.5),
+    }  # in two micro-batches of dense, experts
+    for stage, (dense, experts) in copied.items():
+        twice = replace(plan, shape=replace(plan.shape, stage=stage, micro=1))
+        assert twice.seconds["gradients"] == pytest.approx(2 * (found.dense * dense + found.experts / 2 * experts) / 500e9)
     assert plan.days == pytest.approx(plan.step_seconds)
     assert plan.gpu_hours == pytest.approx(plan.step_seconds * 24 * 4)
 
@@ -402,7 +411,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
     assert main(["plan", G, "parallel.zero_stage=0", "parallel.expert=8", "--nodes", "1"]) == 0
     text = capsys.readouterr().out
     assert "DOES NOT FIT" in text
-    assert "parallel.zero_stage=3" in text.splitlines()[-2]
+    assert "parallel.zero_stage=1" in text.splitlines()[-2]
     assert text.endswith("With it, the recipe fits.\n")
     assert main(["plan", G, "parallel.expert=8", "--nodes", "1", "--gpu-memory", "8"]) == 0
     assert "Nothing fits." in capsys.readouterr().out

@@ -186,7 +186,8 @@ class Plan:
         exposed = sum(max(0.0, waits[phase] - assumed.overlap * window[phase]) for phase in window)
         exchange, sums = tokens.values()
         alike = self.alike_flops / peak + self._alike_memory_seconds
-        return dict(arithmetic=compute, alike=alike, exchange=exchange, sums=sums, zero=exposed, optimizer=self._optimizer_seconds)
+        copies, optimizer = self._gradient_seconds, self._optimizer_seconds
+        return dict(arithmetic=compute, alike=alike, exchange=exchange, sums=sums, zero=exposed, gradients=copies, optimizer=optimizer)
 
     @property
     def _memory_rate(self) -> float:
@@ -203,6 +204,24 @@ class Plan:
         kept = activations(batch, False).kept - activations(replace(batch, tensor=1), False).kept / tensor
         touched = 7 if self.shape.recompute is True else 5
         return touched * kept * self.accumulation / self._memory_rate
+
+    @property
+    def _gradient_seconds(self) -> float:
+        """Time of the memory's traffic between a gradient's GEMM and the optimizer: gradients are added up over micro-batches, copied into
+        a bucket, divided, and copied from there. The bytes are those of DeepSpeed's operators on 1, 2 and 4 processes (docs/log.md)."""
+        found, shape, again = self._layers, self.shape, self.accumulation - 1
+        touched = 0.0
+        for elements, ranks in ((found.dense, self.groups), (found.experts / shape.ep, self.groups / shape.ep)):
+            touched += (
+                elements
+                * {
+                    0: 3 * again + (6 if ranks > 1 else 0),
+                    1: 3 * again + 6 + 6 / ranks,
+                    2: (6 + 7 / ranks) * again + 6 + 6 / ranks,
+                    3: (6 + 5 / ranks) * again + 6 + 4 / ranks,
+                }[shape.stage]
+            )
+        return touched * self.batch.size / self._memory_rate
 
     @property
     def _optimizer_seconds(self) -> float:

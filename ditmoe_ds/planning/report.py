@@ -117,6 +117,7 @@ def _traffic(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     job, names = plan.job, dict(exchange="exchange of tokens", sums="sums of tokens", zero="ZeRO's traffic, not hidden")
+    names["gradients"] = "copies and sums of gradients"
     names["alike"] = "what the ranks of a TP group do alike"
     shown = {name: seconds for name, seconds in plan.seconds.items() if name not in ("alike", "sums") or plan.shape.tensor > 1}
     lines = [f"{'seconds of a step':<42}{'':>8}"]
