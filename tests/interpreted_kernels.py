@@ -1,14 +1,17 @@
 """Run by test_moe.py with TRITON_INTERPRET=1: our Triton kernels give the same values as torch's operators."""
 
+import numpy as np
 import pytest
 import torch
 from masters import stepped_alike
 from torch.nn import functional as F
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
-from ditmoe_ds.moe import experts, kernels
+from ditmoe_ds.moe import experts, kernels, layer, rows
 from ditmoe_ds.moe.choosing import choose
+from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, expert_choice, same_decisions, token_choice
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
@@ -17,6 +20,42 @@ NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def minding_its_memory(monkeypatch):
+    """Every launch reads and writes in its tensors alone, and no element twice: which of two writes stays, a GPU does not say."""
+    launch, load, store = GridExecutor.__call__, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    memory: list[range] = []
+    written: set[int] = set()
+
+    def launching(self, *arguments, **named):
+        storages = [value.untyped_storage() for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
+        memory[:] = [range(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        if self.fn.__name__ == "_adamw":  # is given a table of addresses
+            memory[:] = [range(2**64)]
+        written.clear()
+        launch(self, *arguments, **named)
+
+    def used(pointers, mask):
+        places = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel().tolist()
+        assert all(any(place in own for own in memory) for place in places), "outside of its tensors"
+        assert written.isdisjoint(places), "used after it was written"
+        return places
+
+    def loading(self, pointers, mask, *rest):
+        used(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def storing(self, pointers, value, mask, *rest):
+        places = used(pointers, mask)
+        written.update(places)
+        assert len(set(places)) == len(places), "written twice"
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launching)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loading)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
 
 
 @pytest.mark.parametrize("dtype", NEAR)
@@ -78,6 +117,21 @@ def test_token_choice(tokens, experts, k, config):
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("which", ["weights", "means"])
+def test_token_choice_with_a_gradient_that_is_one_number(which):
+    """``sum`` gives such a one; of the other output there is none."""
+    logits, config, outcomes = torch.randn(40, 6, requires_grad=True), RouterConfig(route_scale=2.0), []
+    for ours in (False, True):
+        if ours:
+            assignment, means = choose(logits, 2, config)
+        else:
+            scores = logits.softmax(-1)
+            assignment, means = token_choice(scores, 2, config)[0], scores.mean(0)
+        total = assignment.weights.sum() if which == "weights" else means.sum()
+        outcomes.append(torch.autograd.grad(total, logits)[0])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
+
+
 def test_token_choice_repeats_its_decisions():
     logits, other = torch.randn(2, 50, 8)
     first, again = same_decisions()
@@ -114,8 +168,29 @@ def test_takings_of_each_token(images, tokens, experts, config):
     assert listed.shape == (number, experts) and listed.dtype == found.dtype == torch.int32
     filled = assignment.weights != 0
     assert filled.all() == (config.capacity_factor is None)
-    for token, rows in enumerate(listed):
-        assert rows[: found[token]].tolist() == torch.where(filled & (assignment.tokens == token))[0].tolist()
+    for token, own in enumerate(listed):
+        assert own[: found[token]].tolist() == torch.where(filled & (assignment.tokens == token))[0].tolist()
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+@pytest.mark.parametrize("config", [RouterConfig(z_alpha=0.1), RouterConfig(renormalise=True), RouterConfig(capacity_factor=0.8)])
+def test_layer(monkeypatch, choice, config):
+    """With all kernels in it. Without a residual stream beside them, which would drown what is wrong."""
+    moe, x, upward = MoE(24, 6, choice, 2, 16, 8, config), torch.randn(3, 15, 24, requires_grad=True), torch.randn(3, 15, 24)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    outcomes = []
+    for ours in (False, True):
+        if ours:
+            monkeypatch.setattr(rows, "kernels", kernels, raising=False)
+            monkeypatch.setattr(layer, "choose", choose, raising=False)
+            for module in (layer, rows):
+                monkeypatch.setattr(module, "fused", lambda x: True)
+        out, selections, takers, means, z = moe(x)
+        grads = torch.autograd.grad((out * upward).sum() + means.square().sum() + z, [x, *moe.parameters()])
+        outcomes.append([out, selections, takers, means, z, *grads])
+    for found, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 0, 2], [1, 1, 1, 1], [0, 0, 0, 0], [2, 0, 0, 0]])
