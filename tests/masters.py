@@ -31,6 +31,8 @@ def stepped_alike(device: str, rounding: float) -> None:
         for number in range(5):
             for parameter, gradient in zip(chain(*weights), chain(*gradients)):
                 parameter.grad = torch.cat([gradient.new_zeros(1), gradient[number].flatten()])[1:].view(parameter.shape)
+                if number % 2 and gradient.dim() == 3:
+                    parameter.grad = parameter.grad.mT.contiguous().mT
             if at_once and number:  # the first step makes the state
                 kernel = kernel or adamw.AtOnce(adam, *([*chain(*groups)] for groups in (masters, weights)))
                 kernel.prepare()
