@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from choices import CHOICES, chosen_alike
 from masters import stepped_alike
 from torch.nn import functional as F
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -95,26 +96,24 @@ def test_rows_of_tokens(tokens, width, dtype):
 
 
 @pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(renormalise=True, route_scale=2.5)])
-@pytest.mark.parametrize("tokens, experts, k", [(5, 4, 1), (37, 8, 2), (300, 6, 3), (700, 64, 2), (40, 3, 3)])
+@pytest.mark.parametrize("tokens, experts, k", CHOICES)
 def test_token_choice(tokens, experts, k, config):
-    logits, upward, of_means = torch.randn(tokens, experts, requires_grad=True), torch.randn(tokens, experts), torch.randn(experts)
-    outcomes = []
+    chosen_alike(tokens, experts, k, config)
+
+
+@pytest.mark.parametrize("which", ["weights", "means"])
+def test_token_choice_with_a_gradient_that_is_one_number(which):
+    """``sum`` gives such a one; of the other output there is none."""
+    logits, config, outcomes = torch.randn(40, 6, requires_grad=True), RouterConfig(route_scale=2.0), []
     for ours in (False, True):
         if ours:
-            assignment, means = choose(logits, k, config)
-            assert torch.equal(assignment.tokens[assignment.listed.long()], torch.arange(tokens)[:, None].expand(-1, k))
-            assert torch.equal(assignment.listed.flatten().sort().values, torch.arange(k * tokens, dtype=torch.int32))
+            assignment, means = choose(logits, 2, config)
         else:
             scores = logits.softmax(-1)
-            assignment, means = token_choice(scores, k, config)[0], scores.mean(0)
-        expert = torch.arange(experts).repeat_interleave(assignment.counts)
-        dense = torch.zeros(tokens, experts).index_put((assignment.tokens, expert), assignment.weights)
-        loss = (dense * upward).sum() + (means * of_means).sum()
-        outcomes.append([dense, means, assignment.counts, *torch.autograd.grad(loss, logits)])
-        for places in assignment.tokens.split(assignment.counts.tolist()):
-            assert not ours or torch.equal(places, places.sort().values)
-    for found, plain in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+            assignment, means = token_choice(scores, 2, config)[0], scores.mean(0)
+        total = assignment.weights.sum() if which == "weights" else means.sum()
+        outcomes.append(torch.autograd.grad(total, logits)[0])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["weights", "means"])

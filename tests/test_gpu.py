@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from choices import CHOICES, chosen_alike
 from latents import write_latents, write_vae
 from masters import stepped_alike
 from PIL import Image
@@ -89,6 +90,14 @@ def test_one_kernel_rotates(tables, compiled):
         outcomes.append((out.cpu(), torch.autograd.grad(out, leaf, upward.to(device))[0].cpu()))
     for plain, found in zip(*outcomes, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(renormalise=True, route_scale=2.5)])
+@pytest.mark.parametrize("size", CHOICES)
+def test_kernels_choose_experts(size, config):
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        chosen_alike(*size, config)
 
 
 def test_one_kernel_steps_all_weights():

@@ -63,7 +63,7 @@ def _adamw(blocks, table, clip, keep, new_mean, new_square, rate, root, eps, BLO
     row = table + tl.load(blocks + 2 * tl.program_id(0)).to(tl.int64) * 6
     start = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
     at, size = start + tl.arange(0, BLOCK), tl.load(row + 5)
-    if start + BLOCK <= size:  # without a mask, 16 bytes at a time
+    if start + BLOCK <= size:  # without a mask, four elements at a time
         _step(row, at, None, clip, keep, new_mean, new_square, rate, root, eps)
     else:
         _step(row, at, at < size, clip, keep, new_mean, new_square, rate, root, eps)

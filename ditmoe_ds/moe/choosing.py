@@ -1,4 +1,4 @@
-"""Dropless token choice on a GPU: what ``routing.token_choice`` returns, by three Triton kernels instead of some twenty launches.
+"""Dropless token choice on a GPU: what ``routing.token_choice`` returns, by three Triton kernels and a few sums of small tensors.
 
 Tokens are handled in blocks. One kernel chooses and counts how often each block took each expert; from these counts follows where a block's
 takings of an expert begin among all takings; a second kernel puts them there. The third is backward. All recompute the softmax, in fp32.

@@ -50,8 +50,9 @@ class Router(nn.Module):
         tokens, experts = x.shape[0] * x.shape[1], len(self.weight)
         z = logits.logsumexp(-1).square().mean() if self.config.z_alpha else logits.new_zeros(())
         if self.choice == "token" and self.config.capacity_factor is None and fused(logits):
-            assignment, mean_scores = choose(logits.view(tokens, experts), int(self.experts_per_token), self.config)
-            return assignment, LayerStats(assignment.counts, all_taken(assignment, tokens), mean_scores, z)
+            k = int(self.experts_per_token)
+            assignment, mean_scores = choose(logits.view(tokens, experts), k, self.config)
+            return assignment, LayerStats(assignment.counts, all_taken(assignment.counts, tokens, k), mean_scores, z)
         scores = logits.softmax(-1)
         if self.choice == "expert":
             pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
@@ -60,17 +61,17 @@ class Router(nn.Module):
         else:
             assignment, chosen = token_choice(scores.view(tokens, experts), int(self.experts_per_token), self.config)
             if self.config.capacity_factor is None:
-                selections, takers = assignment.counts, all_taken(assignment, tokens)
+                selections, takers = assignment.counts, all_taken(assignment.counts, tokens, chosen.shape[1])
             else:
                 selections = count(chosen, experts)
                 takers = count(count(assignment.tokens, tokens, assignment.weights != 0), experts + 1)
         return assignment, LayerStats(selections, takers, scores.mean((0, 1)), z)
 
 
-def all_taken(assignment: Assignment, tokens: int) -> Tensor:
-    """``LayerStats.takers`` where each of the tokens is taken equally often."""
-    takers = assignment.counts.new_zeros(len(assignment.counts) + 1)
-    takers[len(assignment.tokens) // tokens].fill_(tokens)
+def all_taken(counts: Tensor, tokens: int, k: int) -> Tensor:
+    """``LayerStats.takers`` where each of the tokens is taken by k experts. ``counts`` is (E,)."""
+    takers = counts.new_zeros(len(counts) + 1)
+    takers[k].fill_(tokens)
     return takers
 
 

@@ -1,6 +1,6 @@
 """From tokens to the rows that experts compute, and back: activations, gathers and weighted sums.
 
-On a GPU each is one Triton kernel (``kernels.py``), also inside compiled blocks; elsewhere torch's operators.
+On a GPU each, but for plain gathers, is one Triton kernel (``kernels.py``), also inside compiled blocks; elsewhere torch's operators.
 """
 
 from typing import Any
