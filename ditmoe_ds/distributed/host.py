@@ -4,7 +4,7 @@ torch's own allocator of such memory rounds every tensor up to a power of two by
 """
 
 import weakref
-from mmap import PAGESIZE, mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def empty_on_host(shape: torch.Size, dtype: torch.dtype, locked: bool) -> Tensor
         return torch.empty(shape, dtype=dtype, device="cpu")
     size = shape.numel() * dtype.itemsize
     # Pages of its own: no page can be locked twice. A tensor counts as locked if its storage begins in locked memory.
-    memory = torch.frombuffer(mmap(-1, (size // PAGESIZE + 1) * PAGESIZE), dtype=torch.uint8)
+    memory = torch.frombuffer(mmap(-1, (size // PAGESIZE + 1) * PAGESIZE, MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 1))  # 1: for all GPUs
     weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr()).atexit = False

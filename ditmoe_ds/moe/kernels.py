@@ -1,6 +1,6 @@
 """Triton kernels for what experts do besides GEMMs, called by ``rows.py`` and ``experts.py`` for tensors on a GPU.
 
-Each reads and writes every row once, where a sequence of torch's operators would do so several times. All compute in fp32.
+Each reads and writes every row once, where a sequence of torch's operators would do so several times. All arithmetic is in fp32.
 """
 
 import torch
