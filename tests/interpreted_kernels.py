@@ -116,21 +116,6 @@ def test_token_choice_with_a_gradient_that_is_one_number(which):
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("which", ["weights", "means"])
-def test_token_choice_with_a_gradient_that_is_one_number(which):
-    """``sum`` gives such a one; of the other output there is none."""
-    logits, config, outcomes = torch.randn(40, 6, requires_grad=True), RouterConfig(route_scale=2.0), []
-    for ours in (False, True):
-        if ours:
-            assignment, means = choose(logits, 2, config)
-        else:
-            scores = logits.softmax(-1)
-            assignment, means = token_choice(scores, 2, config)[0], scores.mean(0)
-        total = assignment.weights.sum() if which == "weights" else means.sum()
-        outcomes.append(torch.autograd.grad(total, logits)[0])
-    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
-
-
 def test_token_choice_repeats_its_decisions():
     logits, other = torch.randn(2, 50, 8)
     first, again = same_decisions()
