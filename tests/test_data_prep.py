@@ -522,7 +522,8 @@ def test_ctrl_c_ends_all_in_one_line_and_what_is_done_is_kept(inputs, encoded, t
     out = tmp_path / "out"
     wanted = ["encode", "--source", f"folder:{inputs / 'images'}", "--vae", str(inputs / "vae"), "--out", str(out), "--size", "16"]
     wanted += ["--shard-size", "12", "--holdout", "0.3", "--batch", "4", "--decoders", "1"]
-    slowly = "import sys, time, data_prep.encode as e; from data_prep.cli import main; add = e._Encoder.add\n"
+    slowly = "import signal, sys, time, data_prep.encode as e; from data_prep.cli import main; add = e._Encoder.add\n"
+    slowly += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts with & ignores it
     slowly += "e._Encoder.add = lambda *a: (time.sleep(0.5), add(*a)); sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", slowly, *wanted]
     one_thread = os.environ | dict(OMP_NUM_THREADS="1")  # as here: another number rounds differently
