@@ -77,7 +77,7 @@ def profiled(layer: Layer, x: Tensor, repeats: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--sizes", nargs="+", default=["S", "B", "XL", "G"] if cuda else ["S", "B"], choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=["XL", "S", "B", "G"] if cuda else ["S", "B"], choices=list(SIZES))
     parser.add_argument("--experts", nargs="+", type=int, default=[8, 16, 32, 64])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384] if cuda else [2048, 8192])
     parser.add_argument("--repeats", type=int, default=4 if cuda else 3)

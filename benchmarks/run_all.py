@@ -33,8 +33,8 @@ class Benchmark(NamedTuple):
 
 
 ON_GPU = [
-    Benchmark("moe_layer", 60, 160),
-    Benchmark("train_step", 90, 210),
+    Benchmark("train_step", 90, 260),
+    Benchmark("moe_layer", 60, 120),
     Benchmark("sampling", 60, 110),
     Benchmark("scaling", 20, 40),
     Benchmark("expert_choice", 20, 30),

@@ -1,6 +1,6 @@
 """Speed of a training step: sparse models beside dense ones of equal active FLOPs, and the trainer beside a plain PyTorch loop.
 
-python benchmarks/train_step.py [--models NAME ...] [--plain DiT-XL/2] [--stage 2] [--compile] [--write]
+python benchmarks/train_step.py [--models NAME ...] [--plain DiT-XL/2] [--stage 0] [--no-compile] [--write]
 
 One process, the real trainer on random latents. Without a GPU the models are small, and peers take turns.
 --write puts the tables under "Measured" in train_step.md.
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--plain", default="DiT-XL/2" if GPU else "DiT-S/4", help="the dense model of the plain loop; none: leave it out")
     parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
     parser.add_argument("--stage", type=int, default=0 if GPU else 2, help="of ZeRO")
-    parser.add_argument("--compile", action="store_true", help="compare the models with compiled blocks")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=GPU, help="compare the models with compiled blocks")
     parser.add_argument("--rounds", type=int, default=3 if GPU else 5)
     parser.add_argument("--steps", type=int, default=4 if GPU else 2, help="of a peer in a round")
     parser.add_argument("--write", action="store_true", help="put the figures into train_step.md")

@@ -32,7 +32,7 @@ def test_those_of_a_gpu_are_here(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all", "--only", "moe_layers"])
     with pytest.raises(SystemExit):
         main()
-    assert "choose from moe_layer, " in capsys.readouterr().err.replace("'", "")
+    assert "choose from train_step, " in capsys.readouterr().err.replace("'", "")
     assert {benchmark.name for benchmark in ON_GPU} | {benchmark.name for benchmark in ON_CPU} == CASES.keys()
 
 
