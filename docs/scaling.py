@@ -22,8 +22,9 @@ from ditmoe_ds.planning.recipe import own_shape, read_job, stages
 from ditmoe_ds.planning.search import best, search
 
 G, XL, M = (f"recipes/{name}.yaml" for name in ("dit_moe_g2_16e2a_256", "dit_moe_xl2_8e2a_256", "ec_dit_m_64e"))
-COLORS = {"arithmetic": "#1f6feb", "zero": "#d9730d", "exchange": "#2da44e", "optimizer": "#57606a", "alike": "#8250df", "sums": "#bf3989"}
-COLORS["gradients"] = "#c9a227"
+COLORS = dict(
+    arithmetic="#1f6feb", zero="#d9730d", exchange="#2da44e", optimizer="#57606a", alike="#8250df", sums="#bf3989", gradients="#c9a227"
+)
 NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -63,8 +64,7 @@ def draw_speed(path: Path) -> None:
     plans = [plan for nodes in NODES if (plan := fastest(G, cluster(nodes)))]
     bottom = [0.0] * len(plans)
     names = dict(arithmetic="arithmetic", zero="ZeRO's traffic, not hidden", exchange="exchange of tokens", optimizer="optimizer")
-    names |= dict(gradients="copies and sums of gradients")
-    names |= dict(alike="alike on a TP group's ranks", sums="sums of tokens")
+    names |= dict(gradients="copies and sums of gradients", alike="alike on a TP group's ranks", sums="sums of tokens")
     for part, name in names.items():
         heights = [plan.seconds[part] * plan.cluster.world / 64 for plan in plans]
         right.bar(range(len(plans)), heights, bottom=bottom, color=COLORS[part], label=name)

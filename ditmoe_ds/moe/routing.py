@@ -143,15 +143,19 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def recorded() -> Tensor | None:
     """The next choice to be repeated, if there is one."""
-    made = None if torch.compiler.is_compiling() else _decisions.get()
+    made = _kept()
     return next(made) if isinstance(made, Iterator) else None
 
 
 def record(chosen: Tensor) -> None:
     """Keep a choice, if it is to be repeated."""
-    made = None if torch.compiler.is_compiling() else _decisions.get()
+    made = _kept()
     if isinstance(made, list):
         made.append(chosen)
+
+
+def _kept() -> list[Tensor] | Iterator[Tensor] | None:
+    return None if torch.compiler.is_compiling() else _decisions.get()
 
 
 def expert_choice_capacity(tokens: int, experts: int, capacity: tuple[int, int]) -> int:

@@ -208,19 +208,17 @@ class Plan:
     @property
     def _gradient_seconds(self) -> float:
         """Time of the memory's traffic between a gradient's GEMM and the optimizer: gradients are added up over micro-batches, copied into
-        a bucket, divided, and copied from there. The bytes are those of DeepSpeed's operators on 1, 2 and 4 processes (docs/log.md)."""
+        a bucket, divided, and copied from there. The bytes are those of DeepSpeed's operators (``benchmarks/gradient_copies.md``)."""
         found, shape, again = self._layers, self.shape, self.accumulation - 1
         touched = 0.0
         for elements, ranks in ((found.dense, self.groups), (found.experts / shape.ep, self.groups / shape.ep)):
-            touched += (
-                elements
-                * {
-                    0: 3 * again + (6 if ranks > 1 else 0),
-                    1: 3 * again + 6 + 6 / ranks,
-                    2: (6 + 7 / ranks) * again + 6 + 6 / ranks,
-                    3: (6 + 5 / ranks) * again + 6 + 4 / ranks,
-                }[shape.stage]
-            )
+            times = {
+                0: 3 * again + (6 if ranks > 1 else 0),
+                1: 3 * again + 6 + 6 / ranks,
+                2: (6 + 7 / ranks) * again + 6 + 6 / ranks,
+                3: (6 + 5 / ranks) * again + 6 + 4 / ranks,
+            }
+            touched += times[shape.stage] * elements
         return touched * self.batch.size / self._memory_rate
 
     @property
