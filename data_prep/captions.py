@@ -16,8 +16,8 @@ from typing import Any
 from ditmoe_ds.errors import DataError, in_a_line
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-COLUMNS = ("caption", "text")
-"""Names that a caption may have; the first that is there counts."""
+COLUMNS = ("caption", "captions", "text")
+"""Names that a caption, or a list of them, may have; the first that is there counts."""
 LIMIT = 1 << 20
 """Most bytes of a text, and characters of a line."""
 
@@ -40,6 +40,24 @@ def read(path: Path) -> str:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def checked(found: object) -> str | list[str] | None:
+    """What was found in place of a caption; a list only if there are several in it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    several: list[Any] = found if isinstance(found, list) else [] if found is None else [found]
+    for one in several:
+        if not isinstance(one, str):
+            raise ValueError(f"a caption of type {type(one).__name__}; a caption is a text, several are a list of texts")
+    return several if len(several) > 1 else several[0] if several else None
+
+
+def first_of(row: dict[str, Any]) -> Any:
+    """What a row has under the first of ``COLUMNS``; None if nothing."""
+    return next((row[column] for column in COLUMNS if row.get(column) is not None), None)
 
 
 def text_of(image: str) -> str:
@@ -102,7 +120,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
                     raise ValueError("no file_name")
                 if None in row:  # a caption that was cut at its first comma
                     raise ValueError("more fields than its first line names; quote what has commas")
-                yield number, row["file_name"], next((row[column] for column in COLUMNS if row.get(column) is not None), None)
+                yield number, row["file_name"], first_of(row)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
     except (ValueError, csv.Error, RecursionError) as error:

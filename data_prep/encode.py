@@ -33,6 +33,7 @@ from data_prep.units import (
 )
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
+from ditmoe_ds.latents.tars import captions_of, text_names
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
@@ -245,7 +246,8 @@ class _Encoder:
         tensors = self._latents(batch, [item.key for item, _ in good])
         if self.request.flip_copies:
             flipped = self._latents(batch.flip(-1), [item.key + FLIP for item, _ in good])
-        texts = self.text([item.caption or "" for item, _ in good]) if self.text else None
+        metas = [self._meta(item) for item, _ in good]
+        texts = self._texts([captions_of(meta) for meta in metas])
         for i, (item, _) in enumerate(good):
             copies = {item.key: tensors[i]} | ({item.key + FLIP: flipped[i]} if self.request.flip_copies else {})
             if not all(tensor.isfinite().all() for copy in copies.values() for tensor in copy.values()):
@@ -253,8 +255,19 @@ class _Encoder:
                 unit.rejected.append(Rejection(item.key, item.origin, reason))
                 continue
             split = "val" if is_heldout(item.key, self.request.holdout) else "train"
-            for key, copy in copies.items():
-                unit.write(split, key, self._meta(item), **copy, **({"text": texts[i]} if texts else {}))
+            try:
+                for key, copy in copies.items():  # of the same size
+                    unit.write(split, key, metas[i], **copy, **texts[i])
+            except ValueError as error:
+                unit.rejected.append(Rejection(item.key, item.origin, str(error)))
+
+    def _texts(self, captions: list[list[str]]) -> list[dict[str, Tensor]]:
+        """For each sample, by its name, the text of each of its captions; nothing without an encoder."""
+        if not self.text:
+            return [{} for _ in captions]
+        flat, batch = list(itertools.chain(*captions)), self.request.batch
+        texts = itertools.chain(*(self.text(flat[start : start + batch]) for start in range(0, len(flat), batch)))
+        return [dict(zip(text_names(len(own)), itertools.islice(texts, len(own)))) for own in captions]
 
     def _latents(self, batch: Tensor, keys: list[str]) -> list[dict[str, Tensor]]:
         """What is stored of each image: ``latent`` (C, H, W) and, for "mean+std", ``std`` (C, H, W)."""

@@ -8,6 +8,7 @@ from data_prep.verify import decoded, spread
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.tars import captions_of
 
 COLUMNS, ROWS = 8, 4
 
@@ -48,7 +49,7 @@ def show(path: str, *, sheet: str | None = None) -> None:
     reader = manifest.open(shards[0])
     for i in range(min(5, len(reader))):
         key, meta, _ = reader.read(i)
-        print(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {meta.get('caption') or '-'}")
+        print(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {' | '.join(captions_of(meta)) or '-'}")
     if not shard_name and manifest.class_names:
         print("class  training samples  name")
         for number, (name, count) in enumerate(zip(manifest.class_names, manifest.class_histogram)):

@@ -41,7 +41,8 @@ class Item:
     key: str
     """Stable, and unique in the source: it names the sample in its shard and decides its split."""
     label: int | None
-    caption: str | None
+    caption: str | list[str] | None
+    """A list: several, of which training takes another at each visit."""
     origin: str
     """Where it came from, for messages; for tars, its key there."""
     image: Path | bytes | np.ndarray | str
@@ -193,8 +194,7 @@ def _captioned(item: Item, caption: Any) -> Item:
     if isinstance(caption, Path):
         return replace(item, caption_file=caption)
     try:
-        _check(item.label, caption)
-        return replace(item, caption=caption)
+        return replace(item, caption=captions.checked(caption))
     except ValueError as error:
         return replace(item, image=str(error)[:200])
 
@@ -285,9 +285,9 @@ def _item(sample: dict[str, Any]) -> Item:
                 raise ValueError(f"its {part} has more than {MEMBER_LIMIT} bytes")
         meta = json.loads(sample.get("json", b"{}"))
         label = meta.get("label") if "cls" not in sample else int(sample["cls"])
-        caption = meta.get("caption") if "txt" not in sample else sample["txt"].decode()
-        _check(label, caption)
-        return Item(safe_key(key), label, caption, key, sample[kind])
+        caption = captions.first_of(meta) if "txt" not in sample else sample["txt"].decode()
+        _check(label)
+        return Item(safe_key(key), label, captions.checked(caption), key, sample[kind])
     except (ValueError, AttributeError, RecursionError) as error:
         return Item(safe_key(key), None, None, key, str(error)[:200])
 
@@ -306,7 +306,6 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
         raise DataError(f"--source={name!r}: holds the splits {', '.join(rows)}; choose one, such as {name}/{next(iter(rows))}")
     if not len(rows) or not isinstance(rows.features.get("image"), datasets.Image):
         raise DataError(f"--source={name!r}: needs rows with a column image of type Image, has {len(rows)} of {', '.join(rows.features)}")
-    text = next((column for column in ("caption", "text") if column in rows.features), None)
     label = rows.features.get("label")
     if isinstance(label, datasets.ClassLabel):
         if class_names not in (None, tuple(label.names)):
@@ -319,9 +318,10 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
             found: dict[str, Any] = rows[row]
             stored = found["image"] or {"bytes": b"", "path": None}
             image = Path(stored["path"]) if stored["bytes"] is None else stored["bytes"]
-            label, caption, origin = found.get("label"), found[text] if text else None, f"row {row}"
+            label, caption, origin = found.get("label"), None, f"row {row}"
             try:
-                _check(label, caption)
+                _check(label)
+                caption = captions.checked(captions.first_of(found))
             except ValueError as error:
                 image = str(error)[:200]
             yield Item(f"row-{row:09d}", label, caption, origin, image)
@@ -329,8 +329,6 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
     return Source(name, class_names, len(rows), -(-len(rows) // unit_size), unit, digest)
 
 
-def _check(label: object, caption: object) -> None:
+def _check(label: object) -> None:
     if label is not None and (type(label) is not int or not 0 <= label < LABELS):
         raise ValueError(f"label {label!r}; labels are whole numbers from 0 to {LABELS - 1}")
-    if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"a caption of type {type(caption).__name__}; a caption is one string")

@@ -231,7 +231,7 @@ class UnitWriter:
         self._open.__exit__(*failure)
 
     def write(self, split: str, key: str, meta: dict[str, Any], **tensors: torch.Tensor) -> None:
-        """Append a sample; see ``ShardWriter.write``."""
+        """Append a sample; as ``ShardWriter.write``."""
         latent = tensors["latent"]
         shard = split, tuple(latent.shape)
         if shard not in self._writers:
@@ -263,7 +263,7 @@ class UnitWriter:
         )
         partial = self._stage / "record.json"
         partial.write_text(_dump(record))
-        for shard in self._writers:
+        for shard in self._samples:
             tar = self._stage / self._name(*shard)
             index_path(tar).replace(self.root / index_path(tar).name)
             tar.replace(self.root / tar.name)

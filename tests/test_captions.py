@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from encoding import assert_one_line, contents, png, run_encode, samples, write_tar, write_text_encoder
@@ -13,7 +14,10 @@ from data_prep.cli import main
 from data_prep.finalize import finalize
 from data_prep.sources import open_source
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import tars
+from ditmoe_ds.latents.loader import DataConfig, LatentLoader
 from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.tars import captions_of, text_names
 from ditmoe_ds.latents.text import load_text_encoder
 
 TEXTS = [f"{'a ' * (i % 4)}red square" for i in range(24)]
@@ -75,6 +79,85 @@ def test_captions_of_each_layout(inputs, encoder, tmp_path, layout, capsys):
     assert main(["verify", str(out), "--sheet", str(tmp_path / "sheet.png")]) == 0
     assert main(["inspect", str(out)]) == 0
     assert "red square" in capsys.readouterr().out
+
+
+SEVERAL = [["red square", "a red", "square"], ["a"], [], ["a red square", ""]]
+
+
+@pytest.fixture(scope="module", params=["folder", "tar", "hf"])
+def several(request, inputs, encoder, tmp_path_factory):
+    """24 pictures, picture i with the captions ``SEVERAL[i % 4]``, from each kind of source."""
+    root = tmp_path_factory.mktemp("several")
+    told = [SEVERAL[i % 4] for i in range(24)]
+    if request.param == "folder":
+        lines = [json.dumps({"file_name": f"{i}.png", "captions": captions}) for i, captions in enumerate(told)]
+        source = f"folder:{write(root / 'in', {f'{i}.png': png(i) for i in range(24)} | {'metadata.jsonl': chr(10).join(lines)})}"
+    elif request.param == "tar":
+        rows = [{"__key__": f"{i}", "png": png(i), "json": json.dumps({"caption": captions}).encode()} for i, captions in enumerate(told)]
+        write_tar(root / "in.tar", rows)
+        source = f"wds:{root / 'in.tar'}"
+    else:
+        features = datasets.Features({"image": datasets.Image(), "captions": datasets.Sequence(datasets.Value("string"))})
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(24)], "captions": told}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(root / "in")
+        source = f"hf:{root / 'in'}"
+    return run_encode(inputs, root / "out", source, text=encoder, text_max_tokens=8, batch=5, flip_copies=True)
+
+
+def stored(captions: list[str]) -> str | list[str] | None:
+    return captions if len(captions) > 1 else captions[0] if captions else None
+
+
+def test_several_captions_are_stored_with_the_tokens_of_each(several, encoder, tmp_path, capsys):
+    reference = load_text_encoder(encoder, 8, "cpu")
+    found = [sample for split in ("train", "val") for sample in samples(several, split)]
+    assert sorted(str(sample.meta["caption"]) for sample in found) == sorted([str(stored(captions)) for captions in SEVERAL] * 12)
+    for sample in found:
+        captions = captions_of(sample.meta)
+        assert sample.tensors.keys() == {"latent", *("text", "text1", "text2")[: len(captions)]}
+        for name, caption in zip(text_names(len(captions)), captions):
+            torch.testing.assert_close(sample.tensors[name], reference([caption])[0], atol=2e-2, rtol=2e-2)
+    assert main(["verify", str(several)]) == 0
+    assert main(["inspect", str(several)]) == 0
+    assert "red square | a red | square\n" in capsys.readouterr().out
+    assert main(["subset", str(several), "--fraction", "0.9", "--out", str(tmp_path / "subset")]) == 0
+    copies = {sample.key: sample for split in ("train", "val") for sample in samples(tmp_path / "subset", split)}
+    assert len(copies) > 36
+    for sample in (sample for sample in found if sample.key in copies):
+        assert (copies[sample.key].meta, copies[sample.key].tensors.keys()) == (sample.meta, sample.tensors.keys())
+
+
+def test_each_visit_takes_one_of_the_captions(several):
+    dataset = DataConfig("").open([Manifest.load(several)], "train")
+    settings = dict(seed=3, global_batch=len(dataset), accumulation=1, rank=0, world=1)
+    loader = LatentLoader(dataset, DataConfig("", workers=0), **settings)
+    visits: dict[int, list[str]] = {}
+    for _ in range(60):
+        batch = next(loader)
+        for i, caption, text in zip(batch.samples.tolist(), batch.captions, batch.text.split(batch.lengths)):
+            visits.setdefault(i, []).append(caption)
+            assert torch.equal(text, dataset[i].texts[dataset[i].captions.index(caption)])
+    for i, seen in visits.items():
+        captions = dataset[i].captions
+        assert len(seen) == 60 and set(seen) == set(captions)
+        assert all(abs(seen.count(caption) - 60 / len(captions)) < 4 * (60 / len(captions)) ** 0.5 for caption in captions)
+    assert len({tuple(dataset[i].captions.index(c) for c in seen) for i, seen in visits.items() if len(dataset[i].captions) == 3}) > 1
+    again = LatentLoader(dataset, DataConfig("", workers=2), **settings, consumed=59 * len(dataset))
+    assert next(again).captions == batch.captions
+    again.close()
+    assert dataset.batch(range(len(dataset))).captions == [dataset[i].captions[0] for i in range(len(dataset))]
+
+
+def test_captions_too_large_for_a_sample_are_a_reason(inputs, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "SAMPLE_LIMIT", 6000)
+    told = {2: ["a"] * 20, 5: ["a" * 6000]}
+    lines = [json.dumps({"file_name": f"{i}.png", "text": told.get(i, ["a"] * 2)}) for i in range(9)]
+    root = write(tmp_path / "in", {f"{i}.png": png(i) for i in range(9)} | {"metadata.jsonl": "\n".join(lines)})
+    settings = dict(text=encoder, text_max_tokens=8, flip_copies=True, max_rejected=0.5)
+    out = run_encode(inputs, tmp_path / "out", f"folder:{root}", **settings)
+    rejected = {line["source"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    assert rejected.keys() == {"2.png", "5.png"} and all(reason.endswith("bytes, more than 6000") for reason in rejected.values())
+    assert len(all_samples(out)) == 7 and main(["verify", str(out)]) == 0
 
 
 def test_workers_and_decoders_write_the_same_and_texts_are_part_of_the_request(inputs, encoder, tmp_path):
@@ -141,7 +224,7 @@ def test_a_bad_text_is_a_reason(inputs, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "LIMIT", 100)
     names = list(pictures())
     bad = {"1.txt": "caf\u00e9".encode("latin-1"), "4.txt": "x" * 101}
-    lines = {"file_name": "3.png", "caption": ["one", "two"]}, {"file_name": "0.png", "text": None, "caption": "red \ud83d"}
+    lines = {"file_name": "3.png", "caption": ["one", None]}, {"file_name": "0.png", "text": None, "caption": "red \ud83d"}
     files = {f"b/{name}": content for name, content in bad.items()}
     files |= {name: content for name, content in beside().items() if name not in (*files, "0.txt", "3.txt")}
     root = write(tmp_path / "in", pictures() | files | {"metadata.jsonl": "\n".join(map(json.dumps, lines))})
@@ -153,7 +236,7 @@ def test_a_bad_text_is_a_reason(inputs, encoder, tmp_path, monkeypatch):
     assert rejected == {
         "b/1.png": "1.txt: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data",
         "b/4.png": "4.txt has more than 100 bytes",
-        "3.png": "a caption of type list; a caption is one string",
+        "3.png": "a caption of type NoneType; a caption is a text, several are a list of texts",
     }
     found = all_samples(out)
     assert found.keys() == set(names) - rejected.keys() and found["0.png"].meta["caption"] == "red \ud83d"

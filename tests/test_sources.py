@@ -80,7 +80,10 @@ def test_a_sample_with_a_bad_text_is_left_out_and_listed(inputs, tmp_path):
         "word": ({"png": png(), "cls": b"cat"}, "'cat'"),
         "named": ({"png": png(), "json": b'{"label": "cat"}'}, "label 'cat'"),
         "list": ({"png": png(), "json": b"[]"}, "'list'"),
-        "two": ({"png": png(), "json": b'{"caption": ["one", "two"]}'}, "a caption is one string"),
+        "mixed": (
+            {"png": png(), "json": b'{"caption": ["one", 2]}'},
+            "a caption of type int; a caption is a text, several are a list of texts",
+        ),
         "latin": ({"png": png(), "txt": "caf\u00e9".encode("latin-1")}, "'utf-8' codec can't decode byte 0xe9"),
         "deep": ({"png": png(), "json": b"[" * 200_000}, "recursion"),
     }

@@ -20,7 +20,7 @@ from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.manifest import Manifest, Shard, SplitName, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
-from ditmoe_ds.latents.tars import Sample, ShardReader, index_path, index_size
+from ditmoe_ds.latents.tars import Sample, ShardReader, captions_of, index_path, index_size, text_names
 from ditmoe_ds.rng import keyed_generator
 
 INDEX_BYTES = 64 << 20
@@ -85,10 +85,10 @@ class Latent(NamedTuple):
     """(C, H, W) float32 of the posterior, if it is stored."""
     label: int
     """-1 if it has none."""
-    text: Tensor | None
-    """(T, width) bfloat16 tokens of its caption, if they are stored."""
-    caption: str
-    """Empty if it has none."""
+    captions: list[str]
+    """One at least: the empty one if it has none."""
+    texts: list[Tensor]
+    """(T, width) bfloat16 tokens of each caption, if they are stored; else empty."""
 
 
 class Batch(NamedTuple):
@@ -111,8 +111,8 @@ class Batch(NamedTuple):
 
 
 def collate(chosen: list[Latent], epochs: Tensor, samples: Tensor) -> Batch:
-    """A batch of samples. Where a deviation is stored, the latents are the means."""
-    texts = [sample.text for sample in chosen if sample.text is not None]
+    """A batch of samples: their latents, which are the means where a deviation is stored, and their first captions."""
+    texts = [sample.texts[0] for sample in chosen if sample.texts]
     return Batch(
         torch.stack([sample.latent for sample in chosen]),
         torch.tensor([sample.label for sample in chosen]),
@@ -120,7 +120,7 @@ def collate(chosen: list[Latent], epochs: Tensor, samples: Tensor) -> Batch:
         samples,
         torch.cat(texts) if texts else None,
         [len(text) for text in texts],
-        [sample.caption for sample in chosen],
+        [sample.captions[0] for sample in chosen],
     )
 
 
@@ -189,13 +189,13 @@ class LatentDataset:
         m, label = reader.manifest, sample.meta["label"]
         if label is not None and not 0 <= label < m.num_classes:
             raise DataError(f"{reader.path}: key {sample.key!r} has label {label}, the manifest has {m.num_classes} classes")
-        std = sample.tensors.get("std")
+        std, captions = sample.tensors.get("std"), captions_of(sample.meta)
         return Latent(
             (sample.tensors["latent"].float() - m.shift_factor) * m.scaling_factor,
             None if std is None else std.float() * m.scaling_factor,
             -1 if label is None else label,
-            sample.tensors.get("text"),
-            sample.meta.get("caption") or "",
+            captions,
+            [sample.tensors[name] for name in text_names(len(captions))] if m.text else [],
         )
 
     def batch(self, items: Sequence[int]) -> Batch:
@@ -329,18 +329,21 @@ class _Batches(Dataset):
     def __getitem__(self, position: int) -> Any:
         try:
             epochs, samples = self.order.at(position, self.local)
-            chosen = [self.dataset[i] for i in samples.tolist()]
-            latents = [self._latent(*visit) for visit in zip(chosen, epochs.tolist(), samples.tolist())]
-            batch = collate(chosen, epochs, samples)._replace(latents=torch.stack(latents))
+            batch = collate([self._visit(*visit) for visit in zip(epochs.tolist(), samples.tolist())], epochs, samples)
             return self.prepare(batch) if self.prepare else batch
         except UserError as error:  # as a value: an exception would arrive with the worker's traceback around it
             return _Failure(error)
 
-    def _latent(self, sample: Latent, epoch: int, i: int) -> Tensor:
-        if sample.std is None:
-            return sample.latent
-        noise = torch.randn(sample.std.shape, generator=keyed_generator(self.seed, "posterior", epoch, i))
-        return sample.latent + sample.std * noise
+    def _visit(self, epoch: int, i: int) -> Latent:
+        """Sample ``i`` as this epoch sees it: with a latent drawn from the posterior, if that is stored, and one of its captions first."""
+        sample = self.dataset[i]
+        if sample.std is not None:
+            noise = torch.randn(sample.std.shape, generator=keyed_generator(self.seed, "posterior", epoch, i))
+            sample = sample._replace(latent=sample.latent + sample.std * noise)
+        if (count := len(sample.captions)) > 1:
+            one = int(torch.randint(count, (), generator=keyed_generator(self.seed, "caption", epoch, i)))
+            sample = sample._replace(captions=sample.captions[one:], texts=sample.texts[one:])
+        return sample
 
 
 class _Failure(NamedTuple):

@@ -1,9 +1,9 @@
 """The shards of a folder of latents: tar files, written and read at random.
 
-    {key}.json              label (int or null), class, caption, source
+    {key}.json              label (int or null), class, caption (a text, null, or a list of several), source
     {key}.latent.npy        (C, H, W) before any scaling
     {key}.std.npy           (C, H, W) the posterior's, if it is stored
-    {key}.text.safetensors  "text": (tokens, width), valid tokens only
+    {key}.text.safetensors  "text": (tokens, width), valid tokens only; the second caption's is "text1" in a file of that name, and so on
 
 bfloat16, which npy lacks, is stored as ``latent.safetensors``. Stock webdataset reads the tars.
 """
@@ -51,11 +51,21 @@ class ShardWriter:
         self._starts: list[int] = []
 
     def write(self, key: str, meta: dict[str, Any], **tensors: torch.Tensor) -> None:
-        """Append a sample; ``tensors`` are ``latent`` and maybe ``std`` and ``text``. ``key`` has no dot and at most 80 characters."""
+        """Append a sample. ``key`` has no dot and at most 80 characters.
+
+        Args:
+            tensors: ``latent``, maybe ``std``, and maybe those of ``text_names``.
+
+        Raises:
+            ValueError: it has more than ``SAMPLE_LIMIT`` bytes. Nothing was written.
+        """
         assert KEY.fullmatch(key), key
-        self._starts.append(self._tar.tarstream.offset)
         members = {f"{name}.{_kind(tensor.dtype)}": _encode(name, tensor) for name, tensor in tensors.items()}
-        self._tar.write({"__key__": key, "json": json.dumps(meta).encode(), **members})
+        members = {"json": json.dumps(meta).encode(), **members}
+        if (size := sum(1024 + len(content) for content in members.values())) > SAMPLE_LIMIT:  # with headers and padding
+            raise ValueError(f"its latent and captions have {size} bytes, more than {SAMPLE_LIMIT}")
+        self._starts.append(self._tar.tarstream.offset)
+        self._tar.write({"__key__": key, **members})
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -82,6 +92,17 @@ def index_path(tar: Path) -> Path:
 def index_size(samples: int) -> int:
     """Bytes of the index of a shard with this many samples."""
     return len(_npy_header((samples + 1,), "int64")) + 8 * (samples + 1)
+
+
+def captions_of(meta: dict[str, Any]) -> list[str]:
+    """The captions of a sample, of which there is one at least: without any, the empty one."""
+    told = meta.get("caption")
+    return told if isinstance(told, list) else [told or ""]
+
+
+def text_names(count: int) -> list[str]:
+    """The names of the texts of ``count`` captions among a sample's tensors."""
+    return ["text", *(f"text{i}" for i in range(1, count))]
 
 
 class Sample(NamedTuple):
@@ -157,17 +178,18 @@ class ShardReader:
             members[kind] = raw[begin : begin + header.size]
             keys.add(key)
             position = begin + -(-header.size // 512) * 512
+        meta = json.loads(members.pop("json", b"null"))
+        if not isinstance(meta, dict) or type(meta.get("label", "")) not in (int, type(None)):
+            raise ValueError("no json with a label: a number or null")
+        captions = captions_of(meta)
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError("the json's caption is neither a text nor a list of texts")
         latent = f"latent.{_kind(getattr(torch, self.manifest.dtype))}"
-        wanted = {"json", latent}
+        wanted = {latent}
         wanted |= {latent.replace("latent", "std")} if self.manifest.store == "mean+std" else set()
-        wanted |= {"text.safetensors"} if self.manifest.text else set()
+        wanted |= {f"{name}.safetensors" for name in text_names(len(captions))} if self.manifest.text else set()
         if members.keys() != wanted or len(keys) != 1:
             raise ValueError(f"members {sorted(members)} of keys {sorted(keys)}, the manifest says {sorted(wanted)} of one")
-        meta = json.loads(members.pop("json"))
-        if not isinstance(meta, dict) or type(meta.get("label", "")) not in (int, type(None)):
-            raise ValueError("the json has no label: a number or null")
-        if type(meta.get("caption")) not in (str, type(None)):
-            raise ValueError("the json's caption is no text")
         tensors = {kind.partition(".")[0]: self._tensor(kind, content) for kind, content in members.items()}
         return Sample(keys.pop(), meta, tensors)
 
@@ -180,9 +202,9 @@ class ShardReader:
             if content[: len(header)] != header or len(content) - len(header) != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} is not the manifest's {self.manifest.dtype} {shape}")
             return torch.frombuffer(bytearray(content), dtype=dtype, offset=len(header)).view(shape)
-        if name == "text":
+        if name.startswith("text"):
             assert self.manifest.text
-            return parse_text(content, self.manifest.text)
+            return parse_text(content, self.manifest.text, name)
         tensor = _bfloat16(content, name)
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
@@ -203,10 +225,10 @@ def _persist(path: Path, action: Callable[[], T]) -> T:
     return remote.persist(str(path), attempt, remote.LASTING)
 
 
-def parse_text(content: bytes, text: Text) -> torch.Tensor:
-    tensor = _bfloat16(content, "text")
+def parse_text(content: bytes, text: Text, name: str = "text") -> torch.Tensor:
+    tensor = _bfloat16(content, name)
     if not (tensor.ndim == 2 and tensor.shape[1] == text.width and 1 <= len(tensor) <= text.max_tokens):
-        raise ValueError(f"text has shape {list(tensor.shape)}, not the manifest's")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, not the manifest's")
     return tensor
 
 
