@@ -1,5 +1,7 @@
 """Run by test_moe.py with TRITON_INTERPRET=1: our Triton kernels give the same values as torch's operators."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,12 @@ from masters import stepped_alike
 from torch.nn import functional as F
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+from ditmoe_ds.distributed import adamw
+from ditmoe_ds.launching import arithmetic
+from ditmoe_ds.models import rotary
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
-from ditmoe_ds.moe import experts, kernels, layer, rows
+from ditmoe_ds.moe import choosing, experts, kernels, layer, rows
 from ditmoe_ds.moe.choosing import choose
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, expert_choice, same_decisions, token_choice
@@ -216,6 +221,51 @@ def test_rotate(images, tokens, heads, width, tables, dtype):
         outcomes.append((out, *torch.autograd.grad(out, x, upward)))
     for found, plain in zip(*outcomes, strict=True):
         torch.testing.assert_close(found, plain, **NEAR[dtype])
+
+
+@pytest.fixture
+def a_sound_device(monkeypatch):
+    """It computes with our kernels what is in bf16; what is in fp32 is computed by torch, as on a CPU."""
+    monkeypatch.setattr(rows, "kernels", kernels, raising=False)
+    monkeypatch.setattr(layer, "choose", choose, raising=False)
+    forward, ours = MoE.forward, False
+
+    def telling(self, x):
+        nonlocal ours
+        ours = x.dtype == torch.bfloat16
+        return forward(self, x)
+
+    monkeypatch.setattr(MoE, "forward", telling)
+    for module in (layer, rows):
+        monkeypatch.setattr(module, "fused", lambda x: ours)
+    monkeypatch.setattr(arithmetic, "rotate", lambda x, *turns: (Rotate.apply if x.dtype == torch.bfloat16 else rotate)(x, *turns))
+
+
+FAULTS = {
+    "a layer with token choice": ((choosing.TokenChoice, "backward"), lambda found: (found[0] * 1.05, *found[1:])),
+    "a layer with expert choice": ((kernels, "list_takings"), lambda found: (found[0], found[1] - 1)),
+    "RoPE": ((rotary, "turn"), lambda found: torch.cat([found[:-1], 2 * found[-1:]])),
+    "AdamW": ((adamw, "blocks_of"), lambda found: found[:-1]),
+}
+
+
+def test_the_doctor_finds_a_device_sound(a_sound_device):
+    assert arithmetic.wrong_on(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_doctor_tells_what_a_device_computes_wrong(a_sound_device, monkeypatch, name):
+    (place, attribute), fault = FAULTS[name]
+    right = getattr(place, attribute)
+    monkeypatch.setattr(arithmetic, "CHECKS", {name: arithmetic.CHECKS[name]})
+    monkeypatch.setattr(place, attribute, lambda *given, **named: fault(right(*given, **named)))
+    assert re.fullmatch(rf"{name} differs from the CPU's by \d+\.\d%", arithmetic.wrong_on(torch.device("cpu")))
+
+
+def test_the_doctor_tells_what_a_device_cannot_compute(a_sound_device, monkeypatch):
+    monkeypatch.setattr(kernels, "swiglu", lambda x: 1 / 0)
+    wanted = "a layer with token choice fails: ZeroDivisionError: division by zero"
+    assert arithmetic.wrong_on(torch.device("cpu")) == wanted
 
 
 def test_adamw():

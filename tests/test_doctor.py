@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import hosts
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 from ditmoe_ds.cli import main
+from ditmoe_ds.launching import arithmetic, facts, network
 from ditmoe_ds.launching import doctor as doctor_of_launching
-from ditmoe_ds.launching import facts, network
 from ditmoe_ds.launching.doctor import _take_over
 from ditmoe_ds.launching.hosts import start
 from ditmoe_ds.launching.problems import Node, compare
@@ -90,13 +91,18 @@ def test_the_clock_may_be_off_by_what_its_reading_took():
 
 def test_what_rank_0_gathered_is_told_by_node():
     two = [Node("host1", 2, FACTS), Node("host2", 2, FACTS), Node("host3", 2, FACTS)]  # nothing came from the last
-    results = {"0": dict(reads=True, all_reduce=3.0), "1": dict(all_reduce=2.0), "2": dict(error="hung")}
+    results = {
+        "0": dict(reads=True, all_reduce=3.0, wrong=None),
+        "1": dict(all_reduce=2.0, wrong="GPU 1: RoPE fails"),
+        "2": dict(error="hung"),
+    }
     ranks = {"0": "host1", "1": "host1", "2": "host2", "3": "host2"}
     problems = _take_over(two, dict(ranks=ranks, results=results, clock=dict(host2=None), unwritten="No space left on device"))
     assert (two[0].clock, two[0].reads_run_dir, two[0].all_reduce, two[0].all_to_all) == (0.0, True, 2.0, None)
     assert (two[1].clock, two[1].reads_run_dir, two[1].all_reduce) == (None, None, None)
     assert [(one.host, one.text) for one in problems] == [
         ("host1", "cannot write in the run directory: No space left on device"),
+        ("host1", "GPU 1: RoPE fails"),
         ("host2", "all-reduce and all-to-all fail: hung"),
     ]
 
@@ -120,6 +126,17 @@ def test_wrong_numbers_are_no_success(monkeypatch, name):
 def test_what_hangs_is_left_behind():
     with pytest.raises(TimeoutError, match="not done within 0 seconds"):
         network._within(0.1, lambda: time.sleep(5) or {})
+
+
+@pytest.mark.parametrize("wrong, told", [(None, None), ("RoPE fails", "GPU 3: RoPE fails")])
+def test_each_process_asks_its_gpu(monkeypatch, wrong, told):
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(arithmetic, "wrong_on", lambda device: (asked.append(device), wrong)[1])
+    plan = dict(speakers=[], file=None, exchange=False, backend="nccl")
+    assert network._take_part(dist.HashStore(), 0, plan) == dict(wrong=told)
+    assert asked == [3, torch.device("cuda", 3)]
 
 
 def test_groups_are_consecutive_ranks():

@@ -13,6 +13,7 @@ from masters import stepped_alike
 from PIL import Image
 from processes import ROOT, demo_on, losses
 
+from ditmoe_ds.launching.arithmetic import wrong_on
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.moe.experts import fastest_kernel
 from ditmoe_ds.moe.layer import MoE
@@ -98,6 +99,10 @@ def test_kernels_choose_experts(size, config):
     torch.manual_seed(0)
     with torch.device("cuda"):
         chosen_alike(*size, config)
+
+
+def test_the_doctor_finds_the_gpu_sound():
+    assert wrong_on(torch.device("cuda")) is None
 
 
 def test_one_kernel_steps_all_weights():

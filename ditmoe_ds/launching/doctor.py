@@ -42,6 +42,10 @@ _RENDEZVOUS_FIXES = {
 _EXCHANGE_FIX = (
     "let all TCP ports through between the nodes; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that connects them"
 )
+_ARITHMETIC_FIX = (
+    "leave the GPU out and test it (dcgmi diag -r 3); if others of its kind say the same, this package's kernels do not suit "
+    "that kind of GPU or the versions of torch and Triton there"
+)
 
 
 def add_command(commands: Any) -> None:
@@ -197,6 +201,7 @@ def _take_over(nodes: list[Node], found: dict[str, Any]) -> list[Problem]:
         errors = [one["error"] for one in mine if "error" in one]
         if errors:
             problems.append(Problem(node.host, f"all-reduce and all-to-all fail: {errors[0]}", _EXCHANGE_FIX))
+        problems += [Problem(node.host, one["wrong"], _ARITHMETIC_FIX) for one in mine if one.get("wrong")]
     return problems
 
 

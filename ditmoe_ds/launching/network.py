@@ -69,7 +69,7 @@ def measure(host: str, run_dir: str, ep: int) -> dict[str, Any] | None:
         ``missing``: ranks that did not come; then nothing was exchanged;
         ``unwritten``: why rank 0 could not write in the run directory, or None;
         ``clock``: host -> [seconds ahead of rank 0, seconds by which that may be wrong];
-        ``results``: rank -> what it found (``reads``, ``all_reduce``, ``all_to_all``, ``error``).
+        ``results``: rank -> what it found (``wrong``, of its GPU; ``reads``, ``all_reduce``, ``all_to_all``, ``error``).
 
     Raises:
         Unreachable: the rendezvous, from here.
@@ -191,7 +191,19 @@ def _take_part(store: "Store", rank: int, plan: dict[str, Any]) -> dict[str, Any
             result |= _within(COLLECTIVES, lambda: _exchange(store, rank, plan["groups"], plan["backend"]))
         except (RuntimeError, TimeoutError) as error:
             result["error"] = _short(error)
+    if plan["backend"] == "nccl":
+        result["wrong"] = _wrong(int(os.environ["LOCAL_RANK"]))
     return result
+
+
+def _wrong(gpu: int) -> str | None:
+    import torch
+
+    from ditmoe_ds.launching.arithmetic import wrong_on
+
+    torch.cuda.set_device(gpu)
+    wrong = wrong_on(torch.device("cuda", gpu))
+    return wrong and f"GPU {gpu}: {wrong}"
 
 
 def _within(seconds: float, action: Callable[[], dict[str, float]]) -> dict[str, float]:

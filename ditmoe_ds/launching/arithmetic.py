@@ -1,0 +1,99 @@
+"""Whether a GPU computes what a CPU does: ``ditmoe doctor`` asks every one, since our kernels have run on few kinds of GPUs."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ditmoe_ds.errors import in_a_line
+from ditmoe_ds.models.embeddings import rotary_angles, rotate
+from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.routing import RouterConfig
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.02
+"""Of a tensor's norm. In a layer and its gradients bf16 rounds to about a quarter of it."""
+Pairs = Iterable[tuple[Tensor, Tensor]]
+"""Of tensors that the device and the CPU computed."""
+
+
+def wrong_on(device: torch.device) -> str | None:
+    """What this device computes otherwise than the CPU, or not at all; None if all is well. Its bf16 is compared with the CPU's fp32.
+
+    Tried are forward and backward of a sparse layer with each router and of RoPE, and AdamW, with all of our kernels for them.
+    """
+    for name, check in CHECKS.items():
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                errors = [(ours.cpu().float() - wanted).norm() / wanted.norm() for ours, wanted in check(device)]
+        except Exception as error:  # compilers, drivers and kernels each fail in their own ways
+            return f"{name} fails: {type(error).__name__}: {in_a_line(error)}"
+        worst = torch.stack(errors).max().item()
+        if not worst < TOLERANCE:
+            return f"{name} differs from the CPU's by {worst:.1%}"
+    return None
+
+
+def _layer(choice: str, device: torch.device) -> Pairs:
+    """The output, and the gradients of the input and of all weights."""
+    plain, (x, upward) = MoE(64, 8, choice, 2, 96, 64, RouterConfig()), _rounded(2, 2, 75, 64)
+    for parameter in plain.parameters():
+        parameter.data = _rounded(*parameter.shape, scale=0.12)
+    found = []
+    for moe, where, dtype in ((copy.deepcopy(plain), device, torch.bfloat16), (plain, CPU, torch.float32)):
+        leaf = x.to(where, dtype).requires_grad_()
+        out, _, _, mean_scores, _ = moe.to(where, dtype)(leaf)
+        loss = (out * upward.to(where, dtype)).sum() + mean_scores.square().sum()
+        found.append([out.detach(), *torch.autograd.grad(loss, [leaf, *moe.parameters()])])
+    return zip(*found, strict=True)
+
+
+def _rope(device: torch.device) -> Pairs:
+    x, upward = _rounded(2, 2, 60, 6, 64)
+    found = []
+    for where, dtype in ((device, torch.bfloat16), (CPU, torch.float32)):
+        leaf, angles = x.to(where, dtype).requires_grad_(), rotary_angles(6, 10, 64, where)[None]
+        out = rotate(leaf, angles.cos(), angles.sin())
+        found.append([out.detach(), *torch.autograd.grad(out, leaf, upward.to(where, dtype))])
+    return zip(*found, strict=True)
+
+
+def _adamw(device: torch.device) -> Pairs:
+    """Weights, masters and both moments after two steps; the first, which makes the moments, is torch's."""
+    from ditmoe_ds.distributed.adamw import AtOnce  # needs Triton
+
+    start, *gradients = _rounded(3, 5000)
+    found = []
+    for where in (device, CPU):
+        master, grads = start.to(where, copy=True).requires_grad_(), [gradient.to(where) for gradient in gradients]
+        weight = torch.nn.Parameter(master.detach().bfloat16())
+        adam = torch.optim.AdamW([master], lr=0.1, weight_decay=0.1)
+        master.grad = grads[0]
+        adam.step()
+        if where is device:
+            weight.grad = grads[1].bfloat16()
+            kernel = AtOnce(adam, [master], [weight])
+            kernel.prepare()
+            kernel.step(0.5)
+        else:
+            master.grad = 0.5 * grads[1]
+            adam.step()
+            weight.data = master.detach().clone()
+        state = adam.state[master]
+        found.append([weight.detach(), master.detach(), state["exp_avg"], state["exp_avg_sq"]])
+    return zip(*found, strict=True)
+
+
+def _rounded(*shape: int, scale: float = 1.0) -> Tensor:
+    """Random numbers that bf16 has, too."""
+    return (scale * torch.randn(shape)).bfloat16().float()
+
+
+CHECKS: dict[str, Callable[[torch.device], Pairs]] = {
+    "a layer with token choice": lambda device: _layer("token", device),
+    "a layer with expert choice": lambda device: _layer("expert", device),
+    "RoPE": _rope,
+    "AdamW": _adamw,
+}
