@@ -148,8 +148,8 @@ def _load_clip(path_or_id: str, device: str) -> Callable[[list[Image.Image], str
 
     try:
         model: Any = transformers.CLIPModel.from_pretrained(path_or_id, use_safetensors=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
-        images_to_pixels = transformers.AutoImageProcessor.from_pretrained(path_or_id)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
+        images_to_pixels = transformers.AutoImageProcessor.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:
         raise DataError(f"--clip={path_or_id!r}: no readable CLIP model ({in_a_line(error)})") from error
     model = model.to(device).eval()

@@ -11,7 +11,11 @@ from ditmoe_ds.ending import end
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.training import trainer
 
-ERRORS = {"failure": RuntimeError("the card fell off the bus"), "mistake": DataError("shard.tar: ends early")}
+ERRORS = {
+    "failure": RuntimeError("the card fell off the bus"),
+    "mistake": DataError("shard.tar: ends early"),
+    "long": DataError("members " + "x" * 99_999),
+}
 lookout.BEAT, lookout.SILENCE, lookout.GATHER = 1.5, 6.0, 0.2
 rank, step, error, *rest = sys.argv[1:]
 real_step = trainer.Trainer.train_step

@@ -24,7 +24,7 @@ from ditmoe_ds.analysis.summary import read_metrics, spread, training
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import write_weights
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.manifest import Manifest, Split, sha256
 from ditmoe_ds.latents.tars import ShardWriter
@@ -460,6 +460,11 @@ def test_mistakes(runs, folder, which, options, message, capsys):
     assert main(["analyze", str(runs[which]), "--out", str(folder / "none"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (folder / "none").exists()
+
+
+def test_a_run_of_others_sends_no_request(folder):
+    with pytest.raises(ConfigError, match="'http://127.0.0.1:1/latents': is behind a URL"):
+        analyze(opened(TOKEN, manifest="http://127.0.0.1:1/latents"), folder, folder / "none")
 
 
 def test_other_data(folder, latents, capsys):

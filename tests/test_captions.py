@@ -18,7 +18,7 @@ from ditmoe_ds.latents import tars
 from ditmoe_ds.latents.loader import DataConfig, LatentLoader
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.tars import captions_of, text_names
-from ditmoe_ds.latents.text import load_text_encoder
+from ditmoe_ds.latents.text import load_text_encoder, text_width
 
 TEXTS = [f"{'a ' * (i % 4)}red square" for i in range(24)]
 
@@ -62,6 +62,22 @@ def table() -> dict[str, str]:
 
 def all_samples(out: Path) -> dict[str, object]:
     return {sample.meta["source"]: sample for split in ("train", "val") for sample in samples(out, split)}
+
+
+def test_an_encoder_brings_no_code_of_its_own(encoder, tmp_path, monkeypatch):
+    """transformers would ask whether to run it, and whoever is asked by a program that was started in good faith says yes."""
+    theirs = shutil.copytree(encoder, tmp_path / "theirs")
+    settings = json.loads((theirs / "config.json").read_text())
+    code = {"AutoConfig": "theirs.Config", "AutoModelForTextEncoding": "theirs.Model", "AutoTokenizer": [None, "theirs.Tokenizer"]}
+    (theirs / "config.json").write_text(json.dumps(settings | {"model_type": "theirs", "auto_map": code}))
+    (theirs / "theirs.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    with pytest.raises(DataError, match="contains custom code"):
+        load_text_encoder(str(theirs), 8, "cpu")
+    with pytest.raises(DataError, match="contains custom code"):
+        text_width(str(theirs), "data.text_encoder")
+    assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("layout", [beside, jsonl, table])

@@ -147,6 +147,8 @@ def test_groups_are_consecutive_ranks():
 
 def test_alone_with_the_port_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "psutil.py").write_text("raise SystemExit('what lies in the folder was run')")
+    monkeypatch.chdir(tmp_path)
     with socket.create_server(("", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         assert main(["doctor", "--run-dir", str(tmp_path / "new"), "--min-free-gb", "0.1", "--json"]) == 1

@@ -25,6 +25,7 @@ from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.diffusers_folder import diffusers_weights
 from ditmoe_ds.interop.reference import load_reference
+from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.latents.vae import latent_space
 from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import load_model, open_run
@@ -320,9 +321,13 @@ def test_a_vae_may_be_named_for_an_export(tmp_path, capsys):
     assert "give it by --vae" in capsys.readouterr().out
     for path in Path(vae).iterdir():
         path.chmod(0o600)
+    (tmp_path / "secret").write_text("private")
+    Path(vae, "notes.txt").symlink_to(tmp_path / "secret")
     before = os.umask(0o027)
     assert main([*export, str(tmp_path / "with"), "--vae", vae]) == 0
     os.umask(before)
+    assert sorted(path.name for path in (tmp_path / "with" / "vae").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert weights_sha256(str(tmp_path / "with" / "vae")) == weights_sha256(vae)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "with").rglob("*") if path.is_file()} == {0o640}
     found = diffusers_weights(tmp_path / "with").description["latents"]
     assert found["vae"] == str(tmp_path / "with" / "vae") and found["scaling_factor"] == latent_space(vae).scaling_factor

@@ -229,6 +229,18 @@ def test_jsons_that_are_none(whole, tmp_path, content):
         ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
 
 
+def test_members_without_number_are_one_short_line(whole, tmp_path):
+    """All ranks are told it."""
+    description = whole[0]
+    with webdataset.TarWriter(str(tmp_path / "odd.tar"), encoder=False, mtime=0) as writer:
+        writer.write({"__key__": "key-0", "json": b'{"label": 0}'} | {f"{i}{'x' * 60}": b"" for i in range(1500)})
+        end = writer.tarstream.offset
+    np.save(index_path(tmp_path / "odd.tar"), np.array([0, end]))
+    with pytest.raises(DataError, match=r"x, \.\.\. of keys key-0, the manifest says latent") as caught:
+        ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
+    assert len(str(caught.value)) < 3000
+
+
 @pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "C64", "U64"])
 def test_tensors_of_odd_types(whole, tmp_path, dtype):
     description, tar, _, _, _ = whole

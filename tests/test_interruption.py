@@ -36,7 +36,7 @@ def _line(connection):
 def test_rank_0_is_told_last(monkeypatch):
     """It ends at once, and everybody's connection with it."""
     monkeypatch.setattr(lookout, "GATHER", 5.0)  # the others have as long to end
-    office = lookout._Office()
+    office = lookout._Office(40)
     ranks = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(40)]
     for rank, connection in enumerate(ranks):
         hello = dict(token=office.token, rank=rank, host="here", step=7)
@@ -126,11 +126,27 @@ def test_a_second_ctrl_c_ends_at_once(recipe):
 
 
 def test_rank_0_is_reached_by_either_internet_protocol():
-    office = lookout._Office()
+    office = lookout._Office(2)
     for address in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
         with socket.create_connection((address, office.port), timeout=10) as rank:
             rank.sendall(json.dumps(dict(token=office.token, rank=0, host="here")).encode() + b'\n{"step": 7}\n')
             assert rank.recv(16) == b"\n"
+
+
+def test_strangers_have_little_room():
+    """Silent connections from anywhere would else take all files of rank 0; the ranks have room of their own."""
+    office = lookout._Office(2)
+    strangers = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(80)]
+    turned_away = strangers[66:]
+    assert [stranger.recv(1) for stranger in turned_away] == [b""] * 14
+    for stranger in strangers[:2]:
+        stranger.sendall(b"GET / HTTP/1.1\n")
+        assert stranger.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", office.port), timeout=10) as rank:
+        rank.sendall(json.dumps(dict(token=office.token, rank=0, host="here")).encode() + b'\n{"step": 7}\n')
+        assert rank.recv(16) == b"\n"
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_ranks_may_open_as_many_files_as_the_system_lets_them(monkeypatch):
@@ -272,7 +288,11 @@ def test_a_job_that_is_suspended_goes_on(recipe):
 
 @pytest.mark.parametrize(
     ("error", "exits", "line"),
-    [("failure", 1, "RuntimeError: the card fell off the bus"), ("mistake", 2, "shard.tar: ends early")],
+    [
+        ("failure", 1, "RuntimeError: the card fell off the bus"),
+        ("mistake", 2, "shard.tar: ends early"),
+        ("long", 2, "members " + "x" * 1992),
+    ],
 )
 def test_a_failing_rank_is_named_with_its_error(error, exits, line, recipe, monkeypatch):
     """And the checkpoint that is being written meanwhile is finished."""
@@ -305,7 +325,7 @@ def test_ranks_in_a_step_that_does_not_end_say_where(recipe, monkeypatch):
 def test_a_rank_that_fails_because_another_is_gone_is_not_blamed(monkeypatch):
     """The connection of a killed process may close after others have noticed and reported errors of their own."""
     monkeypatch.setattr(lookout, "GATHER", 0.5)
-    office = lookout._Office()
+    office = lookout._Office(3)
     ranks = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(3)]
     for rank, connection in enumerate(ranks):
         connection.sendall(json.dumps(dict(token=office.token, rank=rank, host=f"host{rank}")).encode() + b"\n")

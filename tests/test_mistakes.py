@@ -191,6 +191,8 @@ def test_through_the_deepspeed_launcher(recipe):
         (["train.sample_every=-1"], ["train.sample_every=-1", "0, which is never"]),
         (["checkpoint.keep_every=-1"], ["checkpoint.keep_every=-1", "at least 0"]),
         (["data.cache_gb=0"], ["data.cache_gb=0", "above 0"]),
+        (["data.manifest=https://me:secret@host/latents"], ["data.manifest='...@host/latents'", "~/.netrc"]),
+        (["data.mix=[{{manifest: 'ftp://me:secret@host/latents'}}]"], ["data.mix[0].manifest='...@host/latents'", "user and password out"]),
         (["data.cache=/dev/null/cache"], ["data.cache='/dev/null/cache'", "cannot be made"]),
         (["model.router.balance_alpha=-1"], ["model.router.balance_alpha=-1", "at least 0"]),
         (["data.text_encoder=somewhere"], ["data.text_encoder", "conditioned on classes"]),
@@ -211,7 +213,7 @@ def test_other_mistakes(recipe, overrides, words):
     with pytest.raises(UserError) as caught:
         plan = read_plan([str(recipe), *(override.format(**data) for override in overrides)], world=1)
         plan.recipe.data.open(plan.manifests, "train")
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -219,12 +219,17 @@ def test_containers(tmp_path, monkeypatch):
     assert container("image.sif") == "apptainer exec --nv image.sif"
     here = os.getcwd()  # pyxis would start in the image's own folder, where paths of the recipe lead nowhere
     assert container("team/image:1") == f"--container-image=team/image:1 --container-mounts={here} --container-workdir={here}"
-    with pytest.raises(ConfigError, match="spaces"):
+    with pytest.raises(ConfigError, match="'my image.sif' has ' ' in it; link to it"):
         container("my image.sif")
     (tmp_path / "my project").mkdir()
     monkeypatch.chdir(tmp_path / "my project")
-    with pytest.raises(ConfigError, match="my project' has spaces"):
+    with pytest.raises(ConfigError, match="my project' has ' ' in it"):
         container("image.sif")
+    (tmp_path / "c,etc:mnt").mkdir()
+    monkeypatch.chdir(tmp_path / "c,etc:mnt")
+    assert container("image.sif") == "apptainer exec --nv image.sif"
+    with pytest.raises(ConfigError, match="c,etc:mnt' has ',' in it"):  # between pyxis' mounts
+        container("team/image:1")
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
@@ -252,6 +257,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(overrides, tmp_path):
     assert "#SBATCH --qos=high\n#SBATCH --exclusive\n#SBATCH --mem-per-cpu=4G\n" in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
     assert not (tmp_path / "run").exists()
+    named = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / '50%j'}")
+    assert f"#SBATCH --output={tmp_path}/50%%j/launch/slurm-%j.log\n" in named.stdout
     options[1] = "1-4"  # SLURM would never take more nodes than the least has tasks
     refused = ditmoe(dict(os.environ), "launch", "slurm", "recipes/digits.yaml", *options, *overrides, f"run_dir={tmp_path / 'run'}")
     assert refused.returncode == 2 and "--nodes='1-4'" in refused.stderr and "raise the least" in refused.stderr

@@ -9,9 +9,11 @@ from models import random_weights
 from safetensors.torch import load_file, save_file
 
 from ditmoe_ds.distributed import tensorfile
+from ditmoe_ds.distributed.checkpoint import FORMAT, Reader
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.pipelines.run import load_model
 
 TENSORS = {
     "odd.bf16": torch.randn(3, 5, dtype=torch.bfloat16),
@@ -153,6 +155,37 @@ def test_what_is_no_weights_is_named(tmp_path):
     (full / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00001-of-00001"):
         open_weights(full)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda index: [], "holds no mapping"),
+        (lambda index: None, "no readable index.json .maximum recursion"),
+        (lambda index: index | {"files": {"rank_00000.safetensors": 1}}, "missing or not of its 1 bytes"),
+        (lambda index: index | {"pieces": {}}, "index.json is damaged .KeyError: 'w'"),
+        (lambda index: index | {"pieces": {"w": [[0, "12", 0]]}}, "index.json is damaged .TypeError"),
+        (lambda index: index | {"shapes": {"w": [4, "3"]}}, "index.json is damaged"),
+        (lambda index: index | {"cuts": {"w": [0, [1], 10**9]}}, "ValueError: w: 1000000000 parts of 4 rows"),
+        (lambda index: index | {"cuts": {"w": [7, [1], 2]}}, "IndexError"),
+    ],
+)
+def test_an_index_that_makes_no_sense_is_one_error(tmp_path, change, words):
+    sound = dict(format=FORMAT, files={}, shapes={"w": [4, 3]}, cuts={}, pieces={"w": [[0, 12, 0]]})
+    (tmp_path / "index.json").write_text(json.dumps(sound))
+    Reader(tmp_path).verify()
+    changed = change(sound)
+    (tmp_path / "index.json").write_text("[" * 100_000 if changed is None else json.dumps(changed))
+    with pytest.raises(CheckpointError, match=words):
+        Reader(tmp_path).verify()
+
+
+def test_a_description_of_too_many_layers_is_refused_at_once(tmp_path, monkeypatch):
+    _, weights = random_weights()
+    weights.description["model"]["depth"] = 10**6
+    monkeypatch.setattr("ditmoe_ds.pipelines.run.parameter_shapes", lambda _: pytest.fail("the model was built"))
+    with pytest.raises(CheckpointError, match="the model has 1000000 layers, the weights [0-9]+ tensors"):
+        load_model(weights)
 
 
 def test_a_value_too_large_for_fp16_is_refused(tmp_path):

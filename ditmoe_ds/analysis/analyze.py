@@ -99,9 +99,10 @@ def heldout(run: Run, folder: str | None) -> LatentDataset:
     """
     if folder is None and "manifest" not in run.latents:
         raise ConfigError("--dataset", None, "these weights do not say what they were trained on; name a folder of latents")
-    manifest = Manifest.load(folder or run.latents["manifest"])
-    if is_url(manifest.root):
-        raise ConfigError("--dataset", folder or manifest.root, "is behind a URL; copy the folder here and name it")
+    place = folder or run.latents["manifest"]
+    if is_url(place):
+        raise ConfigError("--dataset", place, "is behind a URL; copy the folder here and name it")
+    manifest = Manifest.load(place)
     if run.shape not in manifest.shapes:
         raise ConfigError(
             "--dataset", folder, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"

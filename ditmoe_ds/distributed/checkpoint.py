@@ -29,7 +29,7 @@ from ditmoe_ds.distributed.host import empty_on_host
 from ditmoe_ds.distributed.shards import Shard, fill, set_optimizer_step
 from ditmoe_ds.distributed.tensorfile import Entry, TensorFile, write
 from ditmoe_ds.distributed.topology import agreed
-from ditmoe_ds.errors import CheckpointError, UserError
+from ditmoe_ds.errors import CheckpointError, UserError, in_a_line
 from ditmoe_ds.slices import Cut, Slice
 
 FORMAT = "ditmoe-checkpoint/4"
@@ -199,15 +199,23 @@ class Reader:
         self.folder = folder
         try:
             self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{folder}: no readable index.json ({error}); is this a finished checkpoint?") from None
+        if not isinstance(self.index, dict):
+            raise CheckpointError(f"{folder}: index.json holds no mapping; is this a finished checkpoint?")
         if self.index.get("format") != FORMAT:
             found = self.index.get("format")
             raise CheckpointError(f"{folder}: format {found!r}, this release reads {FORMAT!r}; go on with the one that wrote it")
         self.opened: dict[int, TensorFile] = {}
 
     def verify(self) -> None:
-        """Refuse a checkpoint of which a file is missing or has lost bytes."""
+        """Refuse a checkpoint of which a file is missing or has lost bytes, or whose index makes no sense."""
+        try:
+            self._verify()
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: index.json is damaged ({type(error).__name__}: {in_a_line(error)})") from None
+
+    def _verify(self) -> None:
         for name, size in self.index["files"].items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != size:
@@ -235,6 +243,8 @@ class Reader:
             return [None]
         dim, blocks, parts = self.index["cuts"][name]
         shape = tuple(self.index["shapes"][name])
+        if not 0 < parts <= shape[dim]:
+            raise ValueError(f"{name}: {parts} parts of {shape[dim]} rows")
         return [Slice(shape, Cut(dim, tuple(blocks)), part, parts) for part in range(parts)]
 
     def _read_stored(self, kind: str, name: str, start: int, out: Tensor) -> None:

@@ -59,7 +59,7 @@ class Lookout:
         self._sending = threading.Lock()
         meeting: list[Any] = [None]
         if world.rank == 0:
-            self._office = _Office()
+            self._office = _Office(world.size)
             meeting = [(self._office.port, self._office.token)]
         dist.broadcast_object_list(meeting, src=0)
         port, token = meeting[0]
@@ -90,7 +90,7 @@ class Lookout:
         elif isinstance(error, Exception):
             # The others do not know of it and may be in a collective that never returns; they are told, and end meanwhile.
             mistake = isinstance(error, UserError)
-            text = str(error) if mistake else f"{type(error).__name__}: {in_a_line(error, 500)}"
+            text = str(error)[:2000] if mistake else f"{type(error).__name__}: {in_a_line(error, 500)}"
             self._send(error=text, code=2 if mistake else 1)
             if self._answered.wait(2 * BEAT):  # set only if this error is named as the cause
                 self.before_end()
@@ -177,7 +177,9 @@ def _connect(rank: int, port: int) -> socket.socket:
 class _Office:
     """On rank 0: listens to every rank, and when one is lost tells all others which."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
+        self.room = ranks + 64
+        """How many more connections may be there that have not yet said whose they are."""
         self.token = secrets.token_hex()
         self.empty = threading.Event()
         """Every rank has said goodbye."""
@@ -195,11 +197,13 @@ class _Office:
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One rank, from its first line to its last."""
-        try:
-            hello = json.loads(await asyncio.wait_for(reader.readline(), SILENCE))
-            known = secrets.compare_digest(hello["token"], self.token)
-        except Exception:
-            known = False
+        known = False
+        if self.room:
+            self.room -= 1
+            with contextlib.suppress(Exception):
+                hello = json.loads(await asyncio.wait_for(reader.readline(), SILENCE))
+                known = secrets.compare_digest(hello["token"], self.token)
+            self.room += 1
         if not known:  # not one of ours: a port scanner
             writer.close()
             return

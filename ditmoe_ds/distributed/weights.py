@@ -125,6 +125,7 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
             raise CheckpointError(f"{path}: a weights folder of {opened.description['weights']} weights alone, not {kind}")
         return opened
     reader = checkpoint.Reader(path)
+    reader.verify()
     if kind not in ("ema", "master", *(averages := reader.index["ema"]["kinds"])):
         raise ConfigError("--weights", kind, f"choose {', '.join(averages)}, ema (the first of these) or master; {path} has no others")
     description = {key: reader.index[key] for key in ("model", "diffusion", "latents", "step")}

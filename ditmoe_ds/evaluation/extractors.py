@@ -110,7 +110,7 @@ def _timm(name: str, value: str, device: torch.device | str) -> Extractor:
 def _hf(name: str, value: str, device: torch.device | str) -> Extractor:
     from transformers import AutoModel
 
-    network: nn.Module = AutoModel.from_pretrained(value, weights_only=True)
+    network: nn.Module = AutoModel.from_pretrained(value, weights_only=True, trust_remote_code=False)
     prepare, forward = Preprocessing.of_processor(value), _frozen(network, device)
 
     def features(images: Tensor) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
     from transformers import AutoTokenizer, CLIPModel
 
     network: Any = CLIPModel.from_pretrained(value, weights_only=True)
-    prepare, tokenizer = Preprocessing.of_processor(value), AutoTokenizer.from_pretrained(value)
+    prepare, tokenizer = Preprocessing.of_processor(value), AutoTokenizer.from_pretrained(value, trust_remote_code=False)
     _frozen(network, device)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ditmoe_ds.diffusion.sampling import make_scheduler
 from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_json, write_shards
 from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, refuse_settings_without_place
-from ditmoe_ds.latents.vae import decoder_space, latent_space
+from ditmoe_ds.latents.vae import decoder_space, latent_space, load_vae
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import parameter_shapes
 
@@ -78,7 +79,9 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
         shutil.copyfile(FILES / "pipeline_ditmoe.py", folder / "pipeline_ditmoe.py")
         scheduler.save_pretrained(folder / "scheduler")
         if vae:
-            shutil.copytree(vae, folder / "vae", copy_function=shutil.copyfile)  # without the modes, which may be the owner's alone
+            with tempfile.TemporaryDirectory() as made:  # safetensors gives its files to their owner alone
+                load_vae(str(vae), "cpu").save_pretrained(made)  # no copy: there may be more in it, and links to anywhere
+                shutil.copytree(made, folder / "vae", copy_function=shutil.copyfile)
         index = dict(
             _class_name=["pipeline_ditmoe", PIPELINE],
             transformer=["transformer_ditmoe", TRANSFORMER],

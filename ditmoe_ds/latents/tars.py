@@ -25,7 +25,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import DataError, some
 from ditmoe_ds.latents import remote
 
 if TYPE_CHECKING:  # which opens the shards that it lists
@@ -189,7 +189,9 @@ class ShardReader:
         wanted |= {latent.replace("latent", "std")} if self.manifest.store == "mean+std" else set()
         wanted |= {f"{name}.safetensors" for name in text_names(len(captions))} if self.manifest.text else set()
         if members.keys() != wanted or len(keys) != 1:
-            raise ValueError(f"members {sorted(members)} of keys {sorted(keys)}, the manifest says {sorted(wanted)} of one")
+            raise ValueError(
+                f"members {some(sorted(members))} of keys {some(sorted(keys))}, the manifest says {some(sorted(wanted))} of one"
+            )
         tensors = {kind.partition(".")[0]: self._tensor(kind, content) for kind, content in members.items()}
         return Sample(keys.pop(), meta, tensors)
 

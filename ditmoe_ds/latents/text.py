@@ -20,7 +20,7 @@ def text_width(path_or_id: str, key: str) -> int:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path_or_id)
+        config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:  # the hub and the configs each fail in their own way
         reason = in_a_line(error)
         raise DataError(f"{key}={path_or_id!r}: neither a folder nor a hub id of a transformers model ({reason})") from error
@@ -33,7 +33,7 @@ def load_text_encoder(
     """Load a T5, CLIP, BERT or other text encoder.
 
     Args:
-        path_or_id: local folder, or hub id; safetensors only, and no code of the model's own.
+        path_or_id: local folder, or hub id; safetensors only, and no code of the model's own, whose use transformers would else ask for.
         keys: what the user calls ``path_or_id`` and ``max_tokens``, for errors.
 
     Raises:
@@ -43,12 +43,12 @@ def load_text_encoder(
     import transformers  # takes seconds
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path_or_id)
+        config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
         # A whole CLIP has an image half too, which this class leaves out.
         cls = transformers.CLIPTextModel if config.model_type == "clip" else transformers.AutoModelForTextEncoding
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # bf16 is slow on most CPUs
-        model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype)
+        model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the hub, the configs and the weights each fail in their own way
         reason = in_a_line(error)
         raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error

@@ -94,6 +94,11 @@ def _python(arguments: argparse.Namespace) -> dict[str, str]:
     return dict(PYTHON="python3" if image else sys.executable, CONTAINER=image)
 
 
+def _literal(folder: Path) -> str:
+    """For sbatch, which puts numbers of the job in place of ``%`` and a letter."""
+    return str(folder).replace("%", "%%")
+
+
 def _slurm(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.training.plan import read_plan
 
@@ -111,7 +116,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
     options = _options(
         arguments,
         job_name=run_dir.name,
-        output=str(run_dir / "launch" / "slurm-%j.log"),
+        output=f"{_literal(run_dir)}/launch/slurm-%j.log",
         nodes=arguments.nodes,
         ntasks_per_node=processes,
         signal=f"USR1@{arguments.signal_seconds}",
@@ -137,7 +142,7 @@ def _slurm_array(arguments: argparse.Namespace) -> int:
     check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
     data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
     folder = Path(arguments.out).absolute()
-    options = _options(arguments, array=f"0-{arguments.workers - 1}", output=str(folder / "encode-%A_%a.log"))
+    options = _options(arguments, array=f"0-{arguments.workers - 1}", output=f"{_literal(folder)}/encode-%A_%a.log")
     settings = _python(arguments) | dict(WORKERS=str(arguments.workers))
     text = fill_in((SCRIPTS / "encode_array.sbatch").read_text(), options, settings, words)
     if arguments.dry_run:

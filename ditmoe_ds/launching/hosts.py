@@ -51,7 +51,8 @@ def start(
     most 15 seconds.
     """
     options = ["BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3"]
-    there = [sys.executable, "-m", "ditmoe_ds.launching.node"]
+    safe = ["-P"] if sys.version_info >= (3, 11) else []  # Python would import what lies in the folder first
+    there = [sys.executable, *safe, "-m", "ditmoe_ds.launching.node"]
     ssh = ["ssh", "-T", *[word for option in options for word in ("-o", option)], "--", str(host), shlex.join(there)]
     process = subprocess.Popen(
         ssh if host else there,
@@ -63,7 +64,7 @@ def start(
         start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
     )
     assert process.stdin
-    request = dict(command=command, environment=environment, folder=str(Path.cwd()))
+    request = dict(command=command, environment=dict(PYTHONSAFEPATH="1") | environment, folder=str(Path.cwd()))
     with contextlib.suppress(BrokenPipeError):  # ssh has ended already; its output and code say why
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()

@@ -38,10 +38,11 @@ def container(image: str | None) -> str:
     """How srun starts a command inside ``image``: Apptainer for a .sif file, else pyxis (an .sqsh file or a name for enroot)."""
     if not image:
         return ""
-    for path in (image, str(Path.cwd())):
-        if re.search(r"\s", path):
-            raise ConfigError("--container", image, f"{path!r} has spaces; link to it by a name without")
-    if image.endswith(".sif"):
+    apptainer = image.endswith(".sif")
+    for path, parted_by in ((image, r"\s"), (str(Path.cwd()), r"\s" if apptainer else r"[\s,:]")):
+        if found := re.search(parted_by, path):
+            raise ConfigError("--container", image, f"{path!r} has {found[0]!r} in it; link to it by a name without")
+    if apptainer:
         return f"apptainer exec --nv {image}"
     return f"--container-image={image} --container-mounts={Path.cwd()} --container-workdir={Path.cwd()}"
 

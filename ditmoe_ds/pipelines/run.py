@@ -20,7 +20,7 @@ from ditmoe_ds.diffusion.sampling import Sampler, make_scheduler
 from ditmoe_ds.distributed.host import empty_on_host
 from ditmoe_ds.distributed.topology import ExpertGroup
 from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
 from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
@@ -192,6 +192,8 @@ def load_model(
         CheckpointError: a parameter is missing, unknown or of another shape.
     """
     settings = config.build(DiTConfig, weights.description["model"])
+    if settings.depth > len(weights.shapes):  # else to build it might take minutes
+        raise CheckpointError(f"the model has {settings.depth} layers, the weights {len(weights.shapes)} tensors")
     weights.check(parameter_shapes(settings))
     device = torch.device(device)
     with torch.device("meta"):

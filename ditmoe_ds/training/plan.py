@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -223,6 +224,11 @@ def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
 
 def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
     data = recipe.data
+    for key, place in [("data", data.manifest), *((f"data.mix[{i}]", other.manifest) for i, other in enumerate(data.mix))]:
+        if "@" in urlsplit(place).netloc:
+            host = place.rpartition("@")[2]
+            fix = "leave user and password out, which the run's files would tell; curl takes them from ~/.netrc, with 'netrc' in ~/.curlrc"
+            raise ConfigError(f"{key}.manifest", f"...@{host}", fix)
     first = Manifest.load(data.manifest)
     others = []
     for i, other in enumerate(data.mix):

@@ -70,7 +70,7 @@ def load(key: str, path_or_id: str, cls: Any, **options: Any) -> Any:
         DataError: there is no such model; names the option ``key``.
     """
     try:
-        return cls.from_pretrained(path_or_id, **options)
+        return cls.from_pretrained(path_or_id, trust_remote_code=False, **options)
     except Exception as error:  # the hub, the configs and the weights each fail in their own way
         reason = in_a_line(error)
         raise DataError(f"{key}={path_or_id!r}: neither a folder nor a hub id of a readable transformers model ({reason})") from error
