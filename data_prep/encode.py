@@ -18,7 +18,6 @@ from torch import Tensor
 from data_prep import images
 from data_prep.ahead import ahead
 from data_prep.finalize import finalize
-from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
 from data_prep.units import (
     Rejection,
@@ -36,6 +35,7 @@ from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
+from ditmoe_ds.progress import Progress
 from ditmoe_ds.rng import keyed_generator
 
 ENOUGH = 100

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from data_prep import images
-from data_prep.progress import Progress
 from data_prep.sources import FLIP, hash_of, open_source
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.manifest import Manifest, Shard
 from ditmoe_ds.latents.tars import Sample
 from ditmoe_ds.latents.vae import decode, load_vae
+from ditmoe_ds.progress import Progress
 
 SHEET = 16
 """Samples on a contact sheet."""
