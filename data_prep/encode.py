@@ -193,7 +193,7 @@ def _encode(
         unit: UnitWriter | None = None
         tasks = _tasks(root, source, units, encoder.request.batch)
         batches = ((task, [(item.image, item.caption_file) for item in task.items]) for task in tasks)
-        for task, contents in ahead(batches, functools.partial(images.read, sizes=encoder.request.sizes), decoders):
+        for task, contents in ahead(batches, functools.partial(images.read, sizes=encoder.request.sizes), decoders, "--decoders"):
             if unit is None:
                 unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shapes, encoder.text_width))
             encoder.add(unit, task.items, contents)
