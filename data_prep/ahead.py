@@ -8,7 +8,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -20,7 +20,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def ahead(elements: Iterable[tuple[T, A]], work: Callable[[A], R], processes: int) -> Iterator[tuple[T, R]]:
+def ahead(elements: Iterable[tuple[T, A]], work: Callable[[A], R], processes: int, option: str) -> Generator[tuple[T, R], None, None]:
     """For each element (name, argument) the pair (name, work(argument)), in order, some elements ahead of the consumer.
 
     The elements are drawn in a thread, so a slow source is waited for ahead of time too.
@@ -28,6 +28,7 @@ def ahead(elements: Iterable[tuple[T, A]], work: Callable[[A], R], processes: in
     Args:
         work: can be pickled, with what it takes and returns; the processes import its module.
         processes: 0 works in a thread.
+        option: of the command line, that names ``processes``.
 
     Raises:
         DataError: a process died.
@@ -50,7 +51,7 @@ def ahead(elements: Iterable[tuple[T, A]], work: Callable[[A], R], processes: in
         except BaseException as error:  # the consumer raises it
             put(error)
 
-    with _pool(processes) as pool:
+    with _pool(processes, work) as pool:
         threading.Thread(target=feed, daemon=True).start()
         try:
             while (entry := entries.get()) is not None:
@@ -58,18 +59,18 @@ def ahead(elements: Iterable[tuple[T, A]], work: Callable[[A], R], processes: in
                     raise entry
                 yield entry[0], entry[1].result()
         except BrokenProcessPool:
-            raise DataError(f"--decoders={processes}: a decoding process died, perhaps for want of memory; use fewer") from None
+            raise DataError(f"{option}={processes}: one of these processes died, perhaps for want of memory; use fewer") from None
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pool(processes: int) -> Executor:
+def _pool(processes: int, work: Callable[..., object]) -> Executor:
     if not processes:
         return ThreadPoolExecutor(1)
     # Not a fork of this process: it has threads, and maybe a GPU.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.images"])
+    context.set_forkserver_preload([getattr(work, "func", work).__module__])  # of a partial: its function's
     return ProcessPoolExecutor(processes, context, _end_with_parent)
 
 

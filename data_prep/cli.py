@@ -91,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check every byte of a finished folder")
     verify.add_argument("path", type=_local, metavar="DIR", help="folder made by encode")
+    workers = "processes that read shards; default: one for each core, at most 16"
+    verify.add_argument("--workers", type=_positive, default=min(16, len(os.sched_getaffinity(0))), help=workers)
     verify.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some images above their decoded latents")
     verify.add_argument("--source", help="where the images of the sheet are, if not where the manifest says")
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from data_prep import images
 from data_prep.ahead import ahead
 from data_prep.finalize import finalize
-from data_prep.progress import Progress
 from data_prep.sources import FLIP, Item, Source, is_heldout, open_source
 from data_prep.units import (
     Rejection,
@@ -37,6 +36,7 @@ from ditmoe_ds.latents.tars import captions_of, text_names
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.latents.vae import latent_space, load_vae
+from ditmoe_ds.progress import Progress
 from ditmoe_ds.rng import keyed_generator
 
 ENOUGH = 100
@@ -194,7 +194,7 @@ def _encode(
         unit: UnitWriter | None = None
         tasks = _tasks(root, source, units, encoder.request.batch)
         batches = ((task, [(item.image, item.caption_file) for item in task.items]) for task in tasks)
-        for task, contents in ahead(batches, functools.partial(images.read, sizes=encoder.request.sizes), decoders):
+        for task, contents in ahead(batches, functools.partial(images.read, sizes=encoder.request.sizes), decoders, "--decoders"):
             if unit is None:
                 unit = stack.enter_context(UnitWriter(root, task.unit, encoder.request.shapes, encoder.text_width))
             encoder.add(unit, task.items, contents)

@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from data_prep import images
-from data_prep.progress import Progress
 from data_prep.sources import Item, is_heldout, open_source
 from data_prep.units import NOTE, placed, read_note, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.vae import decode, encode_mean
+from ditmoe_ds.progress import Progress
 
 HOLDOUT = 0.1  # as encode's default, so that the reported error is of images the VAE never saw
 KL_WEIGHT = 1e-3  # per latent value against squared error per pixel value: smooth latents, digits still crisp

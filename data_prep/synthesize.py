@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data_prep.progress import Progress
 from data_prep.units import claim_folder, device_of_rank, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.progress import Progress
 from ditmoe_ds.rng import keyed_generator
 
 

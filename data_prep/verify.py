@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,39 +16,49 @@ import torch
 from torch import Tensor
 
 from data_prep import images
-from data_prep.progress import Progress
+from data_prep.ahead import ahead
 from data_prep.sources import FLIP, hash_of, open_source
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.images import save_pairs
-from ditmoe_ds.latents.manifest import Manifest, Shard
+from ditmoe_ds.latents.manifest import Manifest, Shard, Split, Splits
 from ditmoe_ds.latents.tars import Sample
 from ditmoe_ds.latents.vae import decode, load_vae
+from ditmoe_ds.progress import Progress
 
 SHEET = 16
 """Samples on a contact sheet."""
+FEWEST = 20_000
+"""Samples that are read in the time in which a process starts."""
 
 
-def verify(path: str, *, sheet: str | None = None, source: str | None = None) -> None:
+def verify(path: str, *, workers: int = 1, sheet: str | None = None, source: str | None = None) -> None:
     """Read all of a finished folder: sha256, counts, shapes, labels, that every value is finite and every key unique.
 
     Args:
+        workers: processes that read shards, fewer if there are not ``FEWEST`` samples for each; 1 is this one.
         sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
         source: where the images are, as for ``encode``; None is the manifest's, unless that is tars: their URLs may be commands.
 
     Raises:
-        DataError: the first thing that is wrong.
+        DataError: the first thing that is wrong; or a process died.
     """
     manifest = Manifest.load(path)
     if manifest.text:
         manifest.empty_text()
     histogram, keys = Counter[int](), []
-    with Progress("verify", "samples", sum(shard.samples for shard in manifest.shards())) as progress:
+    check = partial(_check, replace(manifest, splits=Splits(Split(0, ()), Split(0, ()))))  # a shard's process needs no list of all
+    total, shards = sum(shard.samples for shard in manifest.shards()), ((shard, shard) for shard in manifest.shards())
+    workers = min(workers, total // FEWEST)
+    with (
+        Progress("verify", "samples", total) as progress,
+        closing(ahead(shards, check, workers if workers > 1 else 0, "--workers")) as checked,
+    ):
         for split in ("train", "val"):
-            for shard in manifest.split(split).shards:
-                labels, hashes = _check(manifest, shard, progress)
+            for shard, (labels, hashes) in islice(checked, len(manifest.split(split).shards)):
                 keys.append(hashes)
                 if split == "train":
                     histogram += labels
+                progress.update(shard.samples)
             if manifest.split(split).samples != sum(shard.samples for shard in manifest.split(split).shards):
                 raise DataError(f"{path}: the shards of split {split} do not add up to its number of samples; encode the data again")
     if manifest.class_histogram != tuple(histogram[label] for label in range(manifest.num_classes)):
@@ -107,8 +122,10 @@ def decoded(manifest: Manifest, samples: list[Sample]) -> list[Tensor]:
     return [decode(vae, (sample.tensors["latent"].float()[None] - shift) * scale, scale, shift)[0].cpu() for sample in samples]
 
 
-def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counter[int], np.ndarray]:
+def _check(manifest: Manifest, shard: Shard) -> tuple[Counter[int], np.ndarray]:
     """Check every sample of a shard. Returns how often it has each label, and the hash of each key (samples,)."""
+    if multiprocessing.parent_process():  # one of as many as there are cores
+        torch.set_num_threads(1)
     manifest.verify(shard)
     reader = manifest.open(shard)
     labels, keys = Counter[int](), np.empty(len(reader), np.uint64)
@@ -123,7 +140,6 @@ def _check(manifest: Manifest, shard: Shard, progress: Progress) -> tuple[Counte
             if not 0 <= label < manifest.num_classes:
                 raise DataError(f"{reader.path}: key {sample.key!r} has label {label}, the manifest has {manifest.num_classes} classes")
             labels[label] += 1
-        progress.update()
     return labels, keys
 
 

@@ -7,6 +7,7 @@ from ditmoe_ds.moe.routing import RouterConfig, token_choice
 
 CHOICES = [(5, 4, 1), (37, 8, 2), (300, 6, 3), (700, 64, 2), (40, 3, 3)]
 """Tokens, experts, and how many of them take each token: blocks that are not full, and experts that are no power of 2."""
+ROUTERS = [RouterConfig(), RouterConfig(renormalise=True, route_scale=2.5), RouterConfig(force_balance=True, renormalise=True)]
 
 
 def chosen_alike(tokens: int, experts: int, k: int, config: RouterConfig) -> None:

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from choices import CHOICES, chosen_alike
+from choices import CHOICES, ROUTERS, chosen_alike
 from masters import stepped_alike
 from torch.nn import functional as F
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -100,7 +100,7 @@ def test_rows_of_tokens(tokens, width, dtype):
     torch.testing.assert_close(own[1], weights_grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(renormalise=True, route_scale=2.5)])
+@pytest.mark.parametrize("config", ROUTERS)
 @pytest.mark.parametrize("tokens, experts, k", CHOICES)
 def test_token_choice(tokens, experts, k, config):
     chosen_alike(tokens, experts, k, config)

@@ -22,7 +22,6 @@ from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encod
 from PIL import Image
 from processes import ROOT
 
-from data_prep import progress
 from data_prep.cli import main
 from data_prep.encode import encode
 from data_prep.finalize import finalize
@@ -540,17 +539,6 @@ def test_ctrl_c_ends_all_in_one_line_and_what_is_done_is_kept(inputs, encoded, t
             time.sleep(0.05)
     assert not (out / "manifest.json").exists()
     assert main(wanted) == 0 and contents(out) == contents(encoded)
-
-
-def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PAUSE", 0.05)
-    with progress.Progress("encode", "images", 1000) as bar:
-        for _ in range(3):
-            time.sleep(0.06)
-            bar.update(100)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and "\r" not in "".join(lines)
-    assert all(words in lines[1] for words in ("encode", "200/1000", "images/s", "<00:0"))
 
 
 def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):

@@ -75,6 +75,7 @@ def test_four_ranks_are_one(tmp_path, alone):
 
     errors = [[line for line in output.splitlines() if line.startswith("error")] for _, output in outputs]
     assert len(errors[0]) == 1 and "nowhere.npz" in errors[0][0] and not any(errors[1:])
+    assert ["reference: 100% " in output for _, output in outputs] == [True, False, False, False] and "\r" not in outputs[0][1]
     assert "recall" in outputs[0][1] and not any("Traceback" in output for _, output in outputs)
 
 

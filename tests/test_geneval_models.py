@@ -294,7 +294,8 @@ def test_a_restart_makes_what_is_missing(run, made, capsys):
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*.png")}
     (made / "00001" / "samples" / "0001.png").unlink()
     assert main(command(run, made)) == 0
-    assert f"6 pictures in {made}; to score them: ditmoe eval geneval {made} --detector " in capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert f"6 pictures in {made}; to score them: ditmoe eval geneval {made} --detector " in said and "sample: 100% 1/1 " in progress
     assert contents(made) == before
     again = {path.parents[1].name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert again == {"00001"}
@@ -324,7 +325,8 @@ def test_scores_of_a_folder(run, made, models, capsys):
     assert found["tasks"]["single_object"]["score"] == 1 and found["tasks"]["counting"]["score"] == 0
     lines = [json.loads(line) for line in (made / "geneval.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines[2:4]] == ["expected tv>=2, found 0"] * 2
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert "score: 100% 3/3 " in progress
     for difference in (
         "threshold 0.0, counting 0.99, overlap 0.5",
         "a Mask2Former other than that of Swin-S",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from choices import CHOICES, chosen_alike
+from choices import CHOICES, ROUTERS, chosen_alike
 from latents import write_latents, write_vae
 from masters import stepped_alike
 from PIL import Image
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.gpu
 
 LAYERS = {
     "token choice": ("token", RouterConfig(), "swiglu"),
+    "forced balance": ("token", RouterConfig(force_balance=True), "swiglu"),
     "token choice, biases": ("token", RouterConfig(renormalise=True), "gelu"),
     "a capacity": ("token", RouterConfig(capacity_factor=1.0), "swiglu"),
     "expert choice": ("expert", RouterConfig(), "gelu"),
@@ -93,7 +94,7 @@ def test_one_kernel_rotates(tables, compiled):
         torch.testing.assert_close(found, plain, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(renormalise=True, route_scale=2.5)])
+@pytest.mark.parametrize("config", ROUTERS)
 @pytest.mark.parametrize("size", CHOICES)
 def test_kernels_choose_experts(size, config):
     torch.manual_seed(0)

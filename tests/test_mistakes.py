@@ -179,6 +179,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["model.routing=expert", "model.router.layer_capacity=[1.0]"], ["model.router.layer_capacity=[1.0]", "2 sparse layers"]),
         (["model.router.layer_capacity=[1.0, 2.0]"], ["model.router.layer_capacity", "expert choice"]),
         (["model.routing=expert", "model.router.capacity_factor=0"], ["model.router.capacity_factor", "above 0"]),
+        (["model.routing=expert", "model.router.force_balance=true"], ["model.router.force_balance=True", "token choice"]),
         (["train.mask_ratio=0.9"], ["train.mask_ratio=0.9", "0.75"]),
         (["train.activation_checkpointing=1"], ["train.activation_checkpointing=1", "choose one of", "'attention'"]),
         (["train.optimizer.warmup_steps=-5"], ["train.optimizer.warmup_steps=-5", "at least 0"]),

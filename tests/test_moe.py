@@ -73,6 +73,18 @@ def test_renormalise_and_route_scale():
     torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x, scaled), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_forced_balance(top_k):
+    """Tokens take experts in turn, whatever the scores, which are still the weights and get their gradients."""
+    scores = torch.randn(48, E).softmax(-1).requires_grad_()
+    assignment, chosen = token_choice(scores, top_k, RouterConfig(force_balance=True))
+    assert chosen.flatten().tolist() == [i % E for i in range(48 * top_k)]
+    assert all(len(set(own)) == top_k for own in chosen.tolist()) and assignment.counts.max() - assignment.counts.min() <= 1
+    expert = torch.arange(E).repeat_interleave(assignment.counts)
+    assert torch.equal(assignment.weights, scores[assignment.tokens, expert])
+    assert torch.equal(torch.autograd.grad(assignment.weights.sum(), scores)[0], torch.zeros(48, E).scatter(1, chosen, 1.0))
+
+
 def test_deepspeed_knows_the_layer():
     moe = layer()
     assert isinstance(moe, DeepSpeedMoE) and has_moe_layers(moe) == (True, E)
@@ -275,7 +287,7 @@ def test_kernels_of_a_gpu_are_torchs_operators():
     """By Triton's interpreter, in a process of its own: Triton decides while it is imported whether to interpret."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "interpreted_kernels.py")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "76 passed" in done.stdout, done.stdout[-6000:]
+    assert done.returncode == 0 and "81 passed" in done.stdout, done.stdout[-6000:]
 
 
 def test_a_router_with_matrix_units_has_the_same_gradients(monkeypatch):

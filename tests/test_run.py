@@ -338,6 +338,14 @@ def test_every_element_is_saved_once(straight):
     assert len(experts) == 4 and all(shape[0] == 4 for shape in experts)
 
 
+def test_forced_balance(folder, recipe):
+    overrides = ["model.router.force_balance=true", "train.steps=2", "train.validate_every=0", "train.sample_every=0"]
+    outputs = [output for _, output in train(recipe, 2, *overrides, f"run_dir={folder / 'forced'}")]
+    assert ["is for measuring, not for training\n" in output for output in outputs] == [True, False]
+    for record in metrics(folder / "forced"):
+        assert record["router"]["max_over_mean"] == [1.0, 1.0] and record["router"]["dead"] == [0, 0]
+
+
 def test_other_data_is_refused(straight, folder, recipe):
     other = write_latents(folder / "other", train=45, val=7, vae=folder / "vae")
     overrides = [f"run_dir={straight[0]}", f"data.manifest={other}", "train.steps=20", "parallel.expert=1"]

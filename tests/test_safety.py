@@ -205,6 +205,7 @@ def test_what_a_run_may_not_change(recipe, folder):
         ("train.seed=9", "train.seed=9: .* by 0; keep that"),
         ("data.window=64", "data.window=64: .* by 16384; keep that"),
         ("model.router.balance_alpha=0.01", "of another model: model.router.balance_alpha: 0.005 -> 0.01; choose"),
+        ("model.router.force_balance=true", "of another model: model.router.force_balance: False -> True; choose"),
         ("train.global_batch=4", "or another train.global_b"),
     ):
         with pytest.raises(CheckpointError, match=words):

@@ -201,8 +201,9 @@ def test_the_images_are_what_a_run_samples(one, weights):
 @pytest.mark.parametrize("name,world,batch", [("rectified_flow", 2, 7), pytest.param("ddpm", 4, 1, marks=pytest.mark.slow)])
 def test_any_world_and_batch_makes_the_same_bits(one, weights, folder, name, world, batch):
     out = folder / f"world-{world}"
-    many(world, weights[name], out, "--num", 9, "--batch", batch, *SAMPLER[name])
+    outputs = [output for _, output in many(world, weights[name], out, "--num", 9, "--batch", batch, *SAMPLER[name])]
     assert pictures(out) == one[name]
+    assert ["sample: 100% 9/9 " in output for output in outputs] == [True, *[False] * (world - 1)] and "\r" not in "".join(outputs)
 
 
 def test_threads_and_batches_do_not_matter_either(one, weights, folder, capsys):

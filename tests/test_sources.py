@@ -346,20 +346,22 @@ def test_the_decoding_processes_import_little():
 
 def test_work_is_done_ahead_and_in_order():
     for processes in (0, 2):
-        assert list(ahead(zip("abcdef" * 9, range(54)), partial(pow, 2), processes)) == [("abcdef"[i % 6], 2**i) for i in range(54)]
+        assert list(ahead(zip("abcdef" * 9, range(54)), partial(pow, 2), processes, "--some")) == [
+            ("abcdef"[i % 6], 2**i) for i in range(54)
+        ]
 
     def failing():
         yield 3, 3
         raise DataError("the source broke")
 
     with pytest.raises(DataError, match="the source broke"):
-        list(ahead(failing(), partial(pow, 2), 0))
+        list(ahead(failing(), partial(pow, 2), 0, "--some"))
     with pytest.raises(ZeroDivisionError):
-        list(ahead([(1, 1), (0, 0)], partial(divmod, 1), 0))
-    with pytest.raises(DataError, match="--decoders=1: a decoding process died"):
-        list(ahead([(3, 3)], os._exit, 1))
+        list(ahead([(1, 1), (0, 0)], partial(divmod, 1), 0, "--some"))
+    with pytest.raises(DataError, match="--some=1: one of these processes died"):
+        list(ahead([(3, 3)], os._exit, 1, "--some"))
     threads = threading.active_count()
-    for _ in ahead(zip(iter(int, 1), iter(int, 1)), partial(pow, 2), 0):  # endless, and left early
+    for _ in ahead(zip(iter(int, 1), iter(int, 1)), partial(pow, 2), 0, "--some"):  # endless, and left early
         break
     deadline = time.monotonic() + 5
     while threading.active_count() > threads and time.monotonic() < deadline:

@@ -1,14 +1,24 @@
 """ditmoe-data verify, inspect and subset, on a tiny random VAE and a folder of noise."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
+import pytest
 import torch
 from encoding import assert_one_line, contents, png, run_encode, samples, write_tar
+from latents import write_latents
 from PIL import Image
+from processes import ROOT
 from safetensors.torch import load_file, save_file
 
+from data_prep import verify as verifying
 from data_prep.cli import main
 from ditmoe_ds.latents.images import save_pairs
 from ditmoe_ds.latents.manifest import Manifest
@@ -33,6 +43,46 @@ def test_verify_finds_a_key_that_is_there_twice(inputs, tmp_path, capsys):
     out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in-{{a,b}}.tar", holdout=0)
     assert main(["verify", str(out)]) == 2
     assert_one_line(capsys.readouterr().err, "1 samples have the key of another", "'same' in train-000000.tar, train-000001.tar")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_verify_names_the_first_damage(workers, tmp_path, capsys, monkeypatch):
+    """However many processes look for it."""
+    monkeypatch.setattr(verifying, "FEWEST", 1)
+    out = write_latents(tmp_path / "out", train=500, val=20, per_shard=20)
+    assert main(["verify", out, "--workers", workers]) == 0
+    assert "intact, 500 training and 20 held-out samples" in capsys.readouterr().out
+    for name in ("val-000000.tar", "train-000020.tar", "train-000019.tar"):
+        raw = bytearray((tmp_path / "out" / name).read_bytes())
+        raw[1500] ^= 1
+        (tmp_path / "out" / name).write_bytes(raw)
+    assert main(["verify", out, "--workers", workers]) == 2
+    assert_one_line(capsys.readouterr().err, "train-000019.tar", "sha256")
+
+
+@pytest.mark.parametrize("signalled, code, words", [("all", 130, "verify is interrupted"), ("one", 2, "--workers=2: one of these")])
+def test_the_processes_of_verify_end_together(signalled, code, words, tmp_path):
+    """After Ctrl-C, and after one was killed."""
+    out = write_latents(tmp_path / "out", train=60, val=2, per_shard=2)
+    slowly = "import signal, sys, time, data_prep.verify as v; from data_prep.cli import main; v.FEWEST = 1\n"
+    slowly += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts with & ignores it
+    slowly += "v.Progress.update = lambda *_: time.sleep(1); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", slowly, "verify", out, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline, server = time.monotonic() + 300, None
+    while not server and time.monotonic() < deadline:
+        time.sleep(0.05)
+        server = next((child for child in psutil.Process(process.pid).children() if len(child.children()) == 2), None)
+    if signalled == "all":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        server.children()[0].kill()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code and words in error and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):  # its processes, a moment later
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monkeypatch):

@@ -47,9 +47,10 @@ def list_rows(tokens, weights, by_expert, rows, each, **_):
     by_expert[tokens[row], row // each] = row.int()
 
 
-def chose(logits, chosen, taken, sums, BLOCK, K, **_):
+def chose(logits, chosen, taken, sums, given, BLOCK, K, **_):
     scores = logits.softmax(-1)
-    chosen.copy_(scores.topk(K, dim=-1).indices)
+    if not given:
+        chosen.copy_(scores.topk(K, dim=-1).indices)
     for block, (one, of_one) in enumerate(zip(chosen.split(BLOCK), scores.split(BLOCK), strict=True)):
         taken[:, block], sums[block] = one.flatten().bincount(minlength=len(taken)), of_one.sum(0)
 

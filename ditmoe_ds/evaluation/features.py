@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from ditmoe_ds.distributed.topology import agreed
 from ditmoe_ds.evaluation.extractors import Extractor
@@ -15,6 +14,7 @@ from ditmoe_ds.evaluation.images import Images
 from ditmoe_ds.evaluation.metrics import InceptionScore
 from ditmoe_ds.evaluation.moments import Gaussian, Moments
 from ditmoe_ds.evaluation.ranks import share, total
+from ditmoe_ds.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def summarise(
     Args:
         batch: images at a time; the ranks' parts are whole batches, so features do not depend on the world size.
         keep: keep the features too.
-        label: of the progress bar, which rank 0 shows.
+        label: of the progress that rank 0 shows.
 
     Raises:
         AgreedError: a file is damaged; on every rank.
@@ -50,8 +50,8 @@ def summarise(
     kept = torch.zeros(count, width["pool"], device=device) if keep else None
 
     def extract() -> None:
-        bar = tqdm(total=last - first, desc=label, unit="img", disable=dist.get_rank() > 0)
-        with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        progress = Progress(label, "images", last - first, shown=dist.get_rank() == 0)
+        with progress, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             at = first
             for arrays in images.batches(first, last, batch):
                 found = extractor.features(torch.from_numpy(arrays).to(device))
@@ -62,7 +62,7 @@ def summarise(
                 if kept is not None:
                     kept[at : at + len(arrays)] = found["pool"]
                 at += len(arrays)
-                bar.update(len(arrays))
+                progress.update(len(arrays))
 
     agreed(extract)
     gaussians = {kind: moment.gaussian() for kind, moment in moments.items()}

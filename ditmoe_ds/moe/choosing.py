@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditmoe_ds.moe.routing import Assignment, RouterConfig, record, recorded
+from ditmoe_ds.moe.routing import Assignment, RouterConfig, in_turn, record, recorded
 
 
 def choose(logits: Tensor, k: int, config: RouterConfig) -> tuple[Assignment, Tensor]:
@@ -23,7 +23,8 @@ def choose(logits: Tensor, k: int, config: RouterConfig) -> tuple[Assignment, Te
     Returns:
         The assignment, with ``listed``; among an expert's takings tokens ascend. And (E,) the mean softmax scores, with gradient.
     """
-    weights, means, tokens, counts, listed, chosen = TokenChoice.apply(logits, k, config.renormalise, config.route_scale, recorded())
+    given = in_turn(logits, k).int() if config.force_balance else recorded()
+    weights, means, tokens, counts, listed, chosen = TokenChoice.apply(logits, k, config.renormalise, config.route_scale, given)
     record(chosen)
     return Assignment(tokens, weights, counts, listed=listed), means
 

@@ -39,6 +39,9 @@ class RouterConfig:
     """Tokens over which the balance loss counts: the whole global micro-batch, or each rank's own."""
     z_alpha: float = 0.0
     """Weight of the router z-loss, mean(logsumexp(logits)^2) (arXiv 2202.08906, section 2.2)."""
+    force_balance: bool = False
+    """Token choice: tokens take experts in turn instead of the best; the weights are still the scores. For measuring speed at an even load,
+    not for training."""
 
 
 class Assignment(NamedTuple):
@@ -69,7 +72,7 @@ def token_choice(scores: Tensor, k: int, config: RouterConfig) -> tuple[Assignme
         takings as its capacity, so that shapes are static: places that no token fills have weight 0.
     """
     tokens, experts = scores.shape
-    weights, chosen = best(scores, k)
+    weights, chosen = best(scores, k, in_turn(scores, k) if config.force_balance else None)
     if config.renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     if config.route_scale != 1:
@@ -132,13 +135,19 @@ def same_decisions() -> tuple[Deciding, Deciding]:
     return Deciding(kept, again=False), Deciding(kept, again=True)
 
 
-def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest scores along the last dimension, and their indices."""
-    chosen = recorded()
+def best(scores: Tensor, k: int, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest scores along the last dimension, or else those ``given``, and their indices."""
+    chosen = recorded() if given is None else given
     if chosen is None:
         chosen = scores.detach().topk(k, dim=-1).indices
     record(chosen)
     return scores.gather(-1, chosen), chosen
+
+
+def in_turn(scores: Tensor, k: int) -> Tensor:
+    """(T, k) experts for the tokens of scores (T, E): each token's are the next k of 0 to E - 1, round and round."""
+    tokens, experts = scores.shape
+    return (torch.arange(tokens * k, device=scores.device) % experts).view(tokens, k)
 
 
 def recorded() -> Tensor | None:

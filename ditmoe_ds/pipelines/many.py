@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ditmoe_ds.diffusion.sampling import Sampler
 from ditmoe_ds.distributed.topology import World, decided
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, read_description, save_png
 from ditmoe_ds.pipelines.run import Run
+from ditmoe_ds.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def sample_many(
         batch = 1
     batches = [missing[first : first + batch] for first in range(0, len(missing), batch)]
     turns = -(-len(batches) // world.size)  # every rank takes as many, since with expert parallelism every forward is collective
-    with Behind(run) as finish, tqdm(total=len(missing), unit="img", disable=world.rank != 0) as bar:
+    with Behind(run) as finish, Progress("sample", "images", len(missing), shown=world.rank == 0) as progress:
         for turn in range(turns):
             place = turn * world.size + world.rank
             numbers = batches[place if place < len(batches) else 0]
@@ -174,7 +174,7 @@ def sample_many(
             latents = run.numbered(padded, [asked[i % len(asked)] for i in padded], seed, sampler, steps, **options)
             if place < len(batches):
                 finish(latents, [target.image(number) for number in numbers])
-            bar.update(sum(map(len, batches[turn * world.size : (turn + 1) * world.size])))
+            progress.update(sum(map(len, batches[turn * world.size : (turn + 1) * world.size])))
     dist.barrier()
     if target.npz:
         labels = [int(asked[i % len(asked)]) for i in range(count)] if run.model.config.num_classes else None

@@ -194,6 +194,8 @@ def named_network(given: ModelConfig) -> DiTConfig:
     config = replace(named, qk_norm=qk_norm, routing=given.routing or named.routing, router=given.router)
     if config.routing == "dense" and (config.expert_activation != "gelu" or config.shared):
         raise ConfigError("model.routing", "dense", f"{given.name} has SwiGLU and shared experts; a dense twin has EC-DIT")
+    if given.router.force_balance and config.routing != "token":
+        raise ConfigError("model.router.force_balance", True, "is for token choice; with another model.routing every load is even")
     factors = given.router.layer_capacity
     if factors and (config.routing == "token" or len(factors) != len(config.sparse_layers)):
         fix = f"is for expert choice, one factor for each of {len(config.sparse_layers)} sparse layers"

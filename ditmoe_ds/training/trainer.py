@@ -84,6 +84,9 @@ class Trainer:
             if plan.model.routed_layers:
                 dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
                 print(f"experts by {KERNELS[fastest_kernel(world.device, dtype, plan.model.equal_load)]}", flush=True)
+                if plan.model.router.force_balance:
+                    why = "tokens take experts in turn, whatever the scores; this run is for measuring, not for training"
+                    print(f"model.router.force_balance=true: {why}", flush=True)
         with torch.device("meta"):
             model = DiT(plan.model, ep_size=group.size)
         initial = plan.initial(model)

@@ -55,7 +55,6 @@ def geneval(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     """Everything that can be refused is opened before pictures are made."""
     import torch.distributed as dist
-    from tqdm import tqdm
 
     from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
     from ditmoe_ds.distributed.topology import agreed, decided
@@ -67,6 +66,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     from ditmoe_ds.evaluation.geneval.prompts import read_prompts
     from ditmoe_ds.evaluation.geneval.scorer import Limits
     from ditmoe_ds.pipelines.run import versions
+    from ditmoe_ds.progress import Progress
 
     folder, limits = Path(arguments.samples), Limits(arguments.threshold, arguments.counting_threshold, arguments.max_overlap)
     if arguments.run:
@@ -93,8 +93,9 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         )
         settings = decided(lambda: run.identity(arguments.run) | versions() | parts | sampling)
         missing = decided(lambda: begin(folder, settings, prompts, arguments.images))
-        numbers = tqdm(missing[world.rank :: world.size], "prompts", disable=world.rank > 0)
-        agreed(lambda: generate(run, prompts, numbers, folder, images=arguments.images, **sampling))
+        numbers = missing[world.rank :: world.size]
+        with Progress("sample", "prompts", len(numbers), shown=world.rank == 0) as progress:
+            agreed(lambda: generate(run, prompts, progress.over(numbers), folder, images=arguments.images, **sampling))
     if not arguments.detector:
         if world.rank == 0:
             then = f"ditmoe eval geneval {shlex.quote(str(folder))} --detector facebook/mask2former-swin-small-coco-instance"
@@ -102,8 +103,9 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         return
 
     pictures = agreed(lambda: read_folder(folder))
-    mine = tqdm(pictures[world.rank :: world.size], "prompts", disable=world.rank > 0)
-    verdicts = agreed(lambda: score(folder, mine, detector, colors, limits))
+    mine = pictures[world.rank :: world.size]
+    with Progress("score", "prompts", len(mine), shown=world.rank == 0) as progress:
+        verdicts = agreed(lambda: score(folder, progress.over(mine), detector, colors, limits))
     shares: list[Any] = [None] * world.size
     dist.all_gather_object(shares, verdicts)
     if world.rank == 0:
