@@ -147,7 +147,9 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
     (tmp_path / "step_1").mkdir()
-    (tmp_path / "step_1" / "index.json").write_text(json.dumps(dict(format=checkpoint.FORMAT, ema=dict(kinds=["ema_0.9"]))))
+    (tmp_path / "step_1" / "index.json").write_text(
+        json.dumps(dict(format=checkpoint.FORMAT, files={}, shapes={}, ema=dict(kinds=["ema_0.9"])))
+    )
     settings = flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8))
     for arguments, word in (
         (["export", weights, "--out", weights], "already"),
