@@ -6,7 +6,7 @@ setup(
     name="ditmoe_ds",
     version="0.1.0",
     description="Distributed training of Mixture-of-Experts diffusion transformers (DiT-MoE, EC-DIT) on DeepSpeed-MoE",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["ditmoe_ds*", "data_prep*"]), "ds_configs", "launchers.slurm"],
     package_data={
         "ds_configs": ["*.json"],

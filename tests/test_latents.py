@@ -135,7 +135,7 @@ LATENT = member("k.latent.npy", NPY.getvalue())
         (JSON, "the manifest says"),
         (JSON + LATENT + member("k.pickle"), "the manifest says"),
         (JSON + LATENT.replace(b"k.", b"l.", 1), "bad checksum"),
-        (JSON + member("l.latent.npy", NPY.getvalue()), r"of keys \['k', 'l'\]"),
+        (JSON + member("l.latent.npy", NPY.getvalue()), r"of keys k, l"),
         (JSON + LATENT[:512], "of which 0 are there"),
         (member("k.json", size=-512) + LATENT, "-512 bytes"),
         (b"x" * 512, "damaged"),

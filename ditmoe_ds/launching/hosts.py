@@ -51,8 +51,7 @@ def start(
     most 15 seconds.
     """
     options = ["BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3"]
-    safe = ["-P"] if sys.version_info >= (3, 11) else []  # Python would import what lies in the folder first
-    there = [sys.executable, *safe, "-m", "ditmoe_ds.launching.node"]
+    there = [sys.executable, "-P", "-m", "ditmoe_ds.launching.node"]  # -P: else it would import what lies in the folder first
     ssh = ["ssh", "-T", *[word for option in options for word in ("-o", option)], "--", str(host), shlex.join(there)]
     process = subprocess.Popen(
         ssh if host else there,

@@ -97,7 +97,9 @@ class Combine(torch.autograd.Function):
         ctx.save_for_backward(rows, tokens, weights)
         if listed is None:
             out = rows.new_zeros(number, rows.shape[1], dtype=torch.float32)
-            return out.index_add_(0, tokens, rows * weights[:, None]).to(rows.dtype)
+            out = out.index_add(0, tokens, rows * weights[:, None])
+            # neither in place nor by a ``to`` that changes nothing: torch 2.11 would compile a gradient of zeros
+            return out if rows.dtype == out.dtype else out.to(rows.dtype)
         return kernels.sum_takings(rows.contiguous(), weights, listed, found)
 
     @staticmethod
