@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import DataError, in_a_line
+from ditmoe_ds.errors import DataError, in_a_line, visible
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("caption", "captions", "text")
@@ -90,7 +90,8 @@ def beside(source: str, images: list[str], files: dict[str, Path]) -> dict[str, 
                     raise DataError(f"--source={source!r}: {two}; remove one of them")
                 found[image], places[image] = caption, place
     if lost:
-        print(f"--source={source!r}: {len(lost)} lines of metadata name no image that is there, first {lost[0]}; left out", file=sys.stderr)
+        first = visible(lost[0])
+        print(f"--source={source!r}: {len(lost)} lines of metadata name no image that is there, first {first}; left out", file=sys.stderr)
     without = sum(caption is None for caption in found.values())
     if without == len(images):
         wanted = f"put x.txt beside x.png, or a {METADATA[1]} with file_name and text there"

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import UserError
+from ditmoe_ds.errors import UserError, visible
 
 SOURCE = (
     "folder:PATH (one sub-folder per class), wds:URLS (webdataset tars, each with jpg/png/webp and maybe json, cls, txt), "
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ditmoe-data: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"ditmoe-data: error: {error.filename or command}: {error.strerror or error}", file=sys.stderr)
+        print(visible(f"ditmoe-data: error: {error.filename or command}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ditmoe-data: {command} is interrupted", file=sys.stderr)

@@ -76,6 +76,21 @@ def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
     assert main(["inspect", str(encoded / "none.tar")]) == 2
 
 
+def test_a_table_shows_what_a_terminal_would_obey(inputs, tmp_path, capsys):
+    """A title, a deleted line, an error of ours that is none: whoever made the folder wrote its texts."""
+    harmful = "Käse 木 \x1b]0;owned\x07\x1b[2K\nerror: nothing"
+    write_tar(tmp_path / "in.tar", [{"__key__": f"{i}", "png": png(i), "cls": b"0", "txt": harmful.encode()} for i in range(3)])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar", holdout=0)
+    replace(Manifest.load(out), class_names=(f"class {harmful}",), source=harmful).save()
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.count(r"Käse 木 \x1b]0;owned\x07\x1b[2K\nerror: nothing") == 5  # source, three captions, class
+    assert said.replace("\n", "").isprintable() and "\nerror" not in said
+    assert main(["verify", f"{out}/\x1b[2K"]) == main(["inspect", str(out), "--sheet", f"{out}/manifest.json/\x1b[2K/a.png"]) == 2
+    assert "\x1b" not in (said := capsys.readouterr().err) and said.count(r"/\x1b[2K") == 2
+
+
 def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, capsys):
     keys = {}
     for fraction in ("0.3", "0.6"):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, visible
 
 ATTEMPTS = 6
 """Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
@@ -170,6 +170,6 @@ def persist(name: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
             reason = " ".join(str(error).split())
             reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]  # a pipe lists how it was opened
         if number < attempts:
-            print(f"{name}: {reason}; trying again", file=sys.stderr, flush=True)
+            print(visible(f"{name}: {reason}; trying again"), file=sys.stderr, flush=True)
             time.sleep(2 ** (number - 1))
     raise DataError(f"{name}: cannot be read in {attempts} attempts ({reason})")
