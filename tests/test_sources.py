@@ -255,6 +255,24 @@ def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
         open_source(f"hf:{tmp_path / 'blind'}")
 
 
+def test_a_data_set_takes_no_images_of_elsewhere(tmp_path):
+    """save_to_disk stores bytes; a path alone was written by another program."""
+    datasets = pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    features = datasets.Features(image=datasets.Image())
+    datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": None}] * 3}, features=features).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows" / "link.png").symlink_to(tmp_path / "private.png")
+    paths = [str(tmp_path / name) for name in ("rows/own.png", "private.png", "rows/link.png")]
+    [file] = (tmp_path / "rows").glob("*.arrow")
+    schema = pyarrow.ipc.open_stream(file.read_bytes()).schema
+    images = pyarrow.StructArray.from_arrays([pyarrow.nulls(3, pyarrow.binary()), pyarrow.array(paths)], ["bytes", "path"])
+    with pyarrow.ipc.new_stream(file, schema) as stream:
+        stream.write_table(pyarrow.table({"image": images}, schema=schema))
+    own, private, link = (item.image for item in open_source(f"hf:{tmp_path / 'rows'}").items())
+    assert own == tmp_path / "rows" / "own.png"
+    assert private.startswith(f"{tmp_path}/private.png lies outside of the data set") and link.startswith(f"{tmp_path}/rows/link.png lies")
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
@@ -336,6 +354,15 @@ def test_the_last_bad_image_is_named_and_the_share_repeated(inputs, tmp_path, ca
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         decode_images([tmp_path / "gone.png"], [(16, 16)])
+
+
+def test_what_is_no_file_of_an_image_has_a_reason(tmp_path, monkeypatch):
+    """/dev/zero would fill the memory, a pipe be waited for: here /dev/null, which ends."""
+    monkeypatch.setattr("data_prep.images.MEMBER_LIMIT", 1000)
+    (tmp_path / "device.png").symlink_to("/dev/null")
+    (tmp_path / "large.png").write_bytes(bytes(1001))
+    found = decode_images([tmp_path / "device.png", tmp_path / "large.png"], [(16, 16)])
+    assert found == ["device.png is no regular file", "large.png has more than 1000 bytes"]
 
 
 def test_the_decoding_processes_import_little():
