@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte of a finished folder")
     verify.add_argument("path", type=_local, metavar="DIR", help="folder made by encode")
     verify.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some images above their decoded latents")
-    verify.add_argument("--source", help="where the images of the sheet are, if not where the manifest says")
+    verify.add_argument("--source", help="where the images of the sheet are, if not in the folder that the manifest names")
 
     inspect = commands.add_parser("inspect", help="print what is in a folder or shard")
     inspect.add_argument("path", type=_local, metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")

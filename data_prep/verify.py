@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def verify(path: str, *, sheet: str | None = None, source: str | None = None) ->
 
     Args:
         sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
-        source: where the images are, as for ``encode``; None is the manifest's, unless that is tars: their URLs may be commands.
+        source: where the images are, as for ``encode``; None is the manifest's, if that is a folder here or a sample: URLs may be commands.
 
     Raises:
         DataError: the first thing that is wrong.
@@ -62,8 +63,9 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
     Raises:
         DataError: the source cannot be read, or lacks a sample's image.
     """
-    if source is None and manifest.source.startswith("wds:"):  # whoever made the folder wrote this
-        raise DataError(f"--source=None: the images are said to be of {manifest.source!r}; give that, if it is where you would read them")
+    kind, _, folder = manifest.source.partition(":")  # whoever made the data wrote this
+    if source is None and kind != "sample" and not (kind in ("folder", "hf") and os.path.isabs(folder) and os.path.isdir(folder)):
+        raise DataError(f"--source=None: the images are said to be of {manifest.source!r}, which is no folder here; say where to read them")
     samples = spread(manifest, manifest.splits.val.shards or manifest.splits.train.shards, SHEET)
     wanted = {sample.key.removesuffix(FLIP) for sample in samples}
     origins = {}

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from encoding import assert_one_line, contents, png, run_encode, samples, write_tar
 from PIL import Image
@@ -110,13 +111,16 @@ def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, ca
     assert "leaves none" in capsys.readouterr().err
 
 
-def test_what_a_folder_says_of_its_source_is_not_run(inputs, tmp_path, capsys):
-    """A tar's URL may be a shell's pipe, and whoever made the folder wrote it."""
+def test_what_a_folder_says_of_its_source_is_not_run(inputs, tmp_path, capsys, monkeypatch):
+    """A tar's URL may be a shell's pipe, a data set's any server's, and whoever made the folder wrote it."""
     out = run_encode(inputs, tmp_path / "out")
-    replace(Manifest.load(out), source=f"wds:pipe:touch {tmp_path / 'was_run'}").save()
-    assert main(["verify", str(out), "--sheet", str(tmp_path / "a.png")]) == 2
-    assert_one_line(capsys.readouterr().err, "--source=None", "wds:pipe:touch")
-    assert not (tmp_path / "was_run").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ftp:/127.0.0.1/x").mkdir(parents=True)  # as that folder may be here, too
+    monkeypatch.setattr("data_prep.verify.open_source", lambda *_, **__: pytest.fail("it is opened"))
+    for source in ("wds:pipe:touch was_run", "hf:ftp://127.0.0.1/x", f"hf:{tmp_path}/gone", "folder:.", "other:/"):
+        replace(Manifest.load(out), source=source).save()
+        assert main(["verify", str(out), "--sheet", str(tmp_path / "a.png")]) == 2
+        assert_one_line(capsys.readouterr().err, "--source=None", source, "which is no folder here; say where")
 
 
 def test_a_vae_that_was_changed_meanwhile_is_refused(inputs, tmp_path, capsys):
