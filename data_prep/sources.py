@@ -214,8 +214,24 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
     return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)
 
 
+_LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
 class _Whole(tarfile.TarInfo):
-    """A member of an archive that must end with the mark of the end. ``tarfile`` takes a damaged header for the end, without a word."""
+    """A member of an archive that must end with the mark of the end. ``tarfile`` takes a damaged header for the end, without a word, and
+    reads one of any length into memory, as it does the map of a sparse file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Whole:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _LONG_HEADERS and found.size > captions.LIMIT:
+            raise tarfile.ReadError(f"a header of more than {captions.LIMIT} bytes")
+        return found
+
+    def _proc_sparse(self, *_: object) -> None:
+        raise tarfile.ReadError("a sparse file; write the tar without --sparse")
+
+    _proc_gnusparse_10 = _proc_sparse
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Whole:

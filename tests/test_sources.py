@@ -136,6 +136,26 @@ def test_a_tar_that_ends_too_early_is_named(tmp_path):
             print(name, len(list(open_source(f"wds:{tmp_path}/damaged.tar").items())))
 
 
+def test_long_headers_of_a_tar_are_not_read(tmp_path):
+    """Nor maps of sparse files: in a .tar.gz they are a thousandth as long. What is behind is not there, and would be another error."""
+    tar, long, sparse, posix_sparse = tmp_path / "in.tar", *map(tarfile.TarInfo, ("long", "a.png", "a.png"))
+    for long.type in (b"x", b"g", b"X", b"L", b"K"):
+        long.size = (1 << 20) + 1
+        tar.write_bytes(long.tobuf(tarfile.USTAR_FORMAT))
+        with pytest.raises(DataError, match=r"in\.tar: cannot be read to its end \(a header of more than 1048576 bytes\)"):
+            list(open_source(f"wds:{tar}").items())
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    posix_sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    for header in (sparse.tobuf(tarfile.GNU_FORMAT), posix_sparse.tobuf(tarfile.PAX_FORMAT)):
+        tar.write_bytes(header)
+        with pytest.raises(DataError, match="a sparse file; write the tar without --sparse"):
+            list(open_source(f"wds:{tar}").items())
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tar, "w", format=form) as archive:
+            archive.addfile(tarfile.TarInfo("long" * 50 + ".png"))
+        assert [item.origin for item in open_source(f"wds:{tar}").items()] == ["long" * 50]
+
+
 def test_a_tar_that_would_lose_samples_is_named(tmp_path):
     write_tar(tmp_path / "whole.tar", [{"__key__": str(i), "png": png(i)} for i in range(3)])
     content = (tmp_path / "whole.tar").read_bytes()
