@@ -21,6 +21,8 @@ COLUMNS = ("caption", "captions", "text")
 """Names that a caption, or a list of them, may have; the first that is there counts."""
 LIMIT = 1 << 20
 """Most bytes of a text, and characters of a line."""
+SEVERAL = 100
+"""Most captions of an image. The tokens of each take memory, and time whenever the sample is read."""
 
 
 def read(path: Path, root: Path) -> str:
@@ -42,9 +44,11 @@ def checked(found: object) -> str | list[str] | None:
     """What was found in place of a caption; a list only if there are several in it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or there are too many.
     """
     several: list[Any] = found if isinstance(found, list) else [] if found is None else [found]
+    if len(several) > SEVERAL:
+        raise ValueError(f"{len(several)} captions; at most {SEVERAL} are taken")
     for one in several:
         if not isinstance(one, str):
             raise ValueError(f"a caption of type {type(one).__name__}; a caption is a text, several are a list of texts")

@@ -84,18 +84,20 @@ def test_a_sample_with_a_bad_text_is_left_out_and_listed(inputs, tmp_path):
             {"png": png(), "json": b'{"caption": ["one", 2]}'},
             "a caption of type int; a caption is a text, several are a list of texts",
         ),
+        "many": ({"png": png(), "json": json.dumps({"caption": ["a"] * 101}).encode()}, "101 captions; at most 100 are taken"),
         "latin": ({"png": png(), "txt": "caf\u00e9".encode("latin-1")}, "'utf-8' codec can't decode byte 0xe9"),
         "deep": ({"png": png(), "json": b"[" * 200_000}, "recursion"),
     }
     entries = [{"__key__": key, **parts} for key, (parts, _) in mistakes.items()]
-    write_tar(tmp_path / "in.tar", [*entries, *({"__key__": str(i), "png": png(i), "cls": b"1"} for i in range(20))])
-    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 9 of 29 images could not be encoded; the last: deep: "):
+    most = {"__key__": "most", "png": png(), "json": json.dumps({"caption": ["a"] * 100}).encode()}
+    write_tar(tmp_path / "in.tar", [*entries, *({"__key__": str(i), "png": png(i), "cls": b"1"} for i in range(20)), most])
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 10 of 31 images could not be encoded; the last: deep: "):
         run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar")
     out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar", max_rejected=0.5)
     rejected = {line["key"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
     assert list(rejected) == list(mistakes)
     assert [key for key, (_, words) in mistakes.items() if words not in rejected[key]] == []
-    assert sorted(sample.key for split in ("train", "val") for sample in samples(out, split)) == sorted(map(str, range(20)))
+    assert sorted(sample.key for split in ("train", "val") for sample in samples(out, split)) == [*sorted(map(str, range(20))), "most"]
 
 
 def test_what_a_tar_has_beside_its_samples_is_not_read(inputs, tmp_path, monkeypatch):
