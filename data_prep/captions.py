@@ -13,31 +13,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import DataError, in_a_line
+from data_prep.files import content, inside
+from ditmoe_ds.errors import DataError, in_a_line, visible
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("caption", "captions", "text")
 """Names that a caption, or a list of them, may have; the first that is there counts."""
 LIMIT = 1 << 20
 """Most bytes of a text, and characters of a line."""
+SEVERAL = 100
+"""Most captions of an image. The tokens of each take memory, and time whenever the sample is read."""
 
 
-def read(path: Path) -> str:
+def read(path: Path, root: Path) -> str:
     """The text in a file, without the space around it.
 
     Raises:
-        ValueError: it is too long, or no UTF-8.
+        ValueError: it lies outside of the folder ``root``, is too long, or no UTF-8.
         DataError: the file cannot be read at all.
     """
+    if not inside(path, root):  # a private text of this machine, say, which would be published as a caption
+        raise ValueError(f"{path.name} leads out of the source's folder; copy the text there")
     try:
-        with path.open("rb") as file:
-            content = file.read(LIMIT + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
-    if len(content) > LIMIT:
-        raise ValueError(f"{path.name} has more than {LIMIT} bytes")
-    try:
-        return content.decode("utf-8-sig").strip()
+        return content(path, LIMIT).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from None
 
@@ -46,9 +44,11 @@ def checked(found: object) -> str | list[str] | None:
     """What was found in place of a caption; a list only if there are several in it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or there are too many.
     """
     several: list[Any] = found if isinstance(found, list) else [] if found is None else [found]
+    if len(several) > SEVERAL:
+        raise ValueError(f"{len(several)} captions; at most {SEVERAL} are taken")
     for one in several:
         if not isinstance(one, str):
             raise ValueError(f"a caption of type {type(one).__name__}; a caption is a text, several are a list of texts")
@@ -65,21 +65,24 @@ def text_of(image: str) -> str:
     return f"{image.rpartition('.')[0]}.txt"
 
 
-def beside(source: str, images: list[str], files: dict[str, Path]) -> dict[str, Any]:
+def beside(source: str, root: Path, images: list[str], files: dict[str, Path]) -> dict[str, Any]:
     """By image: its caption from a line of metadata, or the path of its text file, which is not opened yet; or None.
 
     Args:
         source: as given to ``--source``, for messages.
+        root: its folder.
         images: paths relative to the folder.
         files: the other files there, by relative path.
 
     Raises:
-        DataError: two captions for one image, or none for any; metadata that cannot be read.
+        DataError: two captions for one image, or none for any; metadata that cannot be read, or outside of the folder.
     """
     found: dict[str, Any] = {image: files.get(text_of(image)) for image in images}
     places: dict[str, str] = {}
     lost: list[str] = []
     for table in sorted(file for file in files if posixpath.basename(file) in METADATA):
+        if not inside(files[table], root):
+            raise DataError(f"--source={source!r}: {files[table]} leads out of this folder; copy it there")
         for number, name, caption in _lines(files[table]):
             image, place = posixpath.normpath(posixpath.join(posixpath.dirname(table), name)), f"{files[table]}, line {number}"
             if image not in found:
@@ -90,7 +93,8 @@ def beside(source: str, images: list[str], files: dict[str, Path]) -> dict[str, 
                     raise DataError(f"--source={source!r}: {two}; remove one of them")
                 found[image], places[image] = caption, place
     if lost:
-        print(f"--source={source!r}: {len(lost)} lines of metadata name no image that is there, first {lost[0]}; left out", file=sys.stderr)
+        first = visible(lost[0])
+        print(f"--source={source!r}: {len(lost)} lines of metadata name no image that is there, first {first}; left out", file=sys.stderr)
     without = sum(caption is None for caption in found.values())
     if without == len(images):
         wanted = f"put x.txt beside x.png, or a {METADATA[1]} with file_name and text there"

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import UserError
+from ditmoe_ds.errors import UserError, visible
 
 SOURCE = (
     "folder:PATH (one sub-folder per class), wds:URLS (webdataset tars, each with jpg/png/webp and maybe json, cls, txt), "
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ditmoe-data: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"ditmoe-data: error: {error.filename or command}: {error.strerror or error}", file=sys.stderr)
+        print(visible(f"ditmoe-data: error: {error.filename or command}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ditmoe-data: {command} is interrupted", file=sys.stderr)
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     workers = "processes that read shards; default: one for each core, at most 16"
     verify.add_argument("--workers", type=_positive, default=min(16, len(os.sched_getaffinity(0))), help=workers)
     verify.add_argument("--sheet", type=_picture, metavar="PNG", help="picture of some images above their decoded latents")
-    verify.add_argument("--source", help="where the images of the sheet are, if not where the manifest says")
+    verify.add_argument("--source", help="where the images of the sheet are, if not in the folder that the manifest names")
 
     inspect = commands.add_parser("inspect", help="print what is in a folder or shard")
     inspect.add_argument("path", type=_local, metavar="SHARD_OR_DIR", help="finished folder, or a tar in it")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_prep import captions
-from ditmoe_ds.errors import DataError
+from data_prep.files import MEMBER_LIMIT, content
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -40,9 +40,9 @@ def size_names(sizes: Sequence[Size]) -> str:
 
 
 def read(
-    pairs: list[tuple[Path | bytes | np.ndarray | str, Path | None]], sizes: Sequence[Size]
+    pairs: list[tuple[Path | bytes | np.ndarray | str, tuple[Path, Path] | None]], sizes: Sequence[Size]
 ) -> list[tuple[np.ndarray | str, str | None]]:
-    """For pairs of an image and its caption's file or None: what ``decode`` makes of the image, and the caption.
+    """For pairs of an image and what ``captions.read`` takes, or None: what ``decode`` makes of the image, and the caption.
 
     Raises:
         DataError: a file cannot be read at all.
@@ -51,7 +51,7 @@ def read(
     for image, text in pairs:
         caption = None
         try:
-            caption = captions.read(text) if text else None
+            caption = captions.read(*text) if text else None
         except ValueError as error:
             image = str(error)[:200]
         found.append((_decode(image, sizes), caption))
@@ -75,11 +75,10 @@ def _decode(image: Path | bytes | np.ndarray | str, sizes: Sequence[Size]) -> np
     if isinstance(image, str):
         return image
     if isinstance(image, Path):
-        path = image
         try:
-            image = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
+            image = content(image, MEMBER_LIMIT)
+        except ValueError as error:
+            return str(error)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images; the truly large are errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.verify import decoded, spread
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import DataError, visible
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.tars import captions_of
@@ -45,15 +45,15 @@ def show(path: str, *, sheet: str | None = None) -> None:
         lines[1:1] = [("train, val", f"{manifest.splits.train.samples}, {manifest.splits.val.samples}")]
         lines += [("classes", classes), ("rejected", manifest.rejected)]
         lines += [("mean, std", "  ".join(f"{mean:.3f}, {std:.3f}" for mean, std in zip(manifest.mean, manifest.std)))]
-    print("\n".join(f"{name:<12}{value}" for name, value in lines))
+    print("\n".join(visible(f"{name:<12}{value}") for name, value in lines))
     reader = manifest.open(shards[0])
     for i in range(min(5, len(reader))):
         key, meta, _ = reader.read(i)
-        print(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {' | '.join(captions_of(meta)) or '-'}")
+        print(visible(f"  {key}  {meta['label']}  {meta.get('class') or '-'}  {' | '.join(captions_of(meta)) or '-'}"))
     if not shard_name and manifest.class_names:
         print("class  training samples  name")
         for number, (name, count) in enumerate(zip(manifest.class_names, manifest.class_histogram)):
-            print(f"{number:>5}{count:>18}  {name}")
+            print(f"{number:>5}{count:>18}  {visible(name)}")
     if sheet:
         save_grid(decoded(manifest, spread(manifest, shards, COLUMNS * ROWS)), Path(sheet), COLUMNS)
         print(sheet)

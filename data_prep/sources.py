@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from data_prep import captions, shapes
+from data_prep.files import MEMBER_LIMIT, inside
 from ditmoe_ds.errors import ConfigError, DataError, in_a_line, some
 from ditmoe_ds.latents import remote
 
@@ -24,8 +25,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 # Extensions of images in a tar; of several in a sample the first counts.
 MEMBERS = ("jpg", "jpeg", "png", "webp", "image", "img")
 TEXTS = ("json", "cls", "txt")
-MEMBER_LIMIT = 256 << 20
-"""Most bytes of an image or text in a tar."""
 LABELS = 1_000_000
 """Most classes. A manifest lists them all, so labels that are really ids of another kind would fill the memory."""
 _URL = re.compile("[a-z][a-z0-9]*:")
@@ -47,8 +46,8 @@ class Item:
     """Where it came from, for messages; for tars, its key there."""
     image: Path | bytes | np.ndarray | str
     """As ``images.decode`` takes it; for a sample that cannot be used, the reason."""
-    caption_file: Path | None = None
-    """Holds the caption, if ``caption`` does not; read together with the image."""
+    caption_file: tuple[Path, Path] | None = None
+    """Holds the caption, if ``caption`` does not, and the folder in which it must lie; read together with the image."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _digest(name: str) -> str:
 
 def listed(name: str, class_names: tuple[str, ...], items: list[Item], unit_size: int) -> Source:
     """A source of ``items``; each unit is ``unit_size`` of them."""
-    listing = [(item.key, item.label, item.caption_file.name if item.caption_file else item.caption) for item in items]
+    listing = [(item.key, item.label, item.caption_file[0].name if item.caption_file else item.caption) for item in items]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     units = -(-len(items) // unit_size)
     return Source(name, class_names, len(items), units, lambda unit: items[unit * unit_size : (unit + 1) * unit_size], digest)
@@ -184,15 +183,15 @@ def _folder(name: str, root: Path, wanted: Wanted) -> tuple[tuple[str, ...], lis
         what = "one folder per class there, with files" if wanted == "classes" else "there files"
         raise DataError(f"--source={name!r}: no images; put {what} of {', '.join(SUFFIXES)}")
     if wanted == "captions":
-        found = captions.beside(name, [item.origin for item in items], others)
-        items = [_captioned(item, found[item.origin]) for item in items]
+        found = captions.beside(name, root, [item.origin for item in items], others)
+        items = [_captioned(item, found[item.origin], root) for item in items]
     # Not class by class: shards of one or two classes would give batches of few classes.
     return tuple(classes), sorted(items, key=lambda item: item.key)
 
 
-def _captioned(item: Item, caption: Any) -> Item:
+def _captioned(item: Item, caption: Any, root: Path) -> Item:
     if isinstance(caption, Path):
-        return replace(item, caption_file=caption)
+        return replace(item, caption_file=(caption, root))
     try:
         return replace(item, caption=captions.checked(caption))
     except ValueError as error:
@@ -215,8 +214,24 @@ def _tars(name: str, value: str, class_names: tuple[str, ...] | None) -> Source:
     return Source(name, class_names, None, len(urls), lambda unit: _tar(urls[unit]), digest)
 
 
+_LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
 class _Whole(tarfile.TarInfo):
-    """A member of an archive that must end with the mark of the end. ``tarfile`` takes a damaged header for the end, without a word."""
+    """A member of an archive that must end with the mark of the end. ``tarfile`` takes a damaged header for the end, without a word, and
+    reads one of any length into memory, as it does the map of a sparse file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Whole:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _LONG_HEADERS and found.size > captions.LIMIT:
+            raise tarfile.ReadError(f"a header of more than {captions.LIMIT} bytes")
+        return found
+
+    def _proc_sparse(self, *_: object) -> None:
+        raise tarfile.ReadError("a sparse file; write the tar without --sparse")
+
+    _proc_gnusparse_10 = _proc_sparse
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Whole:
@@ -322,6 +337,8 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
             try:
                 _check(label)
                 caption = captions.checked(captions.first_of(found))
+                if isinstance(image, Path) and not inside(image, Path(value)):  # any picture of this machine
+                    raise ValueError(f"{image} lies outside of the data set's folder; save the data set again where the image is")
             except ValueError as error:
                 image = str(error)[:200]
             yield Item(f"row-{row:09d}", label, caption, origin, image)

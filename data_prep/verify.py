@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -37,7 +38,7 @@ def verify(path: str, *, workers: int = 1, sheet: str | None = None, source: str
     Args:
         workers: processes that read shards, fewer if there are not ``FEWEST`` samples for each; 1 is this one.
         sheet: a picture to write: rows of images of ``source``, each above the row of their decoded latents.
-        source: where the images are, as for ``encode``; None is the manifest's, unless that is tars: their URLs may be commands.
+        source: where the images are, as for ``encode``; None is the manifest's, if that is a folder here or a sample: URLs may be commands.
 
     Raises:
         DataError: the first thing that is wrong; or a process died.
@@ -77,8 +78,9 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
     Raises:
         DataError: the source cannot be read, or lacks a sample's image.
     """
-    if source is None and manifest.source.startswith("wds:"):  # whoever made the folder wrote this
-        raise DataError(f"--source=None: the images are said to be of {manifest.source!r}; give that, if it is where you would read them")
+    kind, _, folder = manifest.source.partition(":")  # whoever made the data wrote this
+    if source is None and kind != "sample" and not (kind in ("folder", "hf") and os.path.isabs(folder) and os.path.isdir(folder)):
+        raise DataError(f"--source=None: the images are said to be of {manifest.source!r}, which is no folder here; say where to read them")
     samples = spread(manifest, manifest.splits.val.shards or manifest.splits.train.shards, SHEET)
     wanted = {sample.key.removesuffix(FLIP) for sample in samples}
     origins = {}

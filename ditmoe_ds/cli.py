@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from ditmoe_ds.analysis import cli as analysis
 from ditmoe_ds.ending import end
-from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.errors import ConfigError, UserError, visible
 from ditmoe_ds.evaluation import cli as evaluation
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno is None:  # raised by a library, not by the system
             raise
-        print(f"error: {error.filename or ' '.join(words)}: {error.strerror or error}", file=sys.stderr)
+        print(visible(f"error: {error.filename or ' '.join(words)}: {error.strerror or error}"), file=sys.stderr)
         return 2
 
 

@@ -1,8 +1,14 @@
 """The mistakes a user can make, as types. Each message names the key, the value and the fix."""
 
+_KEPT = "\u00a0\u3000\u200c\u200d"
+"""Not printable by Python's word, but harmless: wide spaces, and what joins and parts letters and emoji."""
+
 
 class UserError(Exception):
     """A mistake in what the user handed in. Entry points print it as one line and exit with 2."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class ConfigError(UserError):
@@ -33,9 +39,15 @@ class CheckpointError(UserError):
 
 def in_a_line(error: object, most: int = 200) -> str:
     """A library's error message as one line of at most ``most`` characters, to quote in a message of ours."""
-    return " ".join(str(error).split())[:most]
+    return visible(" ".join(str(error).split()))[:most]
+
+
+def visible(text: object) -> str:
+    """``text`` with escapes for what a terminal would not print but obey, such as line ends and marks that turn the direction of
+    writing: names and captions in data may come from anyone."""
+    return "".join(c if c.isprintable() or c in _KEPT else ascii(c)[1:-1] for c in str(text))
 
 
 def some(names: list[str]) -> str:
     """The first 20 of ``names``, to list in a message."""
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return visible(", ".join(names[:20]) + (", ..." if len(names) > 20 else ""))

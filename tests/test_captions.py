@@ -200,10 +200,10 @@ def test_metadata_is_part_of_the_request_and_texts_are_not_opened_before_their_i
     (root / "metadata.csv").unlink()
     write(root, beside())
     with pytest.raises(DataError, match=r"gone\.txt: cannot be read"):
-        captions.read(root / "gone.txt")
-    monkeypatch.setattr(captions, "read", lambda path: pytest.fail(f"{path} is read"))
+        captions.read(root / "gone.txt", root)
+    monkeypatch.setattr(captions, "read", lambda path, root: pytest.fail(f"{path} is read"))
     source = open_source(f"folder:{root}", wanted="captions")
-    assert all(item.caption is None and item.caption_file.suffix == ".txt" for item in source.items())
+    assert all(item.caption is None and item.caption_file[0].suffix == ".txt" for item in source.items())
 
 
 def test_without_text_they_are_left_out_and_nothing_changes(inputs, encoded, tmp_path, capsys):
@@ -256,6 +256,36 @@ def test_a_bad_text_is_a_reason(inputs, encoder, tmp_path, monkeypatch):
     }
     found = all_samples(out)
     assert found.keys() == set(names) - rejected.keys() and found["0.png"].meta["caption"] == "red \ud83d"
+
+
+def test_a_text_of_elsewhere_is_not_published(inputs, encoder, tmp_path, capsys):
+    """Not what a link in a received folder leads to; links within the folder, linked images and a folder that is itself a link are fine."""
+    elsewhere = write(tmp_path / "home", {"secret.txt": "secret", "a/8.png": png(8), "a/8.txt": "secret", "metadata.jsonl": "secret"})
+    root = write(tmp_path / "in", pictures(7) | {"texts/shared.txt": "shared", "6.txt": "plain"})
+    (tmp_path / "in" / "a").symlink_to(elsewhere / "a")
+    for link, target in {"0.txt": "texts/shared.txt", "b/1.txt": root / "texts/shared.txt", "3.txt": "../home/secret.txt"}.items():
+        (root / link).symlink_to(target)
+    (root / "c/deep/2.txt").symlink_to(elsewhere / "secret.txt")
+    (root / "b/4.png").unlink()
+    (root / "b/4.png").symlink_to(elsewhere / "a" / "8.png")
+    (root / "c/deep/5.txt").mkdir()  # or a pipe, which would be waited for
+    (tmp_path / "link").symlink_to(root)
+    settings = dict(text=encoder, text_max_tokens=8, max_rejected=0.9)
+    out = run_encode(inputs, tmp_path / "out", f"folder:{tmp_path / 'link'}", **settings)
+    found = {name: sample.meta["caption"] for name, sample in all_samples(out).items()}
+    assert found == {"0.png": "shared", "b/1.png": "shared", "b/4.png": None, "6.png": "plain"}
+    rejected = {line["source"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    assert rejected.pop("c/deep/5.png") == "5.txt is no regular file"
+    assert rejected == {
+        f"{name}.png": f"{name[-1]}.txt leads out of the source's folder; copy the text there" for name in ("3", "c/deep/2", "a/8")
+    }
+    (root / "b/metadata.jsonl").symlink_to(elsewhere / "metadata.jsonl")
+    with pytest.raises(DataError, match=f"^--source='folder:{root}': {root}/b/metadata.jsonl leads out of this folder; copy it there$"):
+        open_source(f"folder:{root}", wanted="captions")
+    (root / "b/metadata.jsonl").unlink()
+    write(root, {"texts/of_b": '{"file_name": "4.png", "text": "told"}'})
+    (root / "b/metadata.jsonl").symlink_to("../texts/of_b")
+    assert "told" in [item.caption for item in open_source(f"folder:{root}", wanted="captions").items()]
 
 
 @pytest.mark.parametrize(

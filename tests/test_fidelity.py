@@ -297,6 +297,10 @@ def test_statistics_alone(tmp_path, inception, alone):
     np.savez(reference, mu=np.array([{}], object), sigma=np.eye(7))
     with pytest.raises(DataError, match="cannot be read"):
         open_measurement("fid", samples, **given)
+    for names in (dict(mu=np.zeros(8 << 20)), dict(mu=np.zeros(4 << 20), sigma_s=np.zeros(4 << 20))):  # packed to a thousandth
+        np.savez_compressed(reference, **names)
+        with pytest.raises(DataError, match="its statistics cannot be read .*bytes, more than 67108864"):
+            open_measurement("fid", samples, **given)
 
 
 @pytest.mark.parametrize("kind", [np.savez, np.savez_compressed])
@@ -330,6 +334,11 @@ def spoil(path, place):
     path.write_bytes(content)
 
 
+def write_long_header(path):
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array(file, np.zeros((40, 8, 8, 3), np.uint8), version=(2, 0))
+
+
 def lie_about_count(path):
     with zipfile.ZipFile(path) as archive:
         content = archive.read("arr_0.npy").replace(b"(40, 8, 8, 3)", b"(99, 8, 8, 3)")
@@ -349,6 +358,7 @@ class Harmful:
         (lambda path: path.write_bytes(b"not a zip"), "no whole npz"),
         (lambda path: path.unlink(), "No such file"),
         (lie_about_count, "its header says"),
+        (write_long_header, r"no array of NumPy \(version \(2, 0\)"),
         (lambda path: spoil(path, 2000), "damaged"),
         (lambda path: spoil(path, 0), "cannot be read"),
         (lambda path: np.savez(path, np.zeros((5, 8, 8, 3), np.float32)), "float32.*uint8"),
@@ -388,7 +398,7 @@ def test_other_sizes_are_told(tmp_path, capsys, alone):
     assert said["size"] == [16, 16] and said["reference"]["size"] == [32, 24]
 
 
-def test_folders(tmp_path):
+def test_folders(tmp_path, tmp_path_factory):
     images = pictures(6, 9, 12).numpy()
     for i, image in enumerate(images):
         (tmp_path / f"{i // 3}").mkdir(exist_ok=True)
@@ -407,8 +417,12 @@ def test_folders(tmp_path):
     with pytest.raises(DataError, match="004.jpg: cannot be read"):
         list(open_images(tmp_path).batches(0, 7, 8))
     (tmp_path / "1" / "004.jpg").unlink()
-    (tmp_path / "3").symlink_to(tmp_path / "0")
-    assert len(open_images(tmp_path)) == 9
+    (tmp_path / "3").symlink_to(shutil.copytree(tmp_path / "0", tmp_path_factory.mktemp("linked") / "0"))
+    (tmp_path / "0" / "a").symlink_to(tmp_path)  # a circle; of two there would be more ways than anyone can go
+    (tmp_path / "00").symlink_to("1")
+    assert [file.relative_to(tmp_path).as_posix() for file in open_images(tmp_path).files] == [
+        *(f"0/{i:03d}.png" for i in range(3)), *(f"00/{i:03d}.png" for i in range(3, 6)), *(f"3/{i:03d}.png" for i in range(3))
+    ]  # fmt: skip
     (tmp_path / "samples.json").write_text('{"format": "ditmoe-samples/1", "num": 50000}')
     with pytest.raises(DataError, match="9 of 50000 images; let ditmoe sample finish"):
         open_measurement("is", str(tmp_path), device=CPU)

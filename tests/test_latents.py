@@ -35,6 +35,7 @@ def test_the_manifest_comes_back(tmp_path):
     [
         (lambda root: (root / "manifest.json").unlink(), "no readable manifest"),
         (lambda root: (root / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda root: (root / "manifest.json").write_text("[" * 100_000), "not valid JSON .*recursion"),
         (lambda root: edit(root, version=1), "reads"),
         (lambda root: edit(root, dtype="float8"), "dtype='float8'"),
         (lambda root: edit(root, splits={"train": {"samples": 0, "shards": []}}), "splits.val.samples"),

@@ -20,7 +20,7 @@ from processes import ROOT, Ranks, launch
 
 from ditmoe_ds.distributed.topology import AgreedError, agreed
 from ditmoe_ds.distributed.weights import write_weights
-from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
+from ditmoe_ds.errors import CheckpointError, ConfigError, DataError, UserError, in_a_line, some, visible
 from ditmoe_ds.latents.condition import Classes
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.manifest import Manifest
@@ -341,6 +341,17 @@ def test_errors_cross_processes():
     """From a loader's to its rank."""
     error = pickle.loads(pickle.dumps(ConfigError("data.cache", "", "name a folder")))
     assert (type(error), str(error), error.fix) == (ConfigError, "data.cache='': name a folder", "name a folder")
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    """It may stand in the names of files and members that others made."""
+    harmful = "a\x1b[2K\r\x9b1A\u202eb\u2066\u2028\nerror: nothing\t\x07\x7f\udce9"
+    shown = r"a\x1b[2K\r\x9b1A\u202eb\u2066\u2028\nerror: nothing\t\x07\x7f\udce9"
+    error = pickle.loads(pickle.dumps(DataError(harmful)))
+    assert (str(error), f"{error}", error.args) == (shown, shown, (harmful,))
+    assert (visible(shown), some([harmful]), in_a_line("\x1b\n a")) == (shown, shown, r"\x1b a")
+    plain = "Größe 10 µm, 日本語\u3000한국어, \N{WOMAN}\u200d\N{PERSONAL COMPUTER}\ufe0f, C:\\new 'x'"
+    assert visible(plain) == str(UserError(plain)) == plain
 
 
 def test_no_recipe():

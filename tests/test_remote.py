@@ -1,5 +1,6 @@
 """A data set behind a URL, served by a real HTTP server that now and then fails."""
 
+import contextlib
 import errno
 import functools
 import http.server
@@ -18,14 +19,17 @@ from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.tars import index_size
 from ditmoe_ds.training.plan import read_plan
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Answers 404 to the first request of each path that ``failing`` names, and cuts the first answer of each in ``cutting``."""
+    """Answers 404 to the first request of each path that ``failing`` names, cuts the first answer of each in ``cutting``, and sends 32 MB
+    more than there is of each in ``flooding``."""
 
     failing: ClassVar[set[str]] = set()
     cutting: ClassVar[set[str]] = set()
+    flooding: ClassVar[set[str]] = set()
 
     def do_GET(self):
         name = self.path.rpartition("/")[2]
@@ -39,6 +43,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[: len(content) // 2])
+        elif name in self.flooding:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(Path(self.translate_path(self.path)).read_bytes() + bytes(32 << 20))
         else:
             super().do_GET()
 
@@ -57,6 +66,7 @@ def url(folder, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Handler, "failing", set())
     monkeypatch.setattr(Handler, "cutting", set())
+    monkeypatch.setattr(Handler, "flooding", set())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -115,7 +125,7 @@ def test_the_longest_unused_goes_first(folder, url, tmp_path):
     cache = remote.Cache(tmp_path / "cache", int(2.5 * shards[0].bytes))
 
     def get(number):
-        return cache.file(f"{url}/{shards[number].name}", f"{number:032}.tar", lambda path: None)
+        return cache.file(f"{url}/{shards[number].name}", f"{number:032}.tar", shards[number].bytes, lambda path: None)
 
     os.utime(get(0), (1, 1))
     os.utime(get(1), (2, 2))
@@ -133,6 +143,29 @@ def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
     assert capsys.readouterr().err.count("trying again") == 9
     with pytest.raises(DataError, match="6 attempts"):
         Manifest.load(f"{url}/elsewhere")
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.npy"])
+def test_no_more_is_taken_than_the_manifest_says(folder, url, tmp_path, name):
+    """Whatever the server sends: the bound of the cache counts what is there already."""
+    shard = Manifest.load(url).splits.train.shards[0]
+    dataset = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**6))
+    Handler.flooding |= {name}
+    most = shard.bytes if name == shard.name else index_size(shard.samples)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read in 10 attempts \(more than {most} bytes\)$"):
+        dataset[0]
+    assert max(file.stat().st_size for file in (tmp_path / "cache").iterdir()) < 2 << 20
+
+
+def test_what_is_read_into_memory_has_an_end(folder, url, bucket, monkeypatch):
+    """Also what a program writes, which fails when nobody reads on."""
+    monkeypatch.setattr(remote, "READ", 1 << 20)
+    Handler.flooding |= {"manifest.json"}
+    (folder / "manifest.json").rename(folder / "real.json")
+    (folder / "manifest.json").write_bytes((folder / "real.json").read_bytes() + bytes(8 << 20))
+    for root in (url, bucket):
+        with pytest.raises(DataError, match=r"manifest.json: cannot be read in 6 attempts \(more than 1048576 bytes\)$"):
+            Manifest.load(root)
 
 
 def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, monkeypatch):

@@ -84,18 +84,20 @@ def test_a_sample_with_a_bad_text_is_left_out_and_listed(inputs, tmp_path):
             {"png": png(), "json": b'{"caption": ["one", 2]}'},
             "a caption of type int; a caption is a text, several are a list of texts",
         ),
+        "many": ({"png": png(), "json": json.dumps({"caption": ["a"] * 101}).encode()}, "101 captions; at most 100 are taken"),
         "latin": ({"png": png(), "txt": "caf\u00e9".encode("latin-1")}, "'utf-8' codec can't decode byte 0xe9"),
         "deep": ({"png": png(), "json": b"[" * 200_000}, "recursion"),
     }
     entries = [{"__key__": key, **parts} for key, (parts, _) in mistakes.items()]
-    write_tar(tmp_path / "in.tar", [*entries, *({"__key__": str(i), "png": png(i), "cls": b"1"} for i in range(20))])
-    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 9 of 29 images could not be encoded; the last: deep: "):
+    most = {"__key__": "most", "png": png(), "json": json.dumps({"caption": ["a"] * 100}).encode()}
+    write_tar(tmp_path / "in.tar", [*entries, *({"__key__": str(i), "png": png(i), "cls": b"1"} for i in range(20)), most])
+    with pytest.raises(ConfigError, match=r"--max-rejected=0.01: 10 of 31 images could not be encoded; the last: deep: "):
         run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar")
     out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar", max_rejected=0.5)
     rejected = {line["key"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
     assert list(rejected) == list(mistakes)
     assert [key for key, (_, words) in mistakes.items() if words not in rejected[key]] == []
-    assert sorted(sample.key for split in ("train", "val") for sample in samples(out, split)) == sorted(map(str, range(20)))
+    assert sorted(sample.key for split in ("train", "val") for sample in samples(out, split)) == [*sorted(map(str, range(20))), "most"]
 
 
 def test_what_a_tar_has_beside_its_samples_is_not_read(inputs, tmp_path, monkeypatch):
@@ -134,6 +136,26 @@ def test_a_tar_that_ends_too_early_is_named(tmp_path):
         (tmp_path / "damaged.tar").write_bytes(damaged)
         with pytest.raises(DataError, match=r"damaged\.tar: cannot be read to its end"):
             print(name, len(list(open_source(f"wds:{tmp_path}/damaged.tar").items())))
+
+
+def test_long_headers_of_a_tar_are_not_read(tmp_path):
+    """Nor maps of sparse files: in a .tar.gz they are a thousandth as long. What is behind is not there, and would be another error."""
+    tar, long, sparse, posix_sparse = tmp_path / "in.tar", *map(tarfile.TarInfo, ("long", "a.png", "a.png"))
+    for long.type in (b"x", b"g", b"X", b"L", b"K"):
+        long.size = (1 << 20) + 1
+        tar.write_bytes(long.tobuf(tarfile.USTAR_FORMAT))
+        with pytest.raises(DataError, match=r"in\.tar: cannot be read to its end \(a header of more than 1048576 bytes\)"):
+            list(open_source(f"wds:{tar}").items())
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    posix_sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    for header in (sparse.tobuf(tarfile.GNU_FORMAT), posix_sparse.tobuf(tarfile.PAX_FORMAT)):
+        tar.write_bytes(header)
+        with pytest.raises(DataError, match="a sparse file; write the tar without --sparse"):
+            list(open_source(f"wds:{tar}").items())
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tar, "w", format=form) as archive:
+            archive.addfile(tarfile.TarInfo("long" * 50 + ".png"))
+        assert [item.origin for item in open_source(f"wds:{tar}").items()] == ["long" * 50]
 
 
 def test_a_tar_that_would_lose_samples_is_named(tmp_path):
@@ -255,6 +277,24 @@ def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
         open_source(f"hf:{tmp_path / 'blind'}")
 
 
+def test_a_data_set_takes_no_images_of_elsewhere(tmp_path):
+    """save_to_disk stores bytes; a path alone was written by another program."""
+    datasets = pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    features = datasets.Features(image=datasets.Image())
+    datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": None}] * 3}, features=features).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows" / "link.png").symlink_to(tmp_path / "private.png")
+    paths = [str(tmp_path / name) for name in ("rows/own.png", "private.png", "rows/link.png")]
+    [file] = (tmp_path / "rows").glob("*.arrow")
+    schema = pyarrow.ipc.open_stream(file.read_bytes()).schema
+    images = pyarrow.StructArray.from_arrays([pyarrow.nulls(3, pyarrow.binary()), pyarrow.array(paths)], ["bytes", "path"])
+    with pyarrow.ipc.new_stream(file, schema) as stream:
+        stream.write_table(pyarrow.table({"image": images}, schema=schema))
+    own, private, link = (item.image for item in open_source(f"hf:{tmp_path / 'rows'}").items())
+    assert own == tmp_path / "rows" / "own.png"
+    assert private.startswith(f"{tmp_path}/private.png lies outside of the data set") and link.startswith(f"{tmp_path}/rows/link.png lies")
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
@@ -336,6 +376,15 @@ def test_the_last_bad_image_is_named_and_the_share_repeated(inputs, tmp_path, ca
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         decode_images([tmp_path / "gone.png"], [(16, 16)])
+
+
+def test_what_is_no_file_of_an_image_has_a_reason(tmp_path, monkeypatch):
+    """/dev/zero would fill the memory, a pipe be waited for: here /dev/null, which ends."""
+    monkeypatch.setattr("data_prep.images.MEMBER_LIMIT", 1000)
+    (tmp_path / "device.png").symlink_to("/dev/null")
+    (tmp_path / "large.png").write_bytes(bytes(1001))
+    found = decode_images([tmp_path / "device.png", tmp_path / "large.png"], [(16, 16)])
+    assert found == ["device.png is no regular file", "large.png has more than 1000 bytes"]
 
 
 def test_the_decoding_processes_import_little():

@@ -126,6 +126,21 @@ def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
     assert main(["inspect", str(encoded / "none.tar")]) == 2
 
 
+def test_a_table_shows_what_a_terminal_would_obey(inputs, tmp_path, capsys):
+    """A title, a deleted line, an error of ours that is none: whoever made the folder wrote its texts."""
+    harmful = "Käse 木 \x1b]0;owned\x07\x1b[2K\nerror: nothing"
+    write_tar(tmp_path / "in.tar", [{"__key__": f"{i}", "png": png(i), "cls": b"0", "txt": harmful.encode()} for i in range(3)])
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path}/in.tar", holdout=0)
+    replace(Manifest.load(out), class_names=(f"class {harmful}",), source=harmful).save()
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.count(r"Käse 木 \x1b]0;owned\x07\x1b[2K\nerror: nothing") == 5  # source, three captions, class
+    assert said.replace("\n", "").isprintable() and "\nerror" not in said
+    assert main(["verify", f"{out}/\x1b[2K"]) == main(["inspect", str(out), "--sheet", f"{out}/manifest.json/\x1b[2K/a.png"]) == 2
+    assert "\x1b" not in (said := capsys.readouterr().err) and said.count(r"/\x1b[2K") == 2
+
+
 def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, capsys):
     keys = {}
     for fraction in ("0.3", "0.6"):
@@ -145,13 +160,16 @@ def test_subsets_are_nested_and_the_same_each_time(inputs, encoded, tmp_path, ca
     assert "leaves none" in capsys.readouterr().err
 
 
-def test_what_a_folder_says_of_its_source_is_not_run(inputs, tmp_path, capsys):
-    """A tar's URL may be a shell's pipe, and whoever made the folder wrote it."""
+def test_what_a_folder_says_of_its_source_is_not_run(inputs, tmp_path, capsys, monkeypatch):
+    """A tar's URL may be a shell's pipe, a data set's any server's, and whoever made the folder wrote it."""
     out = run_encode(inputs, tmp_path / "out")
-    replace(Manifest.load(out), source=f"wds:pipe:touch {tmp_path / 'was_run'}").save()
-    assert main(["verify", str(out), "--sheet", str(tmp_path / "a.png")]) == 2
-    assert_one_line(capsys.readouterr().err, "--source=None", "wds:pipe:touch")
-    assert not (tmp_path / "was_run").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ftp:/127.0.0.1/x").mkdir(parents=True)  # as that folder may be here, too
+    monkeypatch.setattr("data_prep.verify.open_source", lambda *_, **__: pytest.fail("it is opened"))
+    for source in ("wds:pipe:touch was_run", "hf:ftp://127.0.0.1/x", f"hf:{tmp_path}/gone", "folder:.", "other:/"):
+        replace(Manifest.load(out), source=source).save()
+        assert main(["verify", str(out), "--sheet", str(tmp_path / "a.png")]) == 2
+        assert_one_line(capsys.readouterr().err, "--source=None", source, "which is no folder here; say where")
 
 
 def test_a_vae_that_was_changed_meanwhile_is_refused(inputs, tmp_path, capsys):

@@ -223,7 +223,7 @@ class _Office:
                     self._lose(rank, f"{who} failed after step {step}: {message['error']}", message["code"])
                     return
             self._lose(rank, f"{who} ended without a word after step {step} (killed, or out of memory)", 0)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {step}", 0)
         except ConnectionError:
             self._lose(rank, f"{who} ended without a word after step {step} (its connection broke)", 0)

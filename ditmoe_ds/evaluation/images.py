@@ -22,6 +22,8 @@ from ditmoe_ds.errors import DataError, in_a_line
 from ditmoe_ds.latents.manifest import sha256
 
 MEMBER = "arr_0.npy"
+STATISTICS = 64 << 20
+"""Most bytes of published statistics, unpacked; ADM's have 66,327,744."""
 READERS = 4
 """Threads that decode pictures."""
 
@@ -87,10 +89,10 @@ class NpzImages:
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], int]:
         """Shape, and where the data starts. NumPy's own readers of the header never unpickle."""
         try:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, by_column, dtype = read(file)
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if (version := np.lib.format.read_magic(file)) != (1, 0):  # the others' headers may be of any length
+                raise ValueError(f"version {version}")
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{self.path}: {MEMBER} is no array of NumPy ({in_a_line(error)})") from None
         if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] != 3:
             raise DataError(f"{self.path}: {MEMBER} is {dtype} of shape {shape}; images are uint8 (N, H, W, 3), row by row")
@@ -112,8 +114,7 @@ class FolderImages:
 
     def __init__(self, path: Path):
         self.path = path
-        below = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
-        self.files = sorted(file for file in below if file.suffix.lower() in SUFFIXES)
+        self.files = sorted(file for file in _below(path) if file.suffix.lower() in SUFFIXES)
         if not self.files:
             raise DataError(f"{path}: no pictures ({', '.join(SUFFIXES)})")
         self.shape = list(_pixels(self.files[0]).shape)
@@ -139,6 +140,18 @@ class FolderImages:
     def description(self) -> Any:
         """Content of ``samples.json`` in the folder; None without it."""
         return _read_json(self.path / "samples.json")
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """The files below a folder, also in linked folders; of a folder that is met again, as links in a circle do, only once."""
+    seen = set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders.sort()  # of two ways to a folder always the same one counts
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            yield from (Path(folder, file) for file in files)
 
 
 def _pixels(file: Path) -> np.ndarray:
@@ -190,12 +203,16 @@ def published_statistics(path: Path) -> dict[str, np.ndarray]:
     """``mu``, ``sigma`` (of FID), ``mu_s``, ``sigma_s`` (of sFID) from one of ADM's reference files, as far as it has them.
 
     Raises:
-        DataError: the file is no npz, or these are not finite vectors with their covariances.
+        DataError: the file is no npz, or these are not finite vectors with their covariances, or too large.
     """
+    names = ("mu", "sigma", "mu_s", "sigma_s")
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {key: np.asarray(file[key], np.float64) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in file}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            size = sum(member.file_size for member in file.zip.infolist() if member.filename.removesuffix(".npy") in names)
+            if size > STATISTICS:
+                raise ValueError(f"{size} bytes, more than {STATISTICS}")
+            found = {key: np.asarray(file[key], np.float64) for key in names if key in file}
+    except (OSError, ValueError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: its statistics cannot be read ({in_a_line(error)})") from None
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in found) != (covariance in found):

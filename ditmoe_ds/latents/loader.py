@@ -253,8 +253,8 @@ class LatentDataset:
 
         name = f"{shard.sha256[:32]}.tar"
         ours, theirs = (index_path(Path(tar_name)).name for tar_name in (name, shard.name))
-        tar = self.cache.file(f"{manifest.root}/{shard.name}", name, whole)
-        self.cache.file(f"{manifest.root}/{theirs}", ours, fits, beside=name)
+        tar = self.cache.file(f"{manifest.root}/{shard.name}", name, shard.bytes, whole)
+        self.cache.file(f"{manifest.root}/{theirs}", ours, index_size(shard.samples), fits, beside=name)
         return tar
 
 

@@ -132,7 +132,7 @@ class Manifest:
             tree = json.loads(remote.read(file) if there else Path(file).read_text())
         except OSError as error:
             raise DataError(f"{key}={str(path)!r}: no readable manifest ({error.strerror}); run ditmoe-data encode first") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: not valid JSON ({error}); encode the data again") from None
         if not isinstance(tree, dict) or (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):
             found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else type(tree).__name__

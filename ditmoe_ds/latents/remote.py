@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.errors import ConfigError, DataError, visible
+
+READ = 1 << 29
+"""Most bytes of a file that is read into memory: a manifest of a million shards has fewer."""
 
 ATTEMPTS = 6
 """Attempts to read a file, with pauses of 1, 2, 4, 8 and 16 seconds."""
@@ -52,18 +55,18 @@ def refuse_unknown(key: str, value: str, url: str) -> None:
 
 
 def read(url: str) -> bytes:
-    """The content of a small file.
+    """The content of a file of at most ``READ`` bytes.
 
     Raises:
         DataError: it cannot be read, not even after several attempts.
     """
     stream = io.BytesIO()
-    fetch(url, stream)
+    fetch(url, stream, READ)
     return stream.getvalue()
 
 
-def fetch(url: str, out: BinaryIO) -> None:
-    """Write the content of a file into ``out``, which is emptied before each attempt.
+def fetch(url: str, out: BinaryIO, most: float = math.inf) -> None:
+    """Write the content of a file of at most ``most`` bytes into ``out``, which is emptied before each attempt.
 
     Raises:
         DataError: it cannot be read, not even after several attempts.
@@ -72,7 +75,7 @@ def fetch(url: str, out: BinaryIO) -> None:
     def attempt() -> None:
         out.seek(0)
         out.truncate()
-        _copy(url, out)
+        _copy(url, out, most)
 
     persist(url, attempt)
 
@@ -89,11 +92,12 @@ class Cache:
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, url: str, name: str, check: Callable[[Path], None], beside: str = "") -> Path:
+    def file(self, url: str, name: str, size: int, check: Callable[[Path], None], beside: str = "") -> Path:
         """The local copy, downloaded unless it is there. Another process may delete it, to make room, before it is opened.
 
         Args:
             name: 32 hexadecimal digits and .tar or .index.npy.
+            size: its bytes; of more, no more are taken.
             check: raises OSError if a downloaded file is damaged.
             beside: name of a file that is not deleted to make room for this one.
 
@@ -111,7 +115,7 @@ class Cache:
                 if not path.is_file():
                     partial = path.with_name(f"{name}.partial")
                     with open(partial, "wb") as file:
-                        _copy(url, file)
+                        _copy(url, file, size)
                     check(partial)
                     self._make_room(partial.stat().st_size, beside)
                     partial.replace(path)
@@ -135,15 +139,19 @@ class Cache:
             total -= freed
 
 
-def _copy(url: str, out: BinaryIO) -> None:
+def _copy(url: str, out: BinaryIO, most: float) -> None:
     from webdataset.gopen import gopen
 
     _openers()
     try:
         with gopen(url, "rb") as stream:
-            shutil.copyfileobj(stream, out, 1 << 20)
+            while out.tell() <= most and (block := stream.read(1 << 20)):
+                out.write(block)
     except FileNotFoundError as error:
         raise DataError(f"{url}: cannot be read: no file or program {error.filename}") from None
+    finally:
+        if out.tell() > most:  # also where the program fails of which no more is read
+            raise ValueError(f"more than {most} bytes")
 
 
 def _openers() -> dict[str, Any]:
@@ -170,6 +178,6 @@ def persist(name: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
             reason = " ".join(str(error).split())
             reason = re.sub(r"^\(\(\W*(\w+).*\): exit (\d+) .*", r"\1 ended with \2", reason)[:200]  # a pipe lists how it was opened
         if number < attempts:
-            print(f"{name}: {reason}; trying again", file=sys.stderr, flush=True)
+            print(visible(f"{name}: {reason}; trying again"), file=sys.stderr, flush=True)
             time.sleep(2 ** (number - 1))
     raise DataError(f"{name}: cannot be read in {attempts} attempts ({reason})")

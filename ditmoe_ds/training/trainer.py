@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Trainer:
         train = recipe.train
         self.plan, self.world, self.device = plan, world, world.device
         self.interruption, self.interrupted = interruption, False
-        self.code = source() | dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds")) if world.rank == 0 else None
+        self.code = source() | dict(started=datetime.now(UTC).isoformat(timespec="seconds")) if world.rank == 0 else None
         self.run_dir = Path(recipe.run_dir)
         if train.deterministic:
             round_alike()
