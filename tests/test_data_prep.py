@@ -440,6 +440,16 @@ def test_too_many_tokens_for_a_text_encoder(inputs, tmp_path):
         load_text_encoder(str(inputs / "vae"), 8, "cpu")
 
 
+def test_a_text_encoder_without_a_token_for_nothing(tmp_path):
+    """Guidance needs one. It is asked alone, before any caption."""
+    write_text_encoder(tmp_path / "bert", "bert")
+    encoder = load_text_encoder(str(tmp_path / "bert"), 8, "cpu")
+    encoder.tokenizer.backend_tokenizer.post_processor = None  # which ends each caption
+    for captions in ([""], ["a red", ""]):
+        with pytest.raises(DataError, match="bert' has no token for the caption ''; choose another"):
+            encoder(captions)
+
+
 def test_stock_webdataset_reads_the_shards_without_this_package(encoded, tmp_path):
     program = """
 import json, sys
