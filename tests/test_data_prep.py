@@ -372,6 +372,14 @@ def test_latents_that_are_not_finite_are_rejected(inputs, tmp_path, monkeypatch)
     assert Manifest.load(out).rejected == 10 and "not finite in float16" in (out / "rejected.jsonl").read_text()
 
 
+def test_what_leaves_nothing_to_learn_from_is_told(inputs, tmp_path):
+    with pytest.raises(DataError, match="of 40 images none is left to learn from: 40 samples are held out, 0 images rejected; encode"):
+        run_encode(inputs, tmp_path / "out", holdout=1 - 1e-9)
+    write_tar(tmp_path / "in.tar", [])
+    with pytest.raises(DataError, match="of 0 images none is left"):
+        run_encode(inputs, tmp_path / "empty", f"wds:{tmp_path}/in.tar")
+
+
 def test_a_full_disk_is_told_in_one_line_and_the_run_continues(inputs, encoded, tmp_path, capsys):
     out = tmp_path / "out"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -489,9 +497,14 @@ print(json.dumps(found))
 )
 def test_mistakes_are_told_in_one_line(inputs, tmp_path, capsys, arguments, words):
     places = {"tmp": tmp_path, "inputs": inputs}
+    for name, kind in (("few", "UNet2DModel"), ("bare", "AutoencoderKL")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(dict(_class_name=kind)))
+    (tmp_path / "few" / "a.png").write_bytes(png())
+    (tmp_path / "few" / "b.png").write_bytes(b"broken")
     assert main([argument.format(**places) for argument in arguments]) == 2
     assert_one_line(capsys.readouterr().err, *(word.format(**places) for word in words))
-    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob("o/*"))
 
 
 def test_a_vae_may_be_made_where_one_stands(inputs, tmp_path, monkeypatch):
@@ -519,6 +532,7 @@ def test_an_encoder_that_is_none_does_not_keep_the_folder(inputs, tmp_path, caps
         (["subset", "https://example.org/latents", "--fraction", "0.1", "--out", "o"], "copy the folder here"),
         (["verify", "latents", "--sheet", "sheet.tex"], ".png"),
         (["inspect", "latents", "--sheet", "sheet"], ".png"),
+        (["encode", "--source", "s", "--vae", "v", "--out", "o", "--worker", "8/8"], "--worker: '8/8' is not i/n with i from 0 to n - 1"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, word, capsys):
