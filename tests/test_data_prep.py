@@ -244,6 +244,15 @@ def test_what_others_have_completed_stays_as_it_is(inputs, encoded, tmp_path, mo
     run_encode(inputs, tmp_path / "again", worker=(0, 2))
     assert "others have completed it" in capsys.readouterr().out and contents(tmp_path / "again") == contents(encoded)
 
+    def taken_over_by_a_worker_beside_it(unit):
+        monkeypatch.setattr(UnitWriter, "finish", finish)
+        run_encode(inputs, tmp_path / "twice", worker=(0, 2))
+        finish(unit)
+
+    monkeypatch.setattr(UnitWriter, "finish", taken_over_by_a_worker_beside_it)
+    with pytest.raises(DataError, match=r"--out='.*twice': another process has taken over a unit of this one; start each worker once"):
+        run_encode(inputs, tmp_path / "twice", worker=(0, 2))
+
 
 def test_the_worker_is_found_in_the_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
@@ -481,9 +490,14 @@ print(json.dumps(found))
     [
         (["fit-vae", "--source", "sample:cats", "--out", "{tmp}/v"], ["--source", "sample:cats", "sample:digits"]),
         (["fit-vae", "--source", "folder:{inputs}/images", "--out", "{tmp}/v", "--factor", "3"], ["--factor", "3", "power of two"]),
+        (["fit-vae", "--source", "folder:{inputs}/images", "--out", "{inputs}/images"], ["--out='{inputs}/images'", "holds no VAE"]),
+        (["fit-vae", "--source", "folder:{inputs}/images", "--out", "{inputs}/images/ant/0.png"], ["ant/0.png: Not a directory"]),
+        (["fit-vae", "--source", "folder:{tmp}/few", "--out", "{tmp}/v"], ["--source='folder:{tmp}/few'", "1 of its 2 images can be read"]),
         (["encode", "--source", "folder:{tmp}/none", "--vae", "v", "--out", "{tmp}/o"], ["{tmp}/none", "no such folder"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/none", "--out", "{tmp}/o"], ["{tmp}/none", "no such folder"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/images", "--out", "{tmp}/o"], ["AutoencoderKL"]),
+        (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/few", "--out", "{tmp}/o"], ["'UNet2DModel'; choose one of Auto"]),
+        (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/bare", "--out", "{tmp}/o"], ["{tmp}/bare", "safetensors found"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/vae", "--out", "{tmp}/o", "--size", "15"], ["--size", "15"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "v", "--out", "{tmp}/o", "--classes", "3"], ["--classes", "3"]),
         (
