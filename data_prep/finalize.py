@@ -38,7 +38,9 @@ def finalize(path: str, *, max_rejected: float = 0.01) -> None:
         raise ConfigError("--max-rejected", max_rejected, f"{len(rejected)} of {images} images could not be encoded; {last}; allow more")
     train, val = (_split(shards) for shards in ([s for r in records for s in r.train], [s for r in records for s in r.val]))
     if not train.samples:
-        raise DataError(f"{path}: no sample of {val.samples} is left to learn from; encode into another folder with a smaller --holdout")
+        gone = f"{val.samples} samples are held out, {len(rejected)} images rejected"
+        fix = "encode into another folder, with a smaller --holdout or other images"
+        raise DataError(f"{path}: of {images} images none is left to learn from: {gone}; {fix}")
 
     labels = max(len(record.histogram) for record in records)
     names = request.class_names if request.class_names is not None else tuple(map(str, range(labels)))

@@ -48,7 +48,8 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     items = list(open_source(source, wanted="images").items())
     train, heldout = (_images([item for item in items if is_heldout(item.key, HOLDOUT) == held], size) for held in (False, True))
     if not len(train) or not len(heldout):
-        raise DataError(f"--source={source!r}: too few images to learn from some and test on others")
+        readable = f"{len(train) + len(heldout)} of its {len(items)} images can be read"
+        raise DataError(f"--source={source!r}: {readable}, too few to learn from some and test on others; give more")
 
     torch.manual_seed(seed)
     vae = _build(size, factor, latent_channels).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,7 +21,7 @@ def read(*_):
 
 
 if os.environ["RANK"] == rank and what == "decode":
-    during_training.decode = decode
+    during_training.decode = callbacks.decode = decode
 elif os.environ["RANK"] == rank:
     callbacks.Validation._losses = read
 end(train.main(rest))

@@ -19,7 +19,7 @@ from ditmoe_ds.analysis.experts import answers_alike, experts_of, lift, weights_
 from ditmoe_ds.analysis.information import Information, entropy, information, informations, mutual_information
 from ditmoe_ds.analysis.plots import plot_shares
 from ditmoe_ds.analysis.routing import Takings, count_takings, noised, watched
-from ditmoe_ds.analysis.sections import dependence
+from ditmoe_ds.analysis.sections import dependence, pairs
 from ditmoe_ds.analysis.summary import read_metrics, spread, training
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
@@ -285,11 +285,11 @@ def test_lift():
         plain = lift(together[None], tokens, distinct)[0]
         torch.testing.assert_close(plain[off], torch.ones(12))
         assert plain.diagonal().isnan().all()
-    pairs = torch.tensor([[0, 9, 1, 1], [9, 0, 1, 1], [1, 1, 0, 9], [1, 1, 9, 0]]).double()
-    found = lift((pairs + torch.diag(pairs.sum(1)))[None], 0, distinct=True)[0]
+    both = torch.tensor([[0, 9, 1, 1], [9, 0, 1, 1], [1, 1, 0, 9], [1, 1, 9, 0]]).double()
+    found = lift((both + torch.diag(both.sum(1)))[None], 0, distinct=True)[0]
     assert found[0, 1].item() == pytest.approx(27 / 11) and found[0, 2].item() == pytest.approx(3 / 11)
     alone = lift(torch.diag(load)[None], 0, distinct=True)
-    assert alone.isnan().all()  # top 1 has no pairs
+    assert alone.isnan().all() and pairs(dict(lift=alone)) == ""  # top 1 has no pairs
 
 
 def test_spread_of_compute():

@@ -244,6 +244,15 @@ def test_what_others_have_completed_stays_as_it_is(inputs, encoded, tmp_path, mo
     run_encode(inputs, tmp_path / "again", worker=(0, 2))
     assert "others have completed it" in capsys.readouterr().out and contents(tmp_path / "again") == contents(encoded)
 
+    def taken_over_by_a_worker_beside_it(unit):
+        monkeypatch.setattr(UnitWriter, "finish", finish)
+        run_encode(inputs, tmp_path / "twice", worker=(0, 2))
+        finish(unit)
+
+    monkeypatch.setattr(UnitWriter, "finish", taken_over_by_a_worker_beside_it)
+    with pytest.raises(DataError, match=r"--out='.*twice': another process has taken over a unit of this one; start each worker once"):
+        run_encode(inputs, tmp_path / "twice", worker=(0, 2))
+
 
 def test_the_worker_is_found_in_the_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
@@ -372,6 +381,14 @@ def test_latents_that_are_not_finite_are_rejected(inputs, tmp_path, monkeypatch)
     assert Manifest.load(out).rejected == 10 and "not finite in float16" in (out / "rejected.jsonl").read_text()
 
 
+def test_what_leaves_nothing_to_learn_from_is_told(inputs, tmp_path):
+    with pytest.raises(DataError, match="of 40 images none is left to learn from: 40 samples are held out, 0 images rejected; encode"):
+        run_encode(inputs, tmp_path / "out", holdout=1 - 1e-9)
+    write_tar(tmp_path / "in.tar", [])
+    with pytest.raises(DataError, match="of 0 images none is left"):
+        run_encode(inputs, tmp_path / "empty", f"wds:{tmp_path}/in.tar")
+
+
 def test_a_full_disk_is_told_in_one_line_and_the_run_continues(inputs, encoded, tmp_path, capsys):
     out = tmp_path / "out"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -440,6 +457,16 @@ def test_too_many_tokens_for_a_text_encoder(inputs, tmp_path):
         load_text_encoder(str(inputs / "vae"), 8, "cpu")
 
 
+def test_a_text_encoder_without_a_token_for_nothing(tmp_path):
+    """Guidance needs one. It is asked alone, before any caption."""
+    write_text_encoder(tmp_path / "bert", "bert")
+    encoder = load_text_encoder(str(tmp_path / "bert"), 8, "cpu")
+    encoder.tokenizer.backend_tokenizer.post_processor = None  # which ends each caption
+    for captions in ([""], ["a red", ""]):
+        with pytest.raises(DataError, match="bert' has no token for the caption ''; choose another"):
+            encoder(captions)
+
+
 def test_stock_webdataset_reads_the_shards_without_this_package(encoded, tmp_path):
     program = """
 import json, sys
@@ -463,9 +490,14 @@ print(json.dumps(found))
     [
         (["fit-vae", "--source", "sample:cats", "--out", "{tmp}/v"], ["--source", "sample:cats", "sample:digits"]),
         (["fit-vae", "--source", "folder:{inputs}/images", "--out", "{tmp}/v", "--factor", "3"], ["--factor", "3", "power of two"]),
+        (["fit-vae", "--source", "folder:{inputs}/images", "--out", "{inputs}/images"], ["--out='{inputs}/images'", "holds no VAE"]),
+        (["fit-vae", "--source", "folder:{inputs}/images", "--out", "{inputs}/images/ant/0.png"], ["ant/0.png: Not a directory"]),
+        (["fit-vae", "--source", "folder:{tmp}/few", "--out", "{tmp}/v"], ["--source='folder:{tmp}/few'", "1 of its 2 images can be read"]),
         (["encode", "--source", "folder:{tmp}/none", "--vae", "v", "--out", "{tmp}/o"], ["{tmp}/none", "no such folder"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/none", "--out", "{tmp}/o"], ["{tmp}/none", "no such folder"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/images", "--out", "{tmp}/o"], ["AutoencoderKL"]),
+        (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/few", "--out", "{tmp}/o"], ["'UNet2DModel'; choose one of Auto"]),
+        (["encode", "--source", "folder:{inputs}/images", "--vae", "{tmp}/bare", "--out", "{tmp}/o"], ["{tmp}/bare", "safetensors found"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "{inputs}/vae", "--out", "{tmp}/o", "--size", "15"], ["--size", "15"]),
         (["encode", "--source", "folder:{inputs}/images", "--vae", "v", "--out", "{tmp}/o", "--classes", "3"], ["--classes", "3"]),
         (
@@ -479,9 +511,14 @@ print(json.dumps(found))
 )
 def test_mistakes_are_told_in_one_line(inputs, tmp_path, capsys, arguments, words):
     places = {"tmp": tmp_path, "inputs": inputs}
+    for name, kind in (("few", "UNet2DModel"), ("bare", "AutoencoderKL")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(dict(_class_name=kind)))
+    (tmp_path / "few" / "a.png").write_bytes(png())
+    (tmp_path / "few" / "b.png").write_bytes(b"broken")
     assert main([argument.format(**places) for argument in arguments]) == 2
     assert_one_line(capsys.readouterr().err, *(word.format(**places) for word in words))
-    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob("o/*"))
 
 
 def test_a_vae_may_be_made_where_one_stands(inputs, tmp_path, monkeypatch):
@@ -509,6 +546,7 @@ def test_an_encoder_that_is_none_does_not_keep_the_folder(inputs, tmp_path, caps
         (["subset", "https://example.org/latents", "--fraction", "0.1", "--out", "o"], "copy the folder here"),
         (["verify", "latents", "--sheet", "sheet.tex"], ".png"),
         (["inspect", "latents", "--sheet", "sheet"], ".png"),
+        (["encode", "--source", "s", "--vae", "v", "--out", "o", "--worker", "8/8"], "--worker: '8/8' is not i/n with i from 0 to n - 1"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, word, capsys):

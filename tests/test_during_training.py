@@ -89,8 +89,11 @@ def test_the_extractor_is_asked_on_its_device(recipe, monkeypatch):
 
 def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
     run = recipe.parent / "failing"
-    (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "decode", recipe, f"run_dir={run}"])
-    assert "no Fréchet distance of step 2: MemoryError: no memory left" in output
+    pictures = ["train.sample_every=2", "train.sample_images=3"]
+    (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "decode", recipe, f"run_dir={run}", *pictures])
+    for what in ("Fréchet distance", "sample grid"):
+        assert f"no {what} of step 2: MemoryError: no memory left" in output
+    assert not (run / "samples").exists()
     assert record(run)["step"] == 2
     assert "fd" not in record(run)
 

@@ -106,13 +106,14 @@ def test_our_time_scale_is_told_and_comes_back(imported, tmp_path, capsys):
         ({"input_size": 16}, "is for 8"),
         ({"num_classes": 9}, "shape"),
         ({"time_scale": "nan"}, "--time-scale"),
+        ({"balance_alpha": -1}, "--balance-alpha=-1.0: a number, at least 0"),
         ({"time_scale": 1000, "objective": "ddpm"}, "--time-scale"),
     ],
 )
 def test_settings_that_contradict_the_reference_weights(changed, word, imported, tmp_path, capsys):
     arguments = torch.load(FIXTURES / f"{NAMES[0]}.pt", weights_only=True)["arguments"] | changed
     told = flags(arguments, arguments.pop("objective", "rectified_flow"))
-    told += ["--time-scale", str(arguments.get("time_scale", 1.0))]
+    told += ["--time-scale", str(arguments.get("time_scale", 1.0)), "--balance-alpha", str(arguments.get("balance_alpha", 0.005))]
     assert main(["import", "reference", str(imported / f"{NAMES[0]}.pt"), *told, "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
@@ -146,6 +147,9 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "mine.pt").touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "config.json").write_text("[" * 100_000)
     (tmp_path / "step_1").mkdir()
     (tmp_path / "step_1" / "index.json").write_text(
         json.dumps(dict(format=checkpoint.FORMAT, files={}, shapes={}, ema=dict(kinds=["ema_0.9"])))
@@ -154,7 +158,7 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     for arguments, word in (
         (["export", weights, "--out", weights], "already"),
         (["export", weights, "--out", str(tmp_path / "o"), "--shard-size", "5"], "--shard-size"),
-        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds bare, lacking, list, step_1, weights, wide"),
+        (["export", str(tmp_path), "--out", str(tmp_path / "o")], "it holds bare, deep, lacking, list, mine.pt, step_1, weights, wide"),
         (["import", "diffusers", weights, "--out", str(tmp_path / "o")], "neither"),
         (
             ["import", "reference", str(tmp_path / "no.pt"), *settings, "--out", "o"],
@@ -167,6 +171,9 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
             "--weights='ema_0.99': choose ema_0.9, ema (the first of these) or master",
         ),
         (["export", wide, "--to", "reference", "--out", str(tmp_path / "o")], "8x12"),
+        (["export", weights, "--to", "reference", "--out", str(tmp_path / "mine.pt")], "mine.pt: exists already; choose another name"),
+        (["import", "diffusers", str(tmp_path), "--out", str(tmp_path / "o")], f"{tmp_path}/config.json: not readable"),
+        (["import", "diffusers", str(tmp_path / "deep"), "--out", str(tmp_path / "o")], "deep/config.json: not readable"),
         (["import", "diffusers", str(tmp_path / "bare"), "--out", str(tmp_path / "o")], "'diffusion' is missing"),
         (["import", "diffusers", str(tmp_path / "list"), "--out", str(tmp_path / "o")], "not a JSON object"),
         (["export", str(tmp_path / "lacking"), "--out", str(tmp_path / "o")], "lacks 'diffusion'"),
@@ -387,6 +394,9 @@ def test_a_stock_dit_that_is_not_ours_is_refused(tmp_path):
     stock_dit(tmp_path / "other", activation_fn="gelu")
     with pytest.raises(CheckpointError, match="activation_fn='gelu'"):
         diffusers_weights(tmp_path / "other" / "transformer")
+    stock_dit(tmp_path / "wide", out_channels=6)
+    with pytest.raises(CheckpointError, match="wide/transformer: out_channels=6 is neither in_channels=4 nor twice that"):
+        diffusers_weights(tmp_path / "wide")
     stock_dit(tmp_path / "scheduled")
     (tmp_path / "scheduled" / "scheduler").mkdir()
     for settings, says in ((dict(prediction_type="v_prediction"), "prediction_type='v_prediction'"), (dict(beta_end=0.02), None)):

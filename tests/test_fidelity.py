@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 import sys
 import types
 import zipfile
@@ -301,6 +302,14 @@ def test_statistics_alone(tmp_path, inception, alone):
         np.savez_compressed(reference, **names)
         with pytest.raises(DataError, match="its statistics cannot be read .*bytes, more than 67108864"):
             open_measurement("fid", samples, **given)
+    for told, words in (
+        (dict(mu=np.zeros(7)), "has only one of mu and sigma"),
+        (dict(mu=np.zeros(7), sigma=np.eye(6)), r"mu \(7,\) and sigma \(6, 6\) do not go together"),
+        (dict(mu_s=np.zeros(7), sigma_s=np.full((7, 7), np.nan)), "mu_s or sigma_s is not finite"),
+    ):
+        np.savez(reference, **told)
+        with pytest.raises(DataError, match=rf"b\.npz: {words}"):
+            open_measurement("fid", samples, **given)
 
 
 @pytest.mark.parametrize("kind", [np.savez, np.savez_compressed])
@@ -346,6 +355,20 @@ def lie_about_count(path):
         archive.writestr("arr_0.npy", content)
 
 
+def lie_about_size(path):
+    """As ``lie_about_count``, in the zip's own list of what it holds too."""
+    lie_about_count(path)
+    content = path.read_bytes()
+    size = len(content[content.index(b"\x93NUMPY") : content.index(b"PK\1\2")])
+    old, new = (struct.pack("<2L", size, told) for told in (size, size + 59 * 8 * 8 * 3))
+    path.write_bytes(content[: (listed := content.index(b"PK\1\2"))] + content[listed:].replace(old, new))
+
+
+def hold_no_array(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"pictures")
+
+
 class Harmful:
     def __reduce__(self):
         return open, ("was_run", "w")
@@ -359,6 +382,8 @@ class Harmful:
         (lambda path: path.unlink(), "No such file"),
         (lie_about_count, "its header says"),
         (write_long_header, r"no array of NumPy \(version \(2, 0\)"),
+        (lie_about_size, "ends after image 0; write it again"),
+        (hold_no_array, "arr_0.npy is no array of NumPy"),
         (lambda path: spoil(path, 2000), "damaged"),
         (lambda path: spoil(path, 0), "cannot be read"),
         (lambda path: np.savez(path, np.zeros((5, 8, 8, 3), np.float32)), "float32.*uint8"),

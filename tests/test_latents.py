@@ -173,6 +173,9 @@ def test_std_and_text_come_back(tmp_path, dtype):
         assert torch.equal(sample.tensors[name], tensor) and sample.tensors[name].dtype == tensor.dtype
     with pytest.raises(DataError, match=r"text has shape \[8, 5\]"):
         reader.read(1)
+    if dtype == "bfloat16":
+        with pytest.raises(DataError, match=r"latent has shape \[2, 3, 4\], not the manifest's"):
+            ShardReader(tmp_path / "x.tar", manifest, (2, 4, 3)).read(0)
     plain = next(iter(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)))
     assert plain["__key__"] == "k" and torch.equal(safetensors.torch.load(plain["text.safetensors"])["text"], text)
 

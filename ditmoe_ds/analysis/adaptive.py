@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ditmoe_ds.analysis.routing import watched
-from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.plain import plain
@@ -28,12 +27,10 @@ def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: fl
         uint8 images (B, H, W, 3); how many experts took each token, int64 (L, steps, B, rows, columns), from noise to image.
 
     Raises:
-        ConfigError: no layer has experts; and as ``Run.sample``.
+        ConfigError: as ``Run.sample``.
     """
     with watched(run.model) as taken:
         images = run.sample(prompts, steps=steps, guidance=guidance, seed=seed)
-    if not taken:
-        raise ConfigError("run", None, "the model is dense: every token has the same compute")
     side = [length // run.model.config.patch for length in run.shape[1:]]
     # with guidance the first half of each forward is the conditional one, or the first of two forwards is
     counts = [layer.sum(1).view(-1, *side)[: len(prompts)] for layer in taken]

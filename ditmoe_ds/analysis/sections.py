@@ -134,8 +134,6 @@ def training(numbers: Numbers) -> str:
         {"loss": loss}, ends, "training loss"
     )
     key = "max_over_mean" if numbers["routing"] == "token" else "takers_std"
-    if key not in curves["router"]:
-        return left
     values = curves["router"][key]  # (L, places)
     high = max(values.max().item(), values.min().item() + 0.1)
     means = values.mean(0)

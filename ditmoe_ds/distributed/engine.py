@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ditmoe_ds.distributed import zero3
 from ditmoe_ds.distributed.settings import offloads
 from ditmoe_ds.distributed.topology import ParallelConfig
-from ditmoe_ds.errors import ConfigError
 
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
     from ditmoe_ds.distributed.adamw import AtOnce
@@ -80,18 +79,10 @@ class Engine(DeepSpeedEngine):
         """Not needed: every rank fills in the same weights, later."""
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        """Replace DeepSpeed's blanket refusal by what its stage-3 code needs, and keep its other refusals."""
+        """Replace DeepSpeed's blanket refusal by what its stage-3 code needs; ``read_ds_config`` has its other refusals."""
         for name, parameter in self.module.named_parameters():
             tagged = getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert"
             assert tagged == is_moe_param(parameter), f"{name}: expert parameters, and only those, carry ZeRO-3 placement tags"
-        zero = self._config.zero_config
-        for key, wrong in (
-            ("zero_quantized_gradients", self.zero_quantized_gradients()),
-            ("offload_optimizer.device nvme", zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme"),
-            ("sequence_parallel_size", self.sequence_parallel_size != 1),
-        ):
-            if wrong:
-                raise ConfigError("parallel.deepspeed", key, "DeepSpeed's ZeRO-3 does not support this with experts; remove it")
 
     def allreduce_no_retain(self, bucket: list[Tensor], dp_group: Any, numel_per_bucket: int = 0, dp_world_size: float = 1) -> None:
         """At stage 0: gradients that this rank shares with no other stay where they are, instead of being copied into a bucket and back."""

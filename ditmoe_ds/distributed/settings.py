@@ -39,7 +39,9 @@ FIXED = {
     "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way with experts"),
     "zero_optimization.stage3_module_granularity_threshold": (0, "weights are gathered by layer here"),
     "zero_optimization.zero_hpz_partition_size": (1, "a second partition in the node is not saved, nor tried"),
+    "zero_optimization.zero_quantized_gradients": (False, "DeepSpeed has no quantized gradients with experts"),
     "torch_autocast.enabled": (False, "train.precision says what is computed in"),
+    "sequence_parallel_size": (1, "no image is divided among ranks here"),
 }
 """DeepSpeed settings that have to stay as they are here, and why."""
 
@@ -77,6 +79,9 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
     for key, (allowed, reason) in FIXED.items():
         if (value := _setting(config, key, allowed)) not in (allowed, None):
             raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: {reason}; remove it")
+    if _setting(config, "zero_optimization.offload_optimizer.device", None) == "nvme":
+        fix = 'zero_optimization.offload_optimizer.device="nvme": what lies there is not saved; write cpu'
+        raise ConfigError("parallel.deepspeed", str(named), fix)
     if stage < 2 and _setting(config, "data_types.grad_accum_dtype", None):
         fix = f"data_types.grad_accum_dtype: DeepSpeed's stage {stage} cannot; remove it, or take stage 2"
         raise ConfigError("parallel.deepspeed", str(named), fix)

@@ -139,7 +139,7 @@ def _open_folder(path: Path) -> Weights:
         found = description.pop("format", None)
         if found != FORMAT:
             raise CheckpointError(f"{path}: its config.json has format {found!r}, not {FORMAT!r}; is it to be imported (ditmoe import)?")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: no readable config.json ({error})") from None
     if missing := {"model", "diffusion", "latents", "step", "weights"} - description.keys():
         raise CheckpointError(f"{path}: its config.json lacks {min(missing)!r}")
@@ -163,7 +163,7 @@ def open_shards(folder: Path, stem: str) -> Tensors:
             raise ValueError(f"{outside[0]!r} lies outside the folder")
         files = {file: TensorFile(folder / file) for file in sorted(set(weight_map.values()))}
         shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: does not fit the files beside it ({error})") from None
     return Tensors(shapes, lambda name, start, out: files[weight_map[name]].read(name, start, out))
 

@@ -206,7 +206,7 @@ def _check_equal(folder: Path, theirs: Tensors, copies: list[str]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: not a JSON object")

@@ -79,16 +79,15 @@ class TextEncoder:
         captions = [caption.encode(errors="replace").decode() for caption in captions]  # some were cut in the middle of an emoji
         tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         mask = tokens["attention_mask"]
+        if none := [caption for caption, count in zip(captions, mask.sum(1).tolist()) if not count]:
+            raise DataError(f"text encoder {self.name!r} has no token for the caption {none[0]!r}; choose another")
         if self.model.device.type != "meta":  # else accelerate holds the weights, and moves the inputs itself
             tokens = tokens.to(self.model.device)
         self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
         states = (
             self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state.to(torch.bfloat16).cpu()
         )
-        found = [state[valid] for state, valid in zip(states, mask.bool())]
-        if not all(map(len, found)):
-            raise DataError(f"text encoder {self.name!r} has no token for an empty caption; choose another")
-        return found
+        return [state[valid] for state, valid in zip(states, mask.bool())]
 
     def _count_cut(self, captions: list[str]) -> None:
         """Count which of these captions, which fill ``max_tokens``, were cut, and print the first ever."""

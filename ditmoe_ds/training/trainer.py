@@ -267,7 +267,6 @@ class Trainer:
             return None
         reader = agreed(lambda: checkpoint.Reader(path))
         agreed(lambda: self._check_same_run(reader))
-        agreed(lambda: reader.check_shapes({shard.name: shard.shape for shard in self.shards}))
         return reader
 
     def _resume(self, reader: checkpoint.Reader) -> None:
