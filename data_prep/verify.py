@@ -44,6 +44,8 @@ def verify(path: str, *, workers: int = 1, sheet: str | None = None, source: str
         DataError: the first thing that is wrong; or a process died.
     """
     manifest = Manifest.load(path)
+    if sheet:
+        Path(sheet).parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of reading
     if manifest.text:
         manifest.empty_text()
     histogram, keys = Counter[int](), []
