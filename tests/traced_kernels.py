@@ -115,7 +115,7 @@ def ran(monkeypatch):
         PLAIN[name](**kwargs, **kernel_side_table.get_constant_args(constant_args_idx))
 
     triton.runtime.driver.set_active(Driver())
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda **_: True)
     monkeypatch.setitem(triton_kernel_wrapper_mutation.py_kernels, DispatchKey.CompositeExplicitAutograd, launch)
     triton_kernel_wrapper_mutation._dispatch_cache.clear()
     monkeypatch.setattr(rows, "kernels", kernels, raising=False)
