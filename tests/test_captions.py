@@ -12,7 +12,7 @@ from encoding import assert_one_line, contents, png, run_encode, samples, write_
 from data_prep import captions
 from data_prep.cli import main
 from data_prep.finalize import finalize
-from data_prep.sources import open_source
+from data_prep.sources import is_heldout, open_source
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import tars
 from ditmoe_ds.latents.loader import DataConfig, LatentLoader
@@ -174,6 +174,16 @@ def test_captions_too_large_for_a_sample_are_a_reason(inputs, encoder, tmp_path,
     rejected = {line["source"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
     assert rejected.keys() == {"2.png", "5.png"} and all(reason.endswith("bytes, more than 6000") for reason in rejected.values())
     assert len(all_samples(out)) == 7 and main(["verify", str(out)]) == 0
+
+
+def test_a_shard_without_a_sample_is_none(inputs, tmp_path, monkeypatch):
+    """Of a split whose every sample is too large."""
+    monkeypatch.setattr(tars, "SAMPLE_LIMIT", 6000)
+    entries = [{"__key__": f"k{i}", "png": png(i), "txt": b"a" * (6000 if is_heldout(f"k{i}", 0.3) else 1)} for i in range(9)]
+    write_tar(tmp_path / "in.tar", entries)
+    out = run_encode(inputs, tmp_path / "out", f"wds:{tmp_path / 'in.tar'}", max_rejected=0.9)
+    assert 0 < Manifest.load(out).rejected < 9
+    assert [path.name for path in out.glob("*.tar")] == ["train-000000.tar"]
 
 
 def test_workers_and_decoders_write_the_same_and_texts_are_part_of_the_request(inputs, encoder, tmp_path):

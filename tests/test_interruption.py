@@ -136,7 +136,7 @@ def test_rank_0_is_reached_by_either_internet_protocol():
 def test_strangers_have_little_room():
     """Silent connections from anywhere would else take all files of rank 0; the ranks have room of their own."""
     office = lookout._Office(2)
-    strangers = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(80)]
+    strangers = [socket.create_connection(("127.0.0.1", office.port), timeout=10) for _ in range(80)]  # sooner than ``SILENCE`` ends them
     turned_away = strangers[66:]
     assert [stranger.recv(1) for stranger in turned_away] == [b""] * 14
     for stranger in strangers[:2]:

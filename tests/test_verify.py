@@ -111,6 +111,13 @@ def test_verify_finds_values_that_are_not_finite(inputs, tmp_path, capsys, monke
     assert "not finite" in capsys.readouterr().err
 
 
+def test_a_sheet_that_cannot_be_written_is_told_before_all_is_read(encoded, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(verifying, "_check", lambda *_: pytest.fail("a shard was read"))
+    assert main(["verify", str(encoded), "--sheet", str(tmp_path / "file" / "sheet.png")]) == 2
+    assert_one_line(capsys.readouterr().err, str(tmp_path / "file"), "File exists")
+
+
 def test_an_image_stands_above_its_decoded_latent_in_the_last_row_too(tmp_path):
     images = [torch.full((4, 4, 3), i, dtype=torch.uint8) for i in range(10)]
     save_pairs(images, [image + 100 for image in images], tmp_path / "pairs.png", columns=8)
