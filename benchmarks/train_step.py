@@ -97,10 +97,14 @@ class Plain:
 
 
 def block(step: Callable[[], Any], steps: int) -> tuple[float, Any]:
-    """Mean seconds of a step, each of which waits for the device, and what the last returned."""
+    """Mean seconds of a step until the device has finished all, and what the last returned."""
+    if GPU:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
         result = step()
+    if GPU:
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps, result
 
 
@@ -222,7 +226,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=0 if GPU else 2, help="of ZeRO")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=GPU, help="compare the models with compiled blocks")
     parser.add_argument("--rounds", type=int, default=3 if GPU else 5)
-    parser.add_argument("--steps", type=int, default=4 if GPU else 2, help="of a peer in a round")
+    parser.add_argument("--steps", type=int, default=10 if GPU else 2, help="of a peer in a round")
     parser.add_argument("--write", action="store_true", help="put the figures into train_step.md")
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -9,14 +9,14 @@ import torch
 
 
 class Clock:
-    """Adds up the time from ``start`` to ``stop``, by part. Parts may be nested; each shows in a profiler's trace."""
+    """Adds up the time between ``start`` and ``stop``, by part. Parts may be nested; each shows in a profiler's trace."""
 
     def __init__(self) -> None:
-        self._spans: list[tuple[str, Any, Any]] | None = None
+        self._running, self._spans = False, list[tuple[str, Any, Any]]()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        if self._spans is None:
+        if not self._running:
             yield
             return
         with torch.profiler.record_function(part):
@@ -25,18 +25,17 @@ class Clock:
             self._spans.append((part, start, _now()))
 
     def start(self) -> None:
-        self._spans = []
+        self._running = True
 
     def stop(self) -> dict[str, float]:
-        """Seconds by part. Waits for the device."""
-        assert self._spans is not None
-        spans, self._spans = self._spans, None
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds: dict[str, float] = {}
+        """Seconds of each part, as far as the device has finished it. What it still works on counts at the next ``stop``."""
+        spans, self._spans, self._running = self._spans, [], False
+        cuda, seconds = torch.cuda.is_available(), dict[str, float]()
         for part, start, end in spans:
-            seconds[part] = seconds.get(part, 0.0) + (start.elapsed_time(end) / 1e3 if cuda else end - start)
+            if cuda and not end.query():
+                self._spans.append((part, start, end))
+            else:
+                seconds[part] = seconds.get(part, 0.0) + (start.elapsed_time(end) / 1e3 if cuda else end - start)
         return seconds
 
 

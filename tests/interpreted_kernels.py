@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from choices import CHOICES, ROUTERS, chosen_alike
-from masters import stepped_alike
+from masters import squared_alike, stepped_alike
 from torch.nn import functional as F
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from ditmoe_ds.distributed import adamw
+from ditmoe_ds.distributed import adamw, norm
 from ditmoe_ds.launching import arithmetic
 from ditmoe_ds.models import rotary
 from ditmoe_ds.models.embeddings import rotate
@@ -38,7 +38,7 @@ def minding_its_memory(monkeypatch):
     def launching(self, *arguments, **named):
         storages = [value.untyped_storage() for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
         memory[:] = [range(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
-        if self.fn.__name__ == "_adamw":  # is given a table of addresses
+        if self.fn.__name__ in ("_adamw", "_square_sums"):  # are given tables of addresses
             memory[:] = [range(2**64)]
         written.clear()
         launch(self, *arguments, **named)
@@ -266,6 +266,11 @@ def test_the_doctor_tells_what_a_device_cannot_compute(a_sound_device, monkeypat
     monkeypatch.setattr(kernels, "swiglu", lambda x: 1 / 0)
     wanted = "a layer with token choice fails: ZeroDivisionError: division by zero"
     assert arithmetic.wrong_on(torch.device("cpu")) == wanted
+
+
+def test_the_norm(monkeypatch):
+    monkeypatch.setattr(norm, "PROGRAMS", 10)
+    squared_alike("cpu")
 
 
 def test_adamw():

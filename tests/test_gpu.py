@@ -9,10 +9,11 @@ import pytest
 import torch
 from choices import CHOICES, ROUTERS, chosen_alike
 from latents import write_latents, write_vae
-from masters import stepped_alike
+from masters import squared_alike, stepped_alike
 from PIL import Image
 from processes import ROOT, demo_on, losses
 
+from ditmoe_ds.distributed import norm
 from ditmoe_ds.launching.arithmetic import wrong_on
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.moe.experts import fastest_kernel
@@ -104,6 +105,12 @@ def test_kernels_choose_experts(size, config):
 
 def test_the_doctor_finds_the_gpu_sound():
     assert wrong_on(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("programs", [10, norm.PROGRAMS])
+def test_one_kernel_squares_all_gradients(programs, monkeypatch):
+    monkeypatch.setattr(norm, "PROGRAMS", programs)
+    squared_alike("cuda")
 
 
 def test_one_kernel_steps_all_weights():

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ditmoe_ds.distributed.engine import Engine
 from ditmoe_ds.distributed.shards import Shard, refresh_weights
+
+if TYPE_CHECKING:  # needs Triton
+    from ditmoe_ds.distributed.adamw import AtOnce
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,36 @@ def kind(decay: float) -> str:
 class EMA:
     """Averages of this rank's shards; nothing is communicated.
 
+    Args:
+        at_once: the kernel that moves them, too, if one makes the optimizer's step.
+
     Attributes:
         averages: by kind, the averages of the shards in their order.
         steps: optimizer steps so far.
     """
 
-    def __init__(self, shards: list[Shard], config: EMAConfig):
-        self.config, self.steps = config, 0
+    def __init__(self, shards: list[Shard], config: EMAConfig, at_once: "AtOnce | None" = None):
+        self.config, self.steps, self.at_once = config, 0, at_once
         self.masters = [shard.master for shard in shards]
         self.averages = {kind(decay): [master.clone() for master in self.masters] for decay in config.decays}
+        if at_once:
+            at_once.also_average(self.masters, [*self.averages.values()], self.shares)
+
+    def shares(self) -> list[float]:
+        """How far the next update moves each average towards the weights; empty if it moves none."""
+        step, every = self.steps + 1, self.config.every
+        if step % every:
+            return []
+        reach = step / (9 + step) if self.config.warmup else 1.0
+        return [1 - min(decay, reach) ** every for decay in self.config.decays]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the master weights. Call after each optimizer step."""
+        """Move the averages towards the master weights, unless the optimizer's kernel has. Call after each optimizer step."""
+        for share, average in zip(self.shares(), self.averages.values()):
+            if not self.at_once:
+                torch._foreach_lerp_(average, self.masters, share)
         self.steps += 1
-        if self.steps % self.config.every:
-            return
-        for decay, average in zip(self.config.decays, self.averages.values(), strict=True):
-            if self.config.warmup:
-                decay = min(decay, self.steps / (9 + self.steps))
-            torch._foreach_lerp_(average, self.masters, 1 - decay**self.config.every)
 
     @contextmanager
     def applied(self, engine: Engine) -> Iterator[None]:

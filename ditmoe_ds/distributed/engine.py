@@ -29,6 +29,7 @@ from ditmoe_ds.distributed.topology import ParallelConfig
 
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
     from ditmoe_ds.distributed.adamw import AtOnce
+    from ditmoe_ds.distributed.norm import square_sum
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
     """() float64 sum of squares, by few kernels however many gradients there are."""
+    if gradients[0].is_cuda:
+        return square_sum(gradients)
     return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum()
 
 

@@ -1,9 +1,10 @@
-"""Memory of the host that a GPU copies from and to: page-locked, and no more of it than was asked for.
+"""Memory of the host that a GPU copies from and to.
 
-torch's own allocator of such memory rounds every tensor up to a power of two bytes.
+torch's own allocator of page-locked memory rounds every tensor up to a power of two bytes; ours does not.
 """
 
 import weakref
+from collections.abc import Callable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 
 import torch
@@ -21,3 +22,19 @@ def empty_on_host(shape: torch.Size, dtype: torch.dtype, locked: bool) -> Tensor
     torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 1))  # 1: for all GPUs
     weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory[:size].view(dtype).view(shape)
+
+
+def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Begin to copy tensors to the host. Returns a function that waits for the copies, though for nothing that the device was asked to do
+    after them, and returns them."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if not tensors[0].is_cuda:
+        return lambda: copies
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[Tensor]:
+        copied.synchronize()
+        return copies
+
+    return wait

@@ -61,28 +61,30 @@ def _rope(device: torch.device) -> Pairs:
 
 
 def _adamw(device: torch.device) -> Pairs:
-    """Weights, masters and both moments after two steps; the first, which makes the moments, is torch's."""
+    """Weights, masters, both moments and an average after two steps; the first, which makes the moments, is torch's."""
     from ditmoe_ds.distributed.adamw import AtOnce  # needs Triton
 
     start, *gradients = _rounded(3, 5000)
     found = []
     for where in (device, CPU):
         master, grads = start.to(where, copy=True).requires_grad_(), [gradient.to(where) for gradient in gradients]
-        weight = torch.nn.Parameter(master.detach().bfloat16())
+        weight, average = torch.nn.Parameter(master.detach().bfloat16()), start.to(where, copy=True)
         adam = torch.optim.AdamW([master], lr=0.1, weight_decay=0.1)
         master.grad = grads[0]
         adam.step()
         if where is device:
             weight.grad = grads[1].bfloat16()
             kernel = AtOnce(adam, [master], [weight])
+            kernel.also_average([master], [[average]], lambda: [0.25])
             kernel.prepare()
             kernel.step(0.5)
         else:
             master.grad = 0.5 * grads[1]
             adam.step()
             weight.data = master.detach().clone()
+            average.lerp_(master.detach(), 0.25)
         state = adam.state[master]
-        found.append([weight.detach(), master.detach(), state["exp_avg"], state["exp_avg_sq"]])
+        found.append([weight.detach(), master.detach(), state["exp_avg"], state["exp_avg_sq"], average])
     return zip(*found, strict=True)
 
 

@@ -224,12 +224,12 @@ class Plan:
     @property
     def _optimizer_seconds(self) -> float:
         """Time of the memory's traffic: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read
-        and written; masters are copied to the weights. At stage 0 one kernel does all but norm and averages (``distributed.adamw``)."""
+        and written; masters are copied to the weights. At stage 0 one kernel does all but the norm (``distributed.adamw``)."""
         one_kernel = self.shape.stage == 0 and self.job.precision == "bf16" and self.job.optimizer == "adamw"
         found, shape, size = self._layers, self.shape, self.batch.size
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
-        step = 28 if one_kernel else (size + 4) + 8 + 28 + (4 + size)
-        return local * (size + step + 12 * self.job.averages) / self._memory_rate
+        step, average = (28, 8) if one_kernel else ((size + 4) + 8 + 28 + (4 + size), 12)
+        return local * (size + step + average * self.job.averages) / self._memory_rate
 
     @property
     def step_seconds(self) -> float:

@@ -23,6 +23,7 @@ from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
+from ditmoe_ds.distributed.host import fetch
 from ditmoe_ds.distributed.topology import (
     AgreedError,
     World,
@@ -100,7 +101,7 @@ class Trainer:
         self.started_from = saved.index.get("started_from") if saved else decided(self._started_from)
         if saved is None:
             shards.fill(self.engine, self.shards, initial)
-        self.ema = EMA(self.shards, recipe.ema)
+        self.ema = EMA(self.shards, recipe.ema, self.engine.at_once)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self.spikes = SpikeWatch(train.spike_threshold)
         if saved:
@@ -169,21 +170,24 @@ class Trainer:
                 loss = compute_loss(self.engine, self.objective, batch, self.plan.model)
             with clock("backward"):
                 self.engine.backward(loss.total)
-            if i == accumulation and self.step + 1 < train.steps:
-                self.ahead.begin()
-            with clock("optimizer"):
-                self.engine.step()
             sums[:3] += torch.stack([loss.diffusion, loss.balance, loss.z]).double() / accumulation
             selections, takers = selections + loss.selections, takers + loss.takers
             per_batch.append(loss.diffusion)
+            if i == accumulation:
+                if self.step + 1 < train.steps:
+                    self.ahead.begin()
+                sums[3].fill_(self.interruption is not None and self.interruption.asked)  # an assignment would wait for the device
+                dist.all_reduce(sums)
+                arrived = fetch(sums, selections, takers)  # so early that the host need not wait until the device has made the step
+            with clock("optimizer"):
+                self.engine.step()
         applied = self.engine.was_step_applied()
         if applied:
             with clock("ema"):
                 self.ema.update()
         self.step += 1
         self.samples_seen += train.global_batch
-        sums[3] = self.interruption is not None and self.interruption.asked
-        dist.all_reduce(sums)
+        sums, selections, takers = arrived()
         diffusion, balance, z, stop = (sums / self.world.size).tolist()
         self.interrupted = stop > 0 and self.step < train.steps
         parts = clock.stop()
@@ -211,7 +215,7 @@ class Trainer:
         if self.plan.recipe.data.log_samples:
             record["samples"] = self._keys(batches)
         if selections.numel():
-            record["router"] = router_metrics(selections.cpu(), takers.cpu())  # on the CPU: each of them would wait for a device
+            record["router"] = router_metrics(selections, takers)
         if applied:
             self.skipped_in_a_row = 0
             if spike := self.spikes(diffusion, per_batch, batches, self.dataset.key):
