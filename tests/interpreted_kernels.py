@@ -7,12 +7,13 @@ import pytest
 import torch
 from choices import CHOICES, ROUTERS, chosen_alike
 from masters import squared_alike, stepped_alike
+from norms import NORMS, gated_alike, normed_alike
 from torch.nn import functional as F
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from ditmoe_ds.distributed import adamw, norm
 from ditmoe_ds.launching import arithmetic
-from ditmoe_ds.models import rotary
+from ditmoe_ds.models import adaln, adaln_kernels, rotary
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
 from ditmoe_ds.moe import choosing, experts, kernels, layer, rows
@@ -21,6 +22,11 @@ from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, expert_choice, same_decisions, token_choice
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
+
+
+@pytest.fixture(autouse=True)
+def at_hand(monkeypatch):
+    monkeypatch.setattr(adaln, "adaln_kernels", adaln_kernels, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +272,18 @@ def test_the_doctor_tells_what_a_device_cannot_compute(a_sound_device, monkeypat
     monkeypatch.setattr(kernels, "swiglu", lambda x: 1 / 0)
     wanted = "a layer with token choice fails: ZeroDivisionError: division by zero"
     assert arithmetic.wrong_on(torch.device("cpu")) == wanted
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("shape", [(3, 75, 24), (2, 40, 16), (1, 3, 1100)])
+@pytest.mark.parametrize("dtype", NEAR)
+def test_adaln(kind, shape, dtype, monkeypatch):
+    normed_alike("cpu", shape, dtype, *NORMS[kind], monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_the_gate(dtype, monkeypatch):
+    gated_alike("cpu", (3, 75, 24), dtype, monkeypatch)
 
 
 def test_the_norm(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from choices import CHOICES, ROUTERS, chosen_alike
 from latents import write_latents, write_vae
 from masters import squared_alike, stepped_alike
+from norms import NEAR, NORMS, gated_alike, normed_alike
 from PIL import Image
 from processes import ROOT, demo_on, losses
 
@@ -105,6 +106,14 @@ def test_kernels_choose_experts(size, config):
 
 def test_the_doctor_finds_the_gpu_sound():
     assert wrong_on(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("shape", [(3, 75, 24), (2, 256, 1152)])
+def test_one_kernel_norms(shape, kind, monkeypatch):
+    for dtype in NEAR:
+        normed_alike("cuda", shape, dtype, *NORMS[kind], monkeypatch)
+        gated_alike("cuda", shape, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("programs", [10, norm.PROGRAMS])

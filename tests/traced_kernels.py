@@ -16,6 +16,8 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
+from ditmoe_ds.models import adaln, adaln_kernels
+from ditmoe_ds.models.adaln import EPS
 from ditmoe_ds.moe import experts, kernels, layer, rows
 from ditmoe_ds.moe.choosing import choose
 
@@ -92,11 +94,42 @@ def weigh_backward(grad, rows, tokens, weights, rows_grad, weights_grad, **_):
     weights_grad.copy_((upward * rows.float()).sum(1))
 
 
+def normed(value, scale, shift):
+    value = F.layer_norm(value, value.shape[-1:], eps=EPS)
+    return value if scale is None else value * (1 + scale.float()) + shift.float()
+
+
+def add_norm(x, branch, gate, shift, scale, total, out, BRANCH, GATE, NORM, MODULATED, **_):
+    value = x.float()
+    if BRANCH:
+        total.copy_(value + branch.float() * (gate.float() if GATE else 1))
+        value = total.float()
+    if NORM:
+        out.copy_(normed(value, scale if MODULATED else None, shift))
+
+
+def add_norm_backward(total_grad, out_grad, total, branch, gate, scale, x_grad, branch_grad, parts, GATE, NORM, MODULATED, ROWS, **_):
+    grad, parts = total_grad.float(), parts.zero_()
+    if NORM:
+        leaf, shift, factor = (each.detach().float().requires_grad_() for each in (total, torch.zeros_like(scale), scale))
+        with torch.enable_grad():
+            value = normed(leaf, factor if MODULATED else None, shift)
+        wanted = [leaf, shift, factor] if MODULATED else [leaf]
+        found, *of_condition = torch.autograd.grad(value, wanted, out_grad.float())
+        grad = grad + found
+        x_grad.copy_(grad)
+        for part, one in zip(parts, of_condition):
+            part[:, :1] = one
+    if GATE:
+        parts[-1, :, :1] = (grad * branch.float()).sum(1, keepdim=True)
+        branch_grad.copy_(grad * gate.float())
+
+
 def clear(matrices, ends, **_):
     matrices[ends.diff(prepend=ends.new_zeros(1)) == 0] = 0.0
 
 
-BOTH = {f"_{f.__name__}": f for f in (swiglu, swiglu_backward, sum_takings, weigh_backward)}
+BOTH = {f"_{f.__name__}": f for f in (swiglu, swiglu_backward, sum_takings, weigh_backward, add_norm, add_norm_backward)}
 EQUAL, UNEQUAL = (
     {"_list": list_rows, "_pack": pack},
     {"_choose": chose, "_place": place, "_choose_backward": choose_backward, "_clear": clear},
@@ -119,9 +152,10 @@ def ran(monkeypatch):
     monkeypatch.setitem(triton_kernel_wrapper_mutation.py_kernels, DispatchKey.CompositeExplicitAutograd, launch)
     triton_kernel_wrapper_mutation._dispatch_cache.clear()
     monkeypatch.setattr(rows, "kernels", kernels, raising=False)
+    monkeypatch.setattr(adaln, "adaln_kernels", adaln_kernels, raising=False)
     monkeypatch.setattr(layer, "choose", choose, raising=False)
-    for module in (layer, rows):
-        monkeypatch.setattr(module, "fused", lambda x: True)
+    for module in (adaln, layer, rows):
+        monkeypatch.setattr(module, "fused", lambda x: torch.compiler.is_compiling())  # the final layer is not compiled
     monkeypatch.setattr(experts, "kernels", kernels, raising=False)
     monkeypatch.setattr(experts, "leaves_gaps", lambda device: True)
     monkeypatch.setattr(experts, "fastest_kernel", lambda device, dtype, equal: "batched" if equal else "grouped")
@@ -137,7 +171,7 @@ def test_a_compiled_block_with_kernels_is_the_block(ran, monkeypatch, options, a
     model = disturbed(expert_activation=activation, **options).bfloat16()
     model.checkpoint_activations = again
     with monkeypatch.context() as without:
-        for module in (layer, rows):
+        for module in (adaln, layer, rows):
             without.setattr(module, "fused", lambda x: False)
         without.setattr(experts, "leaves_gaps", lambda device: False)
         plain = gradients(model)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ditmoe_ds.models.adaln import AdaNorm, add_gated, modulate
 from ditmoe_ds.models.attention import Attention, CrossAttention
 from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, position_table, rotary_angles
 from ditmoe_ds.moe.experts import PackedExperts
@@ -153,15 +154,15 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, layer: int, ep_size: int):
         super().__init__()
         dim = config.hidden
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = AdaNorm()
         self.attn = Attention(dim, config.heads, config.kv_heads or config.heads, config.qk_norm)
         self.cross: CrossAttention | None = None
         if config.text_width:
-            self.norm_cross = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+            self.norm_cross = AdaNorm()
             self.cross = CrossAttention(dim, config.heads, config.qk_norm)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.decoupled = config.router.input == "decoupled"
+        self.norm2 = AdaNorm()
         self.mlp: nn.Module
+        self.decoupled = config.router.input == "decoupled" and layer in config.routed_layers
         if layer not in config.routed_layers:
             self.mlp = DenseMLP(dim, config.mlp_width(layer), config.mlp_bias)
         else:
@@ -196,28 +197,37 @@ class Block(nn.Module):
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
         attend = partial(checkpoint, self.attend, use_reentrant=False) if recompute_attention else self.attend
-        x = attend(x, shift1, scale1, gate1, rotation, text, mask)
-        plain = self.norm2(x)
-        modulated = modulate(plain, shift2, scale2)
-        if self.decoupled and isinstance(self.mlp, MoE):
-            out, *stats = self.mlp(modulated, torch.cat([plain, c[:, None].expand(-1, x.shape[1], -1)], dim=-1))
+        if self.decoupled:
+            x, plain = attend(x, (shift1, scale1, gate1), (None, None), rotation, text, mask)
+            seen = torch.cat([plain, c[:, None].expand(-1, x.shape[1], -1)], dim=-1)
+            out, *stats = self.mlp(modulate(plain, shift2, scale2), seen)
         else:
+            x, modulated = attend(x, (shift1, scale1, gate1), (shift2, scale2), rotation, text, mask)
             out, *stats = self.mlp(modulated)
-        return x + gate2 * out, *stats
+        return add_gated(x, out, gate2), *stats
 
     def attend(
         self,
         x: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        gate: Tensor,
+        first: tuple[Tensor, Tensor, Tensor],
+        second: tuple[Tensor | None, Tensor | None],
         rotation: tuple[Tensor, Tensor] | None,
         text: Tensor | None,
         mask: Tensor | None,
-    ) -> Tensor:
-        """The first half: x after attention to itself and to the text."""
-        x = x + gate * self.attn(modulate(self.norm1(x), shift, scale), rotation)
-        return x if self.cross is None else x + self.cross(self.norm_cross(x), text, mask)
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: x after attention to itself and to the text, and its norm, modulated by ``second``.
+
+        Args:
+            first: shift, scale and gate of self-attention.
+            second: shift and scale of the feed-forward.
+        """
+        shift, scale, gate = first
+        x, modulated = self.norm1(x, shift, scale)
+        out = self.attn(modulated, rotation)
+        if self.cross is None:
+            return self.norm2(x, *second, out, gate)
+        x, normed = self.norm_cross(x, None, None, out, gate)
+        return self.norm2(x, *second, self.cross(normed, text, mask))
 
 
 class FinalLayer(nn.Module):
@@ -225,13 +235,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden, eps=1e-6, elementwise_affine=False)
+        self.norm = AdaNorm()
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.condition_width, 2 * config.hidden))
         self.linear = nn.Linear(config.hidden, config.patch**2 * config.out_channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(self.norm(x, shift, scale)[1])
 
 
 def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -351,7 +361,3 @@ class DiT(nn.Module):
 def _take(x: Tensor, keep: Tensor) -> Tensor:
     """Tokens ``keep`` (B, n) of x (B, N, D)."""
     return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
