@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_ds.errors import in_a_line
+from ditmoe_ds.models.adaln import AdaNorm
 from ditmoe_ds.models.embeddings import rotary_angles, rotate
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig
@@ -21,7 +22,7 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 def wrong_on(device: torch.device) -> str | None:
     """What this device computes otherwise than the CPU, or not at all; None if all is well. Its bf16 is compared with the CPU's fp32.
 
-    Tried are forward and backward of a sparse layer with each router and of RoPE, and AdamW, with all of our kernels for them.
+    Tried are forward and backward of a sparse layer with each router, of RoPE and of adaLN, and AdamW, with all of our kernels for them.
     """
     for name, check in CHECKS.items():
         try:
@@ -60,9 +61,23 @@ def _rope(device: torch.device) -> Pairs:
     return zip(*found, strict=True)
 
 
+def _adaln(device: torch.device) -> Pairs:
+    x, branch, *upward = _rounded(4, 2, 75, 64)
+    vectors = _rounded(2, 1, 3 * 64)
+    found = []
+    for where, dtype in ((device, torch.bfloat16), (CPU, torch.float32)):
+        leaves = [leaf.to(where, dtype).requires_grad_() for leaf in (x, branch, *vectors.chunk(3, dim=-1))]
+        outs = AdaNorm()(leaves[0], *leaves[2:4], leaves[1], leaves[4])
+        grads = torch.autograd.grad(outs, leaves, [each.to(where, dtype) for each in upward])
+        found.append([*(out.detach() for out in outs), *grads])
+    return zip(*found, strict=True)
+
+
 def _adamw(device: torch.device) -> Pairs:
-    """Weights, masters, both moments and an average after two steps; the first, which makes the moments, is torch's."""
+    """Weights, masters, both moments and an average after two steps, and the second gradient's sum of squares. The first step, which makes
+    the moments, is torch's."""
     from ditmoe_ds.distributed.adamw import AtOnce  # needs Triton
+    from ditmoe_ds.distributed.norm import square_sum
 
     start, *gradients = _rounded(3, 5000)
     found = []
@@ -76,15 +91,16 @@ def _adamw(device: torch.device) -> Pairs:
             weight.grad = grads[1].bfloat16()
             kernel = AtOnce(adam, [master], [weight])
             kernel.also_average([master], [[average]], lambda: [0.25])
+            squares = square_sum([weight.grad])
             kernel.prepare()
             kernel.step(0.5)
         else:
-            master.grad = 0.5 * grads[1]
+            master.grad, squares = 0.5 * grads[1], grads[1].square().sum()
             adam.step()
             weight.data = master.detach().clone()
             average.lerp_(master.detach(), 0.25)
         state = adam.state[master]
-        found.append([weight.detach(), master.detach(), state["exp_avg"], state["exp_avg_sq"], average])
+        found.append([weight.detach(), master.detach(), state["exp_avg"], state["exp_avg_sq"], average, squares])
     return zip(*found, strict=True)
 
 
@@ -97,5 +113,6 @@ CHECKS: dict[str, Callable[[torch.device], Pairs]] = {
     "a layer with token choice": lambda device: _layer("token", device),
     "a layer with expert choice": lambda device: _layer("expert", device),
     "RoPE": _rope,
+    "adaLN": _adaln,
     "AdamW": _adamw,
 }

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1024
+PROGRAMS = 2048
 """Backward gives a program fewer tokens, 4 at least, until there are so many programs."""
-FORWARD, BACKWARD = 512, 512
+WARP = 256
 """Elements of a token for each warp."""
 
 
@@ -83,7 +83,7 @@ def _launch_forward(
         _add_norm[(images * tokens,)](
             x, x if branch is None else branch, gate_, shift_, scale_, total, x if out is None else out, x if stats is None else stats,
             tokens, gate_step, shift_step, scale_step, eps, width,
-            branch is not None, gate is not None, out is not None, scale is not None, block, num_warps=_warps(block, FORWARD),
+            branch is not None, gate is not None, out is not None, scale is not None, block, num_warps=_warps(block),
         )  # fmt: skip
 
 
@@ -114,15 +114,15 @@ def _launch_backward(
     if total_grad.numel():
         _add_norm_backward[(chunks, images)](
             total_grad, *given, gate_, scale_, *results, parts, tokens, gate_step, scale_step, width,
-            gate is not None, out_grad is not None, scale is not None, rows, block, num_warps=_warps(block, BACKWARD),
+            gate is not None, out_grad is not None, scale is not None, rows, block, num_warps=_warps(block),
         )  # fmt: skip
     sums = iter(parts.sum(2, keepdim=True).to(total_grad.dtype).unbind(0))
     shift_grad, scale_grad, gate_grad = (next(sums) if there else None for there in kinds)
     return shift_grad, scale_grad, gate_grad
 
 
-def _warps(block: int, each: int) -> int:
-    return min(max(block // each, 1), 16)
+def _warps(block: int) -> int:
+    return min(max(block // WARP, 1), 16)
 
 
 @triton.jit
