@@ -7,13 +7,13 @@ import pytest
 import torch
 from choices import CHOICES, ROUTERS, chosen_alike
 from masters import squared_alike, stepped_alike
-from norms import NORMS, gated_alike, normed_alike
+from norms import NORMS, gated_alike, heads_alike, normed_alike
 from torch.nn import functional as F
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from ditmoe_ds.distributed import adamw, norm
 from ditmoe_ds.launching import arithmetic
-from ditmoe_ds.models import adaln, adaln_kernels, rotary
+from ditmoe_ds.models import adaln, adaln_kernels, attention, head_norm, rotary
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
 from ditmoe_ds.moe import choosing, experts, kernels, layer, rows
@@ -27,6 +27,7 @@ NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-
 @pytest.fixture(autouse=True)
 def at_hand(monkeypatch):
     monkeypatch.setattr(adaln, "adaln_kernels", adaln_kernels, raising=False)
+    monkeypatch.setattr(attention, "head_norm", head_norm, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -281,6 +282,13 @@ def test_the_doctor_tells_what_a_device_cannot_compute(a_sound_device, monkeypat
 @pytest.mark.parametrize("dtype", NEAR)
 def test_adaln(kind, shape, dtype, monkeypatch):
     normed_alike("cpu", shape, dtype, *NORMS[kind], monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("shape", [(2, 40, 3, 24), (3, 5, 2, 16)])
+def test_heads(shape, dtype, monkeypatch):
+    monkeypatch.setattr(head_norm, "PROGRAMS", 7)
+    heads_alike("cpu", shape, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", NEAR)

@@ -10,7 +10,7 @@ import torch
 from choices import CHOICES, ROUTERS, chosen_alike
 from latents import write_latents, write_vae
 from masters import squared_alike, stepped_alike
-from norms import NEAR, NORMS, gated_alike, normed_alike
+from norms import NEAR, NORMS, gated_alike, heads_alike, normed_alike
 from PIL import Image
 from processes import ROOT, demo_on, losses
 
@@ -114,6 +114,12 @@ def test_one_kernel_norms(shape, kind, monkeypatch):
     for dtype in NEAR:
         normed_alike("cuda", shape, dtype, *NORMS[kind], monkeypatch)
         gated_alike("cuda", shape, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 3, 24), (2, 256, 16, 72)])
+def test_one_kernel_norms_heads(shape, monkeypatch):
+    for dtype in NEAR:
+        heads_alike("cuda", shape, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("programs", [10, norm.PROGRAMS])

@@ -16,7 +16,8 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from ditmoe_ds.models import adaln, adaln_kernels
+from ditmoe_ds.models import adaln, adaln_kernels, attention
+from ditmoe_ds.models import head_norm as head_norm_kernels
 from ditmoe_ds.models.adaln import EPS
 from ditmoe_ds.moe import experts, kernels, layer, rows
 from ditmoe_ds.moe.choosing import choose
@@ -125,11 +126,27 @@ def add_norm_backward(total_grad, out_grad, total, branch, gate, scale, x_grad, 
         branch_grad.copy_(grad * gate.float())
 
 
+def head_norm(x, weight, bias, out, eps, **_):
+    out.copy_(F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps))
+
+
+def head_norm_backward(x, grad, weight, x_grad, parts, eps, **_):
+    leaf, factor, shift = (each.detach().float().requires_grad_() for each in (x, weight, torch.zeros_like(weight)))
+    with torch.enable_grad():
+        value = F.layer_norm(leaf, factor.shape, factor, shift, eps)
+    found, *of_weights = torch.autograd.grad(value, [leaf, factor, shift], grad.float())
+    x_grad.copy_(found)
+    parts.zero_()[0] = torch.stack(of_weights)
+
+
 def clear(matrices, ends, **_):
     matrices[ends.diff(prepend=ends.new_zeros(1)) == 0] = 0.0
 
 
-BOTH = {f"_{f.__name__}": f for f in (swiglu, swiglu_backward, sum_takings, weigh_backward, add_norm, add_norm_backward)}
+BOTH = {
+    f"_{f.__name__}": f
+    for f in (swiglu, swiglu_backward, sum_takings, weigh_backward, add_norm, add_norm_backward, head_norm, head_norm_backward)
+}
 EQUAL, UNEQUAL = (
     {"_list": list_rows, "_pack": pack},
     {"_choose": chose, "_place": place, "_choose_backward": choose_backward, "_clear": clear},
@@ -153,8 +170,9 @@ def ran(monkeypatch):
     triton_kernel_wrapper_mutation._dispatch_cache.clear()
     monkeypatch.setattr(rows, "kernels", kernels, raising=False)
     monkeypatch.setattr(adaln, "adaln_kernels", adaln_kernels, raising=False)
+    monkeypatch.setattr(attention, "head_norm", head_norm_kernels, raising=False)
     monkeypatch.setattr(layer, "choose", choose, raising=False)
-    for module in (adaln, layer, rows):
+    for module in (adaln, attention, layer, rows):
         monkeypatch.setattr(module, "fused", lambda x: torch.compiler.is_compiling())  # the final layer is not compiled
     monkeypatch.setattr(experts, "kernels", kernels, raising=False)
     monkeypatch.setattr(experts, "leaves_gaps", lambda device: True)
@@ -168,16 +186,18 @@ def ran(monkeypatch):
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("options", ROUTINGS.values(), ids=ROUTINGS)
 def test_a_compiled_block_with_kernels_is_the_block(ran, monkeypatch, options, activation, again):
-    model = disturbed(expert_activation=activation, **options).bfloat16()
+    model = disturbed(expert_activation=activation, qk_norm=True, **options).bfloat16()
     model.checkpoint_activations = again
     with monkeypatch.context() as without:
-        for module in (adaln, layer, rows):
+        for module in (adaln, attention, layer, rows):
             without.setattr(module, "fused", lambda x: False)
         without.setattr(experts, "leaves_gaps", lambda device: False)
         plain = gradients(model)
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(gradients(model), plain, strict=True):
-        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+    for (name, _), ours, theirs in zip(model.named_parameters(), gradients(model), plain, strict=True):
+        if not name.endswith("k_norm.bias"):  # softmax does not see it, so its gradient is rounding alone
+            near = 6e-2 if "_norm" in name else 1e-2  # torch's own in bf16 is some percent off that of fp32
+            assert (ours - theirs).norm() <= near * theirs.norm(), name
     used = BOTH | (EQUAL if model.config.equal_load else UNEQUAL)
     assert ran.keys() == used.keys() and counters["stats"]["unique_graphs"] == 1

@@ -175,7 +175,7 @@ def _add_norm_backward(
         if NORM:
             upward, value = tl.load(out_grad + at, inside, 0.0).to(tl.float32), tl.load(total + at, inside, 0.0).to(tl.float32)
             rate = tl.load(stats + 2 * row + 1)
-            normed = tl.where(inside, (value - tl.load(stats + 2 * row)) * rate, 0.0)
+            normed = (value - tl.load(stats + 2 * row)) * rate
             if MODULATED:
                 shift_sum += upward
                 scale_sum += upward * normed

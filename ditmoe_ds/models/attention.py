@@ -5,6 +5,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_ds.models.embeddings import rotate
+from ditmoe_ds.moe.rows import fused
+
+if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
+    from ditmoe_ds.models import head_norm
+
+
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm of each head of (B, N, heads, head_dim)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fused(x):
+            out: Tensor = head_norm.HeadNorm.apply(x, self.weight, self.bias, self.eps)
+            return out
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -21,8 +35,8 @@ class Attention(nn.Module):
         head_dim = dim // heads
         self.head_dim, self.group = head_dim, heads // kv_heads
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
-        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -48,8 +62,8 @@ class CrossAttention(nn.Module):
         self.head_dim = dim // heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
