@@ -91,23 +91,25 @@ def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tupl
 
     Returns:
         By layer: seconds, the median of ``repeats`` in which the layers take turns; the most bytes it takes, gradients included. A GPU is
-        waited for after as many passes as DiT-MoE-XL has layers, since in training it is waited for once a step. As many run before them
-        without being timed, so that its clock, which falls with the power it draws, is that of this layer.
+        waited for after 0.15 s, or as many passes as DiT-MoE-XL has layers, since in training it is waited for once a step. As many run
+        before them without being timed, so that its clock, which falls with the power it draws, is that of this layer.
     """
-    upward, queued = torch.randn_like(x), 28 if x.is_cuda else 1
+    upward = torch.randn_like(x)
 
-    def once(layer: Layer) -> float:
+    def once(layer: Layer, passes: int = 1) -> float:
         start = time.perf_counter()
-        for _ in range(queued):
+        for _ in range(passes):
             torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward)
         if x.is_cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / queued
+        return (time.perf_counter() - start) / passes
 
-    def again(layer: Layer) -> float:
-        once(layer)
-        return once(layer)
+    def sustained(layer: Layer) -> float:
+        passes = min(max(round(0.15 / once(layer, 3)), 3), 28)
+        once(layer, passes)
+        return once(layer, passes)
 
     memory = {name: peak_bytes(partial(once, layer)) for name, layer in layers.items()}
-    rounds = [{name: again(layer) if x.is_cuda else once(layer) for name, layer in layers.items()} for _ in range(repeats)]
+    timed = sustained if x.is_cuda else once
+    rounds = [{name: timed(layer) for name, layer in layers.items()} for _ in range(repeats)]
     return {name: (statistics.median(each[name] for each in rounds), memory[name]) for name in layers}
