@@ -32,7 +32,7 @@ def stepped_alike(device: str, rounding: float) -> None:
         pretended: Any = SimpleNamespace(clip=0.3, optimizer=SimpleNamespace(optimizer=adam, fp16_groups=weights, fp32_groups=masters))
         shards: Any = [SimpleNamespace(master=master.detach().view(-1)) for master in [*chain(*masters)][::-1]]
         kernel: Any = None
-        ema = EMA(shards, EMAConfig((0.9, 0.5), every=2))
+        ema = EMA(shards, EMAConfig((0.9, 0.5), every=2, warmup=False))
         for number in range(5):
             for parameter, gradient in zip(chain(*weights), chain(*gradients)):
                 parameter.grad = torch.cat([gradient.new_zeros(1), gradient[number].flatten()])[1:].view(parameter.shape)

@@ -47,7 +47,7 @@ def _square_sums(like, table, parts, BLOCK: tl.constexpr):
     for block in range(first.to(tl.int64), whole, step):  # without a mask, eight elements at a time
         value = tl.load(elements(row, block * BLOCK + tl.arange(0, BLOCK), like.dtype.element_ty)).to(tl.float32)
         found += value * value
-    if whole % step == first:
+    if first == 0:
         at = whole * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(elements(row, at, like.dtype.element_ty), at < size, 0.0).to(tl.float32)
         found += value * value
