@@ -245,7 +245,8 @@ def a_sound_device(monkeypatch):
     monkeypatch.setattr(MoE, "forward", telling)
     for module in (layer, rows):
         monkeypatch.setattr(module, "fused", lambda x: ours)
-    monkeypatch.setattr(adaln, "fused", lambda x: x.dtype == torch.bfloat16)
+    for module in (adaln, attention):
+        monkeypatch.setattr(module, "fused", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(arithmetic, "rotate", lambda x, *turns: (Rotate.apply if x.dtype == torch.bfloat16 else rotate)(x, *turns))
 
 
@@ -254,6 +255,7 @@ FAULTS = {
     "a layer with expert choice": ((kernels, "list_takings"), lambda found: (found[0], found[1] - 1)),
     "RoPE": ((rotary, "turn"), lambda found: torch.cat([found[:-1], 2 * found[-1:]])),
     "adaLN": ((adaln_kernels, "_launch_backward"), lambda found: (found[0], found[1], found[2] * 1.05)),
+    "LayerNorm of heads": ((head_norm.HeadNorm, "backward"), lambda found: (found[0], found[1] * 1.05, *found[2:])),
     "AdamW": ((adamw, "blocks_of"), lambda found: found[:-1]),
 }
 

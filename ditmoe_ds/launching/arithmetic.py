@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ditmoe_ds.errors import in_a_line
 from ditmoe_ds.models.adaln import AdaNorm
+from ditmoe_ds.models.attention import HeadNorm
 from ditmoe_ds.models.embeddings import rotary_angles, rotate
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig
@@ -22,7 +23,8 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 def wrong_on(device: torch.device) -> str | None:
     """What this device computes otherwise than the CPU, or not at all; None if all is well. Its bf16 is compared with the CPU's fp32.
 
-    Tried are forward and backward of a sparse layer with each router, of RoPE and of adaLN, and AdamW, with all of our kernels for them.
+    Tried are forward and backward of a sparse layer with each router, of RoPE, adaLN and the norms of heads, and AdamW, with all of our
+    kernels for them.
     """
     for name, check in CHECKS.items():
         try:
@@ -73,6 +75,18 @@ def _adaln(device: torch.device) -> Pairs:
     return zip(*found, strict=True)
 
 
+def _heads(device: torch.device) -> Pairs:
+    x, upward = _rounded(2, 2, 60, 6, 64)
+    vectors = _rounded(2, 64)
+    found = []
+    for where, dtype in ((device, torch.bfloat16), (CPU, torch.float32)):
+        norm, leaf = HeadNorm(64).to(where, dtype), x.to(where, dtype).requires_grad_()
+        norm.weight.data, norm.bias.data = vectors.to(where, dtype).unbind()
+        out = norm(leaf)
+        found.append([out.detach(), *torch.autograd.grad(out, [leaf, norm.weight, norm.bias], upward.to(where, dtype))])
+    return zip(*found, strict=True)
+
+
 def _adamw(device: torch.device) -> Pairs:
     """Weights, masters, both moments and an average after two steps, and the second gradient's sum of squares. The first step, which makes
     the moments, is torch's."""
@@ -114,5 +128,6 @@ CHECKS: dict[str, Callable[[torch.device], Pairs]] = {
     "a layer with expert choice": lambda device: _layer("expert", device),
     "RoPE": _rope,
     "adaLN": _adaln,
+    "LayerNorm of heads": _heads,
     "AdamW": _adamw,
 }
