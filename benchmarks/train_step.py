@@ -44,7 +44,8 @@ KINDS = {
     "GEMMs": "gemm|cutlass|nvjet|xmma|cublas|splitk|aten::(mm|bmm|addmm|_grouped_mm)$",
     "SwiGLU": "swiglu|silu",
     "routing, gathers, sums": "sort|topk|scan|histogram|takings|_weigh|index|gather|scatter",
-    "optimizer, averages": "adam|multi_tensor|lerp|vector_norm",
+    "optimizer, averages": "adam|multi_tensor|lerp|vector_norm|square_sums",
+    "norms": "_norm$|_norm_backward$",
     "the rest": "",
 }
 """Kinds of kernels, or without a GPU of operators, by a pattern of their names; the first that matches counts."""

@@ -31,18 +31,14 @@ def stepped_alike(device: str, rounding: float) -> None:
         )
         pretended: Any = SimpleNamespace(clip=0.3, optimizer=SimpleNamespace(optimizer=adam, fp16_groups=weights, fp32_groups=masters))
         shards: Any = [SimpleNamespace(master=master.detach().view(-1)) for master in [*chain(*masters)][::-1]]
-        kernel: Any = None
-        ema = EMA(shards, EMAConfig((0.9, 0.5), every=2, warmup=False))
+        kernel: Any = adamw.AtOnce(adam, *([*chain(*groups)] for groups in (masters, weights))) if at_once else None
+        ema = EMA(shards, EMAConfig((0.9, 0.5), every=2, warmup=False), kernel)
         for number in range(5):
             for parameter, gradient in zip(chain(*weights), chain(*gradients)):
                 parameter.grad = torch.cat([gradient.new_zeros(1), gradient[number].flatten()])[1:].view(parameter.shape)
                 if number % 2 and gradient.dim() == 3:
                     parameter.grad = parameter.grad.mT.contiguous().mT
             if at_once and number:  # the first step makes the state
-                if not kernel:
-                    kernel = adamw.AtOnce(adam, *([*chain(*groups)] for groups in (masters, weights)))
-                    ema.at_once = kernel
-                    kernel.also_average(ema.masters, [*ema.averages.values()], ema.shares)
                 kernel.prepare()
                 kernel.step(0.3)
             else:

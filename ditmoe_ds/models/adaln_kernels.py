@@ -112,7 +112,7 @@ def _launch_backward(
     (gate_, gate_step), (scale_, scale_step) = vectors
     results = [total_grad if tensor is None else tensor for tensor in (x_grad, branch_grad)]
     if total_grad.numel():
-        _add_norm_backward[(chunks, images)](
+        _add_norm_backward[(images, chunks)](
             total_grad, *given, gate_, scale_, *results, parts, tokens, gate_step, scale_step, width,
             gate is not None, out_grad is not None, scale is not None, rows, block, num_warps=_warps(block),
         )  # fmt: skip
@@ -160,7 +160,7 @@ def _add_norm_backward(
     GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` tokens of an image."""
-    chunk, image, columns = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
+    image, chunk, columns = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     inside, nothing = columns < WIDTH, tl.zeros([BLOCK], tl.float32)
     shift_sum, scale_sum, gate_sum = nothing, nothing, nothing
     if GATE:
@@ -185,9 +185,9 @@ def _add_norm_backward(
         if GATE:
             gate_sum += grad * tl.load(branch + at, inside, 0.0).to(tl.float32)
             tl.store(branch_grad + at, grad * gates, inside)
-    chunks = tl.num_programs(0)
+    chunks = tl.num_programs(1)
     part = parts + (image.to(tl.int64) * chunks + chunk) * WIDTH + columns
-    step = tl.num_programs(1).to(tl.int64) * chunks * WIDTH
+    step = tl.num_programs(0).to(tl.int64) * chunks * WIDTH
     if MODULATED:
         tl.store(part, shift_sum, inside)
         tl.store(part + step, scale_sum, inside)

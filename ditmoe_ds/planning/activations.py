@@ -64,8 +64,8 @@ def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
     model = batch.model
     layers = [block(batch, layer) for layer in range(model.depth)]
     outside = _outside(batch)
-    names = ("attention", "text", "shared", "experts", "feed-forward")
-    again = names if recompute is True else ("attention", "text") if recompute else ()
+    names = ("attention", "text", "norm", "shared", "experts", "feed-forward")
+    again = names if recompute is True else ("attention", "text", "norm") if recompute else ()
     parts = {name: sum(layer.get(name, 0) for layer in layers) for name in names if name not in again}
     recomputed = 0.0
     if again:
@@ -99,13 +99,14 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
         per_patch = size * (2 + model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
         per_text = size * (2 + model.qk_norm) * D + 8 * model.qk_norm * model.heads
         parts["text"] = batch.tokens * (size * 2 * D + 8 + per_patch / tensor) + batch.images * batch.text * per_text / tensor
-    feed_forward = size * 3 * D + 8  # x, its norm, what the gate multiplies
+    decoupled = model.router.input == "decoupled" and layer in model.routed_layers
+    parts["norm"] = batch.tokens * (size * (2 - decoupled) * D + 8)  # before the feed-forward: x and, unless a router keeps it, its norm
+    gated = size * (1 + decoupled) * D  # what the gate multiplies; that norm
     if layer not in model.routed_layers:
-        return parts | {"feed-forward": batch.tokens * (feed_forward + size * (D + 2 * model.mlp_width(layer) / tensor))}
-    decoupled = model.router.input == "decoupled"
+        return parts | {"feed-forward": batch.tokens * (gated + size * (D + 2 * model.mlp_width(layer) / tensor))}
     seen = D + decoupled * model.condition_width
     router = size * seen + 8 * model.experts + 8  # its input; scores and logits in fp32
-    parts["feed-forward"] = batch.tokens * (feed_forward + router)
+    parts["feed-forward"] = batch.tokens * (gated + router)
     if model.shared:
         own_input = decoupled * D  # else the router keeps the same tensor
         parts["shared"] = size * batch.tokens * (own_input + 4 * model.shared * D / tensor)

@@ -26,17 +26,16 @@ class Prepared(NamedTuple):
     noise: Tensor
     """(B, C, H, W)."""
     samples: Tensor
-    """(B,) indices into the data set."""
+    """(B,) indices into the data set; they stay on the CPU."""
     keep: Tensor | None
     """(B, n) numbers of the patches that are not masked; None for all."""
 
     def to(self, device: torch.device, conditioner: Conditioner) -> "Prepared":
-        """On the device, with the condition unpacked."""
+        """On the device, all but the indices, with the condition unpacked."""
         condition = conditioner.unpack(self.condition, device)
-        tensors = (part.to(device, non_blocking=True) for part in (self.latents, self.times, self.noise, self.samples))
-        latents, times, noise, samples = tensors
+        latents, times, noise = (part.to(device, non_blocking=True) for part in (self.latents, self.times, self.noise))
         keep = None if self.keep is None else self.keep.to(device, non_blocking=True)
-        return Prepared(latents, condition, times, noise, samples, keep)
+        return Prepared(latents, condition, times, noise, self.samples, keep)
 
     def tokens(self, patch: int) -> int:
         """How many tokens of each image the network sees."""
