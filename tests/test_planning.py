@@ -223,7 +223,7 @@ def test_traffic_of_tensor_parallelism_by_hand():
     taken = 4 * 2 * 4 * 32 * 2  # fp32, images, experts, places, layers
     assert summed(text, False) == EC.depth * (6 * tokens_ + captions + norms) + taken
     assert summed(text, True) - summed(text, False) == EC.depth * 3 * tokens_
-    assert summed(text, "attention") - summed(text, False) == EC.depth * tokens_
+    assert summed(text, "attention") - summed(text, False) == EC.depth * 2 * tokens_
 
 
 def tokens(accumulation):

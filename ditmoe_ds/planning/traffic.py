@@ -84,12 +84,11 @@ def summed(batch: MicroBatch, recompute: Recompute) -> float:
     """Bytes that the ranks of a tensor-parallel group all-reduce in a micro-batch, as ``distributed.tensor_parallel`` cuts the layers.
 
     Attention to the patches, attention to the text and the feed-forward each sum their outputs in forward and their inputs' gradients in
-    backward. Where attention alone is recomputed, that ends once backward has what it needs: after the sum of attention to the patches,
-    before that of attention to the text.
+    backward. Where attention alone is recomputed, all its sums are, since the norm after it is, too.
     """
     model, D, text = batch.model, batch.model.hidden, bool(batch.text)
     forward = 2 + text
-    again = forward if recompute is True else 1 if recompute else 0
+    again = forward if recompute is True else forward - 1 if recompute else 0
     layer = (2 * forward + again) * batch.tokens * D
     layer += batch.images * batch.text * D  # the gradient of the text, from which its k and v are computed
     layer += model.qk_norm * (1 + text) * 4 * (D // model.heads)  # gradients of the weights and biases of q's and k's norms
