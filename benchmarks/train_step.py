@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
     parser.add_argument("--stage", type=int, default=0 if GPU else 2, help="of ZeRO")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=GPU, help="compare the models with compiled blocks")
-    parser.add_argument("--rounds", type=int, default=3 if GPU else 5)
+    parser.add_argument("--rounds", type=int, default=2 if GPU else 5)
     parser.add_argument("--steps", type=int, default=10 if GPU else 2, help="of a peer in a round")
     parser.add_argument("--write", action="store_true", help="put the figures into train_step.md")
     arguments = parser.parse_args()
