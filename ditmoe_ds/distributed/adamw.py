@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditmoe_ds.distributed.norm import at_16_bytes, elements, to_device
+from ditmoe_ds.distributed.norm import elements, to_device
 
 BLOCK, WARPS = 1024, 8
 """Elements that one program steps, and its warps."""
@@ -54,7 +54,7 @@ class AtOnce:
         """What the host does before the kernel: to be called while the device is busy. The weights have their gradients."""
         own = [self.adam.state[master] for master in self.masters]
         means, squares = ([state[key] for state in own] for key in ("exp_avg", "exp_avg_sq"))
-        gradients = [at_16_bytes(weight.grad) for weight in self.weights]  # type: ignore[arg-type] # all have one
+        gradients = [_at_16_bytes(weight.grad) for weight in self.weights]  # type: ignore[arg-type] # all have one
         self.copies = [gradient for gradient, weight in zip(gradients, self.weights) if gradient is not weight.grad]
         places = zip(gradients, self.masters, means, squares, self.weights, *self.averages, strict=True)
         rows = [[place[0].numel(), *(tensor.data_ptr() for tensor in place)] for place in places]
@@ -73,6 +73,12 @@ class AtOnce:
         sizes = self.table.shape[1], len(self.moved), BLOCK
         _adamw[len(self.blocks),](self.blocks, self.table, self.moved, *numbers, *sizes, num_warps=WARPS)
         torch._foreach_add_(steps, 1)
+
+
+def _at_16_bytes(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it that is contiguous and lies where kernels can read four elements at a time."""
+    lies_well = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    return tensor if lies_well else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit

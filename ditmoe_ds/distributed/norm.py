@@ -27,12 +27,6 @@ def _parts(tensors: list[Tensor], alignment: int) -> Tensor:
     return parts
 
 
-def at_16_bytes(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it that is contiguous and lies where kernels can read four elements at a time."""
-    lies_well = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-    return tensor if lies_well else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def to_device(values: list[Any], device: torch.device) -> Tensor:
     """``torch.tensor(values)``, copied from page-locked memory, so that nothing waits."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
