@@ -2,7 +2,8 @@
 
 python benchmarks/sampling.py [--model NAME] [--batches 1 64] [--steps 50] [--write]
 
-The plain loop calls the model twice per step, for the condition and without it, and its layers go through the experts one by one.
+The plain loop calls the model twice per step, for the condition and without it, its layers go through the experts one by one, and on a
+GPU it has torch's operators alone, where ours has Triton kernels.
 On a GPU our blocks are compiled to CUDA graphs, as by `ditmoe sample --compile`; --eager leaves that out.
 Same weights, scheduler and noise; latents are compared first. Without a VAE. --write puts the table under "Measured" in sampling.md.
 """
@@ -10,8 +11,10 @@ Same weights, scheduler and noise; latents are compared first. Without a VAE. --
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from unittest.mock import patch
 
 import torch
 from report import Page
@@ -20,8 +23,10 @@ from torch.nn import functional as F
 
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
+from ditmoe_ds.models import adaln, attention, embeddings
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.sizes import named_config
+from ditmoe_ds.moe import rows
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.pipelines.pipeline import DiTMoEPipeline
 from ditmoe_ds.pipelines.transformer import DiTMoETransformer
@@ -58,6 +63,15 @@ def with_loops(model: DiT) -> DiT:
     return twin
 
 
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """No Triton kernels of ours."""
+    with ExitStack() as patches:
+        for module in (adaln, attention, embeddings, rows):
+            patches.enter_context(patch.object(module, "fused", lambda x: False))
+        yield
+
+
 def seconds(run: Callable[..., Tensor], *given: object) -> float:
     start = time.perf_counter()
     run(*given)
@@ -88,6 +102,7 @@ def main() -> None:
     def ours(labels: list[int], noise: Tensor, steps: int) -> Tensor:
         return pipe(labels, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=noise, output_type="latent").images
 
+    @torch_alone()
     def theirs(labels: list[int], noise: Tensor, steps: int) -> Tensor:
         nothing = [model.config.num_classes] * len(labels)
         condition = {"y": torch.tensor([*labels, *nothing], device=noise.device)}

@@ -1,6 +1,7 @@
 """What a training step is given: chance by (seed, epoch, sample), conditions, masks; and what its loss counts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,3 +193,12 @@ def test_the_next_step_is_brought_while_this_one_is_computed(device):
         assert ours.condition["text"][:, 0, 0].tolist() == list(range(6))
     with pytest.raises(DataError, match="ends early"):
         ahead.take()
+
+
+def test_what_stays_on_the_host_belongs_to_no_stream(monkeypatch):
+    """As on a GPU, with a stand-in for its streams: torch refuses to record one for a tensor of the host."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    wanted, _, ahead = on_their_way(torch.device("cpu"), 2, then=DataError("no more"))
+    ahead.ready, ahead.stream = wanted[:2], stream
+    assert [one.samples.tolist() for one in ahead.take()] == [list(range(6))] * 2

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditmoe_ds.moe.rows import fused
+
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
     from ditmoe_ds.models import rotary
 
@@ -32,7 +34,7 @@ def rotary_angles(rows: int, columns: int, dim: int, device: torch.device) -> Te
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_(i + d/2)) of x (B, N, heads, d) by angles with these cosines and sines (B or 1, N, d / 2), in fp32."""
-    if x.is_cuda and not torch.compiler.is_compiling():  # a compiler fuses what follows into one kernel
+    if fused(x) and not torch.compiler.is_compiling():  # a compiler fuses what follows into one kernel
         return rotary.Rotate.apply(x, cos, sin)
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = x.float().chunk(2, dim=-1)

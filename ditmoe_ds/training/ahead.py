@@ -57,6 +57,6 @@ class Ahead:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
             for leaf in tree_leaves(batches):
-                if isinstance(leaf, torch.Tensor):
+                if isinstance(leaf, torch.Tensor) and leaf.is_cuda:  # indices stay on the host
                     leaf.record_stream(current)
         return batches
