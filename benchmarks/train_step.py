@@ -13,6 +13,7 @@ import re
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from runs import close, make_trainer, train, write_latents
 from torch.autograd import DeviceType
 
 from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.ending import end
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.training.callbacks import Record
@@ -124,11 +126,15 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tup
     return [(statistics.median(each), record, profile) for each, (_, record), profile in zip(times, last, profiles)]
 
 
-def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str], rounds: int, steps: int) -> None:
-    """Each sparse model and its dense twin. Without a GPU they take turns; on one they follow each other, as memory is short."""
+def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str], rounds: int, steps: int) -> list[str]:
+    """Each sparse model and its dense twin. Without a GPU they take turns; on one they follow each other, as memory is short.
+
+    Returns:
+        Names of models that failed, which cost the others nothing.
+    """
     parts = ("forward", "backward", "optimizer", "ema")
     page.table("model", "ms per step", "img/s", "of dense", "TFLOP/s", "MFU", *parts, "rest", *(["GB"] if GPU else []))
-    profiles = []
+    profiles, failed = [], []
     for name in names:
         changes, done = ({}, dense_twin(named_config(name))), []
         for group in [[change] for change in changes] if GPU else [changes]:
@@ -136,7 +142,13 @@ def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str
             gc.collect()
             if GPU:
                 torch.cuda.reset_peak_memory_stats()
-            done += take_turns([make(name, change) for change in group], rounds, steps)
+            try:
+                done += take_turns([make(name, change) for change in group], rounds, steps)
+            except Exception:
+                traceback.print_exc()
+        if len(done) < len(changes):
+            failed.append(name)
+            continue
         flops = [record["tflops"] * record["seconds"]["total"] for _, record, _ in done]
         assert abs(flops[1] / flops[0] - 1) < 0.02, (name, flops)  # routers have no counterpart
         for title, (wall, record, profile), share in zip((name, "its dense twin"), done, (f"{done[1][0] / done[0][0]:.2f}", "")):
@@ -164,6 +176,7 @@ def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str
         if GPU:
             cells.append(1e3 * wall - sum(cells))
         page.row(title, *(f"{ms:.1f}" for ms in cells), ", ".join(f"`{name.removeprefix('void at::native::')[:60]}`" for name in longest))
+    return failed
 
 
 def compare_loops(page: Page, make: Callable[..., Trainer], name: str, stages: Sequence[int], rounds: int, steps: int) -> None:
@@ -174,11 +187,11 @@ def compare_loops(page: Page, make: Callable[..., Trainer], name: str, stages: S
         trainer = make(name, {}, stage=stage)
         plain = same_loop(trainer)
         times = [[block(step, steps)[0] for step in (partial(train, trainer), plain.step)] for _ in range(rounds)]
-        profiles.append([spent(step, 4) for step in (partial(train, trainer), plain.step)])
-        close(trainer)
         ratios = [framework / bare for framework, bare in times]
         medians = [f"{1e3 * statistics.median(column):.1f}" for column in zip(*times)]
         page.row(name, str(stage), *medians, f"{statistics.median(ratios):.3f}", " ".join(f"{ratio:.3f}" for ratio in ratios))
+        profiles.append([spent(step, 4) for step in (partial(train, trainer), plain.step)])
+        close(trainer)
         del trainer, plain
         gc.collect()
     for stage, (theirs, ours) in zip(stages, profiles):
@@ -219,7 +232,7 @@ def kept(batches: Iterator[Prepared], taken: list[Prepared], count: int) -> Iter
         yield batch
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=MODELS, help="none: the plain loop alone")
     parser.add_argument("--plain", default="DiT-XL/2" if GPU else "DiT-S/4", help="the dense model of the plain loop; none: leave it out")
@@ -260,10 +273,15 @@ def main() -> None:
             compare_loops(page, make, arguments.plain, sorted({0, arguments.stage}), arguments.rounds, arguments.steps)
         if arguments.compile:
             page.add("", "With `train.compile=true`, sparse and dense:")
+        failed = []
         if arguments.models:
-            compare_models(page, partial(make, compiled=arguments.compile), arguments.models, arguments.rounds, arguments.steps)
-        leave()
+            failed = compare_models(page, partial(make, compiled=arguments.compile), arguments.models, arguments.rounds, arguments.steps)
+    if failed:
+        page.add("", f"Failed: {', '.join(failed)}.")
+        return 1
+    leave()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end(main())  # a loader or a group of one that failed may keep a process from ending

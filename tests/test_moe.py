@@ -290,6 +290,13 @@ def test_kernels_of_a_gpu_are_torchs_operators():
     assert done.returncode == 0 and "120 passed" in done.stdout, done.stdout[-6000:]
 
 
+def test_kernels_of_a_gpu_compile_for_one():
+    """To the machine's code, which an interpreter does not make."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "compiled_kernels.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-6000:]
+
+
 def test_a_router_with_matrix_units_has_the_same_gradients(monkeypatch):
     """They take bf16 alone; two such numbers hold a gradient's first 16 bits."""
     grad, x, weight = torch.randn(300, 8) * torch.logspace(-6, 0, 8), torch.randn(300, 64).bfloat16(), torch.randn(8, 64).bfloat16()

@@ -160,9 +160,14 @@ def ran(monkeypatch):
     found = Counter()
 
     def launch(*, kernel_idx, constant_args_idx, grid, tma_descriptor_metadata, kwargs):
-        name = kernel_side_table.get_kernel(kernel_idx).fn.__name__
+        kernel, constants = kernel_side_table.get_kernel(kernel_idx), kernel_side_table.get_constant_args(constant_args_idx)
+        jitted = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+        name = jitted.__name__
         found[name] += 1
-        PLAIN[name](**kwargs, **kernel_side_table.get_constant_args(constant_args_idx))
+        for parameter in jitted.params:
+            number = constants.get(parameter.name)
+            assert parameter.is_constexpr or not isinstance(number, float), f"{parameter.name}: a compiler would give it in fp64"
+        PLAIN[name](**kwargs, **constants)
 
     triton.runtime.driver.set_active(Driver())
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda **_: True)

@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 2048
-"""Backward gives a program fewer tokens, 4 at least, until there are so many programs."""
-WARP = 256
-"""Elements of a token for each warp."""
+FORWARD, BACKWARD = (8, 1024), (32, 256)
+"""Of a kernel: how many tokens a program gets at most, and elements of a token for each warp."""
+PROGRAMS = 512
+"""A program gets fewer tokens until there are so many programs."""
+STAGES, SHARED = 3, 96 * 1024
+"""A program of backward loads two tokens ahead, or as many as fit into the bytes that its threads share on any GPU with bf16."""
 
 
 class AddNorm(torch.autograd.Function):
@@ -78,12 +80,12 @@ def _launch_forward(
     images, tokens, width = x.shape
     vectors = [(x, 0) if vector is None else (vector, vector.stride(0)) for vector in (gate, shift, scale)]
     (gate_, gate_step), (shift_, shift_step), (scale_, scale_step) = vectors
-    block = triton.next_power_of_2(width)
+    block, rows = triton.next_power_of_2(width), _rows(images, tokens, FORWARD[0], 1)
     if x.numel():
-        _add_norm[(images * tokens,)](
+        _add_norm[images, triton.cdiv(tokens, rows)](
             x, x if branch is None else branch, gate_, shift_, scale_, total, x if out is None else out, x if stats is None else stats,
             tokens, gate_step, shift_step, scale_step, eps, width,
-            branch is not None, gate is not None, out is not None, scale is not None, block, num_warps=_warps(block),
+            branch is not None, gate is not None, out is not None, scale is not None, rows, block, num_warps=_warps(block, FORWARD[1]),
         )  # fmt: skip
 
 
@@ -101,75 +103,94 @@ def _launch_backward(
     """Fills in ``x_grad`` and ``branch_grad``. Returns the gradients of shift, scale and gate."""
     total_grad = total_grad.contiguous()
     images, tokens, width = total_grad.shape
-    rows = 32
-    while rows > 4 and images * triton.cdiv(tokens, rows) < PROGRAMS:
-        rows //= 2
+    rows = _rows(images, tokens, BACKWARD[0], 4)
     chunks, block = triton.cdiv(tokens, rows), triton.next_power_of_2(width)
     kinds = [scale is not None, scale is not None, gate is not None]
     parts = torch.empty(sum(kinds), images, chunks, width, dtype=torch.float32, device=total_grad.device)
     given = [total_grad if tensor is None else tensor.contiguous() for tensor in (out_grad, total, stats, branch)]
     vectors = [(total_grad, 0) if vector is None else (vector, vector.stride(0)) for vector in (gate, scale)]
     (gate_, gate_step), (scale_, scale_step) = vectors
+    stages = min(STAGES, 1 + SHARED // (4 * block * total_grad.element_size()))
     results = [total_grad if tensor is None else tensor for tensor in (x_grad, branch_grad)]
     if total_grad.numel():
         _add_norm_backward[(images, chunks)](
             total_grad, *given, gate_, scale_, *results, parts, tokens, gate_step, scale_step, width,
-            gate is not None, out_grad is not None, scale is not None, rows, block, num_warps=_warps(block),
+            gate is not None, out_grad is not None, scale is not None, rows, stages, block, num_warps=_warps(block, BACKWARD[1]),
         )  # fmt: skip
     sums = iter(parts.sum(2, keepdim=True).to(total_grad.dtype).unbind(0))
     shift_grad, scale_grad, gate_grad = (next(sums) if there else None for there in kinds)
     return shift_grad, scale_grad, gate_grad
 
 
-def _warps(block: int) -> int:
-    return min(max(block // WARP, 1), 16)
+def _rows(images: int, tokens: int, most: int, least: int) -> int:
+    """How many tokens of an image a program gets."""
+    while most > least and images * triton.cdiv(tokens, most) < PROGRAMS:
+        most //= 2
+    return most
+
+
+def _warps(block: int, each: int) -> int:
+    return min(max(block // each, 1), 16)
+
+
+@triton.jit
+def _both(a, b, more_a, more_b):
+    return a + more_a, b + more_b
 
 
 @triton.jit
 def _add_norm(
-    x, branch, gate, shift, scale, total, out, stats, tokens, gate_step, shift_step, scale_step, eps, WIDTH: tl.constexpr,
-    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+    x, branch, gate, shift, scale, total, out, stats, tokens, gate_step, shift_step, scale_step, eps: tl.constexpr, WIDTH: tl.constexpr,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token."""
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, image, at = columns < WIDTH, row // tokens, row * WIDTH + columns
-    value = tl.load(x + at, inside, 0.0).to(tl.float32)
-    if BRANCH:
-        more = tl.load(branch + at, inside, 0.0).to(tl.float32)
-        if GATE:
-            more *= tl.load(gate + image * gate_step + columns, inside, 0.0).to(tl.float32)
-        rounded = (value + more).to(total.dtype.element_ty)
-        tl.store(total + at, rounded, inside)
-        value = rounded.to(tl.float32)
-    if NORM:
-        mean = tl.sum(value) / WIDTH
-        off = tl.where(inside, value - mean, 0.0)
-        rate = 1 / tl.sqrt(tl.sum(off * off) / WIDTH + eps)
-        tl.store(stats + 2 * row, mean)
-        tl.store(stats + 2 * row + 1, rate)
-        normed = off * rate
-        if MODULATED:
-            normed *= 1 + tl.load(scale + image * scale_step + columns, inside, 0.0).to(tl.float32)
-            normed += tl.load(shift + image * shift_step + columns, inside, 0.0).to(tl.float32)
-        tl.store(out + at, normed, inside)
+    """``ROWS`` tokens of an image."""
+    image, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    if GATE:
+        gates = tl.load(gate + image * gate_step + columns, inside, 0.0).to(tl.float32)
+    if MODULATED:
+        scales = 1 + tl.load(scale + image * scale_step + columns, inside, 0.0).to(tl.float32)
+        shifts = tl.load(shift + image * shift_step + columns, inside, 0.0).to(tl.float32)
+    first = tl.program_id(1) * ROWS
+    for token in range(first, min(first + ROWS, tokens)):
+        row = image * tokens + token
+        at = row * WIDTH + columns
+        value = tl.load(x + at, inside, 0.0).to(tl.float32)
+        if BRANCH:
+            more = tl.load(branch + at, inside, 0.0).to(tl.float32)
+            if GATE:
+                more *= gates
+            rounded = (value + more).to(total.dtype.element_ty)
+            tl.store(total + at, rounded, inside)
+            value = rounded.to(tl.float32)
+        if NORM:
+            mean = tl.sum(value) / WIDTH
+            off = tl.where(inside, value - mean, 0.0)
+            rate = 1 / tl.sqrt(tl.sum(off * off) / WIDTH + eps)
+            tl.store(stats + 2 * row, mean)
+            tl.store(stats + 2 * row + 1, rate)
+            normed = off * rate
+            if MODULATED:
+                normed = normed * scales + shifts
+            tl.store(out + at, normed, inside)
 
 
 @triton.jit
 def _add_norm_backward(
     total_grad, out_grad, total, stats, branch, gate, scale, x_grad, branch_grad, parts, tokens, gate_step, scale_step, WIDTH: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` tokens of an image."""
-    image, chunk, columns = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
+    image, chunk, columns = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     inside, nothing = columns < WIDTH, tl.zeros([BLOCK], tl.float32)
     shift_sum, scale_sum, gate_sum = nothing, nothing, nothing
     if GATE:
-        gates = tl.load(gate + image.to(tl.int64) * gate_step + columns, inside, 0.0).to(tl.float32)
+        gates = tl.load(gate + image * gate_step + columns, inside, 0.0).to(tl.float32)
     if MODULATED:
-        scales = 1 + tl.load(scale + image.to(tl.int64) * scale_step + columns, inside, 0.0).to(tl.float32)
+        scales = 1 + tl.load(scale + image * scale_step + columns, inside, 0.0).to(tl.float32)
     first = chunk * ROWS
-    for token in range(first, min(first + ROWS, tokens)):
-        row = image.to(tl.int64) * tokens + token
+    for token in tl.range(first, min(first + ROWS, tokens), num_stages=STAGES):
+        row = image * tokens + token
         at = row * WIDTH + columns
         grad = tl.load(total_grad + at, inside, 0.0).to(tl.float32)
         if NORM:
@@ -180,13 +201,14 @@ def _add_norm_backward(
                 shift_sum += upward
                 scale_sum += upward * normed
                 upward *= scales
-            grad += (upward - tl.sum(upward) / WIDTH - normed * (tl.sum(upward * normed) / WIDTH)) * rate
+            upward_sum, along = tl.reduce((upward, upward * normed), 0, _both)
+            grad += (upward - upward_sum / WIDTH - normed * (along / WIDTH)) * rate
             tl.store(x_grad + at, grad, inside)
         if GATE:
             gate_sum += grad * tl.load(branch + at, inside, 0.0).to(tl.float32)
             tl.store(branch_grad + at, grad * gates, inside)
     chunks = tl.num_programs(1)
-    part = parts + (image.to(tl.int64) * chunks + chunk) * WIDTH + columns
+    part = parts + (image * chunks + chunk) * WIDTH + columns
     step = tl.num_programs(0).to(tl.int64) * chunks * WIDTH
     if MODULATED:
         tl.store(part, shift_sum, inside)

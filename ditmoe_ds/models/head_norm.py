@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 2048
-"""About how many programs share the tokens in backward, each of which leaves a sum for the gradients of weight and bias."""
+EACH, PROGRAMS = 4, 1024
+"""A program of forward gets so many tokens. Backward has so many programs at most, each of which leaves a sum for the gradients of weight
+and bias."""
 
 
 class HeadNorm(torch.autograd.Function):
@@ -20,9 +21,10 @@ class HeadNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out, rows = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[0] * x.shape[1]
+        x = _laid(x)
         if x.numel():
-            _head_norm[(x.shape[0] * x.shape[1],)](x, weight, bias, out, *_layout(x), eps, *_sizes(x), num_warps=4)
+            _head_norm[(triton.cdiv(rows, EACH),)](x, weight, bias, out, rows, x.shape[1], *_steps(x), eps, EACH, *_sizes(x), num_warps=4)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return out
@@ -30,36 +32,50 @@ class HeadNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        if grad.stride(-1) != 1:
-            grad = grad.contiguous()
+        grad = _laid(grad)
         x_grad, rows = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[0] * x.shape[1]
         each = max(triton.cdiv(rows, PROGRAMS), 1)
         programs = triton.cdiv(rows, each)
         parts = torch.empty(programs, 2, x.shape[3], dtype=torch.float32, device=x.device)
         if x.numel():
             _head_norm_backward[(programs,)](
-                x, grad, weight, x_grad, parts, rows, each, *_layout(x), *grad.stride()[:3], ctx.eps, *_sizes(x), num_warps=4
-            )
+                x, grad, weight, x_grad, parts, rows, each, x.shape[1], *_steps(x), *_steps(grad), ctx.eps, *_sizes(x), num_warps=8
+            )  # fmt: skip
         weight_grad, bias_grad = parts.sum(0).to(weight.dtype).unbind()
         return x_grad, weight_grad, bias_grad, None
 
 
-def _layout(x: Tensor) -> tuple[int, ...]:
-    """Tokens of an image, and strides of images, tokens and heads."""
-    return (x.shape[1], *x.stride()[:3])
+def _unit(x: Tensor) -> int:
+    """The largest power of two that divides a head's width. Kernels are given strides in this unit, from which Triton's compiler sees that
+    it may read so many elements at once; of 72 it would see nothing."""
+    return x.shape[3] & -x.shape[3]
+
+
+def _laid(x: Tensor) -> Tensor:
+    """x, copied if need be, with a head's elements side by side, and other strides that are multiples of the unit."""
+    return x if x.stride(3) == 1 and all(stride % _unit(x) == 0 for stride in x.stride()[:3]) else x.contiguous()
+
+
+def _steps(x: Tensor) -> tuple[int, ...]:
+    """Strides of images, tokens and heads in units."""
+    return tuple(stride // _unit(x) for stride in x.stride()[:3])
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
-    """Heads and their width, and both rounded up to powers of two."""
+    """The unit, heads and their width, and both rounded up to powers of two."""
     heads, width = x.shape[2:]
-    return heads, width, triton.next_power_of_2(heads), triton.next_power_of_2(width)
+    return _unit(x), heads, width, triton.next_power_of_2(heads), triton.next_power_of_2(width)
 
 
 @triton.jit
-def _normed(x, row, tokens, image_step, token_step, head_step, heads, columns, inside, eps, WIDTH: tl.constexpr):
+def _at(row, tokens, image_step, token_step, head_step, heads, columns, UNIT: tl.constexpr):
+    """Where a token's heads lie."""
+    return (row // tokens * image_step + row % tokens * token_step) * UNIT + heads * (head_step * UNIT) + columns
+
+
+@triton.jit
+def _normed(value, inside, eps: tl.constexpr, WIDTH: tl.constexpr):
     """The heads of one token without their means, divided by their standard deviations; and the divisors' inverses."""
-    first = x + row // tokens * image_step + row % tokens * token_step
-    value = tl.load(first + heads * head_step + columns, inside, 0.0).to(tl.float32)
     off = tl.where(inside, value - tl.sum(value, 1, keep_dims=True) / WIDTH, 0.0)
     rate = 1 / tl.sqrt(tl.sum(off * off, 1, keep_dims=True) / WIDTH + eps)
     return off * rate, rate
@@ -67,22 +83,24 @@ def _normed(x, row, tokens, image_step, token_step, head_step, heads, columns, i
 
 @triton.jit
 def _head_norm(
-    x, weight, bias, out, tokens, image_step, token_step, head_step, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    x, weight, bias, out, rows, tokens, image_step, token_step, head_step, eps: tl.constexpr, EACH: tl.constexpr,
+    UNIT: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, HEADS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token."""
-    row, heads, columns = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, WIDTH_BLOCK)[None]
+    """``EACH`` tokens."""
+    program, heads, columns = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, WIDTH_BLOCK)[None]
     inside = (heads < HEADS) & (columns < WIDTH)
-    normed, _ = _normed(x, row, tokens, image_step, token_step, head_step, heads, columns, inside, eps, WIDTH)
     factor = tl.load(weight + columns, columns < WIDTH, 0.0).to(tl.float32)
     shift = tl.load(bias + columns, columns < WIDTH, 0.0).to(tl.float32)
-    tl.store(out + row * HEADS * WIDTH + heads * WIDTH + columns, normed * factor + shift, inside)
+    for row in range(program * EACH, min((program + 1) * EACH, rows)):
+        at = _at(row, tokens, image_step, token_step, head_step, heads, columns, UNIT)
+        normed, _ = _normed(tl.load(x + at, inside, 0.0).to(tl.float32), inside, eps, WIDTH)
+        tl.store(out + row * HEADS * WIDTH + heads * WIDTH + columns, normed * factor + shift, inside)
 
 
 @triton.jit
 def _head_norm_backward(
     x, grad, weight, x_grad, parts, rows, each, tokens, image_step, token_step, head_step, grad_image_step, grad_token_step, grad_head_step,
-    eps, HEADS: tl.constexpr, WIDTH: tl.constexpr, HEADS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    eps: tl.constexpr, UNIT: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, HEADS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``each`` tokens."""
     program, heads, columns = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, WIDTH_BLOCK)[None]
@@ -90,9 +108,10 @@ def _head_norm_backward(
     factor = tl.load(weight + columns, columns < WIDTH, 0.0).to(tl.float32)
     weight_sum, bias_sum = tl.zeros([HEADS_BLOCK, WIDTH_BLOCK], tl.float32), tl.zeros([HEADS_BLOCK, WIDTH_BLOCK], tl.float32)
     for row in range(program * each, min((program + 1) * each, rows)):
-        normed, rate = _normed(x, row, tokens, image_step, token_step, head_step, heads, columns, inside, eps, WIDTH)
-        first = grad + row // tokens * grad_image_step + row % tokens * grad_token_step
-        upward = tl.load(first + heads * grad_head_step + columns, inside, 0.0).to(tl.float32)
+        at = _at(row, tokens, image_step, token_step, head_step, heads, columns, UNIT)
+        grad_at = _at(row, tokens, grad_image_step, grad_token_step, grad_head_step, heads, columns, UNIT)
+        upward = tl.load(grad + grad_at, inside, 0.0).to(tl.float32)
+        normed, rate = _normed(tl.load(x + at, inside, 0.0).to(tl.float32), inside, eps, WIDTH)
         weight_sum += upward * normed
         bias_sum += upward
         upward *= factor

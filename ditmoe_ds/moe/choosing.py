@@ -86,7 +86,7 @@ def _choose(
 
 @triton.jit
 def _place(
-    logits, chosen, taken, ends, tokens, weights, listed, number, experts, blocks, scale,
+    logits, chosen, taken, ends, tokens, weights, listed, number, experts, blocks, scale: tl.constexpr,
     renormalise: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, inside, expert, _, scores = _scores(logits, number, experts, WIDTH, BLOCK)
@@ -109,7 +109,7 @@ def _place(
 
 @triton.jit
 def _choose_backward(
-    logits, chosen, listed, weights_grad, means_grad, logits_grad, number, experts, scale,
+    logits, chosen, listed, weights_grad, means_grad, logits_grad, number, experts, scale: tl.constexpr,
     renormalise: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, inside, expert, _, scores = _scores(logits, number, experts, WIDTH, BLOCK)
