@@ -186,6 +186,7 @@ def build(
         engine.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
     elif parallel.zero_stage:
         _one_pass_over_gradients(engine.optimizer, parallel.zero_stage)
+        _norm_on_host(engine.optimizer, parallel.zero_stage)
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
         if device.type == "cuda" and optimizer.name == "adamw":
@@ -230,6 +231,17 @@ def _one_pass_over_gradients(optimizer: Any, stage: int) -> None:
 
     optimizer.get_grad_norm_direct = norm_of
     optimizer.check_overflow = lambda partition_gradients: None
+
+
+def _norm_on_host(optimizer: Any, stage: int) -> None:
+    """DeepSpeed asks for every group of weights whether the gradient norm is finite, and we read it after the step. Asking a tensor on a
+    GPU would wait for all that the GPU has been given before, at last for the whole step; the host's copy waits for backward alone."""
+    if stage == 3:
+        norms = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [norm.cpu() for norm in norms()]
+    else:
+        norm = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda: norm().cpu()
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:

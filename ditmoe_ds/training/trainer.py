@@ -189,7 +189,6 @@ class Trainer:
         self.samples_seen += train.global_batch
         sums, selections, takers = arrived()
         diffusion, balance, z, stop = (sums / self.world.size).tolist()
-        grad_norm = float(self.engine.get_global_grad_norm()) if applied else math.inf  # with ZeRO it waits for the device
         self.interrupted = stop > 0 and self.step < train.steps
         parts = clock.stop()
         seconds = time.monotonic() - start
@@ -198,7 +197,7 @@ class Trainer:
             loss=diffusion,
             balance_loss=balance,
             z_loss=z,
-            grad_norm=grad_norm,
+            grad_norm=float(self.engine.get_global_grad_norm()) if applied else math.inf,
             lr=lr,
             data_wait=self.ahead.waited / seconds,
             epoch=self.samples_seen / len(self.dataset),
