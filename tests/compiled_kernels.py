@@ -1,9 +1,10 @@
 """Run by test_moe.py: every Triton kernel compiles for a GPU as it is launched for models of published sizes, without one.
 
-In a process of its own, since Triton is made to believe in a GPU. Instead of a launch a kernel is compiled, to the machine's code, so what
-is computed means nothing; ``interpreted_kernels.py`` sees to that.
+In a process of its own, since Triton is made to believe in a GPU: of compute capability ``KERNELS_FOR``, or AMD's of that name. Instead of
+a launch a kernel is compiled, to the machine's code, so what is computed means nothing; ``interpreted_kernels.py`` sees to that.
 """
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -28,12 +29,14 @@ from ditmoe_ds.moe.routing import RouterConfig
 MODELS = ["DiT-MoE-S/2-8E2A", "DiT-MoE-XL/2-8E2A", "DiT-MoE-G/2-16E2A", "EC-DIT-XL-8E", "EC-DIT-M-64E"]
 SHARED = 99 * 1024
 """Bytes that a block of threads may share on any GPU with bf16 (CUDA's table of compute capabilities: 8.6, 8.9 and 12.0 have the least)."""
+KIND = os.environ["KERNELS_FOR"]
+TARGET = GPUTarget("cuda", int(KIND), 32) if KIND.isdigit() else GPUTarget("hip", KIND, 64)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Driver:
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return TARGET
 
     def get_current_device(self):
         return 0
@@ -101,13 +104,15 @@ def test_kernels_of_a_block(name, dtype, compiled, tmp_path):
     assert len(compiled) == 15, sorted(compiled)
     for kernel in (kernel for kinds in compiled.values() for kernel in kinds.values()):
         assert kernel.metadata.shared <= SHARED, (kernel.name, kernel.metadata.shared)
+        if TARGET.backend == "hip":
+            continue
         if dtype == torch.bfloat16 and "norm" in kernel.name:
             alone = re.findall(r"ld\.global\.b16", kernel.asm["ptx"])
             assert len(alone) <= 2, f"{kernel.name} reads element by element"  # but for weight and bias
         code = tmp_path / "code.cubin"
         code.write_bytes(kernel.asm["cubin"])
         used = subprocess.run([TOOL, "-res-usage", code], capture_output=True, text=True, check=True).stdout
-        assert re.search(r" STACK:[08] .* LOCAL:0 ", used), (kernel.name, used)  # no more is spilled
+        assert re.search(r" STACK:(0|8|16) .* LOCAL:0 ", used), (kernel.name, used)  # no more is spilled
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

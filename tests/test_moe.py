@@ -290,10 +290,11 @@ def test_kernels_of_a_gpu_are_torchs_operators():
     assert done.returncode == 0 and "120 passed" in done.stdout, done.stdout[-6000:]
 
 
-def test_kernels_of_a_gpu_compile_for_one():
+@pytest.mark.parametrize("kind", ["90", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("80", "89", "100", "120", "gfx942"))])
+def test_kernels_of_a_gpu_compile_for_one(kind):
     """To the machine's code, which an interpreter does not make."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "compiled_kernels.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(KERNELS_FOR=kind), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-6000:]
 
 
