@@ -173,7 +173,7 @@ for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "a
 from deepspeed.accelerator import get_accelerator  # noqa: E402 # it keeps the functions that are there now
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 
-from ditmoe_ds.distributed import zero3  # noqa: E402
+from ditmoe_ds.distributed import engine, zero3  # noqa: E402
 from ditmoe_ds.distributed.topology import join, leave  # noqa: E402
 from ditmoe_ds.ending import end  # noqa: E402
 from ditmoe_ds.training import trainer  # noqa: E402
@@ -196,6 +196,7 @@ def main():
     pretend()
     if how == "as_found":
         zero3.begin_forward = PartitionedParameterCoordinator._clean_inflight_param_registry
+        engine._keep_until_reduced = lambda optimizer: None
     run = trainer.Trainer(read_plan(recipe, world.size), world)
     with Watch(), patch.object(trainer, "fetch", lambda *tensors: lambda: list(tensors)):
         run.run()

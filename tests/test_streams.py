@@ -8,6 +8,7 @@ from processes import ROOT, demo_on, launch
 
 CASES = dict(  # settings, processes, and what is found of DeepSpeed as it is
     stage_3=(dict(stage=3, reduce_bucket_size=100_000, stage3_param_persistence_threshold=1000), 2, "read on "),
+    stage_2=(dict(stage=2, reduce_bucket_size=400_000), 3, "memory is used again on the default stream"),
 )
 
 
