@@ -15,6 +15,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -187,6 +188,8 @@ def build(
     elif parallel.zero_stage:
         _one_pass_over_gradients(engine.optimizer, parallel.zero_stage)
         _norm_on_host(engine.optimizer, parallel.zero_stage)
+        if parallel.zero_stage == 2:
+            _keep_until_reduced(engine.optimizer)
     if parallel.zero_stage == 0 and precision == "bf16":
         engine.optimizer.step = partial(_step_masters, engine)
         if device.type == "cuda" and optimizer.name == "adamw":
@@ -242,6 +245,19 @@ def _norm_on_host(optimizer: Any, stage: int) -> None:
     else:
         norm = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda: norm().cpu()
+
+
+def _keep_until_reduced(optimizer: Any) -> None:
+    """DeepSpeed reduces a gradient larger than its bucket where it lies, on a stream of its own, and lets go of it at once: on a rank that
+    keeps no part of it, what backward computes next could be written over it before it was read."""
+    average = optimizer.average_tensor
+
+    def keep_and_average(gradient: Tensor, dtype: torch.dtype) -> None:
+        if gradient.numel() > optimizer.reduce_bucket_size and not get_accelerator().is_synchronized_device():
+            gradient.record_stream(optimizer.reduction_stream)
+        average(gradient, dtype)
+
+    optimizer.average_tensor = keep_and_average
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:

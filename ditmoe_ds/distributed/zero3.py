@@ -5,6 +5,8 @@
 - After a step it gathers the weights that stay whole, hundreds of small ones, by a collective each. Here it is one for all.
 - It gathers sets of parameters, which Python orders by their addresses. Where a set has weights of experts and others, which different
   groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here sets are sorted.
+- It gathers on a stream of its own, which does not wait for weights to be written, except by a wait for the whole GPU in what gathers those
+  that stay whole. Here it waits at the beginning of every forward, and the host never does.
 - It sends every parameter from the first rank to all before cutting it. Here it does not, since no rank has values yet.
 """
 
@@ -21,14 +23,15 @@ from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 
-GATHER = "_PartitionedParameterCoordinator__all_gather_params"
+GATHER, STREAM = (f"_PartitionedParameterCoordinator__{name}" for name in ("all_gather_params", "allgather_stream"))
 _gather, _wait = getattr(PartitionedParameterCoordinator, GATHER), AllGatherCoalescedHandle.wait
-_together = Init._allgather_params_coalesced
+_clean, _together = PartitionedParameterCoordinator._clean_inflight_param_registry, Init._allgather_params_coalesced
 
 
 def install() -> None:
     """Replace DeepSpeed's functions by those below, for all engines of this process."""
     setattr(PartitionedParameterCoordinator, GATHER, gather_in_order)
+    PartitionedParameterCoordinator._clean_inflight_param_registry = begin_forward
     AllGatherCoalescedHandle.wait = wait
     Init._allgather_params_coalesced = gather_together
     stage3.reduce_scatter_coalesced = reduce_scatter
@@ -39,6 +42,14 @@ def cut(init: Any, parameter: Any) -> None:
     """Keep this rank's part of a parameter, whose values come later."""
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()
+
+
+def begin_forward(coordinator: Any) -> None:
+    """Drop what was gathered and not used. From here on gathering waits for what the current stream has been given until now: it may write
+    the weights, or wait for a gather into memory that is free now."""
+    _clean(coordinator)
+    if not get_accelerator().is_synchronized_device():
+        getattr(coordinator, STREAM).wait_stream(get_accelerator().current_stream())
 
 
 def gather_in_order(coordinator: Any, parameters: Iterable[Any], forward: bool) -> None:
