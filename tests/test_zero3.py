@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.comm import coalesced_collectives as theirs
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
+from torch import nn
 
 from ditmoe_ds.distributed import zero3
 
@@ -85,3 +86,14 @@ def test_ranks_gather_in_one_order(monkeypatch):
     for order in ((3, 1, 2), (2, 3, 1)):
         zero3.gather_in_order(None, [SimpleNamespace(ds_id=number) for number in order], True)
     assert seen == [[1, 2, 3]] * 2
+
+
+def test_hooks_are_not_compiled():
+    network, seen = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), []
+    for module in network:
+        module.register_forward_pre_hook(lambda module, args: seen.append(torch.compiler.is_compiling()))
+        module.register_forward_hook(lambda module, args, out: seen.append(torch.compiler.is_compiling()))
+    zero3.keep_from_compilers(network)
+    network.compile(backend="eager")
+    network(torch.ones(2))
+    assert seen == [False] * 4

@@ -109,7 +109,7 @@ def add_norm(x, branch, gate, shift, scale, total, out, BRANCH, GATE, NORM, MODU
         out.copy_(normed(value, scale if MODULATED else None, shift))
 
 
-def add_norm_backward(total_grad, out_grad, total, branch, gate, scale, x_grad, branch_grad, parts, GATE, NORM, MODULATED, ROWS, **_):
+def add_norm_backward(total_grad, out_grad, total, branch, gate, scale, x_grad, branch_grad, parts, GATE, NORM, MODULATED, **_):
     grad, parts = total_grad.float(), parts.zero_()
     if NORM:
         leaf, shift, factor = (each.detach().float().requires_grad_() for each in (total, torch.zeros_like(scale), scale))
@@ -206,3 +206,15 @@ def test_a_compiled_block_with_kernels_is_the_block(ran, monkeypatch, options, a
             assert (ours - theirs).norm() <= near * theirs.norm(), name
     used = BOTH | (EQUAL if model.config.equal_load else UNEQUAL)
     assert ran.keys() == used.keys() and counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options", ROUTINGS.values(), ids=ROUTINGS)
+def test_all_numbers_of_tokens_after_the_first_share_a_graph(ran, monkeypatch, options):
+    """As where latents have several shapes, for each of which a compiler would take a minute."""
+    monkeypatch.setattr(adaln_kernels, "PROGRAMS", 40)
+    block = disturbed(qk_norm=True, **options).bfloat16().blocks[0]
+    block.compile(backend="aot_eager", fullgraph=True)
+    for tokens in (96, 128, 336, 112, 200):
+        out, *_ = block(torch.randn(3, tokens, 32).bfloat16(), torch.randn(3, 32).bfloat16())
+        out.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 2

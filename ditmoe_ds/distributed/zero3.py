@@ -7,6 +7,7 @@
   groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here sets are sorted.
 - It gathers on a stream of its own, which does not wait for weights to be written, except by a wait for the whole GPU in what gathers those
   that stay whole. Here it waits at the beginning of every forward, and the host never does.
+- torch.compile traces its hooks, for each module anew, and after 64 of them no more. Here they are left to Python.
 - It sends every parameter from the first rank to all before cutting it. Here it does not, since no rank has values yet.
 """
 
@@ -21,7 +22,7 @@ from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_f
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch import Tensor
+from torch import Tensor, nn
 
 GATHER, STREAM = (f"_PartitionedParameterCoordinator__{name}" for name in ("all_gather_params", "allgather_stream"))
 _gather, _wait = getattr(PartitionedParameterCoordinator, GATHER), AllGatherCoalescedHandle.wait
@@ -50,6 +51,14 @@ def begin_forward(coordinator: Any) -> None:
     _clean(coordinator)
     if not get_accelerator().is_synchronized_device():
         getattr(coordinator, STREAM).wait_stream(get_accelerator().current_stream())
+
+
+def keep_from_compilers(model: nn.Module) -> None:
+    """Let no compiler trace the hooks that DeepSpeed has given the model. It takes a few microseconds for each call."""
+    for module in model.modules():
+        hooks: Any
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            hooks.update({key: torch.compiler.disable(hook) for key, hook in hooks.items()})
 
 
 def gather_in_order(coordinator: Any, parameters: Iterable[Any], forward: bool) -> None:

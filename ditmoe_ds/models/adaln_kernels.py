@@ -14,7 +14,7 @@ from torch import Tensor
 FORWARD, BACKWARD = (8, 1024), (32, 256)
 """Of a kernel: how many tokens a program gets at most, and elements of a token for each warp."""
 PROGRAMS = 512
-"""A program gets fewer tokens until there are so many programs."""
+"""About so many programs there are at least, by fewer tokens for each."""
 STAGES, SHARED = 3, 96 * 1024
 """A program of backward loads two tokens ahead, or as many as fit into the bytes that its threads share on any GPU with bf16."""
 
@@ -84,8 +84,8 @@ def _launch_forward(
     if x.numel():
         _add_norm[images, triton.cdiv(tokens, rows)](
             x, x if branch is None else branch, gate_, shift_, scale_, total, x if out is None else out, x if stats is None else stats,
-            tokens, gate_step, shift_step, scale_step, eps, width,
-            branch is not None, gate is not None, out is not None, scale is not None, rows, block, num_warps=_warps(block, FORWARD[1]),
+            tokens, rows, gate_step, shift_step, scale_step, eps, width,
+            branch is not None, gate is not None, out is not None, scale is not None, block, num_warps=_warps(block, FORWARD[1]),
         )  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def _launch_backward(
     results = [total_grad if tensor is None else tensor for tensor in (x_grad, branch_grad)]
     if total_grad.numel():
         _add_norm_backward[(images, chunks)](
-            total_grad, *given, gate_, scale_, *results, parts, tokens, gate_step, scale_step, width,
-            gate is not None, out_grad is not None, scale is not None, rows, stages, block, num_warps=_warps(block, BACKWARD[1]),
+            total_grad, *given, gate_, scale_, *results, parts, tokens, rows, gate_step, scale_step, width,
+            gate is not None, out_grad is not None, scale is not None, stages, block, num_warps=_warps(block, BACKWARD[1]),
         )  # fmt: skip
     sums = iter(parts.sum(2, keepdim=True).to(total_grad.dtype).unbind(0))
     shift_grad, scale_grad, gate_grad = (next(sums) if there else None for there in kinds)
@@ -123,10 +123,8 @@ def _launch_backward(
 
 
 def _rows(images: int, tokens: int, most: int, least: int) -> int:
-    """How many tokens of an image a program gets."""
-    while most > least and images * triton.cdiv(tokens, most) < PROGRAMS:
-        most //= 2
-    return most
+    """How many tokens of an image a program gets. Without a branch, for each side of which torch.compile would have a graph."""
+    return min(max(images * tokens // PROGRAMS, least), most)
 
 
 def _warps(block: int, each: int) -> int:
@@ -140,10 +138,10 @@ def _both(a, b, more_a, more_b):
 
 @triton.jit
 def _add_norm(
-    x, branch, gate, shift, scale, total, out, stats, tokens, gate_step, shift_step, scale_step, eps: tl.constexpr, WIDTH: tl.constexpr,
-    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, branch, gate, shift, scale, total, out, stats, tokens, rows, gate_step, shift_step, scale_step, eps: tl.constexpr,
+    WIDTH: tl.constexpr, BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` tokens of an image."""
+    """``rows`` tokens of an image."""
     image, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = columns < WIDTH
     if GATE:
@@ -151,8 +149,8 @@ def _add_norm(
     if MODULATED:
         scales = 1 + tl.load(scale + image * scale_step + columns, inside, 0.0).to(tl.float32)
         shifts = tl.load(shift + image * shift_step + columns, inside, 0.0).to(tl.float32)
-    first = tl.program_id(1) * ROWS
-    for token in range(first, min(first + ROWS, tokens)):
+    first = tl.program_id(1) * rows
+    for token in range(first, min(first + rows, tokens)):
         row = image * tokens + token
         at = row * WIDTH + columns
         value = tl.load(x + at, inside, 0.0).to(tl.float32)
@@ -177,10 +175,10 @@ def _add_norm(
 
 @triton.jit
 def _add_norm_backward(
-    total_grad, out_grad, total, stats, branch, gate, scale, x_grad, branch_grad, parts, tokens, gate_step, scale_step, WIDTH: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+    total_grad, out_grad, total, stats, branch, gate, scale, x_grad, branch_grad, parts, tokens, rows, gate_step, scale_step,
+    WIDTH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` tokens of an image."""
+    """``rows`` tokens of an image."""
     image, chunk, columns = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     inside, nothing = columns < WIDTH, tl.zeros([BLOCK], tl.float32)
     shift_sum, scale_sum, gate_sum = nothing, nothing, nothing
@@ -188,8 +186,8 @@ def _add_norm_backward(
         gates = tl.load(gate + image * gate_step + columns, inside, 0.0).to(tl.float32)
     if MODULATED:
         scales = 1 + tl.load(scale + image * scale_step + columns, inside, 0.0).to(tl.float32)
-    first = chunk * ROWS
-    for token in tl.range(first, min(first + ROWS, tokens), num_stages=STAGES):
+    first = chunk * rows
+    for token in tl.range(first, min(first + rows, tokens), num_stages=STAGES):
         row = image * tokens + token
         at = row * WIDTH + columns
         grad = tl.load(total_grad + at, inside, 0.0).to(tl.float32)

@@ -127,8 +127,9 @@ def split(x: Tensor, counts: Tensor, kernel: str) -> list[Part]:
     if kernel == "grouped":
         return [Part(slice(None), slice(None), counts.cumsum(0).to(torch.int32))]
     if kernel == "batched":
-        at_once = x.is_cuda or torch.compiler.is_compiling()  # a compiler cannot trace get_num_threads, and fuses elementwise parts itself
-        step, rows = len(counts) if at_once else torch.get_num_threads(), len(x) // len(counts)
+        if x.is_cuda or torch.compiler.is_compiling():  # a compiler fuses elementwise parts itself, and has a graph for each end of a slice
+            return [Part(slice(None), slice(None), None)]
+        step, rows = torch.get_num_threads(), len(x) // len(counts)
         return [Part(slice(e * rows, (e + step) * rows), slice(e, e + step), None) for e in range(0, len(counts), step)]
     ends = counts.cumsum(0).tolist()
     return [Part(slice(start, end), slice(e, e + 1), None) for e, (start, end) in enumerate(zip([0, *ends], ends))]
