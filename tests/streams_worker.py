@@ -1,11 +1,12 @@
 """Train on CPUs as if these computed on streams, as GPUs do; look for accesses to memory that no wait puts in order.
 
-python streams_worker.py FOUND.json repaired|as_found RECIPE [key=value ...]
+python streams_worker.py FOUND.json repaired|as_found|unawaited RECIPE [key=value ...]
 
 DeepSpeed is told that its accelerator has streams. Every operation is put on the stream that is current, a collective that is not awaited
 at once on its group's own. A stream's clock says which operations of every stream are over before its next one: waits merge clocks. An
 access must find in its clock what the other streams did to that memory, and so must an allocation, which may take memory that was freed.
-``as_found`` leaves out what ``ditmoe_ds`` repairs of DeepSpeed. Only main threads are watched: on CPUs backward runs in them, too.
+``as_found`` leaves out what ``ditmoe_ds`` repairs of DeepSpeed, ``unawaited`` what waits at the end of backward. Only main threads are
+watched: on CPUs backward runs in them, too.
 """
 
 import inspect
@@ -197,6 +198,9 @@ def main():
     if how == "as_found":
         zero3.begin_forward = PartitionedParameterCoordinator._clean_inflight_param_registry
         engine._keep_until_reduced = lambda optimizer: None
+    elif how == "unawaited":
+        engine._end_backward_without_the_host = lambda optimizer: None
+        get_accelerator().synchronize = lambda: None
     run = trainer.Trainer(read_plan(recipe, world.size), world)
     with Watch(), patch.object(trainer, "fetch", lambda *tensors: lambda: list(tensors)):
         run.run()
