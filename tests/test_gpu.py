@@ -62,6 +62,7 @@ def test_the_layer_is_the_one_of_the_cpu(name, compiled):
     plain = make_layer(name, torch.bfloat16)[0].to("cpu", torch.float32)  # the same rounded weights
     wanted = outcome(plain, x.detach().cpu().float().requires_grad_(), upward.cpu().float())
     if compiled:
+        torch._dynamo.reset()  # it would compile so many layers and no more
         moe.compile()
     for ours, theirs in zip(outcome(moe, x, upward), wanted, strict=True):
         assert ours.dtype == torch.bfloat16
