@@ -151,6 +151,8 @@ def fill(weight_grad: Tensor | None, weight: Tensor, part: Part, grad: Tensor, x
         if leaves_gaps(x.device):
             kernels.clear(found, part.ends)
         return found
+    if part.experts == slice(None):
+        return per_expert(grad, weight).mT @ per_expert(x, weight)
     weight_grad = torch.empty_like(weight) if weight_grad is None else weight_grad
     own = weight_grad[part.experts]
     if len(own) == 1:
