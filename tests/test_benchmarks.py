@@ -25,6 +25,7 @@ SLOW = {
     "loader": ("--seconds 0.2 --folder {}", 6),
     "checkpoint": ("--model DiT-MoE-Tiny/2-8E2A --repeats 1 --folder {}", 6),
     "gradient_copies": ("--stages 0 2", 4),
+    "zero3_host": ("--ranks 8 --rounds 1", 1),
     "encode": ("--images 10 --size 32 --batch 5 --repeats 1", 1),
 }
 

@@ -64,12 +64,11 @@ def test_compiled_modules_are_looked_into():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.nn.Linear(4, 4))
     with torch.no_grad():
         model[1][0].bias.fill_(torch.inf)
-    model[1].compile(backend="eager")
-    call = model[1]._compiled_call_impl
+    model[1].forward = compiled = torch.compile(model[1].forward, backend="eager")
     batch = Prepared(torch.ones(2, 4), {}, torch.tensor([0.5, 0.5]), torch.ones(2, 4), torch.tensor([3, 4]), None)
     said = explain(model, [batch], lambda batch: model(batch.latents).sum(), "sample{}".format)
     assert said == "first in the output of 1.0, rank 0, t 0.500 to 0.500, samples sample3, sample4"
-    assert model[1]._compiled_call_impl is call
+    assert model[1].forward is compiled
 
 
 class Experts(torch.nn.Module):

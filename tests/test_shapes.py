@@ -5,13 +5,14 @@ active, AdamW, and the balance loss on; a run that is saved and loaded, in its o
 Processes are expensive to start, so one group per world size runs all cases that can run then.
 """
 
+import json
 from functools import cache
 
 import pytest
 import torch
 import yaml
 from latents import write_latents
-from processes import train_cases
+from processes import ROOT, train_cases
 
 from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.engine import BatchShape
@@ -83,10 +84,16 @@ def runs(folder, request):
     slow = [move for move in SLOW_MOVES if any(move_title(*move) in item.name for item in request.session.items)]
     recipe = folder / "recipe.yaml"
     write_latents(folder / "texts", train=40, val=6, shape=(4, 4, 8), text=6)
+    for stage in range(4):
+        settings = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
+        if stage == 3:
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 1000  # else little but experts would be sharded
+        (folder / f"zero{stage}.json").write_text(json.dumps(settings))
     recipe.write_text(
         yaml.safe_dump(
             dict(
                 model=dict(name=NAME, router=dict(balance_alpha=0.05, z_alpha=0.001)),
+                parallel=dict(deepspeed=str(folder / "zero{zero_stage}.json")),
                 data=dict(manifest=write_latents(folder / "latents", train=40, val=6, shape=(4, 4, 4), per_shard=12), window=16, workers=0),
                 train=dict(
                     steps=1000,

@@ -21,7 +21,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import is_model_parallel_parameter
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_module
 from torch import Tensor, nn
 
 from ditmoe_ds.distributed import zero3
@@ -301,15 +301,20 @@ def _step_masters(engine: Engine) -> None:
 
 
 def _gather_by_layer(model: nn.Module) -> dict[str, int]:
-    """Settings with which ZeRO-3 holds about a layer's weights whole, and fetches the next one while it releases this one.
+    """Have ZeRO-3 gather a layer's weights together, and the next layer's while this one is computed.
 
-    DeepSpeed's prefetch continues at every module until ``max_live_parameters`` elements are whole (and may exceed it by one
-    tensor): that, not the bucket, is what bounds it. What is needed again within ``max_reuse_distance`` elements is
-    not released: here the layer that backward begins with or recomputes.
+    DeepSpeed would give each module of a layer hooks of its own, which takes the host longer than a GPU needs for the layer (docs/log.md).
+
+    Returns:
+        Settings. DeepSpeed's prefetch continues at every layer until ``max_live_parameters`` elements are whole (and may exceed it by one
+        tensor): that, not the bucket, is what bounds it. What is needed again within ``max_reuse_distance`` elements is not released:
+        here the layers that backward begins with.
     """
-    stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
-    layer = max(sum(parameter.numel() for parameter in layer.parameters()) for stack in stacks for layer in stack)
-    return dict(stage3_prefetch_bucket_size=layer, stage3_max_live_parameters=layer, stage3_max_reuse_distance=2 * layer)
+    layers = [layer for stack in model.children() if isinstance(stack, nn.ModuleList) for layer in stack]
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    size = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    return dict(stage3_prefetch_bucket_size=size, stage3_max_live_parameters=2 * size, stage3_max_reuse_distance=2 * size)
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, partition: dict[str, Any] | None) -> None:

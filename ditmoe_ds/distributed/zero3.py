@@ -7,12 +7,12 @@
   groups of ranks hold, two ranks could begin with different groups, and NCCL would have them wait for each other. Here sets are sorted.
 - It gathers on a stream of its own, which does not wait for weights to be written, except by a wait for the whole GPU in what gathers those
   that stay whole. Here it waits at the beginning of every forward, and the host never does.
-- torch.compile traces its hooks, for each module anew, and after 64 of them no more. Here they are left to Python.
 - It sends every parameter from the first rank to all before cutting it. Here it does not, since no rank has values yet.
 """
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +20,21 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
 from deepspeed.runtime.zero import stage3
-from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, Init, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch import Tensor, nn
+from torch import Tensor
 
-GATHER, STREAM = (f"_PartitionedParameterCoordinator__{name}" for name in ("all_gather_params", "allgather_stream"))
-_gather, _wait = getattr(PartitionedParameterCoordinator, GATHER), AllGatherCoalescedHandle.wait
+GATHER, STREAM, IN_FLIGHT, WHOLE = (
+    f"_PartitionedParameterCoordinator__{name}"
+    for name in ("all_gather_params", "allgather_stream", "inflight_param_registry", "n_available_params")
+)
 _clean, _together = PartitionedParameterCoordinator._clean_inflight_param_registry, Init._allgather_params_coalesced
 
 
 def install() -> None:
     """Replace DeepSpeed's functions by those below, for all engines of this process."""
-    setattr(PartitionedParameterCoordinator, GATHER, gather_in_order)
+    setattr(PartitionedParameterCoordinator, GATHER, gather)
     PartitionedParameterCoordinator._clean_inflight_param_registry = begin_forward
-    AllGatherCoalescedHandle.wait = wait
     Init._allgather_params_coalesced = gather_together
     stage3.reduce_scatter_coalesced = reduce_scatter
     Init._zero_init_param = cut
@@ -53,39 +54,46 @@ def begin_forward(coordinator: Any) -> None:
         getattr(coordinator, STREAM).wait_stream(get_accelerator().current_stream())
 
 
-def keep_from_compilers(model: nn.Module) -> None:
-    """Let no compiler trace the hooks that DeepSpeed has given the model. It takes a few microseconds for each call."""
-    for module in model.modules():
-        hooks: Any
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            hooks.update({key: torch.compiler.disable(hook) for key, hook in hooks.items()})
+def gather(coordinator: Any, parameters: Iterable[Any], forward: bool) -> None:
+    """Begin to gather those of the parameters that are not here, by one collective for each group of ranks."""
+    by_group = defaultdict(list)
+    for parameter in sorted(parameters, key=lambda parameter: parameter.ds_id):
+        if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            by_group[parameter.ds_process_group].append(parameter)
+    with get_accelerator().stream(getattr(coordinator, STREAM)):
+        for group, missing in by_group.items():
+            on_their_way = OnTheirWay(missing, group)
+            for parameter in missing:
+                parameter.ds_status = ZeroParamStatus.INFLIGHT
+                getattr(coordinator, IN_FLIGHT)[parameter] = on_their_way
+    missing = sum(parameter.ds_numel for missing in by_group.values() for parameter in missing)
+    setattr(coordinator, WHOLE, getattr(coordinator, WHOLE) + missing)
 
 
-def gather_in_order(coordinator: Any, parameters: Iterable[Any], forward: bool) -> None:
-    """Begin to gather parameters, on every rank those of the same group first."""
-    _gather(coordinator, sorted(parameters, key=lambda parameter: parameter.ds_id), forward)
+class OnTheirWay:
+    """Parameters of which the ranks of one group send each other their parts."""
 
+    def __init__(self, parameters: list[Any], group: Any):
+        self.parameters, held = parameters, [parameter.ds_tensor for parameter in parameters]
+        self.parts: Sequence[Tensor]
+        if dist.get_world_size(group) == 1:
+            self.parts, self.work = [part[None] for part in held], None
+            return
+        sizes = [len(part) for part in held]
+        everyone = held[0].new_empty(dist.get_world_size(group), sum(sizes))
+        mine = everyone[dist.get_rank(group)]
+        torch.cat(held, out=mine)
+        self.work = dist.all_gather_into_tensor(everyone.view(-1), mine, group=group, async_op=True)
+        self.parts = everyone.split(sizes, dim=1)
 
-def wait(handle: Any, handle_dependency: bool = True) -> None:
-    """Wait for parameters that are gathered together, then assemble each from the ranks' parts of it."""
-    if handle.complete or handle.quantization or handle.use_secondary_tensor:
-        _wait(handle, handle_dependency)
-        return
-    handle.allgather_handle.wait()
-    first = handle.partitions[0]  # rank 0's parts of all of them; the other ranks' follow, equally long
-    start = first.storage_offset()
-    for parameter in handle.params:
-        part = parameter.ds_tensor.ds_numel
-        parts = first.as_strided((handle.world_size, part), (len(first), 1), start)
-        parameter.data = _whole(parameter, parts).to(parameter.ds_tensor.dtype)
-        parameter.ds_status = ZeroParamStatus.AVAILABLE
-        start += part
-    handle.complete = True
-    if not get_accelerator().is_synchronized_device():
-        if handle_dependency:
-            first.record_stream(get_accelerator().current_stream())
-        else:
-            AllGatherCoalescedHandle.data_buffer.append([first])
+    def wait(self, handle_dependency: bool = True) -> None:
+        """The current stream waits for them, then assembles each."""
+        if self.work:
+            self.work.wait()
+        for parameter, parts in zip(self.parameters, self.parts, strict=True):
+            parameter.data = _whole(parameter, parts)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self.parameters, self.parts = [], []
 
 
 def gather_together(init: Any, parameters: list[Any], hierarchy: int = 0, quantize: bool = False) -> None:

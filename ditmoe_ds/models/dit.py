@@ -287,7 +287,8 @@ class DiT(nn.Module):
             if isinstance(module, PackedExperts) and module.asks_for_counts(self.config.equal_load):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # else recompiled for new counts
         for block in self.blocks:
-            block.compile(mode="reduce-overhead" if graphs else None)
+            # not the call, which has ZeRO-3's hooks
+            block.forward = torch.compile(block.forward, mode="reduce-overhead" if graphs else None)  # type: ignore[method-assign]
 
     @on_its_device
     def forward(

@@ -108,10 +108,9 @@ class Plan:
 
     @property
     def _live(self) -> float:
-        """What ZeRO-3 holds whole: a layer and one tensor more, as ``engine.build`` sets it up, and the weights that it never shards."""
-        found, ep = self._layers, self.shape.ep
-        tensor = max(found.largest[0], found.largest[1] / ep)
-        return self.batch.size * (found.dense_layer + found.expert_layer / ep + tensor + self._persistent)
+        """What ZeRO-3 holds whole: two layers, as ``engine.build`` sets it up, and the weights that it never shards."""
+        found = self._layers
+        return self.batch.size * (2 * (found.dense_layer + found.expert_layer / self.shape.ep) + self._persistent)
 
     @property
     def _persistent(self) -> int:

@@ -140,13 +140,11 @@ def _watched(model: nn.Module, look: Callable[[str, Any, Tensor], None]) -> Iter
                 look(name, args, tensor)
 
     handles = [module.register_forward_hook(partial(hook, name)) for name, module in model.named_modules() if name]
-    compiled = [(module, module._compiled_call_impl) for module in model.modules()]  # compiled blocks call no hooks
-    for module, _ in compiled:
-        module._compiled_call_impl = None
+    compiled = [(module, vars(module).pop("forward")) for module in model.modules() if "forward" in vars(module)]  # calls no hooks inside
     try:
         yield
     finally:
-        for module, call in compiled:
-            module._compiled_call_impl = call
+        for module, forward in compiled:
+            module.forward = forward
         for handle in handles:
             handle.remove()

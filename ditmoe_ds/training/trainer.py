@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ditmoe_ds import config
 from ditmoe_ds.clock import clock
 from ditmoe_ds.diffusion.objectives import make_objective
-from ditmoe_ds.distributed import checkpoint, shards, zero3
+from ditmoe_ds.distributed import checkpoint, shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
 from ditmoe_ds.distributed.host import fetch
@@ -95,8 +95,6 @@ class Trainer:
         self.engine = build(model, recipe.parallel, train.optimizer, plan.batch, train.precision, plan.ds_config, world.device)
         if train.compile:
             model.compile_blocks()
-            if recipe.parallel.zero_stage == 3:
-                zero3.keep_from_compilers(model)
         self.shards = shards.collect(self.engine, group)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
