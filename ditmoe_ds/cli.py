@@ -13,6 +13,7 @@ from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
 from ditmoe_ds.pipelines import cli as pipelines
+from ditmoe_ds.pipelines.arguments import add_recipe
 from ditmoe_ds.planning import cli as planning
 
 
@@ -23,8 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
     train = commands.add_parser("train", help="train in one process (in several: deepspeed --module ditmoe_ds.train)")
     train.set_defaults(command=_train)
-    train.add_argument("recipe", help="YAML file")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
+    add_recipe(train)
 
     info = commands.add_parser("info", help="print parameters and multiply-accumulates of a named model")
     info.set_defaults(command=_info)

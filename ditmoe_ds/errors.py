@@ -1,7 +1,7 @@
 """The mistakes a user can make, as types. Each message names the key, the value and the fix."""
 
 _KEPT = "\u00a0\u3000\u200c\u200d"
-"""Not printable by Python's word, but harmless: wide spaces, and what joins and parts letters and emoji."""
+"""Not printable as Python sees it, but harmless: wide spaces, and what joins and parts letters and emoji."""
 
 
 class UserError(Exception):

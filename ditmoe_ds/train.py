@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument.startswith("dry_run=") for argument in arguments):
         from ditmoe_ds.planning.dry_run import main as dry_run
 
-        return dry_run(arguments) if int(os.environ.get("RANK", 0)) == 0 else 0
+        return dry_run(arguments) if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0 else 0
     outlive_readers()
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's

@@ -126,6 +126,8 @@ def test_wrong_numbers_are_no_success(monkeypatch, name):
 def test_what_hangs_is_left_behind():
     with pytest.raises(TimeoutError, match="not done within 0 seconds"):
         network._within(0.1, lambda: time.sleep(5) or {})
+    with pytest.raises(ValueError, match="invalid literal"):  # and what fails is not said to hang
+        network._within(60, lambda: int("x"))
 
 
 @pytest.mark.parametrize("wrong, told", [(None, None), ("RoPE fails", "GPU 3: RoPE fails")])

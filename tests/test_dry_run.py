@@ -94,8 +94,9 @@ def test_gradients_that_a_rank_keeps_whole_are_planned(how):
     assert abs(float(re.search(r"^  peak .*?([+-]\d+\.\d)%", found.stdout, re.M)[1])) < 5, found.stdout + found.stderr
 
 
-def test_of_several_processes_one_makes_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+def test_of_several_processes_one_makes_it(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "1")
     assert train.main(["nowhere.yaml", "dry_run=8x8"]) == 0
     assert capsys.readouterr() == ("", "")
 

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -177,7 +179,18 @@ def test_any_output_of_a_host_is_read_to_its_end(capsys):
     assert (said[0], said[-1]) == ("here: caf\ufffd", "here: end")
 
 
-def test_a_log_that_cannot_be_written_stops_neither_hosts_nor_restarts(tmp_path, monkeypatch, overrides):
+@pytest.fixture
+def command(tmp_path, monkeypatch, overrides):
+    """To launch on a host that nobody asks: what it would do is up to ``Job._start``."""
+    (tmp_path / "hostfile").write_text("host1 slots=1\n")
+    monkeypatch.setattr(hostfile, "survey", lambda *_: ([Node("host1", 1, dict(address="host1"))], ""))
+    monkeypatch.setattr(hostfile.signal, "signal", lambda *_: None)
+    recipe = shutil.copy(ROOT / "recipes" / "digits.yaml", tmp_path)
+    options = ["--hostfile", str(tmp_path / "hostfile"), "--max-restarts", "1"]
+    return ["launch", "hostfile", recipe, *options, *overrides, f"run_dir={tmp_path / 'run'}"]
+
+
+def test_a_log_that_cannot_be_written_stops_neither_hosts_nor_restarts(monkeypatch, command):
     """Its disk may be another than the run's."""
     ends = iter([1, 0])
 
@@ -193,14 +206,22 @@ def test_a_log_that_cannot_be_written_stops_neither_hosts_nor_restarts(tmp_path,
         _relay("here", process)
         return process.wait(30)
 
-    (tmp_path / "hostfile").write_text("host1 slots=1\n")
-    monkeypatch.setattr(hostfile, "survey", lambda *_: ([Node("host1", 1, dict(address="host1"))], ""))
-    monkeypatch.setattr(hostfile.signal, "signal", lambda *_: None)
     monkeypatch.setattr(hostfile.Job, "_start", end)
-    command = ["launch", "hostfile", "recipes/digits.yaml", "--hostfile", str(tmp_path / "hostfile"), "--max-restarts", "1", *overrides]
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Full())
-    assert main([*command, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert main(command) == 0
+    assert not list(ends)
+
+
+def test_a_recipe_edited_while_it_runs_stops_no_restart(monkeypatch, command):
+    ends = iter([1, 0])
+
+    def edited(self, used, master, recipe):
+        Path(command[2]).write_text("model: {name: another")
+        return next(ends)
+
+    monkeypatch.setattr(hostfile.Job, "_start", edited)
+    assert main(command) == 0
     assert not list(ends)
 
 

@@ -248,6 +248,16 @@ def test_which_checkpoints_are_kept(alone, tmp_path):
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*")) == [4, 8, 9, 10]
 
 
+def test_all_that_killed_saves_left_can_be_deleted(tmp_path, capsys):
+    left = [tmp_path / "step_00005000.partial", tmp_path / "step_00005000.old.partial"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "rank_00000.safetensors").write_bytes(b"some")
+    for folder in left:
+        checkpoint._discard(folder)
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
 def test_a_run_that_stops_by_itself_finishes_its_checkpoint():
     finished = []
 

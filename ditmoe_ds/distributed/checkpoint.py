@@ -57,7 +57,7 @@ class CheckpointConfig:
     is printed at once and stops the run at the next save."""
 
     def most(self, steps: int) -> int:
-        """How many a run of so many steps has on disk at once: the last is written before the one that it replaces is deleted."""
+        """The most that a run of so many steps has on disk at once: one is written before the one that it replaces is deleted."""
         written = sorted({*range(self.every, steps + 1, self.every), steps})
         return len({*written[-self.keep - 1 :], *(step for step in written if self.keep_every and step % self.keep_every == 0)})
 
@@ -349,9 +349,9 @@ def _discard(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint such that, killed half-way, nothing is left under its name."""
+    """Delete a checkpoint such that, killed half-way, nothing is left under its name; or what is left of one."""
     if folder.exists():
-        shutil.rmtree(folder.rename(folder.with_suffix(".old.partial")))
+        shutil.rmtree(folder if folder.suffix == ".partial" else folder.rename(folder.with_suffix(".old.partial")))
 
 
 def _sync(path: Path) -> None:

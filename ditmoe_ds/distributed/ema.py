@@ -62,8 +62,8 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the master weights, unless the optimizer's kernel has. Call after each optimizer step."""
-        for share, average in zip(self.shares(), self.averages.values()):
-            if not self.at_once:
+        if not self.at_once:
+            for share, average in zip(self.shares(), self.averages.values()):
                 torch._foreach_lerp_(average, self.masters, share)
         self.steps += 1
 

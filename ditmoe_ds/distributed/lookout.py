@@ -139,7 +139,7 @@ class Lookout:
             self._end(verdict["text"], verdict["code"], None if verdict["alive"] else verdict["rank"])
 
     def _note_where(self, folder: Path) -> None:
-        """At most once a step, which may never end although every rank is alive."""
+        """Write down where every thread is, at most once a step: one may never end although every rank is alive."""
         self.since = math.inf
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
@@ -179,7 +179,7 @@ class _Office:
 
     def __init__(self, ranks: int) -> None:
         self.room = ranks + 64
-        """How many more connections may be there that have not yet said whose they are."""
+        """How many more connections may be open without having said whose they are."""
         self.token = secrets.token_hex()
         self.empty = threading.Event()
         """Every rank has said goodbye."""

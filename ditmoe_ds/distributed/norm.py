@@ -20,7 +20,7 @@ def square_sum(tensors: list[Tensor]) -> Tensor:
 
 
 def _parts(tensors: list[Tensor], alignment: int) -> Tensor:
-    """Whose sum is that of the squares of contiguous tensors."""
+    """Partial sums of the squares of contiguous tensors, some for each."""
     table = to_device([[tensor.data_ptr(), tensor.numel()] for tensor in tensors], tensors[0].device)
     parts = torch.empty(len(tensors), max(1, PROGRAMS // len(tensors)), device=table.device)
     _square_sums[parts.shape[::-1]](tensors[0], table, parts, alignment, BLOCK, num_warps=WARPS)

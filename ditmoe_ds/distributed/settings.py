@@ -1,6 +1,7 @@
 """DeepSpeed's own settings: the file that a recipe names, and what in it is the recipe's or must stay as it is."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,40 +65,39 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
             f"this code overrides DeepSpeed internals; install {SUPPORTED[0]} <= deepspeed < {SUPPORTED[1]}",
         )
     named = Path(parallel.deepspeed.replace("{zero_stage}", str(parallel.zero_stage)))
+    wrong = partial(ConfigError, "parallel.deepspeed", str(named))
     path = next((p for p in (named, Path(__file__).parents[2] / named) if p.is_file()), None)
     if path is None:
-        raise ConfigError("parallel.deepspeed", str(named), "no such file here or beside the installed package")
+        raise wrong("no such file here or beside the installed package")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError("parallel.deepspeed", str(named), f"not valid JSON: {error}") from None
+        raise wrong(f"not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ConfigError("parallel.deepspeed", str(named), "no JSON object of DeepSpeed's settings")
+        raise wrong("no JSON object of DeepSpeed's settings")
     for key, value in config.items():
         if key in OWNED:
-            raise ConfigError("parallel.deepspeed", str(named), f"remove {key!r}; the recipe sets it as {OWNED[key]}")
+            raise wrong(f"remove {key!r}; the recipe sets it as {OWNED[key]}")
         if key in ("zero_optimization", "data_types", "torch_autocast") and not isinstance(value, dict | None):
-            raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: holds settings, in braces")
+            raise wrong(f"{key}={json.dumps(value)}: holds settings, in braces")
     stage = _setting(config, "zero_optimization.stage", 0)
     if stage != parallel.zero_stage:
         raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")
     for key, (allowed, reason) in FIXED.items():
         if (value := _setting(config, key, allowed)) not in (allowed, None):
-            raise ConfigError("parallel.deepspeed", str(named), f"{key}={json.dumps(value)}: {reason}; remove it")
+            raise wrong(f"{key}={json.dumps(value)}: {reason}; remove it")
     if _setting(config, "zero_optimization.offload_optimizer.device", None) == "nvme":
-        fix = 'zero_optimization.offload_optimizer.device="nvme": what lies there is not saved; write cpu'
-        raise ConfigError("parallel.deepspeed", str(named), fix)
+        raise wrong('zero_optimization.offload_optimizer.device="nvme": what lies there is not saved; write cpu')
     if stage < 2 and _setting(config, "data_types.grad_accum_dtype", None):
-        fix = f"data_types.grad_accum_dtype: DeepSpeed's stage {stage} cannot; remove it, or take stage 2"
-        raise ConfigError("parallel.deepspeed", str(named), fix)
+        raise wrong(f"data_types.grad_accum_dtype: DeepSpeed's stage {stage} cannot; remove it, or take stage 2")
     try:
         zero_settings(config)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise ConfigError("parallel.deepspeed", str(named), f"{place}={json.dumps(first['input'])}: {first['msg']}") from None
+        raise wrong(f"{place}={json.dumps(first['input'])}: {first['msg']}") from None
     except AssertionError as error:  # an old name of a setting is there beside the new one
-        raise ConfigError("parallel.deepspeed", str(named), str(error)) from None
+        raise wrong(str(error)) from None
     return config
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -163,8 +163,7 @@ def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
         result = action()
     except UserError as caught:
         error = caught
-    errors: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error and (str(error), f"rank {dist.get_rank()} on {host_name()}"), group)
+    errors = gathered(error and (str(error), f"rank {dist.get_rank()} on {host_name()}"), group)
     raised = [found for found in errors if found]
     if raised:
         text, who = raised[0]
@@ -172,6 +171,13 @@ def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
             raise AgreedError(text)
         raise AgreedError(f"{text} (only {who if len(raised) == 1 else f'{len(raised)} of {len(errors)} ranks, the first {who}'})")
     return result  # type: ignore[return-value]
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's ``value``, in the order of the ranks (of ``group``)."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group)
+    return everyone
 
 
 def decided(action: Callable[[], T]) -> T:
@@ -261,13 +267,6 @@ def tensor_place() -> tuple[int, int]:
     from deepspeed.utils import bwc, groups
 
     return bwc.bwc_tensor_model_parallel_rank(groups.mpu), bwc.bwc_tensor_model_parallel_world_size(groups.mpu)
-
-
-def hosts_of_ranks() -> list[str]:
-    """Where each rank runs. Collective."""
-    found: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(found, host_name())
-    return found
 
 
 def describe_placement(hosts: list[str], ep_size: int, tensor: int = 1) -> str:

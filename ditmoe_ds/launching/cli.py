@@ -10,7 +10,7 @@ from data_prep.cli import parser as data_parser
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.launching.record import prepare
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, submit
-from ditmoe_ds.pipelines.arguments import check_least
+from ditmoe_ds.pipelines.arguments import add_recipe, check_least
 
 
 def add_commands(commands: Any) -> None:
@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
 
     slurm = kinds.add_parser("slurm", help="submit a job that saves before its time limit and restarts itself")
     slurm.set_defaults(command=_slurm)
-    _add_recipe(slurm)
+    add_recipe(slurm)
     slurm.add_argument("--nodes", required=True, help="for example 4, or 2-4 for as many as are available at each start")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
     slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1 without GPUs")
@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
 
     hostfile = kinds.add_parser("hostfile", help="train on the hosts of a hostfile, by ssh from here")
     hostfile.set_defaults(command=_hostfile)
-    _add_recipe(hostfile)
+    add_recipe(hostfile)
     hostfile.add_argument("--hostfile", required=True, help="file with lines HOST slots=N")
     hostfile.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="set on every host; no others are passed on")
     hostfile.add_argument("--master-addr", help="where the processes meet; default: the first host's first address")
@@ -51,11 +51,6 @@ def add_commands(commands: Any) -> None:
     hostfile.add_argument("--bind-cores", action="store_true", help="give each process its own cores (needs numactl)")
     hostfile.add_argument("--max-restarts", type=int, default=0, help="most restarts in a row without a new checkpoint; 0: none")
     hostfile.add_argument("--min-nodes", type=int, help="restart with fewer hosts if at least this many are left; default: all")
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:

@@ -64,19 +64,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.hostfile:
         slots = read_hostfile(arguments.hostfile)
         _check_ep(arguments.ep, sum(slots.values()))
-        nodes, problems = _over_ssh(slots, run_dir, arguments.ep)
-        return _report(nodes, problems + compare(nodes, arguments.min_free_gb), arguments.json)
+        return _report(arguments, *_over_ssh(slots, run_dir, arguments.ep))
 
     from ditmoe_ds.distributed.topology import take_place_from_srun, under_srun
 
     if under_srun():
         take_place_from_srun()
         _check_ep(arguments.ep, int(os.environ["WORLD_SIZE"]))
-        nodes, problems = _within_srun(run_dir, arguments.ep)
-        leave(_report(nodes, problems + compare(nodes, arguments.min_free_gb), arguments.json))
+        leave(_report(arguments, *_within_srun(run_dir, arguments.ep)))
 
-    nodes, problems = _here(run_dir, arguments.ep)
-    return _report(nodes, problems + compare(nodes, arguments.min_free_gb), arguments.json)
+    return _report(arguments, *_here(run_dir, arguments.ep))
 
 
 def _check_ep(ep: int, world: int) -> None:
@@ -281,9 +278,10 @@ def _fix(fixes: dict[str, str], text: str) -> str:
     return next(fix for fragment, fix in fixes.items() if fragment in text)
 
 
-def _report(nodes: list[Node], problems: list[Problem], as_json: bool) -> int:
+def _report(arguments: argparse.Namespace, nodes: list[Node], problems: list[Problem]) -> int:
+    problems = problems + compare(nodes, arguments.min_free_gb)
     healthy = all(problem.warning for problem in problems)
-    if as_json:
+    if arguments.json:
         print(json.dumps(dict(healthy=healthy, nodes=[asdict(node) for node in nodes], problems=[asdict(one) for one in problems])))
     else:
         print(_table(nodes))

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -189,7 +190,7 @@ def _take_part(store: "Store", rank: int, plan: dict[str, Any]) -> dict[str, Any
     if plan["exchange"]:
         try:
             result |= _within(COLLECTIVES, lambda: _exchange(store, rank, plan["groups"], plan["backend"]))
-        except (RuntimeError, TimeoutError) as error:
+        except Exception as error:  # libraries and drivers each fail in their own ways
             result["error"] = _short(error)
     if plan["backend"] == "nccl":
         result["wrong"] = _wrong(int(os.environ["LOCAL_RANK"]))
@@ -212,22 +213,19 @@ def _within(seconds: float, action: Callable[[], dict[str, float]]) -> dict[str,
     Raises:
         TimeoutError: it takes longer.
     """
-    results: list[dict[str, float] | RuntimeError] = []
+    done: Future[dict[str, float]] = Future()
 
     def run() -> None:
         try:
-            results.append(action())
-        except RuntimeError as error:
-            results.append(error)
+            done.set_result(action())
+        except Exception as error:
+            done.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not results:
-        raise TimeoutError(f"not done within {seconds:.0f} seconds")
-    if isinstance(results[0], RuntimeError):
-        raise results[0]
-    return results[0]
+    threading.Thread(target=run, daemon=True).start()  # no executor, whose thread would hold up the end of this process
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"not done within {seconds:.0f} seconds") from None
 
 
 def _exchange(store: "Store", rank: int, groups: list[list[int]], backend: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import time
+from itertools import takewhile
 from pathlib import Path
 
 from ditmoe_ds.training.interruption import MARKER
@@ -29,16 +30,12 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
         return False, "done"
     if code == MISTAKE:
         return False, "not started again: the error above would come again"
-    lines = history.read_text().splitlines() if history.is_file() else []
     ends = []
-    for line in lines:
+    for line in history.read_text().splitlines() if history.is_file() else ():
         with contextlib.suppress(ValueError):  # a node or a disk may fail in the middle of a line
             ends.append(json.loads(line))
-    fruitless = 0
-    for end in reversed([end for end in ends if end["job"] == job]):
-        if end["saved"] != saved:
-            break
-        fruitless += 1
+    own = [end["saved"] for end in reversed(ends) if end["job"] == job]
+    fruitless = len(list(takewhile(lambda before: before == saved, own)))
     if fruitless >= most:
         return False, f"not started again: {fruitless + 1} starts in a row ended at {saved} (--max-restarts {most}), this one with {code}"
     run_dir.mkdir(parents=True, exist_ok=True)

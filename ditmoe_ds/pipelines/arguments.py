@@ -1,4 +1,4 @@
-"""What command lines share: options that open a run, and checks."""
+"""What command lines share: recipes, options that open a run, and checks."""
 
 import argparse
 import math
@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 
 LONG_PATIENCE = timedelta(days=1)
 """For ranks that each make or score their own images: one on a slower or shared GPU may be hours late."""
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add a recipe and its overrides."""
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:

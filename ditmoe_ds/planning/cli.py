@@ -9,7 +9,7 @@ from typing import Any
 
 from ditmoe_ds.distributed.hardware import find
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.pipelines.arguments import check_least
+from ditmoe_ds.pipelines.arguments import add_recipe, check_least
 
 HARDWARE = dict(
     gpu_tflops="TFLOP/s, dense bf16",
@@ -26,8 +26,7 @@ def add_commands(commands: Any) -> None:
 
     plan = commands.add_parser("plan", help="plan a recipe on a cluster: memory, traffic, time and the best parallel shape")
     plan.set_defaults(command=_plan)
-    plan.add_argument("recipe", help="YAML file")
-    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a setting of the recipe")
+    add_recipe(plan)
     plan.add_argument("--nodes", type=int, default=1)
     plan.add_argument("--gpus-per-node", type=int, default=8)
     plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")

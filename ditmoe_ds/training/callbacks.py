@@ -1,6 +1,6 @@
 """What happens around a step: each callback is one concern, called with the trainer and the step's record.
 
-A callback may add to the record; ``MetricsWriter`` comes last and writes it down.
+A callback may add to the record, which ``MetricsWriter`` writes down after them.
 """
 
 import errno
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
-from ditmoe_ds.distributed.topology import data_group, tensor_place
+from ditmoe_ds.distributed.topology import data_group, gathered, tensor_place
 from ditmoe_ds.errors import in_a_line
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
@@ -32,10 +32,8 @@ if TYPE_CHECKING:  # which calls them
     from ditmoe_ds.training.trainer import Trainer
 
 Record = dict[str, Any]
-VALIDATION_TIMES = [(i + 0.5) / 8 for i in range(8)]
-
-
 Callback = Callable[["Trainer", Record], None]
+VALIDATION_TIMES = [(i + 0.5) / 8 for i in range(8)]
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -129,8 +127,7 @@ class SampleGrid:
         with trainer.ema.applied(trainer.engine):
             latents = sample_latents(trainer, items, [self.conditions[i] for i in items])
         trainer.engine.train()
-        everyone: list[Any] = [None] * dist.get_world_size(data_group())
-        dist.all_gather_object(everyone, self._decoded(trainer, latents), group=data_group())
+        everyone = gathered(self._decoded(trainer, latents), data_group())
         if dist.get_rank():
             return
         try:

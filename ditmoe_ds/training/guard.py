@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ditmoe_ds.distributed.topology import gathered
 from ditmoe_ds.training.step import Prepared
 
 MAX_KEYS = 8
@@ -41,9 +42,7 @@ def explain(model: nn.Module, batches: list[Prepared], forward: Callable[[Prepar
                 if not (finite := batch.latents.isfinite().flatten(1).all(1)).all():
                     place, where, samples = -1, "the latents", ~finite
                 mine.append((number, place, dist.get_rank(), f"first in {where}, {_describe(batch, key, samples)}"))
-        everyone: list[list[Any]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        if found := min(itertools.chain.from_iterable(everyone), default=None):
+        if found := min(itertools.chain.from_iterable(gathered(mine)), default=None):
             return found[3]
     return "in the gradient of a weight: every output and its gradient is finite"
 
@@ -73,9 +72,7 @@ class SpikeWatch:
         if loss <= mean + self.threshold * deviation:
             return None
         largest, batch = max(((float(value), batch) for value, batch in zip(losses, batches, strict=True)), key=lambda pair: pair[0])
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (largest, _describe(batch, key)))
-        value, where = max(everyone)
+        value, where = max(gathered((largest, _describe(batch, key))))
         return f"loss {loss:.4f} after {mean:.4f} +- {deviation:.4f}; largest, {value:.4f}, on {where}"
 
 
@@ -88,7 +85,7 @@ class _Bad(NamedTuple):
 
 
 def _describe(batch: Prepared, key: Key, which: Tensor | None = None) -> str:
-    """Of the samples ``which`` (B,) marks, by default all, the rank, range of t and keys."""
+    """The rank, and range of t and keys of the samples that ``which`` (B,) marks, by default of all."""
     samples, times = (x if which is None else x[which.to(x.device)] for x in (batch.samples, batch.times))
     keys = [key(i) for i in samples.tolist()]
     shown = ", ".join(keys[:MAX_KEYS]) + (f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else "")

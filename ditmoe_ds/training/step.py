@@ -1,5 +1,7 @@
 """One micro-batch: from latents to a loss."""
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,21 +44,21 @@ class Prepared(NamedTuple):
         return self.latents[0, 0].numel() // patch**2 if self.keep is None else self.keep.shape[1]
 
 
+@dataclass
 class Preparation:
-    """Draws time, noise, condition dropout, flip and mask of each sample from (seed, epoch, sample). Runs in the loader's processes.
+    """Draws time, noise, condition dropout, flip and mask of each sample from (seed, epoch, sample). Runs in the loader's processes."""
 
-    Args:
-        dropout: share of samples that lose their condition.
-        mirror: flip about half of the latents.
-        mask_ratio: share of the patches that are left out.
-        patch: side of a patch, in latent pixels.
-    """
-
-    def __init__(
-        self, seed: int, objective: Objective, conditioner: Conditioner, dropout: float, mirror: bool, mask_ratio: float, patch: int
-    ):
-        self.seed, self.objective, self.conditioner, self.dropout = seed, objective, conditioner, dropout
-        self.mirror, self.mask_ratio, self.patch = mirror, mask_ratio, patch
+    seed: int
+    objective: Objective
+    conditioner: Conditioner
+    dropout: float
+    """Share of samples that lose their condition."""
+    mirror: bool
+    """Flip about half of the latents."""
+    mask_ratio: float
+    """Share of the patches that are left out."""
+    patch: int
+    """Side of a patch, in latent pixels."""
 
     def __call__(self, batch: Batch) -> Prepared:
         draws = draw(self.seed, batch.epochs, batch.samples, tuple(batch.latents.shape[1:]))
@@ -133,7 +135,7 @@ def router_metrics(selections: Tensor, takers: Tensor) -> dict[str, list[float]]
     load, tokens = selections.double(), takers.double()
     share = load / load.sum(1, keepdim=True)
     mean = load.mean(1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum(1) / torch.tensor(max(load.shape[1], 2)).log()
+    entropy = -(share * share.clamp(min=1e-12).log()).sum(1) / math.log(max(load.shape[1], 2))
     portion = tokens / tokens.sum(1, keepdim=True)
     number = torch.arange(tokens.shape[1], device=tokens.device)
     average = (portion * number).sum(1, keepdim=True)

@@ -32,7 +32,8 @@ from ditmoe_ds.distributed.topology import (
     decided,
     describe_placement,
     expert_group,
-    hosts_of_ranks,
+    gathered,
+    host_name,
 )
 from ditmoe_ds.distributed.weights import of_step
 from ditmoe_ds.errors import CheckpointError, UserError
@@ -79,7 +80,7 @@ class Trainer:
 
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
         self.data_group = data_group()
-        self.hosts = hosts_of_ranks()
+        self.hosts = gathered(host_name())
         if world.rank == 0:
             print(describe_placement(self.hosts, group.size, recipe.parallel.tensor), flush=True)
             if plan.model.routed_layers:
@@ -226,10 +227,8 @@ class Trainer:
 
     def _keys(self, batches: list[Prepared]) -> list[str]:
         """The keys of the global batch's samples, in its order. Collective."""
-        everyone: list[Any] = [None] * dist.get_world_size(self.data_group)
         mine = [[self.dataset.key(i) for i in batch.samples.tolist()] for batch in batches]
-        dist.all_gather_object(everyone, mine, group=self.data_group)
-        return [key for micro in zip(*everyone, strict=True) for keys in micro for key in keys]
+        return [key for micro in zip(*gathered(mine, self.data_group), strict=True) for keys in micro for key in keys]
 
     def _skip(self, record: Record, batches: list[Prepared]) -> None:
         """The gradient was not finite, and DeepSpeed left the weights alone: say why, and stop if it happens too often."""
