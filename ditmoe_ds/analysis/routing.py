@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.models.dit import DiT
-from ditmoe_ds.moe.layer import LayerStats, Router
+from ditmoe_ds.moe.layer import Router, RouterStats
 from ditmoe_ds.moe.routing import Assignment, count
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.rng import keyed_generator
@@ -24,7 +24,7 @@ def watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within this context every forward appends, per sparse layer, which expert took which token: bool (B * N, E), on its device."""
     taken: list[Tensor] = []
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, LayerStats]) -> None:
+    def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, RouterStats]) -> None:
         taken.append(taken_by(out[0], args[0].shape[0] * args[0].shape[1]))
 
     hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
