@@ -115,7 +115,7 @@ def reference_weights(
         raise ConfigError("--input-size", input_size, f"the checkpoint's position table is for {right}")
     config = DiTConfig(
         hidden=hidden,
-        depth=1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match),
+        depth=len({match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match}),  # no more than there are tensors
         heads=num_heads,
         patch=patch,
         input_size=input_size,
