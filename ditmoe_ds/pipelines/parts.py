@@ -49,7 +49,7 @@ def read_description(note: Path) -> dict[str, Any] | None:
     """The settings in ``note``; None if it is no JSON object."""
     try:
         found = json.loads(note.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
