@@ -472,6 +472,8 @@ def test_other_data(folder, latents, capsys):
     write_weights(folder / "moved", moved)
     assert main(["analyze", str(folder / "moved"), "--out", str(folder / "given")]) == 2
     assert "--dataset=None" in capsys.readouterr().err
+    assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--out", "/dev/null/out"]) == 2
+    assert "--out='/dev/null/out': cannot be written: Not a directory" in capsys.readouterr().err
     assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--samples", "4", "--out", str(folder / "given")]) == 0
     assert "routing.json" in capsys.readouterr().out
     with pytest.raises(DataError):

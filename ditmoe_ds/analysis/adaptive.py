@@ -73,7 +73,7 @@ def on_objects(images: Tensor, takers: Tensor) -> dict[str, Any]:
 
 
 def adaptive(run: Run, prompts: list[str], out: Path, *, steps: int = 25, guidance: float = 3.0, seed: int = 0) -> dict[str, Path]:
-    """Write ``adaptive.json`` and two pictures into ``out``: a row per prompt, its image and the experts per token.
+    """Write ``adaptive.json`` and two pictures into the folder ``out``: a row per prompt, its image and the experts per token.
 
     ``adaptive_time.png``: mean over layers, at the start, middle and end of sampling; ``adaptive_layer.png``: mean over time, of the
     first, middle and last layer with experts. Blue is 0 experts, white the mean, red twice the mean and more.
@@ -82,7 +82,6 @@ def adaptive(run: Run, prompts: list[str], out: Path, *, steps: int = 25, guidan
         The files, by name.
     """
     images, takers = sample_with_takers(run, prompts, steps=steps, guidance=guidance, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in ("adaptive.json", "adaptive_time.png", "adaptive_layer.png")}
     number = torch.arange(takers.shape[-2] * takers.shape[-1])
     spread = takers.flatten(3).double()
