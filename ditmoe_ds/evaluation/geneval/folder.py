@@ -143,9 +143,7 @@ def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorC
 def report(folder: Path, verdicts: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """Write ``geneval.jsonl``, a line per picture, and ``geneval.json``, which it returns: ``summary``, ``settings``, and how the
     pictures were made, if the folder says."""
-    note = folder / DESCRIPTION
-    made = read_description(note) if note.is_file() else None
-    numbers = dict(**summary(verdicts), **settings, made=made)
+    numbers = dict(**summary(verdicts), **settings, made=read_description(folder / DESCRIPTION))
     write(folder / "geneval.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     write(folder / "geneval.json", json.dumps(numbers, indent=1) + "\n")
     return numbers
