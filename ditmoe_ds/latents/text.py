@@ -78,10 +78,8 @@ class TextEncoder:
         if self.model.device.type != "meta":  # else accelerate holds the weights, and moves the inputs itself
             tokens = tokens.to(self.model.device)
         self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
-        states = (
-            self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state.to(torch.bfloat16).cpu()
-        )
-        return [state[valid] for state, valid in zip(states, mask.bool())]
+        states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return [state[valid] for state, valid in zip(states.to(torch.bfloat16).cpu(), mask.bool())]
 
     def _count_cut(self, captions: list[str]) -> None:
         """Count which of these captions, which fill ``max_tokens``, were cut, and print the first ever."""
