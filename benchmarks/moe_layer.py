@@ -12,9 +12,8 @@ import itertools
 
 import torch
 from moe_peers import Weights, autoep, deepspeed, floor, loop, megatron, ours
-from report import Layer, Page, measure
+from report import Layer, Page, measure, spent
 from torch import Tensor
-from torch.autograd import DeviceType
 
 from ditmoe_ds.models.sizes import SIZES
 
@@ -65,13 +64,9 @@ def equal_layers(choice: str, weights: Weights, x: Tensor) -> tuple[dict[str, La
 def profiled(layer: Layer, x: Tensor, repeats: int) -> tuple[float, float]:
     """Milliseconds of GEMMs, and of everything else, in a forward and backward: operators' own time, on a GPU kernels'."""
     upward = torch.randn_like(x)
-    with torch.profiler.profile() as profile:
-        for _ in range(repeats):
-            torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward)
-    own = "self_device_time_total" if x.is_cuda else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if event.device_type == DeviceType.CPU]  # not the kernels once more
-    rows = [(event.key in GEMMS, getattr(event, own) / repeats / 1e3) for event in events]
-    return sum(time for gemm, time in rows if gemm), sum(time for gemm, time in rows if not gemm)
+    found = spent(lambda: torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward), repeats)
+    gemms = sum(found.get(name, 0.0) for name in GEMMS)
+    return gemms, sum(found.values()) - gemms
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in a line, host memory, layers' time and memory, and the figures' place in a page."""
+"""What the benchmarks share: the machine in a line, host memory, time, layers' time and memory, and the figures' place in a page."""
 
 import ctypes
 import gc
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 
 def hardware() -> str:
@@ -35,6 +36,31 @@ def forget_peak() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def now() -> float:
+    """Seconds, once the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def block(step: Callable[[], Any], steps: int) -> tuple[float, Any]:
+    """Mean seconds of a step until the device has finished all, and what the last returned."""
+    start = now()
+    for _ in range(steps):
+        result = step()
+    return (now() - start) / steps, result
+
+
+def spent(step: Callable[[], Any], steps: int, kernels: bool = False) -> dict[str, float]:
+    """Milliseconds of a step by operator, each one's own, on a GPU those of its kernels; or by kernel."""
+    with torch.profiler.profile() as profile:
+        block(step, steps)
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    kind = DeviceType.CUDA if kernels else DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == kind and not (kernels and event.is_user_annotation)]
+    return {event.key: getattr(event, own) / steps / 1e3 for event in events}
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -97,12 +123,10 @@ def measure(layers: dict[str, Layer], x: Tensor, repeats: int) -> dict[str, tupl
     upward = torch.randn_like(x)
 
     def once(layer: Layer, passes: int = 1) -> float:
-        start = time.perf_counter()
+        start = now()
         for _ in range(passes):
             torch.autograd.grad(layer.forward(x), [x, *layer.parameters], upward)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / passes
+        return (now() - start) / passes
 
     def sustained(layer: Layer) -> float:
         passes = min(max(round(0.15 / once(layer, 3)), 3), 28)

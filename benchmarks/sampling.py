@@ -10,14 +10,13 @@ Same weights, scheduler and noise; latents are compared first. Without a VAE. --
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from unittest.mock import patch
 
 import torch
-from report import Page
+from report import Page, now
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,11 +72,9 @@ def torch_alone() -> Iterator[None]:
 
 
 def seconds(run: Callable[..., Tensor], *given: object) -> float:
-    start = time.perf_counter()
+    start = now()
     run(*given)
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def main() -> None:

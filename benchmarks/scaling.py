@@ -8,12 +8,11 @@ The bare model with the loss, AdamW and nothing else; one process. Sizes of one 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from report import Page, peak_bytes
+from report import Page, now, peak_bytes
 
 from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.models.dit import DiT, DiTConfig
@@ -52,12 +51,6 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return middle - start, now() - middle
-
-
-def now() -> float:
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def compare(page: Page, question: str, cases: Sequence[tuple[int, Callable[[], Step]]], rounds: int) -> None:

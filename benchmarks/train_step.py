@@ -12,7 +12,6 @@ import itertools
 import re
 import statistics
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Page
+from report import Page, block, spent
 from runs import close, make_trainer, train, write_latents
-from torch.autograd import DeviceType
 
 from ditmoe_ds.distributed.topology import join, leave
 from ditmoe_ds.ending import end
@@ -97,18 +95,6 @@ class Plain:
                 torch._foreach_copy_(self.weights, self.masters)
         self.model.zero_grad()
         return float(torch.stack(losses).mean())
-
-
-def block(step: Callable[[], Any], steps: int) -> tuple[float, Any]:
-    """Mean seconds of a step until the device has finished all, and what the last returned."""
-    if GPU:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        result = step()
-    if GPU:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps, result
 
 
 def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tuple[float, Record, dict[str, float]]]:
@@ -213,15 +199,6 @@ def same_loop(trainer: Trainer) -> Plain:
     ours = [plain.step() for _ in range(CHECKED)]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-2 if GPU else 1e-4, atol=0)
     return plain
-
-
-def spent(step: Callable[[], Any], steps: int, kernels: bool = False) -> dict[str, float]:
-    """Milliseconds of a step by operator, each one's own, on a GPU those of its kernels; or by kernel."""
-    with torch.profiler.profile() as profile:
-        block(step, steps)
-    time, kind = "self_device_time_total" if GPU else "self_cpu_time_total", DeviceType.CUDA if kernels else DeviceType.CPU
-    events = [event for event in profile.key_averages() if event.device_type == kind and not (kernels and event.is_user_annotation)]
-    return {event.key: getattr(event, time) / steps / 1e3 for event in events}
 
 
 def kept(batches: Iterator[Prepared], taken: list[Prepared], count: int) -> Iterator[Prepared]:

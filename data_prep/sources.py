@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep import captions, shapes
 from data_prep.files import MEMBER_LIMIT, inside
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line, some
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line, loading, some
 from ditmoe_ds.latents import remote
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
@@ -312,11 +312,9 @@ def _hub_dataset(name: str, value: str, class_names: tuple[str, ...] | None, uni
         import datasets
     except ModuleNotFoundError:
         raise DataError(f"--source={name!r}: needs package datasets; pip install datasets") from None
-    try:
+    with loading(f"--source={name!r}: no data set saved with save_to_disk"):
         rows = datasets.load_from_disk(value)
         digest = hashlib.sha256(Path(value, "state.json").read_bytes()).hexdigest() if isinstance(rows, datasets.Dataset) else ""
-    except Exception as error:  # missing files, broken json, broken arrow files
-        raise DataError(f"--source={name!r}: no data set saved with save_to_disk ({in_a_line(error)})") from None
     if isinstance(rows, datasets.DatasetDict):
         raise DataError(f"--source={name!r}: holds the splits {', '.join(rows)}; choose one, such as {name}/{next(iter(rows))}")
     if not len(rows) or not isinstance(rows.features.get("image"), datasets.Image):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from data_prep.units import claim_folder, device_of_rank, worker_from_environment
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, DataError, in_a_line, loading
 from ditmoe_ds.progress import Progress
 from ditmoe_ds.rng import keyed_generator
 
@@ -135,10 +135,8 @@ def _finish(root: Path, folder: str, records: list[dict[str, Any]]) -> None:
 def _load_pipeline(path_or_id: str, device: str) -> Any:
     from diffusers import DiffusionPipeline  # takes seconds
 
-    try:
+    with loading(f"--pipeline={path_or_id!r}: no readable diffusers pipeline"):
         pipeline = DiffusionPipeline.from_pretrained(path_or_id, use_safetensors=True)
-    except Exception as error:  # the hub, the configs and the weights each fail in their own way
-        raise DataError(f"--pipeline={path_or_id!r}: no readable diffusers pipeline ({in_a_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -146,12 +144,10 @@ def _load_pipeline(path_or_id: str, device: str) -> Any:
 def _load_clip(path_or_id: str, device: str) -> Callable[[list[Image.Image], str], list[float]]:
     import transformers
 
-    try:
+    with loading(f"--clip={path_or_id!r}: no readable CLIP model"):
         model: Any = transformers.CLIPModel.from_pretrained(path_or_id, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         images_to_pixels = transformers.AutoImageProcessor.from_pretrained(path_or_id, trust_remote_code=False)
-    except Exception as error:
-        raise DataError(f"--clip={path_or_id!r}: no readable CLIP model ({in_a_line(error)})") from error
     model = model.to(device).eval()
     length = model.config.text_config.max_position_embeddings
 

@@ -262,7 +262,7 @@ class UnitWriter:
             text_width=self.text_width,
         )
         partial = self._stage / "record.json"
-        partial.write_text(_dump(record))
+        partial.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
         for shard in self._samples:
             tar = self._stage / self._name(*shard)
             index_path(tar).replace(self.root / index_path(tar).name)
@@ -315,10 +315,6 @@ def device_of_rank() -> str:
 
 def _process() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def _dump(content: Any) -> str:
-    return json.dumps(dataclasses.asdict(content), indent=2) + "\n"
 
 
 def _read(cls: Any, path: Path, problem: str) -> Any:

@@ -1,5 +1,8 @@
 """The mistakes a user can make, as types. Each message names the key, the value and the fix."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _KEPT = "\u00a0\u3000\u200c\u200d"
 """Not printable as Python sees it, but harmless: wide spaces, and what joins and parts letters and emoji."""
 
@@ -35,6 +38,16 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or does not fit the model."""
+
+
+@contextmanager
+def loading(problem: str) -> Iterator[None]:
+    """Whatever fails in this context is a ``DataError``: the problem, and the library's reason. Hubs, configs and weights each fail in
+    their own ways."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{problem} ({in_a_line(error)})") from error
 
 
 def in_a_line(error: object, most: int = 200) -> str:

@@ -303,7 +303,7 @@ def test_spread_of_compute():
 
 def test_likeness_of_experts(latents):
     run, samples = opened(TOKEN), batch(latents, 8)
-    first = experts_of(run)[0].experts.deepspeed_experts[0]
+    first = experts_of(run.model)[0].experts.deepspeed_experts[0]
     with torch.no_grad():
         first.w1[1], first.w2[1] = first.w1[0], -first.w2[0]
         order = torch.randperm(first.w2.shape[2], generator=torch.Generator().manual_seed(0))  # of hidden units
@@ -472,6 +472,8 @@ def test_other_data(folder, latents, capsys):
     write_weights(folder / "moved", moved)
     assert main(["analyze", str(folder / "moved"), "--out", str(folder / "given")]) == 2
     assert "--dataset=None" in capsys.readouterr().err
+    assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--out", "/dev/null/out"]) == 2
+    assert "--out='/dev/null/out': cannot be written: Not a directory" in capsys.readouterr().err
     assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--samples", "4", "--out", str(folder / "given")]) == 0
     assert "routing.json" in capsys.readouterr().out
     with pytest.raises(DataError):

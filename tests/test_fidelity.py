@@ -392,6 +392,7 @@ class Harmful:
         (lambda path: np.savez(path, np.array([[[[Harmful()] * 3]]], object)), "object"),
         (lambda path: np.savez(path, images=np.zeros((5, 8, 8, 3), np.uint8)), "images.npy; images are in arr_0"),
         (lambda path: np.savez(path, np.zeros((3, 8, 8, 3), np.uint8)), "3 images are too few"),
+        (lambda path: path.with_suffix(".json").write_text("[" * 100_000), "a.json: no valid JSON"),
     ],
 )
 def test_an_npz_that_is_not_right(tmp_path, change, words, monkeypatch, alone):

@@ -139,6 +139,11 @@ def test_scores(tmp_path, seen):
     assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1 and wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
 
 
+def test_where_nothing_can_be_written_nothing_is_sampled():
+    with pytest.raises(ConfigError, match="--out='/dev/null/out': cannot be written: Not a directory"):
+        evaluate(None, Path("/dev/null/out"), images=1, steps=1, guidance=1.0)
+
+
 def test_scoring_needs_scipy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ConfigError, match="eval='shapes': needs package scipy: pip install scipy"):

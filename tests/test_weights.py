@@ -14,6 +14,9 @@ from ditmoe_ds.distributed.checkpoint import FORMAT, Reader, Saver
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.interop.diffusers_folder import export_diffusers
+from ditmoe_ds.interop.reference import export_reference
+from ditmoe_ds.interop.upcycle import upcycle
 from ditmoe_ds.pipelines.run import load_model
 
 TENSORS = {
@@ -228,9 +231,12 @@ def test_a_weights_folder_that_makes_no_sense_is_one_error(tmp_path, file, conte
 def test_a_description_of_too_many_layers_is_refused_at_once(tmp_path, monkeypatch):
     _, weights = random_weights()
     weights.description["model"]["depth"] = 10**6
-    monkeypatch.setattr("ditmoe_ds.pipelines.run.parameter_shapes", lambda _: pytest.fail("the model was built"))
-    with pytest.raises(CheckpointError, match="the model has 1000000 layers, the weights [0-9]+ tensors"):
-        load_model(weights)
+    for user in ("pipelines.run", "interop.upcycle", "interop.reference", "interop.diffusers_folder"):
+        monkeypatch.setattr(f"ditmoe_ds.{user}.parameter_shapes", lambda _: pytest.fail("the model was built"))
+    export = tmp_path / "new", "fp32", 10**9
+    for use in (load_model, lambda w: upcycle(w, 4, 2), lambda w: export_reference(w, *export), lambda w: export_diffusers(w, *export)):
+        with pytest.raises(CheckpointError, match="the model has 1000000 layers, the weights [0-9]+ tensors"):
+            use(weights)
 
 
 def test_a_value_too_large_for_fp16_is_refused(tmp_path):

@@ -16,11 +16,12 @@ from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.plain import plain
 
+STEPS = 25
 WHITE = 30
 """A pixel belongs to an object if one of its channels is darker than white by more than this."""
 
 
-def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: float) -> tuple[Tensor, Tensor]:
     """Sample an image for each of B prompts.
 
     Returns:
@@ -30,7 +31,7 @@ def sample_with_takers(run: Run, prompts: list[str], *, steps: int, guidance: fl
         ConfigError: as ``Run.sample``.
     """
     with watched(run.model) as taken:
-        images = run.sample(prompts, steps=steps, guidance=guidance, seed=seed)
+        images = run.sample(prompts, steps=steps, guidance=guidance)
     side = [length // run.model.config.patch for length in run.shape[1:]]
     # with guidance the first half of each forward is the conditional one, or the first of two forwards is
     counts = [layer.sum(1).view(-1, *side)[: len(prompts)] for layer in taken]
@@ -72,8 +73,8 @@ def on_objects(images: Tensor, takers: Tensor) -> dict[str, Any]:
     )
 
 
-def adaptive(run: Run, prompts: list[str], out: Path, *, steps: int = 25, guidance: float = 3.0, seed: int = 0) -> dict[str, Path]:
-    """Write ``adaptive.json`` and two pictures into ``out``: a row per prompt, its image and the experts per token.
+def adaptive(run: Run, prompts: list[str], out: Path) -> dict[str, Path]:
+    """Write ``adaptive.json`` and two pictures into the folder ``out``: a row per prompt, its image and the experts per token.
 
     ``adaptive_time.png``: mean over layers, at the start, middle and end of sampling; ``adaptive_layer.png``: mean over time, of the
     first, middle and last layer with experts. Blue is 0 experts, white the mean, red twice the mean and more.
@@ -81,8 +82,7 @@ def adaptive(run: Run, prompts: list[str], out: Path, *, steps: int = 25, guidan
     Returns:
         The files, by name.
     """
-    images, takers = sample_with_takers(run, prompts, steps=steps, guidance=guidance, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
+    images, takers = sample_with_takers(run, prompts, steps=STEPS, guidance=3.0)
     files = {name: out / name for name in ("adaptive.json", "adaptive_time.png", "adaptive_layer.png")}
     number = torch.arange(takers.shape[-2] * takers.shape[-1])
     spread = takers.flatten(3).double()
@@ -100,7 +100,7 @@ def adaptive(run: Run, prompts: list[str], out: Path, *, steps: int = 25, guidan
         takers=takers.double().mean(1).round(decimals=3).tolist(),
     )
     files["adaptive.json"].write_text(json.dumps(plain(report), allow_nan=False))
-    thirds = [slice(0, steps // 3), slice(steps // 3, 2 * steps // 3), slice(2 * steps // 3, steps)]
+    thirds = [slice(0, STEPS // 3), slice(STEPS // 3, 2 * STEPS // 3), slice(2 * STEPS // 3, STEPS)]
     last = len(takers) - 1
     panels = {
         "adaptive_time.png": [takers[:, third].double().mean((0, 1)) for third in thirds],

@@ -17,6 +17,7 @@ from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.remote import is_url
 from ditmoe_ds.moe.layer import Router
+from ditmoe_ds.pipelines.arguments import make_folder
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.plain import plain
 
@@ -48,7 +49,8 @@ def analyze(
         The files, by name.
 
     Raises:
-        CheckpointError, ConfigError, DataError: a dense model, latents that are gone or of another kind, no VAE or text encoder.
+        CheckpointError, ConfigError, DataError: a dense model, latents that are gone or of another kind, no VAE or text encoder; or ``out``
+            cannot be made.
     """
     config = run.model.config
     if not any(isinstance(module, Router) for module in run.model.modules()):
@@ -58,6 +60,7 @@ def analyze(
     if samples < 2:
         raise ConfigError("--samples", samples, "must be at least 2: their labels are permuted")
     data, records = heldout(run, dataset), read_metrics(run_dir / "metrics.jsonl")
+    make_folder(out)
     pictures = adaptive(run, list(prompts), out) if prompts else {}
     order = data.spread(samples)
     number = len(order)
@@ -69,7 +72,6 @@ def analyze(
     numbers["similarity"] = dict(w1=weights_alike(run, "w1"), w2=weights_alike(run, "w2"), outputs=answers)
     numbers["training"] = training(records) if records else None
 
-    out.mkdir(parents=True, exist_ok=True)
     files = {"report.html": out / "report.html", "routing.json": out / "routing.json"} | pictures
     files["routing.json"].write_text(json.dumps(plain(numbers), allow_nan=False))
     for axis, share in numbers["share"].items():

@@ -1,7 +1,7 @@
 """How experts relate to each other: which are chosen together, and whose weights and answers are alike."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,16 +41,16 @@ def lift(together: Tensor, tokens: int, distinct: bool, rounds: int = 500) -> Te
     return torch.where(diagonal | (expected <= 0), torch.nan, seen / expected)
 
 
-def experts_of(run: Run) -> list[RoutedExperts]:
+def experts_of(model: nn.Module) -> list[RoutedExperts]:
     """The L sparse layers, in order."""
-    return [module for module in run.model.modules() if isinstance(module, RoutedExperts)]
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
 
 
 @torch.no_grad()
 def weights_alike(run: Run, name: str) -> Tensor:
     """(L, E, E) cosines of the experts' flattened ``w1`` or ``w2``. Hidden units may be permuted: equal experts can look unlike."""
     cosines = []
-    for layer in experts_of(run):
+    for layer in experts_of(run.model):
         flat = F.normalize(getattr(layer.experts.deepspeed_experts[0], name).flatten(1).float(), dim=1)
         cosines.append((flat @ flat.t()).cpu())
     return torch.stack(cosines)
@@ -71,12 +71,10 @@ def compared(model: nn.Module, tokens: int = 64) -> Iterator[list[Tensor]]:
         out = F.normalize(out.view(number, tokens, -1).float(), dim=-1)
         alike.append(torch.einsum("etd,ftd->ef", out, out) / tokens)
 
-    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, RoutedExperts)]
-    try:
+    with ExitStack() as hooks:
+        for layer in experts_of(model):
+            hooks.enter_context(layer.register_forward_pre_hook(look))
         yield alike
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ The analysis of arXiv 2407.11633, section 4.4. A *taking* is one expert processi
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ditmoe_ds.diffusion.objectives import make_objective
 from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.models.dit import DiT
-from ditmoe_ds.moe.layer import LayerStats, Router
+from ditmoe_ds.moe.layer import Router, RouterStats
 from ditmoe_ds.moe.routing import Assignment, count
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.rng import keyed_generator
@@ -24,15 +25,14 @@ def watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within this context every forward appends, per sparse layer, which expert took which token: bool (B * N, E), on its device."""
     taken: list[Tensor] = []
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, LayerStats]) -> None:
+    def look(module: nn.Module, args: tuple[Tensor, ...], out: tuple[Assignment, RouterStats]) -> None:
         taken.append(taken_by(out[0], args[0].shape[0] * args[0].shape[1]))
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, Router):
+                hooks.enter_context(module.register_forward_hook(look))
         yield taken
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def taken_by(assignment: Assignment, tokens: int) -> Tensor:
@@ -62,7 +62,7 @@ class Takings:
 
     @classmethod
     def none(cls, samples: int, times: int, layers: int, positions: int, experts: int, device: torch.device | str) -> "Takings":
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=device)  # noqa: E731
+        zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         return cls(
             zeros(samples, times, layers, experts),
             zeros(samples, positions, layers, experts),

@@ -7,9 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.geneval import cli as geneval
-from ditmoe_ds.pipelines.arguments import LONG_PATIENCE, add_memory, add_opening, check_guidance, check_least, open_for_captions
+from ditmoe_ds.pipelines.arguments import (
+    LONG_PATIENCE,
+    add_memory,
+    add_opening,
+    check_guidance,
+    check_least,
+    make_folder,
+    open_for_captions,
+)
 
 MEASURES = {
     "fid": "all that the ADM evaluator prints: FID, sFID, Inception Score, precision, recall; with other extractors FD, precision, recall",
@@ -84,10 +91,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         check_least(arguments, batch=1)
         given = {name: getattr(arguments, name) for name in ("reference", "extractor", "inception", "captions")}
         measurement = open_measurement(arguments.measure, arguments.samples, device=world.device, **given)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("--out", arguments.out, f"cannot be made ({error.strerror})") from None
+        make_folder(out)
         return measurement
 
     def measure(world: World) -> None:

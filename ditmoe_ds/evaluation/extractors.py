@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, DataError, loading
 from ditmoe_ds.evaluation import efficientnet, inception
 from ditmoe_ds.latents.manifest import sha256
 
@@ -54,14 +54,10 @@ def load_extractor(name: str, device: torch.device | str = "cpu", weights: str |
     if name == "efficientnet-lite0":
         return _efficientnet(name, device, key)
     if kind in ("timm", "hf", "clip") and value:
-        try:
+        with loading(f"{key}={name!r}: cannot be loaded"):
             extractor = {"timm": _timm, "hf": _hf, "clip": _clip}[kind](name, value, device)
-            extractor.features(
-                torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device)
-            )  # where a CLIP named as hf: fails: it wants text
+            extractor.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device))  # a CLIP named as hf: fails: it wants text
             return extractor
-        except Exception as error:  # the hubs, the configs and the weights each fail in their own way
-            raise DataError(f"{key}={name!r}: cannot be loaded ({in_a_line(error)})") from error
     raise ConfigError(key, name, f"choose one of {KINDS}")
 
 
@@ -178,10 +174,8 @@ def _frozen(network: nn.Module, device: torch.device | str) -> Callable[..., Any
 
 
 def _load(network: nn.Module, path: Path, key: str) -> None:
-    try:
+    with loading(f"{key}={str(path)!r}: no weights of {type(network).__name__}"):
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a file from anywhere: missing, cut, pickled code, weights of another network
-        raise DataError(f"{key}={str(path)!r}: no weights of {type(network).__name__} ({in_a_line(error)})") from None
 
 
 def tensors_sha256(network: nn.Module) -> str:

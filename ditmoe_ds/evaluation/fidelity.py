@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,9 @@ def open_measurement(
 def run(measurement: Measurement, device: torch.device, batch: int = 64) -> dict[str, float]:
     """The scores by name. Collective; the same on every rank."""
     pairs = bool(OF_PAIRS & {*measurement.asked})
-    made = summarise(
-        measurement.samples, measurement.extractor, device, batch=batch, keep=pairs or measurement.captions is not None, label="samples"
-    )
-    real = (
-        summarise(measurement.real, measurement.extractor, device, batch=batch, keep=pairs, label="reference") if measurement.real else None
-    )
+    of = partial(summarise, extractor=measurement.extractor, device=device, batch=batch)
+    made = of(measurement.samples, keep=pairs or measurement.captions is not None, label="samples")
+    real = of(measurement.real, keep=pairs, label="reference") if measurement.real else None
     gaussians = (real.gaussians if real else {}) | measurement.statistics
     scores: dict[str, float] = {}
     for measure in measurement.asked:

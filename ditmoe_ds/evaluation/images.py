@@ -229,5 +229,5 @@ def _read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON ({error})") from None

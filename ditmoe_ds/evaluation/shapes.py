@@ -15,6 +15,7 @@ from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.detector import detect, shows
 from ditmoe_ds.evaluation.metrics import wilson
 from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.pipelines.arguments import make_folder
 from ditmoe_ds.pipelines.run import Run
 
 CAPTIONS = 12
@@ -45,10 +46,11 @@ def evaluate(
         What is in ``shapes.json``: of each category ``right``, ``images``, ``score`` and ``ci95`` (Wilson), and their ``mean``.
 
     Raises:
-        ConfigError: images of another size, or a model conditioned on classes; and as ``Run.sample``.
+        ConfigError: ``out`` cannot be made, images of another size, or a model conditioned on classes; and as ``Run.sample``.
     """
     if find_spec("scipy") is None:
         raise ConfigError("eval", "shapes", "needs package scipy: pip install scipy")
+    make_folder(out)
     asked = [scene for scene in prompts(not seen) for _ in range(images)]
     pictures = []
     for first in range(0, len(asked), batch):
@@ -73,7 +75,6 @@ def evaluate(
             for category, hits in right.items()
         },
     )
-    out.mkdir(parents=True, exist_ok=True)
     (out / "shapes.json").write_text(json.dumps(report, indent=1) + "\n")
     save_grid(sampled, out / "shapes.png", columns=images)
     return report

@@ -18,7 +18,7 @@ from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, refuse_settings_without_place
 from ditmoe_ds.latents.vae import decoder_space, latent_space, load_vae
 from ditmoe_ds.models.dit import DiTConfig
-from ditmoe_ds.models.sizes import parameter_shapes
+from ditmoe_ds.models.sizes import described, parameter_shapes
 
 FILES = Path(__file__).parent / "diffusers_files"
 STEM = "diffusion_pytorch_model"
@@ -56,7 +56,7 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
         CheckpointError: the model has a setting that the shipped code lacks, or ``out`` is not empty.
         ConfigError: no such ``vae_folder``, or one of other latents.
     """
-    config = configuration.build(DiTConfig, weights.description["model"])
+    config = described(weights.description["model"], len(weights.shapes))
     refuse_settings_without_place(config, _SETTINGS, "the diffusers model (another way: docs/weights.md)")
     diffusion = configuration.build(DiffusionConfig, weights.description["diffusion"])
     latents = weights.description["latents"]
@@ -120,14 +120,14 @@ def diffusers_weights(path: Path) -> Weights:
     try:
         if kind == TRANSFORMER:
             model = {field.name: settings[field.name] for field in fields(DiTConfig) if field.name in settings}
-            config = configuration.build(DiTConfig, model)
-            description |= dict(model=asdict(config), diffusion=settings["diffusion"])
-            return assemble(open_shards(folder, STEM), layout(config), description)
+            description["diffusion"], tensors = settings["diffusion"], open_shards(folder, STEM)
+            config = described(model, len(tensors.shapes))
+            return assemble(tensors, layout(config), description | dict(model=asdict(config)))
         if kind == "DiTMoETransformer":
-            config = configuration.build(DiTConfig, settings["model"])
-            description |= dict(model=asdict(config), diffusion=settings["diffusion"])
+            description["diffusion"], tensors = settings["diffusion"], open_shards(folder, STEM)
+            config = described(settings["model"], len(tensors.shapes))
             ours: Layout = {name: [(f"dit.{name}", shape)] for name, shape in parameter_shapes(config).items()}
-            return assemble(open_shards(folder, STEM), ours, description)
+            return assemble(tensors, ours, description | dict(model=asdict(config)))
         if kind in ("DiTTransformer2DModel", "Transformer2DModel") and settings.get("norm_type") == "ada_norm_zero":
             return _stock(folder, settings, description)
     except KeyError as error:
@@ -164,7 +164,8 @@ def _stock(folder: Path, settings: dict[str, Any], description: dict[str, Any]) 
     out_channels = settings.get("out_channels") or in_channels
     if out_channels not in (in_channels, 2 * in_channels):
         raise CheckpointError(f"{folder}: out_channels={out_channels} is neither in_channels={in_channels} nor twice that")
-    config = DiTConfig(
+    tensors = open_shards(folder, STEM)
+    model = dict(
         hidden=heads * settings["attention_head_dim"],
         depth=settings["num_layers"],
         heads=heads,
@@ -175,6 +176,7 @@ def _stock(folder: Path, settings: dict[str, Any], description: dict[str, Any]) 
         learn_variance=out_channels == 2 * in_channels,
         frequency_shift=1,
     )
+    config = described(model, len(tensors.shapes))
     renamed = dict(_STOCK)
     for i in range(config.depth):
         for ours, theirs in _STOCK_BLOCK.items():
@@ -184,7 +186,6 @@ def _stock(folder: Path, settings: dict[str, Any], description: dict[str, Any]) 
         ours = next(prefix for prefix in renamed if name.startswith(prefix))
         piece = (shape[0] // len(renamed[ours]), *shape[1:])
         layout[name] = [(key + name.removeprefix(ours), piece) for key in renamed[ours]]
-    tensors = open_shards(folder, STEM)
     scheduler = _read_json(folder.parent / "scheduler" / "scheduler_config.json") if (folder.parent / "scheduler").is_dir() else {}
     for key, value in dict(prediction_type="epsilon", beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None).items():
         if scheduler.get(key, value) != value:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditmoe_ds import config as configuration
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.tensorfile import Entry, TensorFile
 from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_shards
@@ -19,7 +18,7 @@ from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, from_memory, refuse_settings_without_place
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.embeddings import position_table
-from ditmoe_ds.models.sizes import parameter_shapes
+from ditmoe_ds.models.sizes import described, parameter_shapes
 from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.pipelines.run import load_model
 
@@ -115,7 +114,7 @@ def reference_weights(
         raise ConfigError("--input-size", input_size, f"the checkpoint's position table is for {right}")
     config = DiTConfig(
         hidden=hidden,
-        depth=1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match),
+        depth=len({match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match}),  # no more than there are tensors
         heads=num_heads,
         patch=patch,
         input_size=input_size,
@@ -161,7 +160,7 @@ def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
     Raises:
         CheckpointError: the model has a setting that the reference's lacks, or ``out`` exists.
     """
-    config = configuration.build(DiTConfig, weights.description["model"])
+    config = described(weights.description["model"], len(weights.shapes))
     refuse_settings_without_place(config, _SETTINGS, "the reference code")
     if not config.experts or not config.shared:
         raise CheckpointError("the reference code knows sparse models with shared experts only; use --to diffusers or safetensors")

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditmoe_ds import config as configuration
 from ditmoe_ds.distributed.weights import Weights
 from ditmoe_ds.errors import CheckpointError, ConfigError
-from ditmoe_ds.models.dit import DiTConfig
-from ditmoe_ds.models.sizes import parameter_shapes
+from ditmoe_ds.models.sizes import described, parameter_shapes
 from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.rng import keyed_generator
 
@@ -42,7 +40,7 @@ def upcycle(dense: Weights, experts: int, top_k: int, split: int = 1, noise: flo
         CheckpointError: ``dense`` is sparse already, or the dense twin of a sparse model.
         ConfigError: numbers that do not go together.
     """
-    old = configuration.build(DiTConfig, dense.description["model"])
+    old = described(dense.description["model"], len(dense.shapes))
     if old.experts and old.routing == "dense":
         raise CheckpointError("the model to upcycle is the dense twin of a sparse one, with MLPs of other widths; give a plain DiT")
     if old.experts:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, DataError, loading
 
 
 def text_width(path_or_id: str, key: str) -> int:
@@ -19,11 +19,8 @@ def text_width(path_or_id: str, key: str) -> int:
     """
     import transformers
 
-    try:
+    with loading(f"{key}={path_or_id!r}: neither a folder nor a hub id of a transformers model"):
         config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
-    except Exception as error:  # the hub and the configs each fail in their own way
-        reason = in_a_line(error)
-        raise DataError(f"{key}={path_or_id!r}: neither a folder nor a hub id of a transformers model ({reason})") from error
     return int((config.text_config if config.model_type == "clip" else config).hidden_size)
 
 
@@ -42,16 +39,13 @@ def load_text_encoder(
     """
     import transformers  # takes seconds
 
-    try:
+    with loading(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder"):
         config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
         # A whole CLIP has an image half too, which this class leaves out.
         cls = transformers.CLIPTextModel if config.model_type == "clip" else transformers.AutoModelForTextEncoding
         tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # bf16 is slow on most CPUs
         model: Any = cls.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # the hub, the configs and the weights each fail in their own way
-        reason = in_a_line(error)
-        raise DataError(f"{keys[0]}={path_or_id!r}: neither a folder nor a hub id with a readable text encoder ({reason})") from error
     positions = getattr(model.config, "max_position_embeddings", max_tokens)
     if "roberta" in model.config.model_type:  # positions begin after the padding token's id
         positions -= model.config.pad_token_id + 1
@@ -84,10 +78,8 @@ class TextEncoder:
         if self.model.device.type != "meta":  # else accelerate holds the weights, and moves the inputs itself
             tokens = tokens.to(self.model.device)
         self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
-        states = (
-            self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state.to(torch.bfloat16).cpu()
-        )
-        return [state[valid] for state, valid in zip(states, mask.bool())]
+        states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return [state[valid] for state, valid in zip(states.to(torch.bfloat16).cpu(), mask.bool())]
 
     def _count_cut(self, captions: list[str]) -> None:
         """Count which of these captions, which fill ``max_tokens``, were cut, and print the first ever."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, DataError, loading
 from ditmoe_ds.latents.manifest import weights_sha256
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -79,10 +79,8 @@ def load_vae(path_or_id: str, device: str | torch.device, sha256: str | None = N
     _, cls = _config(path_or_id)
     if sha256 and weights_sha256(path_or_id) not in (None, sha256):
         raise DataError(f"vae={path_or_id!r}: its weights are not those that the latents were made with; put those back, or encode again")
-    try:
+    with loading(_unreadable(path_or_id)):
         vae = cls.from_pretrained(path_or_id, use_safetensors=True, low_cpu_mem_usage=False)
-    except Exception as error:  # the hub and the weights each fail in their own way
-        raise _unreadable(path_or_id, error) from error
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -92,18 +90,15 @@ def _config(path_or_id: str) -> tuple[dict[str, Any], Any]:
 
     if not Path(path_or_id).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_id):
         raise DataError(f"vae={path_or_id!r}: no such folder; give a diffusers folder or a hub id such as stabilityai/sd-vae-ft-ema")
-    try:
+    with loading(_unreadable(path_or_id)):
         config = diffusers.AutoencoderKL.load_config(path_or_id)
-    except Exception as error:  # as above
-        raise _unreadable(path_or_id, error) from error
     if config.get("_class_name") not in CLASSES:
         raise DataError(f"vae={path_or_id!r}: is {config.get('_class_name')!r}; choose one of {', '.join(CLASSES)}")
     return config, getattr(diffusers, config["_class_name"])
 
 
-def _unreadable(path_or_id: str, error: Exception) -> DataError:
-    reason = in_a_line(error)
-    return DataError(f"vae={path_or_id!r}: neither a folder nor a hub id with a readable {', '.join(CLASSES)} ({reason})")
+def _unreadable(path_or_id: str) -> str:
+    return f"vae={path_or_id!r}: neither a folder nor a hub id with a readable {', '.join(CLASSES)}"
 
 
 @torch.no_grad()

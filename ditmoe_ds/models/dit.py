@@ -8,7 +8,7 @@ share a set of experts.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ditmoe_ds.models.adaln import AdaNorm, add_gated, modulate
 from ditmoe_ds.models.attention import Attention, CrossAttention
 from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, position_table, rotary_angles
 from ditmoe_ds.moe.experts import PackedExperts
-from ditmoe_ds.moe.layer import MoE
+from ditmoe_ds.moe.layer import MoE, RouterStats
 from ditmoe_ds.moe.routing import RouterConfig, same_decisions
 
 Recompute = Literal[False, "attention", True]
@@ -122,19 +122,6 @@ class DiTConfig:
         return self.router.capacity_factor or self.top_k
 
 
-class RouterStats(NamedTuple):
-    """What the routers did in one forward, stacked over the L sparse layers; see ``LayerStats``."""
-
-    selections: Tensor
-    """(L, E)."""
-    takers: Tensor
-    """(L, E + 1)."""
-    mean_scores: Tensor
-    """(L, E), with gradient."""
-    z: Tensor
-    """(L,), with gradient."""
-
-
 class DenseMLP(nn.Module):
     """Linear-GELU-Linear, the feed-forward of the dense DiT."""
 
@@ -193,7 +180,7 @@ class Block(nn.Module):
         """Tokens x (B, N, D) given c (B, condition), positions, and text (B, T, D) with its mask (B, T).
 
         Returns:
-            x and, from a layer with experts, the fields of ``LayerStats``.
+            x and, from a layer with experts, the fields of ``RouterStats``.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
         attend = partial(checkpoint, self.attend, use_reentrant=False) if recompute_attention else self.attend
@@ -309,7 +296,7 @@ class DiT(nn.Module):
             y: class labels (B,); ``num_classes`` means none.
             text: (B, T, text_width), with ``mask`` (B, T) true for tokens and false for padding.
             keep: (B, n) numbers of the patches to compute, row by row; the output is 0 at the others.
-            return_router: also return the ``RouterStats`` (None without experts).
+            return_router: also return the ``RouterStats``, stacked over layers (None without experts).
 
         Returns:
             fp32 (B, out_channels, H, W).

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.config import build
+from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.models.dit import DiT, DiTConfig, Recompute
 from ditmoe_ds.models.embeddings import TimestepEmbedder
 
@@ -109,6 +110,18 @@ def _text_config(name: str, match: re.Match[str], overrides: dict[str, Any]) -> 
     if match["experts"] and experts < 2:
         raise ConfigError("model.name", name, f"{experts} experts are no choice; leave out -{experts}E for the dense model")
     return DiTConfig(**fields | overrides)
+
+
+def described(model: dict[str, Any], tensors: int) -> DiTConfig:
+    """The model that weights of so many tensors say they are of; ``model``: fields of ``DiTConfig``.
+
+    Raises:
+        CheckpointError: it has more layers than that, and to build it might take minutes.
+    """
+    config = build(DiTConfig, model)
+    if config.depth > tensors:
+        raise CheckpointError(f"the model has {config.depth} layers, the weights {tensors} tensors")
+    return config
 
 
 def parameter_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:

@@ -17,8 +17,8 @@ if torch.version.cuda or torch.version.hip:  # these builds of torch bring Trito
     from ditmoe_ds.moe.choosing import choose
 
 
-class LayerStats(NamedTuple):
-    """What a router did with this rank's tokens."""
+class RouterStats(NamedTuple):
+    """What a router did with this rank's tokens. ``DiT`` stacks those of its L sparse layers, along a first dimension."""
 
     selections: Tensor
     """(E,) how often each expert was chosen, before any capacity drop."""
@@ -44,7 +44,7 @@ class Router(nn.Module):
         self.choice, self.experts_per_token, self.config = choice, experts_per_token, config
         self.capacity = experts_per_token.as_integer_ratio()
 
-    def forward(self, x: Tensor) -> tuple[Assignment, LayerStats]:
+    def forward(self, x: Tensor) -> tuple[Assignment, RouterStats]:
         """Route tokens x (B, N, D)."""
         logits = Logits.apply(x, self.weight)
         tokens, experts = x.shape[0] * x.shape[1], len(self.weight)
@@ -52,7 +52,7 @@ class Router(nn.Module):
         if self.choice == "token" and self.config.capacity_factor is None and fused(logits):
             k = int(self.experts_per_token)
             assignment, mean_scores = choose(logits.view(tokens, experts), k, self.config)
-            return assignment, LayerStats(assignment.counts, all_taken(assignment.counts, tokens, k), mean_scores, z)
+            return assignment, RouterStats(assignment.counts, all_taken(assignment.counts, tokens, k), mean_scores, z)
         scores = logits.softmax(-1)
         if self.choice == "expert":
             pools = scores if self.config.pool == "image" else scores.reshape(1, tokens, experts)
@@ -65,11 +65,11 @@ class Router(nn.Module):
             else:
                 selections = count(chosen, experts)
                 takers = count(count(assignment.tokens, tokens, assignment.weights != 0), experts + 1)
-        return assignment, LayerStats(selections, takers, scores.mean((0, 1)), z)
+        return assignment, RouterStats(selections, takers, scores.mean((0, 1)), z)
 
 
 def all_taken(counts: Tensor, tokens: int, k: int) -> Tensor:
-    """``LayerStats.takers`` where each of the tokens is taken by k experts. ``counts`` is (E,)."""
+    """``RouterStats.takers`` where each of the tokens is taken by k experts. ``counts`` is (E,)."""
     takers = counts.new_zeros(len(counts) + 1)
     takers[k].fill_(tokens)
     return takers
@@ -125,7 +125,7 @@ class RoutedExperts(MOELayer):
         their way to their experts, the second while they come back. In backward their gradients overlap with transfers likewise.
 
         Returns:
-            (output (B, N, D), selections, takers, mean_scores, z); the last four are the fields of ``LayerStats``, for this rank's tokens.
+            (output (B, N, D), selections, takers, mean_scores, z); the last four are the fields of ``RouterStats``, for this rank's tokens.
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)

@@ -3,6 +3,7 @@
 import argparse
 import math
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditmoe_ds.errors import ConfigError
@@ -45,6 +46,14 @@ def check_least(arguments: argparse.Namespace, **least: int) -> None:
         value = getattr(arguments, name)
         if value is not None and value < number:
             raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {number}")
+
+
+def make_folder(folder: Path) -> None:
+    """For what --out names, before long work. Raises ConfigError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", str(folder), f"cannot be written: {error.strerror}") from None
 
 
 def check_guidance(guidance: float) -> None:

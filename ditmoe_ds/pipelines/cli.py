@@ -16,6 +16,7 @@ from ditmoe_ds.pipelines.arguments import (
     check_can_be_guided,
     check_guidance,
     check_least,
+    make_folder,
     open_named,
 )
 
@@ -58,13 +59,6 @@ def _sample(arguments: argparse.Namespace) -> int:
     return _grid(arguments) if arguments.num is None else _many(arguments)
 
 
-def _make_parent(out: str) -> None:
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("--out", out, f"cannot be written: {error.strerror}") from None
-
-
 def _grid(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.distributed.topology import under_srun
     from ditmoe_ds.distributed.weights import of_step
@@ -74,7 +68,7 @@ def _grid(arguments: argparse.Namespace) -> int:
         raise ConfigError("--num", None, "several processes make many images: say how many")
     if Path(arguments.out).suffix.lower() not in PICTURES:
         raise ConfigError("--out", arguments.out, "a picture, FILE.png; many images, by --num, go into a folder or FILE.npz")
-    _make_parent(arguments.out)
+    make_folder(Path(arguments.out).parent)
     run, weak = _open(arguments)
     asked = [one for one in _asked(arguments, run, [0]) for _ in range(arguments.per_class)]
     images = run.sample(asked, guidance=arguments.guidance, **_options(arguments, run, weak))
@@ -93,7 +87,7 @@ def _many(arguments: argparse.Namespace) -> int:
         target = Target(Path(arguments.out))
         if target.out.suffix.lower() in PICTURES:
             raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
-        _make_parent(arguments.out)
+        make_folder(target.out.parent)
         check_least(arguments, num=1, batch=1)
         for path in filter(None, (arguments.run_dir, arguments.autoguidance)):
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)

@@ -63,7 +63,7 @@ class Target:
             ConfigError: something else is there, or images of other settings.
         """
         packed = self.npz and self.out.is_file()
-        noted = read_description(self.description) if packed and self.description.is_file() else None
+        noted = read_description(self.description) if packed else None
         if noted and (number := noted.get("num", count)) < count:
             fix = f"{self.out} has {number} images, and a finished npz is not extended (a folder is); choose another --out"
             raise ConfigError("--num", count, fix)

@@ -46,10 +46,10 @@ def describe(note: Path, settings: dict[str, Any], key: str, *places: Path, grow
 
 
 def read_description(note: Path) -> dict[str, Any] | None:
-    """The settings in ``note``; None if it is no JSON object."""
+    """The settings in ``note``; None if there is none, or it is no JSON object."""
     try:
         found = json.loads(note.read_text())
-    except ValueError:
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

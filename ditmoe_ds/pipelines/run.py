@@ -20,13 +20,13 @@ from ditmoe_ds.diffusion.sampling import Sampler, make_scheduler
 from ditmoe_ds.distributed.host import empty_on_host
 from ditmoe_ds.distributed.topology import ExpertGroup
 from ditmoe_ds.distributed.weights import DTYPES, Weights, open_weights
-from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner
 from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decoder_space, load_vae
-from ditmoe_ds.models.dit import DiT, DiTConfig
-from ditmoe_ds.models.sizes import parameter_shapes
+from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.models.sizes import described, parameter_shapes
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.pipelines.offload import keep_experts_on_the_host
 
@@ -191,9 +191,7 @@ def load_model(
     Raises:
         CheckpointError: a parameter is missing, unknown or of another shape.
     """
-    settings = config.build(DiTConfig, weights.description["model"])
-    if settings.depth > len(weights.shapes):  # else to build it might take minutes
-        raise CheckpointError(f"the model has {settings.depth} layers, the weights {len(weights.shapes)} tensors")
+    settings = described(weights.description["model"], len(weights.shapes))
     weights.check(parameter_shapes(settings))
     device = torch.device(device)
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor, nn
 from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend
 
-from ditmoe_ds.moe.layer import LayerStats, Router
+from ditmoe_ds.moe.layer import Router, RouterStats
 from ditmoe_ds.moe.routing import Assignment
 
 
@@ -63,7 +63,7 @@ def _fused_attention(
 def balance(model: nn.Module) -> None:
     """Give all experts equally many tokens where no capacity does: how many each gets would depend on values, which are not there."""
 
-    def even(router: Router, args: Any, out: tuple[Assignment, LayerStats]) -> tuple[Assignment, LayerStats]:
+    def even(router: Router, args: Any, out: tuple[Assignment, RouterStats]) -> tuple[Assignment, RouterStats]:
         assignment, stats = out
         rows = len(assignment.tokens) // len(router.weight) * len(router.weight)
         return Assignment(assignment.tokens[:rows], assignment.weights[:rows], assignment.counts, equal=True), stats

@@ -30,7 +30,7 @@ from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder, text_width
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
-from ditmoe_ds.models.sizes import named_config, parameter_shapes
+from ditmoe_ds.models.sizes import described, named_config, parameter_shapes
 from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig, read_recipe
 
@@ -218,7 +218,7 @@ def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
         if getattr(theirs, key) != getattr(recipe.diffusion, key):
             fix = f"model.weights={given.weights!r} were trained with {getattr(theirs, key)!r}; set this"
             raise ConfigError(f"diffusion.{key}", getattr(recipe.diffusion, key), fix)
-    network = config.build(DiTConfig, weights.description["model"])
+    network = described(weights.description["model"], len(weights.shapes))
     if given.new_classes and not network.num_classes:
         raise ConfigError("model.new_classes", True, f"model.weights={given.weights!r} are of a text-to-image model; leave it out")
     return network

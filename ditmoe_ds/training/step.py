@@ -12,7 +12,8 @@ from ditmoe_ds.diffusion.noise import draw, kept_patches
 from ditmoe_ds.diffusion.objectives import Objective, flip
 from ditmoe_ds.latents.condition import Condition, Conditioner
 from ditmoe_ds.latents.loader import Batch
-from ditmoe_ds.models.dit import DiTConfig, RouterStats
+from ditmoe_ds.models.dit import DiTConfig
+from ditmoe_ds.moe.layer import RouterStats
 from ditmoe_ds.moe.routing import balance_loss
 
 

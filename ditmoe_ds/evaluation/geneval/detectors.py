@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ditmoe_ds.errors import ConfigError, DataError, in_a_line
+from ditmoe_ds.errors import ConfigError, loading
 from ditmoe_ds.evaluation.geneval.scorer import Detected
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
@@ -69,11 +69,8 @@ def load(key: str, path_or_id: str, cls: Any, **options: Any) -> Any:
     Raises:
         DataError: there is no such model; names the option ``key``.
     """
-    try:
+    with loading(f"{key}={path_or_id!r}: neither a folder nor a hub id of a readable transformers model"):
         return cls.from_pretrained(path_or_id, trust_remote_code=False, **options)
-    except Exception as error:  # the hub, the configs and the weights each fail in their own way
-        reason = in_a_line(error)
-        raise DataError(f"{key}={path_or_id!r}: neither a folder nor a hub id of a readable transformers model ({reason})") from error
 
 
 class _OfKnownClasses:

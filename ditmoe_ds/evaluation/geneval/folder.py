@@ -22,7 +22,7 @@ from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
 from ditmoe_ds.evaluation.images import open_picture
-from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, save_png, write
+from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, read_description, save_png, write
 from ditmoe_ds.pipelines.run import Run
 
 Colors = Callable[[Image.Image, str, list[Detected]], list[str]]
@@ -143,9 +143,7 @@ def differences(pictures: Sequence[Pictures], detector: Detector, colors: ColorC
 def report(folder: Path, verdicts: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """Write ``geneval.jsonl``, a line per picture, and ``geneval.json``, which it returns: ``summary``, ``settings``, and how the
     pictures were made, if the folder says."""
-    note = folder / DESCRIPTION
-    made = json.loads(note.read_text()) if note.is_file() else None
-    numbers = dict(**summary(verdicts), **settings, made=made)
+    numbers = dict(**summary(verdicts), **settings, made=read_description(folder / DESCRIPTION))
     write(folder / "geneval.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     write(folder / "geneval.json", json.dumps(numbers, indent=1) + "\n")
     return numbers

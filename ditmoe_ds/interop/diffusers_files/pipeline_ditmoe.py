@@ -58,12 +58,10 @@ class DiTMoEPipeline(DiffusionPipeline):
             raise ValueError(
                 "this folder holds no VAE: pass vae=AutoencoderKL.from_pretrained(...) to from_pretrained, or output_type='latent'"
             )
-        shape = self.config.latent_shape or (config.in_channels, config.input_size, config.input_size)
-        z = (
-            randn_tensor((len(class_labels), *shape), generator=generator, device=device)
-            if latents is None
-            else latents.to(device, torch.float32)
-        )
+        if latents is None:
+            shape = self.config.latent_shape or (config.in_channels, config.input_size, config.input_size)
+            latents = randn_tensor((len(class_labels), *shape), generator=generator, device=device)
+        z = latents.to(device, torch.float32)
         labels = torch.tensor(class_labels, device=device)
         flow = config.diffusion["objective"] == "rectified_flow"
         if flow:  # equal steps from t = 1 to 0; the scheduler counts time 0..1000
