@@ -199,8 +199,9 @@ def main():
         zero3.begin_forward = PartitionedParameterCoordinator._clean_inflight_param_registry
         engine._keep_until_reduced = lambda optimizer: None
     elif how == "unawaited":
-        engine._end_backward_without_the_host = lambda optimizer: None
+        engine._end_backward_without_the_host = lambda optimizer, stage: None
         get_accelerator().synchronize = lambda: None
+        Stream.synchronize = lambda stream: None
     run = trainer.Trainer(read_plan(recipe, world.size), world)
     with Watch(), patch.object(trainer, "fetch", lambda *tensors: lambda: list(tensors)):
         run.run()

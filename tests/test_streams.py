@@ -15,6 +15,7 @@ STAGE_1 = dict(stage=1, reduce_bucket_size=400_000), 2
 CASES = [  # settings and processes, what is done to the code, and the line that tells of it
     (STAGE_3, "repaired", None),
     (STAGE_3, "as_found", "read on "),
+    (STAGE_3, "unawaited", "read on the default stream"),
     (STAGE_2, "repaired", None),
     (STAGE_2, "as_found", "memory is used again on the default stream"),
     (STAGE_2, "unawaited", "read on the default stream"),

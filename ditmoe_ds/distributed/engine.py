@@ -188,8 +188,8 @@ def build(
     elif parallel.zero_stage:
         _one_pass_over_gradients(engine.optimizer, parallel.zero_stage)
         _norm_on_host(engine.optimizer, parallel.zero_stage)
-        if parallel.zero_stage < 3:
-            _end_backward_without_the_host(engine.optimizer)
+        if not get_accelerator().is_synchronized_device():
+            _end_backward_without_the_host(engine.optimizer, parallel.zero_stage)
         if parallel.zero_stage == 2:
             _keep_until_reduced(engine.optimizer)
     if parallel.zero_stage == 0 and precision == "bf16":
@@ -249,17 +249,19 @@ def _norm_on_host(optimizer: Any, stage: int) -> None:
         optimizer.scaled_global_norm = lambda: norm().cpu()
 
 
-def _end_backward_without_the_host(optimizer: Any) -> None:
-    """After the last gradient of every backward DeepSpeed has the host wait for the whole GPU, which then has nothing to do until the host
-    has launched more. It is enough that the current stream waits for the one that reduces gradients."""
+def _end_backward_without_the_host(optimizer: Any, stage: int) -> None:
+    """After the last gradient of every backward DeepSpeed has the host wait for the GPU (at stage 3 for the stream that reduces gradients),
+    which then has nothing to do until the host has launched more. It is enough that the current stream waits for the one that reduces."""
     end, accelerator = optimizer.independent_gradient_partition_epilogue, get_accelerator()
+    stream = optimizer.reduce_and_partition_stream if stage == 3 else optimizer.reduction_stream
+    awaited = stream if stage == 3 else accelerator
 
     def end_by_streams() -> None:
-        accelerator.synchronize = lambda: accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        awaited.synchronize = lambda: accelerator.current_stream().wait_stream(stream)
         try:
             end()
         finally:
-            del accelerator.synchronize
+            del awaited.synchronize
 
     optimizer.independent_gradient_partition_epilogue = end_by_streams
 
