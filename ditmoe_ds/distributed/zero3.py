@@ -28,7 +28,7 @@ GATHER, STREAM, IN_FLIGHT, WHOLE = (
     f"_PartitionedParameterCoordinator__{name}"
     for name in ("all_gather_params", "allgather_stream", "inflight_param_registry", "n_available_params")
 )
-_clean, _together = PartitionedParameterCoordinator._clean_inflight_param_registry, Init._allgather_params_coalesced
+_clean = PartitionedParameterCoordinator._clean_inflight_param_registry
 
 
 def install() -> None:
@@ -91,29 +91,15 @@ class OnTheirWay:
         if self.work:
             self.work.wait()
         for parameter, parts in zip(self.parameters, self.parts, strict=True):
-            parameter.data = _whole(parameter, parts)
+            parameter.data = parts.reshape(-1)[: parameter.ds_numel].view(parameter.ds_shape)  # the last part's end may be padding
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         self.parameters, self.parts = [], []
 
 
 def gather_together(init: Any, parameters: list[Any], hierarchy: int = 0, quantize: bool = False) -> None:
     """Gather parameters of one group of ranks, and wait for it."""
-    group = init.get_partition_dp_group(parameters[0]) if parameters else None
-    world = dist.get_world_size(group)
-    if not parameters or quantize or world == 1:
-        _together(init, parameters, hierarchy, quantize)
-        return
-    held = torch.cat([parameter.ds_tensor for parameter in parameters])
-    everyone = held.new_empty(world, len(held))
-    dist.all_gather_into_tensor(everyone.view(-1), held, group=group)
-    sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
-    for parameter, parts in zip(parameters, everyone.split(sizes, dim=1), strict=True):
-        parameter.data = _whole(parameter, parts)
-
-
-def _whole(parameter: Any, parts: Tensor) -> Tensor:
-    """A parameter assembled from the ranks' parts of it (W, n), whose end may be padding; a copy."""
-    return parts.reshape(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+    if parameters:
+        OnTheirWay(parameters, init.get_partition_dp_group(parameters[0])).wait()
 
 
 @torch.no_grad()
