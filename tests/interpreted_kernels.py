@@ -100,6 +100,18 @@ def test_swiglu(rows, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("rows, width", [(5, 8), (3, 1500), (0, 8)])
+def test_gelu(rows, width, dtype):
+    x, upward = (3 * torch.randn(rows, width)).to(dtype), torch.randn(rows, width).to(dtype)
+    leaf = x.float().requires_grad_()
+    wanted = F.gelu(leaf, approximate="tanh")
+    (plain_grad,) = torch.autograd.grad(wanted, leaf, upward.float())
+    x_grad = kernels.gelu_backward(x, upward)
+    for found, plain in ((upward, wanted), (x_grad, plain_grad)):
+        torch.testing.assert_close(found, plain.to(dtype), **NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize("width", [8, 1500])
 @pytest.mark.parametrize("tokens", [[0, 2, 2, 5, 0, 1, 3, 3, 3, 5, 0], [5], []])  # of 6, some of which nobody takes
 def test_rows_of_tokens(tokens, width, dtype):
