@@ -92,6 +92,7 @@ def test_kernels_of_a_block(name, dtype, compiled, tmp_path):
     hidden, rows = torch.randn(64, 2 * config.expert_width, dtype=dtype), torch.randn(64, config.hidden, dtype=dtype)
     kernels.swiglu_backward(hidden, kernels.swiglu(hidden), None)
     kernels.swiglu_backward(hidden, again := kernels.swiglu(hidden), again)
+    kernels.gelu_backward(hidden, torch.randn_like(hidden))
     tokens, weights, logits = torch.arange(64) % 32, torch.rand(64), torch.randn(32, config.experts, requires_grad=True)
     listed, number = kernels.list_takings(tokens, weights, 32, config.experts)
     kernels.sum_takings(rows, weights, listed, number)
@@ -101,7 +102,7 @@ def test_kernels_of_a_block(name, dtype, compiled, tmp_path):
     differentiate([assignment.weights, means], logits)
     kernels.clear(torch.empty(4, 64, config.hidden, dtype=dtype), torch.arange(4, dtype=torch.int32))
 
-    assert len(compiled) == 15, sorted(compiled)
+    assert len(compiled) == 16, sorted(compiled)
     for kernel in (kernel for kinds in compiled.values() for kernel in kinds.values()):
         assert kernel.metadata.shared <= SHARED, (kernel.name, kernel.metadata.shared)
         if TARGET.backend == "hip":

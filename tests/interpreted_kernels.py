@@ -1,6 +1,7 @@
 """Run by test_moe.py with TRITON_INTERPRET=1: our Triton kernels give the same values as torch's operators."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,19 +9,21 @@ import torch
 from choices import CHOICES, ROUTERS, chosen_alike
 from masters import squared_alike, stepped_alike
 from norms import NORMS, gated_alike, heads_alike, normed_alike
+from test_planning import MODELS, kept
 from torch.nn import functional as F
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from ditmoe_ds.distributed import adamw, norm
 from ditmoe_ds.launching import arithmetic
-from ditmoe_ds.models import adaln, adaln_kernels, attention, head_norm, rotary
+from ditmoe_ds.models import adaln, adaln_kernels, attention, embeddings, head_norm, rotary
 from ditmoe_ds.models.embeddings import rotate
 from ditmoe_ds.models.rotary import Rotate
 from ditmoe_ds.moe import choosing, experts, kernels, layer, rows
 from ditmoe_ds.moe.choosing import choose
 from ditmoe_ds.moe.layer import MoE
 from ditmoe_ds.moe.routing import RouterConfig, expert_choice, same_decisions, token_choice
+from ditmoe_ds.planning.activations import MicroBatch, activations
 
 NEAR = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
 
@@ -96,6 +99,18 @@ def test_swiglu(rows, width, dtype):
     x_grad = kernels.swiglu_backward(x, again, again)
     assert torch.equal(alone, x_grad)
     for found, plain in ((kernels.swiglu(x), wanted), (again, wanted), (x_grad, plain_grad)):
+        torch.testing.assert_close(found, plain.to(dtype), **NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("rows, width", [(5, 8), (3, 1500), (0, 8)])
+def test_gelu(rows, width, dtype):
+    x, upward = (3 * torch.randn(rows, width)).to(dtype), torch.randn(rows, width).to(dtype)
+    leaf = x.float().requires_grad_()
+    wanted = F.gelu(leaf, approximate="tanh")
+    (plain_grad,) = torch.autograd.grad(wanted, leaf, upward.float())
+    x_grad = kernels.gelu_backward(x, upward)
+    for found, plain in ((upward, wanted), (x_grad, plain_grad)):
         torch.testing.assert_close(found, plain.to(dtype), **NEAR[dtype])
 
 
@@ -319,3 +334,19 @@ def test_the_norm(monkeypatch):
 
 def test_adamw():
     stepped_alike("cpu", rounding=2**-7)  # the interpreter rounds towards zero
+
+
+@pytest.mark.parametrize("name", ["DiT-MoE, shared experts", "EC-DIT with text"])
+def test_what_kernels_spare_is_planned(name, monkeypatch):
+    """Of what autograd keeps by torch's operators; more by the final layer's norm, which is planned as if kept."""
+    model = replace(MODELS[name], input_size=8, depth=2 + MODELS[name].sparse_first)
+    batch = MicroBatch(model, 2, model.tokens, 7 if model.text_width else 0, 1, 2)
+    by_operators = kept(batch, torch.bfloat16, recompute=False)
+    monkeypatch.setattr(embeddings, "rotary", rotary, raising=False)
+    monkeypatch.setattr(rows, "kernels", kernels, raising=False)
+    monkeypatch.setattr(layer, "choose", choose, raising=False)
+    for module in (adaln, attention, embeddings, layer, rows):
+        monkeypatch.setattr(module, "fused", lambda x: True)
+    spared = by_operators - kept(batch, torch.bfloat16, recompute=False)
+    assert spared == pytest.approx(activations(replace(batch, cuda=False), False).kept - activations(batch, False).kept, rel=0.15)
+    assert spared > 0.08 * by_operators

@@ -56,14 +56,14 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_what_autograd_keeps(name, dtype, micro):
     model = MODELS[name]
-    batch = MicroBatch(model, micro, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize)
+    batch = MicroBatch(model, micro, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize, cuda=False)
     assert kept(batch, dtype, recompute=False) == pytest.approx(activations(batch, False).kept, rel=0.07 if micro > 1 else 0.1)
 
 
 @pytest.mark.parametrize("name", ["DiT-MoE, shared experts", "EC-DIT with text"])
 def test_what_checkpointing_keeps(name):
     model = replace(MODELS[name], depth=20)
-    batch = MicroBatch(model, 4, model.tokens, 7 if model.text_width else 0, 1, 4)
+    batch = MicroBatch(model, 4, model.tokens, 7 if model.text_width else 0, 1, 4, cuda=False)
     planned = activations(batch, recompute=True)
     # the random state that each block keeps, 5 kB, is not planned; nor what the loss adds, which this has not
     assert kept(batch, torch.float32, recompute=True) == pytest.approx(planned.kept, rel=0.1)
@@ -80,7 +80,7 @@ def test_what_checkpointing_keeps(name):
 @pytest.mark.parametrize("name", ["DiT-MoE, shared experts", "EC-DIT with text"])
 def test_what_checkpointing_attention_keeps(name, dtype):
     model = replace(MODELS[name], depth=20)
-    batch = MicroBatch(model, 4, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize)
+    batch = MicroBatch(model, 4, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize, cuda=False)
     planned = activations(batch, recompute="attention")
     assert kept(batch, dtype, recompute="attention") == pytest.approx(planned.kept, rel=0.1)
     whole = activations(batch, recompute=False)
@@ -103,7 +103,7 @@ def one_of_two():
 def test_what_tensor_parallelism_spares(one_of_two, name, dtype):
     """Of what one rank would keep: half of what lies behind a cut matrix, to 2 % of that."""
     model = MODELS[name]
-    whole = MicroBatch(model, 3, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize)
+    whole = MicroBatch(model, 3, model.tokens, 7 if model.text_width else 0, 1, dtype.itemsize, cuda=False)
     part = replace(whole, tensor=2)
     planned = activations(whole, False).kept - activations(part, False).kept
     assert kept(whole, dtype, recompute=False) - kept(part, dtype, recompute=False) == pytest.approx(planned, rel=0.02)

@@ -4,6 +4,7 @@ In a process of its own, since torch is made to believe in a GPU. When a graph l
 ``interpreted_kernels.py`` has found the kernel to do.
 """
 
+import math
 from collections import Counter
 
 import pytest
@@ -43,6 +44,14 @@ def swiglu_backward(x, grad, x_grad, again=None, **_):
     x_grad.copy_(*torch.autograd.grad(value, leaf, grad.float()))
     if again is not None:
         again.copy_(value)  # perhaps over grad
+
+
+def gelu_backward(x, grad, x_grad, **_):
+    leaf = x.float().requires_grad_()
+    with torch.enable_grad():
+        value = F.gelu(leaf, approximate="tanh")
+    x_grad.copy_(*torch.autograd.grad(value, leaf, grad.float()))
+    grad.copy_(value)
 
 
 def list_rows(tokens, weights, by_expert, rows, each, **_):
@@ -151,7 +160,8 @@ EQUAL, UNEQUAL = (
     {"_list": list_rows, "_pack": pack},
     {"_choose": chose, "_place": place, "_choose_backward": choose_backward, "_clear": clear},
 )
-PLAIN = BOTH | EQUAL | UNEQUAL
+GELU = {"_gelu_backward": gelu_backward}
+PLAIN = BOTH | EQUAL | UNEQUAL | GELU
 
 
 @pytest.fixture
@@ -204,8 +214,18 @@ def test_a_compiled_block_with_kernels_is_the_block(ran, monkeypatch, options, a
         if not name.endswith("k_norm.bias"):  # softmax does not see it, so its gradient is rounding alone
             near = 6e-2 if "_norm" in name else 1e-2  # torch's own in bf16 is some percent off that of fp32
             assert (ours - theirs).norm() <= near * theirs.norm(), name
-    used = BOTH | (EQUAL if model.config.equal_load else UNEQUAL)
+    used = BOTH | (EQUAL if model.config.equal_load else UNEQUAL) | (GELU if activation == "gelu" else {})
     assert ran.keys() == used.keys() and counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_block_keeps_experts_hidden_units_once(ran):
+    """Before their activation; a compiler that saw backward compute that again would keep it from forward."""
+    model = disturbed(expert_activation="gelu", routing="expert", expert_hidden=56).bfloat16()
+    block, found = model.blocks[0], []
+    block.compile(backend="aot_eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor.shape) or tensor, lambda tensor: tensor):
+        block(torch.randn(2, 64, 32).bfloat16(), torch.randn(2, 32).bfloat16())
+    assert [math.prod(shape) for shape in found].count(2 * 64 * model.config.top_k * 56) == 1, found
 
 
 @pytest.mark.parametrize("options", ROUTINGS.values(), ids=ROUTINGS)

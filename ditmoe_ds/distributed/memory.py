@@ -74,6 +74,7 @@ def training_memory(
     accumulation: int = 1,
     bucket: float = 0,
     whole: float | None = None,
+    one_kernel: bool = False,
 ) -> Memory:
     """Memory of training on DeepSpeed 0.19 with AdamW, as ``distributed.engine`` sets it up. ``benchmarks/memory.md`` measures it.
 
@@ -87,6 +88,7 @@ def training_memory(
         accumulation: micro-batches of a step.
         bucket: DeepSpeed's ``reduce_bucket_size``, in elements.
         whole: the most that is ``touched``, in elements; None for tensors that are small beside a part.
+        one_kernel: the optimizer's step at stage 0 is one kernel's (``distributed.adamw``), which makes no copies.
     """
     size, wide = (2, 4) if precision == "bf16" else (4, 0)  # bytes of a weight, and of its fp32 copy
     local = dense + experts / ep
@@ -95,7 +97,7 @@ def training_memory(
     group = max(dense / parts, min(experts / ep, EXPERT_GROUP) / replicas)  # the largest that is stepped at once
     if stage == 0:  # gradients travel as copies: dense ones, then experts'
         copied = min(max(dense * (world > 1), experts / ep * (world > ep)), TRAVELLING)
-        backward, step = size * (local + copied), size * local + wide * group
+        backward, step = size * (local + copied), size * local + wide * group * (not one_kernel)
         return Memory(size * local, wide * local, 8 * local, 4 * averages * local, 0, backward, step)
     step = (size + wide) * group  # its gradient, flattened and then in fp32
     if stage == 3:

@@ -30,6 +30,14 @@ def swiglu_backward(x: Tensor, grad: Tensor, again: Tensor | None) -> Tensor:
     return x_grad
 
 
+def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x (M, F), given ``grad``, that of ``gelu(x)`` by tanh, over which ``gelu(x)`` is written."""
+    x_grad = torch.empty_like(x)
+    if len(x):
+        _gelu_backward[_grid(grad)](x, grad, x_grad, grad.shape[1], BLOCK)
+    return x_grad
+
+
 def list_takings(tokens: Tensor, weights: Tensor, number: int, experts: int) -> tuple[Tensor, Tensor]:
     """The rows of each of ``number`` tokens T, by expert: the first entries of (T, E) int32; and (T,) int32, how many these are. Rows whose
     weight is 0 are left out.
@@ -108,6 +116,19 @@ def _swiglu_backward(x, grad, again, x_grad, width, BLOCK: tl.constexpr):
         tl.store(again + row * width + columns, gated * up, inside)
     tl.store(x_grad + row * 2 * width + columns, upward * up * sigmoid * (1 + gate * (1 - sigmoid)), inside)
     tl.store(x_grad + row * 2 * width + width + columns, upward * gated, inside)
+
+
+@triton.jit
+def _gelu_backward(x, grad, x_grad, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns, inside = _columns(width, BLOCK)
+    at = row * width + columns
+    value, upward = tl.load(x + at, inside).to(tl.float32), tl.load(grad + at, inside).to(tl.float32)
+    square = value * value
+    share = tl.sigmoid(1.5957691216057308 * value * (1 + 0.044715 * square))  # (1 + tanh(y)) / 2 is sigmoid(2 y)
+    steepness = 1.5957691216057308 * (1 + 0.134145 * square)
+    tl.store(grad + at, value * share, inside)
+    tl.store(x_grad + at, upward * share * (1 + value * (1 - share) * steepness), inside)
 
 
 @triton.jit

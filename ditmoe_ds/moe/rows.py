@@ -32,11 +32,11 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def activate_backward(x: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """``activate(x)`` once more, and the gradient of x (M, N), given ``grad``, that of ``activate(x)``, which may be overwritten."""
+    if fused(x):  # by torch's operators a compiler would see that forward computed the activation, too, and keep it
+        x_grad = kernels.gelu_backward(x, grad) if activation == "gelu" else kernels.swiglu_backward(x, grad, again=grad)
+        return grad, x_grad
     if activation == "gelu":
         return activate(x, activation), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    if fused(x):
-        x_grad = kernels.swiglu_backward(x, grad, again=grad)
-        return grad, x_grad
     gate, up = x.chunk(2, dim=-1)
     gated = F.silu(gate)
     x_grad = torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * gated], dim=-1)

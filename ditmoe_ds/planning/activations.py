@@ -20,7 +20,8 @@ class MicroBatch:
     size: int
     """Bytes of an activation's element: 2 in bf16, 4 in fp32."""
     cuda: bool = True
-    """Whether it is a GPU, which multiplies the rows of all experts at once."""
+    """Whether it is a GPU, which multiplies the rows of all experts at once, and on which kernels of our own keep less than torch's
+    operators."""
     tensor: int = 1
     """Ranks that divide heads and hidden units by tensor parallelism; each has their inputs and outputs whole."""
 
@@ -67,9 +68,8 @@ def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
     names = ("attention", "text", "norm", "shared", "experts", "feed-forward")
     again = names if recompute is True else ("attention", "text", "norm") if recompute else ()
     parts = {name: sum(layer.get(name, 0) for layer in layers) for name in names if name not in again}
-    recomputed = 0.0
+    recomputed, inputs = 0.0, batch.size * batch.tokens * model.hidden
     if again:
-        inputs = batch.size * batch.tokens * model.hidden
         parts["inputs of blocks"] = float(model.depth * inputs)
         fullest = max(([layer.get(name, 0) for name in again] for layer in layers), key=sum)
         whole = {f"one block's {name}": amount for name, amount in zip(again, fullest, strict=True)}
@@ -79,8 +79,11 @@ def activations(batch: MicroBatch, recompute: Recompute) -> Activations:
     if again:
         parts |= whole
     parts = {name: amount for name, amount in parts.items() if amount} | {"outside of blocks": outside}
+    working = _working(batch)
+    if recompute == "attention":  # after the feed-forward's backward; it has gradients of q, k, v and qkv
+        working = max(working - recomputed, 7.0 * inputs)
     exchange = 2 * batch.size * model.hidden * max(map(batch.rows, model.routed_layers), default=0) if batch.ep > 1 else 0
-    return Activations(kept + outside, recomputed, _working(batch), exchange, parts)
+    return Activations(kept + outside, recomputed, working, exchange, parts)
 
 
 def block(batch: MicroBatch, layer: int) -> dict[str, float]:
@@ -89,27 +92,30 @@ def block(batch: MicroBatch, layer: int) -> dict[str, float]:
     D, head = model.hidden, model.hidden // model.heads
     kv = head * (model.kv_heads or model.heads)
     made = model.qk_norm or model.positions == "rope"  # q and k are tensors of their own
-    # of heads: qkv, q and k, attention's output; x, its norm, qkv's input, the projection's output are whole
+    # of heads: qkv, q and k, attention's output; x, qkv's input, the projection's output are whole, and so is the norm on a CPU
     heads = size * ((D + 2 * kv) + made * (D + kv) + D) + 4 * model.heads
-    heads += 8 * model.qk_norm * (model.heads + kv // head)  # mean and deviation of a head
-    attention = size * 4 * D + 8 + heads / tensor
+    moments = 0 if batch.cuda else 8 * model.qk_norm  # mean and deviation of a head
+    heads += moments * (model.heads + kv // head)
+    attention = size * (3 if batch.cuda else 4) * D + 8 + heads / tensor
     parts: dict[str, float] = {"attention": batch.tokens * attention + size * batch.images * (8 * D + model.condition_width)}
     if batch.text:
         # of heads: q, q normed, the output; k and v, k normed; x and its norm are whole
-        per_patch = size * (2 + model.qk_norm) * D + 4 * model.heads + 8 * model.qk_norm * model.heads
-        per_text = size * (2 + model.qk_norm) * D + 8 * model.qk_norm * model.heads
+        per_patch = size * (2 + model.qk_norm) * D + 4 * model.heads + moments * model.heads
+        per_text = size * (2 + model.qk_norm) * D + moments * model.heads
         parts["text"] = batch.tokens * (size * 2 * D + 8 + per_patch / tensor) + batch.images * batch.text * per_text / tensor
     decoupled = model.router.input == "decoupled" and layer in model.routed_layers
-    parts["norm"] = batch.tokens * (size * (2 - decoupled) * D + 8)  # before the feed-forward: x and, unless a router keeps it, its norm
+    normed = not (batch.cuda or decoupled)  # the norm before the feed-forward is kept beside x; where a router sees it, it is counted there
+    parts["norm"] = batch.tokens * (size * (1 + normed) * D + 8)
     gated = size * (1 + decoupled) * D  # what the gate multiplies; that norm
     if layer not in model.routed_layers:
         return parts | {"feed-forward": batch.tokens * (gated + size * (D + 2 * model.mlp_width(layer) / tensor))}
     seen = D + decoupled * model.condition_width
-    router = size * seen + 8 * model.experts + 8  # its input; scores and logits in fp32
+    router = size * seen + (4 if batch.cuda else 8) * model.experts + 8  # its input; logits or scores in fp32, on a CPU both
     parts["feed-forward"] = batch.tokens * (gated + router)
     if model.shared:
         own_input = decoupled * D  # else the router keeps the same tensor
-        parts["shared"] = size * batch.tokens * (own_input + 4 * model.shared * D / tensor)
+        within = (3 if batch.cuda else 4) * model.shared * D  # the first product, the second one's input; on a CPU silu(gate), too
+        parts["shared"] = size * batch.tokens * (own_input + within / tensor)
     hidden = (2 if model.expert_activation == "swiglu" else 1) * model.expert_width / tensor
     # its row, first product, output; token, order, choice and weight
     taking = size * (2 * D + hidden) + 28
@@ -142,12 +148,12 @@ def _working(batch: MicroBatch) -> float:
         width = model.expert_width / batch.tensor
         matrix, edge = size * D * experts * width, size * rows * D
         hidden = size * rows * width / (1 if batch.cuda else experts)  # of what is computed at once
-        # the gradient of outputs, weighted, on a CPU in fp32 and twice; the activation again and its backward, on a CPU with every
-        # step of SwiGLU's; with them the gradient of w2; then, without the activation, those of both matrices and of the rows, when the
-        # outputs are gone
+        # the gradient of outputs, weighted, on a CPU in fp32 and twice; on a CPU the activation again and its backward, with every step of
+        # SwiGLU's; that activation with the gradient of w2; then, without it, those of both matrices and of the rows, when the outputs are
+        # gone
         combined = edge if batch.cuda else 8 * rows * D + 4 * batch.tokens * D
-        activation = edge + ((3 if batch.cuda else 6) if gated else 3) * hidden + (0 if batch.cuda else (2 + gated) * matrix)
-        second = matrix + edge + (2 + gated) * hidden
-        both = (2 + gated) * matrix + 2 * edge + (1 + gated) * hidden
-        moments = [combined, activation - edge, second - edge, both - edge]
+        activation = 0 if batch.cuda else (6 if gated else 3) * hidden + (2 + gated) * matrix
+        second = matrix + (2 + gated) * hidden
+        both = (2 + gated) * matrix + edge + (1 + gated) * hidden
+        moments = [combined, activation, second, both]
     return 3 * size * batch.tokens * D + max(moments)  # gradients of the residual stream and of two branches

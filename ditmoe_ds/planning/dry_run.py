@@ -1,6 +1,7 @@
 """``ditmoe train RECIPE dry_run=8x8``: what one rank would allocate and send in a step, counted where a plan computes it.
 
-The real model and DeepSpeed's real engine run on tensors without memory, in one process, on any machine. Experts are evenly loaded.
+The real model and DeepSpeed's real engine run on tensors without memory, in one process, on any machine, by torch's operators: what a GPU's
+kernels spare is planned. Experts are evenly loaded.
 As in a plan, kernels' workspaces, NCCL's buffers and fragmentation are not counted; ``Assumptions.margin`` is for them.
 """
 
@@ -9,6 +10,7 @@ import re
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,9 +71,11 @@ def dry_run(where: str, arguments: list[str]) -> None:
         gc.collect()
         count.start()
         rehearsal.step()
-    print(report(f"{Path(arguments[0]).stem} as rank {rank} of {where}", plan, count))
-    if count.peak > plan.usable:
-        fix = f"out of memory: {count.peak / 1e9:.1f} GB of {plan.usable / 1e9:.1f} usable, in {count.when}; "
+    counted = replace(plan, cuda=False)
+    spared = counted.peak - plan.peak
+    print(report(f"{Path(arguments[0]).stem} as rank {rank} of {where}", counted, count, spared))
+    if count.peak - spared > plan.usable:
+        fix = f"out of memory: {(count.peak - spared) / 1e9:.1f} GB of {plan.usable / 1e9:.1f} usable, in {count.when}; "
         gpu = next(row for row, known in GPUS.items() if known is cluster.gpu)
         machines = f"--nodes {cluster.nodes} --gpus-per-node {cluster.per_node} --gpu {gpu}"
         size = f" --image-size {image_size}" if image_size else ""
@@ -87,8 +91,8 @@ def cluster_of(where: str) -> tuple[Cluster, int | None]:
     return Cluster(GPUS[match[3] or "h100-80gb"], int(match[1]), int(match[2])), int(match[4]) if match[4] else None
 
 
-def report(title: str, plan: Plan, count: Count) -> str:
-    """Counted and planned, side by side."""
+def report(title: str, plan: Plan, count: Count, spared: float) -> str:
+    """Counted and planned, side by side, by torch's operators; and less the bytes ``spared`` by the kernels that a GPU runs instead."""
     job, planned = plan.job, dict(plan.memory)
     text = f" and {job.text} of text" if job.text else ""
     lines = [f"{title}: {overrides(plan)}, micro-batch {plan.shape.micro}, {job.patches} tokens an image{text}", ""]
@@ -97,6 +101,7 @@ def report(title: str, plan: Plan, count: Count) -> str:
     rows["gradients and activations"] = count.peak - sum(counted for counted, _ in rows.values()), sum(planned.values())
     lines += [_row(name, *pair) for name, pair in rows.items() if any(pair)]
     lines.append(_row("peak", count.peak, plan.peak, compare=True))
+    lines.append(_row("peak with a GPU's kernels", count.peak - spared, plan.peak - spared))
     made = ", ".join(f"{amount / 1e9:.2f} in {name}" for name, amount in count.at_peak.items() if amount and name not in rows)
     lines.append(f"  in {count.when}; planned {plan.when}; gradients and activations made: {made}")
     lines += ["", f"{'GB that a GPU sends in a step':<34}{'dry run':>9}{'plan':>9}"]

@@ -60,7 +60,13 @@ class Plan:
             accumulation=self.accumulation,
             bucket=shape.bucket,
             whole=max(self.gradients) if shape.stage in (1, 2) else None,
+            one_kernel=self._one_kernel,
         )
+
+    @property
+    def _one_kernel(self) -> bool:
+        """Whether one kernel makes the optimizer's step (``distributed.adamw``)."""
+        return self.cuda and self.shape.stage == 0 and self.job.precision == "bf16" and self.job.optimizer == "adamw"
 
     @cached_property
     def gradients(self) -> list[int]:
@@ -76,14 +82,26 @@ class Plan:
         state, acts = self._state, self.activations
         everything = acts.kept + acts.recomputed
         moments = [("in the optimizer's step", state.step, 0.0, 0.0)]
-        if self.shape.stage:  # the rank that owns the last weights allocates its part of the gradients as backward begins
-            moments.append(("in backward", state.backward, everything, acts.working))
+        if self.shape.stage:
+            # when the first bucket is full it is copied to be sent, and at stages 1 and 2 the rank that owns the last weights allocates its
+            # part
+            own = max(self.gradients) if self.shape.stage < 3 else 0
+            sent = self.batch.size * (own + self.shape.bucket)
+            moments.append(("in backward", state.backward - sent, everything, acts.working))
+            moments.append(("in backward", state.backward, everything - acts.kept * self._first_bucket, acts.working))
         else:  # gradients, as large as the weights, appear as activations are freed, and are then copied to be all-reduced
             whole = state.weights
             moments.append(("in backward", whole if self.accumulation > 1 else 0.0, everything, acts.working))
             moments.append(("in backward", whole, acts.recomputed or acts.kept / self.job.model.depth, acts.working))
             moments.append(("as gradients travel", state.backward, 0.0, 0.0))
         return max(moments, key=lambda moment: sum(moment[1:]))
+
+    @property
+    def _first_bucket(self) -> float:
+        """Share of a rank's gradients that one bucket holds, which is sent before it is full if a tensor is larger."""
+        found, ep = self._layers, self.shape.ep
+        larger = max(found.largest[0], found.largest[1] / ep) > self.shape.bucket
+        return 0.0 if larger else min(self.shape.bucket / (found.dense + found.experts / ep), 1.0)
 
     @property
     def when(self) -> str:
@@ -224,10 +242,9 @@ class Plan:
     def _optimizer_seconds(self) -> float:
         """Time of the memory's traffic: gradients are read for their norm, made fp32 and clipped; masters, moments and averages are read
         and written; masters are copied to the weights. At stage 0 one kernel does all but the norm (``distributed.adamw``)."""
-        one_kernel = self.shape.stage == 0 and self.job.precision == "bf16" and self.job.optimizer == "adamw"
         found, shape, size = self._layers, self.shape, self.batch.size
         local = found.dense + found.experts / shape.ep if shape.stage == 0 else (found.dense + found.experts) / self.groups
-        step, average = (28, 8) if one_kernel else ((size + 4) + 8 + 28 + (4 + size), 12)
+        step, average = (28, 8) if self._one_kernel else ((size + 4) + 8 + 28 + (4 + size), 12)
         return local * (size + step + average * self.job.averages) / self._memory_rate
 
     @property
