@@ -208,6 +208,8 @@ def test_through_the_deepspeed_launcher(recipe):
         (["ema.decays=[]"], ["ema.decays=[]", "at least one"]),
         (["ema.decays=[1.0]"], ["ema.decays=[1.0]", "in [0, 1)"]),
         (["data.skip_shards=[train-000000.tar]"], ["data.skip_shards leaves none"]),
+        (["run_dir=~/runs/a"], ["run_dir='~/runs/a'", "~ and variables are not replaced"]),
+        (["data.cache=$TMPDIR/latents"], ["data.cache='$TMPDIR/latents'", "write the path"]),
         (["run_dir=/dev/null/run"], ["run_dir='/dev/null/run'", "/dev/null is no folder"]),
         ([*OFFLOAD, "train.optimizer.name=rmsprop"], ["train.optimizer.name='rmsprop'", "adamw alone"]),
     ],
