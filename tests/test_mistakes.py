@@ -288,6 +288,18 @@ def test_sets_of_different_hub_vaes_are_not_mixed(recipe, tmp_path):
         read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/mse}}]"], world=1)
 
 
+def test_sets_are_mixed_wherever_their_text_encoder_lies(recipe, tmp_path):
+    """It is known by its sha256. Of what differs, that alone is told."""
+    texts = [dict(encoder="/here", max_tokens=5), dict(encoder="/there", max_tokens=5), dict(encoder="/here", max_tokens=7)]
+    for i, text in enumerate(texts):
+        manifest = Manifest.load(write_latents(tmp_path / str(i), train=8, val=2, text=6))
+        replace(manifest, text=replace(manifest.text, encoder_sha256="a" * 64, **text)).save()
+    arguments = [str(recipe), "model.name=EC-DIT-Nano-4E", f"data.manifest={tmp_path}/0"]
+    assert read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/1}}]"], world=1)
+    with pytest.raises(ConfigError, match=r"data.mix\[0\].manifest='[^']*': text.max_tokens: 7 -> 5 of data.manifest; encode it alike$"):
+        read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/2}}]"], world=1)
+
+
 ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_optimizer=dict(device="none", ratio=1.0))
 
 

@@ -142,7 +142,7 @@ def _slurm_array(arguments: argparse.Namespace) -> int:
     check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
     encode = data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
     if encode.worker is not None:
-        raise ConfigError("--worker", encode.worker, "each task has its own; leave it out")
+        raise ConfigError("--worker", "{}/{}".format(*encode.worker), "each task has its own; leave it out")
     folder = Path(arguments.out).absolute()
     options = _options(arguments, array=f"0-{arguments.workers - 1}", output=f"{_literal(folder)}/encode-%A_%a.log")
     settings = _python(arguments) | dict(WORKERS=str(arguments.workers))
