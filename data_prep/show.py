@@ -23,7 +23,7 @@ def show(path: str, *, sheet: str | None = None) -> None:
         DataError: there is no finished folder, or no such shard in it.
     """
     shard_name = Path(path).name if Path(path).suffix == ".tar" else None
-    manifest = Manifest.load(Path(path).parent if shard_name else path)
+    manifest = Manifest.load(Path(path).parent if shard_name else path, "SHARD_OR_DIR")
     shards = tuple(shard for shard in manifest.shards() if shard_name in (None, shard.name))
     if not shards:
         raise DataError(f"{path}: is not in the manifest beside it")

@@ -22,7 +22,7 @@ def subset(path: str, out: str, *, fraction: float, shard_size: int = 1000) -> N
     Raises:
         DataError: ``path`` is not finished or damaged, ``out`` exists, or nothing is left to learn from.
     """
-    manifest, folder = Manifest.load(path), Path(out)
+    manifest, folder = Manifest.load(path, "DIR"), Path(out)
     if folder.exists():
         raise DataError(f"--out={out!r}: exists; choose another folder or delete it")
     partial = folder.with_name(folder.name + ".partial")

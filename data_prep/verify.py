@@ -43,7 +43,7 @@ def verify(path: str, *, workers: int = 1, sheet: str | None = None, source: str
     Raises:
         DataError: the first thing that is wrong; or a process died.
     """
-    manifest = Manifest.load(path)
+    manifest = Manifest.load(path, "DIR")
     if sheet:
         Path(sheet).parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of reading
     if manifest.text:

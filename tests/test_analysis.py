@@ -444,7 +444,7 @@ def test_the_report_in_a_browser(reports):
     "which, options, message",
     [
         ("dense", [], "dense"),
-        ("token", ["--dataset", "nowhere"], "nowhere"),
+        ("token", ["--dataset", "nowhere"], "--dataset='nowhere': no readable manifest"),
         ("token", ["--dataset", "SHAPE"], "shape ((4, 4, 4),), the model was trained with (4, 8, 8)"),
         ("token", ["--dataset", "CLASSES"], "num_classes: 5, the model was trained with 3"),
         ("token", ["--dataset", "NAMES"], "class_names: ['0', '1', '2'], the model was trained with ['a', '<b>', 'c']"),

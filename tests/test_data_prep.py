@@ -505,8 +505,8 @@ print(json.dumps(found))
             ["/dev/null/o", "cannot write"],
         ),
         (["finalize", "{inputs}/images"], ["{inputs}/images", "not begun by ditmoe-data encode"]),
-        (["verify", "{tmp}/none"], ["{tmp}/none", "ditmoe-data encode"]),
-        (["inspect", "{tmp}/none"], ["{tmp}/none", "ditmoe-data encode"]),
+        (["verify", "{tmp}/none"], ["DIR='{tmp}/none'", "ditmoe-data encode", "ditmoe-data finalize"]),
+        (["inspect", "{tmp}/none"], ["SHARD_OR_DIR='{tmp}/none'", "ditmoe-data encode"]),
     ],
 )
 def test_mistakes_are_told_in_one_line(inputs, tmp_path, capsys, arguments, words):

@@ -118,10 +118,11 @@ def test_the_bad_samples_of_a_large_micro_batch_are_named(cut, where):
     assert said == f"first in {where}, rank 0, t 0.120 to 0.120, samples sample62"
 
 
+@pytest.mark.parametrize("tail", ['{"step": 4, "lo', "\0\0\0\n", '{"step": 4, "lo\n\0\n{"step": 5'])
 @pytest.mark.parametrize("step, kept", [(0, 0), (2, 2), (3, 3), (9, 3)])
-def test_records_after_the_checkpoint_are_cut_off(tmp_path, step, kept):
+def test_records_after_the_checkpoint_are_cut_off(tmp_path, step, kept, tail):
     lines = [json.dumps(dict(step=number, loss=1.0)) + "\n" for number in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + tail)
     _cut_after(tmp_path / "metrics.jsonl", step)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:kept])
 

@@ -168,6 +168,18 @@ def test_a_damaged_shard_reaches_the_consumer_as_one_line(dataset, workers):
     assert list(loader) == []
 
 
+def test_shared_memory_that_is_full_is_told(dataset, monkeypatch):
+    """The queue's thread would print a traceback and drop the micro-batch, for which the rank would wait for ever."""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    loader = LatentLoader(dataset, DataConfig("unused", workers=1), seed=0, global_batch=2, accumulation=1, rank=0, world=1)
+    with pytest.raises(ConfigError, match=r"data.workers=1: .*--shm-size.*No space left"):
+        next(loader)
+
+
 def test_a_damaged_shard_can_be_left_out(dataset):
     manifest = dataset.manifests[0]
     config = DataConfig("unused", workers=0, skip_shards=("train-000000.tar",))

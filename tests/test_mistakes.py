@@ -208,6 +208,8 @@ def test_through_the_deepspeed_launcher(recipe):
         (["ema.decays=[]"], ["ema.decays=[]", "at least one"]),
         (["ema.decays=[1.0]"], ["ema.decays=[1.0]", "in [0, 1)"]),
         (["data.skip_shards=[train-000000.tar]"], ["data.skip_shards leaves none"]),
+        (["run_dir=~/runs/a"], ["run_dir='~/runs/a'", "~ and variables are not replaced"]),
+        (["data.cache=$TMPDIR/latents"], ["data.cache='$TMPDIR/latents'", "write the path"]),
         (["run_dir=/dev/null/run"], ["run_dir='/dev/null/run'", "/dev/null is no folder"]),
         ([*OFFLOAD, "train.optimizer.name=rmsprop"], ["train.optimizer.name='rmsprop'", "adamw alone"]),
     ],
@@ -284,6 +286,18 @@ def test_sets_of_different_hub_vaes_are_not_mixed(recipe, tmp_path):
     assert read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/ema}}]"], world=1)
     with pytest.raises(ConfigError, match=r"data.mix\[0\].manifest=.*vae: hub/mse -> hub/ema of data.manifest"):
         read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/mse}}]"], world=1)
+
+
+def test_sets_are_mixed_wherever_their_text_encoder_lies(recipe, tmp_path):
+    """It is known by its sha256. Of what differs, that alone is told."""
+    texts = [dict(encoder="/here", max_tokens=5), dict(encoder="/there", max_tokens=5), dict(encoder="/here", max_tokens=7)]
+    for i, text in enumerate(texts):
+        manifest = Manifest.load(write_latents(tmp_path / str(i), train=8, val=2, text=6))
+        replace(manifest, text=replace(manifest.text, encoder_sha256="a" * 64, **text)).save()
+    arguments = [str(recipe), "model.name=EC-DIT-Nano-4E", f"data.manifest={tmp_path}/0"]
+    assert read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/1}}]"], world=1)
+    with pytest.raises(ConfigError, match=r"data.mix\[0\].manifest='[^']*': text.max_tokens: 7 -> 5 of data.manifest; encode it alike$"):
+        read_plan([*arguments, f"data.mix=[{{manifest: {tmp_path}/2}}]"], world=1)
 
 
 ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_optimizer=dict(device="none", ratio=1.0))

@@ -322,6 +322,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(straight, f
         open_run(folder)
 
 
+def test_checkpoints_are_found_without_the_file_that_names_the_last(straight, folder, capsys):
+    """As where they alone were copied: a run that began anew there would delete them."""
+    run = copy_to(straight[0], folder, "nameless", 3)
+    (run / "checkpoints" / "latest").unlink()
+    assert open_run(run).step == 3
+    steps = sorted((run / "checkpoints").iterdir())
+    for path in steps:
+        (path / "index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints up to step_00000003 is whole"):
+        open_run(run)
+    assert checkpoint.newest(folder / "nowhere") is None
+
+
 def test_every_element_is_saved_once(straight):
     step = straight[0] / "checkpoints" / f"step_{STEPS:08d}"
     reader = checkpoint.Reader(step)

@@ -167,10 +167,12 @@ def test_a_filled_in_script_is_the_plain_one_with_its_arguments():
 
 def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
     train = ["launch", "slurm", "recipes/digits.yaml", "--nodes", "1"]
+    encode = ["--source", "folder:a", "--vae", "b", "--out", "c"]
     for arguments, says in (
         ([*train, "--gpus-per-node", "-2"], "--gpus-per-node=-2: at least 0"),
         ([*train, "--gpus-per-node", "1", "--signal-seconds", "-5"], "--signal-seconds=-5: at least 1"),
         (["launch", "slurm-array", "--workers", "0", "--", "--source"], "--workers=0: at least 1"),
+        (["launch", "slurm-array", "--workers", "2", "--", *encode, "--worker", "0/2"], "--worker='0/2': each task has its own"),
     ):
         assert main(arguments) == 2
         assert says in capsys.readouterr().err

@@ -104,7 +104,7 @@ def heldout(run: Run, folder: str | None) -> LatentDataset:
     place = folder or run.latents["manifest"]
     if is_url(place):
         raise ConfigError("--dataset", place, "is behind a URL; copy the folder here and name it")
-    manifest = Manifest.load(place)
+    manifest = Manifest.load(place, "--dataset")
     if run.shape not in manifest.shapes:
         raise ConfigError(
             "--dataset", folder, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"

@@ -265,15 +265,15 @@ class Reader:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that ``folder/latest`` names; if that is damaged, the newest intact one before it, which is printed. None before the
-    first save.
+    """The checkpoint that ``folder/latest`` names (without that file, as in a folder into which checkpoints alone were copied, the
+    newest); if that is damaged, the newest intact one before it, which is printed. None before the first save.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
-    if not (folder / "latest").is_file():
-        return None
     found = _named(folder)
+    if not found and not (folder / "latest").is_file():
+        return None
     for path in found:
         try:
             Reader(path).verify()
@@ -282,9 +282,8 @@ def newest(folder: Path) -> Path | None:
             print(f"checkpoint refused, {then}: {error}", file=sys.stderr, flush=True)
             continue
         return path
-    named = (folder / "latest").read_text().strip()
     fix = "restore one, or remove the folder, and the run begins anew"
-    raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints up to {named} is whole; {fix}")
+    raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints up to {_last(folder) or found[0].name} is whole; {fix}")
 
 
 def newest_index(folder: Path) -> dict[str, Any] | None:
@@ -295,11 +294,15 @@ def newest_index(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _last(folder: Path) -> str | None:
+    marker = folder / "latest"
+    return marker.read_text().strip() if marker.is_file() else None
+
+
 def _named(folder: Path) -> list[Path]:
     """Checkpoints up to the one that ``folder/latest`` names, the newest first."""
-    marker = folder / "latest"
-    last = marker.read_text().strip() if marker.is_file() else ""
-    return sorted((path for path in folder.glob("step_????????") if path.name <= last), reverse=True)
+    last = _last(folder)
+    return sorted((path for path in folder.glob("step_????????") if last is None or path.name <= last), reverse=True)
 
 
 @torch.no_grad()

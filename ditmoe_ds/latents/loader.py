@@ -9,19 +9,22 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ditmoe_ds.errors import ConfigError, DataError, UserError
+from ditmoe_ds.errors import ConfigError, DataError, UserError, in_a_line
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.manifest import Manifest, Shard, SplitName, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
 from ditmoe_ds.latents.tars import Sample, ShardReader, captions_of, index_path, index_size, text_names
 from ditmoe_ds.rng import keyed_generator
+
+T = TypeVar("T")
 
 INDEX_BYTES = 64 << 20
 """Most bytes of shard indices that a process holds: enough for about 7 million samples, in shards of 1000."""
@@ -330,7 +333,7 @@ class _Batches(Dataset):
         try:
             epochs, samples = self.order.at(position, self.local)
             batch = collate([self._visit(*visit) for visit in zip(epochs.tolist(), samples.tolist())], epochs, samples)
-            return self.prepare(batch) if self.prepare else batch
+            return _shared(self.prepare(batch) if self.prepare else batch)
         except UserError as error:  # as a value: an exception would arrive with the worker's traceback around it
             return _Failure(error)
 
@@ -350,6 +353,19 @@ class _Failure(NamedTuple):
     """What a worker hands over in place of a batch."""
 
     error: UserError
+
+
+def _shared(batch: T) -> T:
+    """In a worker: move the tensors into shared memory. The queue would do it, but if there is no room the rank would wait for ever."""
+    if worker := get_worker_info():
+        try:
+            for leaf in tree_leaves(batch):
+                if isinstance(leaf, Tensor):
+                    leaf.share_memory_()
+        except RuntimeError as error:
+            fix = "their batches find no room in /dev/shm; give it more (docker run --shm-size), or lower data.workers or data.prefetch"
+            raise ConfigError("data.workers", worker.num_workers, f"{fix} ({in_a_line(error)})") from None
+    return batch
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

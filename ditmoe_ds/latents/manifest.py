@@ -131,7 +131,8 @@ class Manifest:
         try:
             tree = json.loads(remote.read(file) if there else Path(file).read_text())
         except OSError as error:
-            raise DataError(f"{key}={str(path)!r}: no readable manifest ({error.strerror}); run ditmoe-data encode first") from None
+            fix = "run ditmoe-data encode first and, if it had several workers, ditmoe-data finalize"
+            raise DataError(f"{key}={str(path)!r}: no readable manifest ({error.strerror}); {fix}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: not valid JSON ({error}); encode the data again") from None
         if not isinstance(tree, dict) or (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):

@@ -135,7 +135,9 @@ def _slurm(arguments: argparse.Namespace) -> int:
 def _slurm_array(arguments: argparse.Namespace) -> int:
     words = arguments.encode[1:] if arguments.encode[:1] == ["--"] else arguments.encode
     check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
-    data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
+    encode = data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
+    if encode.worker is not None:
+        raise ConfigError("--worker", "{}/{}".format(*encode.worker), "each task has its own; leave it out")
     folder = Path(arguments.out).absolute()
     options = _options(arguments, array=f"0-{arguments.workers - 1}", output=f"{_literal(folder)}/encode-%A_%a.log")
     settings = _python(arguments) | dict(WORKERS=str(arguments.workers))

@@ -9,6 +9,7 @@ import json
 import mmap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,7 +270,8 @@ def _set_aside(metrics: Path) -> None:
 
 
 def _cut_after(metrics: Path, step: int) -> None:
-    """Cut off the records after ``step``, and a last line that is not whole, without reading the rest, which may be gigabytes."""
+    """Cut off the records after ``step``, and last lines that are none (a host may fail while it writes), without reading the rest, which
+    may be gigabytes."""
     if not metrics.is_file() or not metrics.stat().st_size:
         return
     with metrics.open("r+b") as file:
@@ -277,8 +279,9 @@ def _cut_after(metrics: Path, step: int) -> None:
             end = content.rfind(b"\n") + 1
             while end:
                 start = content.rfind(b"\n", 0, end - 1) + 1
-                if json.loads(content[start:end])["step"] <= step:
-                    break
+                with suppress(ValueError):
+                    if json.loads(content[start:end])["step"] <= step:
+                        break
                 end = start
         file.truncate(end)
 

@@ -237,16 +237,25 @@ def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
         manifest = Manifest.load(other.manifest, f"data.mix[{i}].manifest")
-        by_name = ["vae"] if first.vae_sha256 is None else []  # hub ids have no sha256
-        for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", *by_name, "store", "text", "class_names"):
-            theirs, ours = getattr(manifest, key), getattr(first, key)
-            if theirs != ours:
-                raise ConfigError(f"data.mix[{i}].manifest", other.manifest, f"{key}: {theirs} -> {ours} of data.manifest; encode it alike")
+        if differences := config.changes(_encoding(manifest), _encoding(first)):
+            fix = f"{', '.join(differences)} of data.manifest; encode it alike"
+            raise ConfigError(f"data.mix[{i}].manifest", other.manifest, fix)
         others.append(manifest)
     for manifest in (first, *others):
         if remote.is_url(manifest.root) and not data.cache:
             raise ConfigError("data.cache", "", f"{manifest.root} is remote: name a local folder for its shards")
     return first, *others
+
+
+def _encoding(manifest: Manifest) -> dict[str, Any]:
+    """What sets that are mixed must agree in. Encoders in folders are known by their sha256, wherever they lie; hub ids by their name."""
+    agreed = {key: getattr(manifest, key) for key in ("shapes", "scaling_factor", "shift_factor", "vae_sha256", "store", "class_names")}
+    if manifest.vae_sha256 is None:
+        agreed["vae"] = manifest.vae
+    text = asdict(manifest.text) if manifest.text else None
+    if text and text["encoder_sha256"] is not None:
+        del text["encoder"]
+    return agreed | dict(text=text)
 
 
 def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:

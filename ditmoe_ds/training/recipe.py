@@ -147,6 +147,9 @@ def read_recipe(arguments: list[str]) -> Recipe:
         for key in keys.split():
             if not holds(value := attrgetter(key)(recipe)):
                 raise ConfigError(key, value, f"must be {wanted}")
+    for key in ("run_dir", "data.cache"):  # which would be made under this very name
+        if (place := attrgetter(key)(recipe)).startswith("~") or "$" in place:
+            raise ConfigError(key, place, "write the path as it is: ~ and variables are not replaced")
     diffusion = recipe.diffusion
     if diffusion.objective == "ddpm" and diffusion.time_shift != 1:
         raise ConfigError("diffusion.time_shift", diffusion.time_shift, "is of rectified flow; leave it at 1 with ddpm")
