@@ -77,9 +77,10 @@ class Lookout:
             self._office.forget()
 
     def __call__(self, trainer: Any, record: dict[str, Any]) -> None:
-        """A callback that reports the step."""
+        """A callback that notes the step. Rank 0 alone reports it: a thousand messages a step would take much of its Python's time."""
         self.step, self.since = record["step"], time.monotonic()
-        self._send()
+        if self.world.rank == 0:
+            self._send()
 
     def __enter__(self) -> "Lookout":
         return self
@@ -181,6 +182,8 @@ class _Office:
         self.room = ranks + 64
         """How many more connections may be there that have not yet said whose they are."""
         self.token = secrets.token_hex()
+        self.step = 0
+        """The last that a rank has reported as finished: all take their steps together."""
         self.empty = threading.Event()
         """Every rank has said goodbye."""
         self._present: dict[int, asyncio.StreamWriter] = {}
@@ -207,26 +210,26 @@ class _Office:
         if not known:  # not one of ours: a port scanner
             writer.close()
             return
-        rank, who, step = hello["rank"], f"rank {hello['rank']} on {hello['host']}", 0
+        rank, who = hello["rank"], f"rank {hello['rank']} on {hello['host']}"
         self._present[rank] = writer
         try:
             while line := await _next(reader):
                 writer.write(b"\n")  # so that the ranks notice when rank 0 falls silent
                 message = json.loads(line)
-                step = message["step"]
                 if "bye" in message:
                     del self._present[rank]
                     if not self._present:
                         self.empty.set()
                     return
                 if "error" in message:
-                    self._lose(rank, f"{who} failed after step {step}: {message['error']}", message["code"])
+                    self._lose(rank, f"{who} failed after step {message['step']}: {message['error']}", message["code"])
                     return
-            self._lose(rank, f"{who} ended without a word after step {step} (killed, or out of memory)", 0)
+                self.step = max(self.step, message["step"])
+            self._lose(rank, f"{who} ended without a word after step {self.step} (killed, or out of memory)", 0)
         except TimeoutError:
-            self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {step}", 0)
+            self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {self.step}", 0)
         except ConnectionError:
-            self._lose(rank, f"{who} ended without a word after step {step} (its connection broke)", 0)
+            self._lose(rank, f"{who} ended without a word after step {self.step} (its connection broke)", 0)
 
     def forget(self) -> None:
         """Let go of all connections, in a process that was forked."""
