@@ -92,6 +92,15 @@ def test_a_few_samples_are_from_everywhere(tmp_path):
     assert sum(i < 50 for i in few) in range(3, 8) and dataset.spread(100)[:10] == few and sorted(dataset.spread(200)) == list(range(100))
 
 
+def test_a_few_of_very_many_samples_take_no_memory_for_the_rest():
+    class Many:
+        def __len__(self):
+            return 10**15  # a permutation of which no machine holds
+
+    few = LatentDataset.spread(Many(), 1000)
+    assert len(set(few)) == 1000 and min(few) < 10**13 and max(few) > 99 * 10**13
+
+
 def take(dataset, count: int, config=HERE, **changes) -> list[Batch]:
     settings = {"seed": 5, "global_batch": 8, "accumulation": 1, "rank": 0, "world": 1, **changes}
     loader = LatentLoader(dataset, config, **settings)
