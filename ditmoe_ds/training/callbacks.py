@@ -124,28 +124,29 @@ class SampleGrid:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.sample_every, train.steps):
             return
-        items, _ = share_out(train.sample_images)
+        items, own = share_out(train.sample_images)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine):
-            latents = sample_latents(trainer, items, [self.conditions[i] for i in items])
+            latents = sample_latents(trainer, items, [self.conditions[i] for i in items])[:own]
         trainer.engine.train()
-        everyone: list[Any] = [None] * dist.get_world_size(data_group())
-        dist.all_gather_object(everyone, self._decoded(trainer, latents), group=data_group())
-        if dist.get_rank():
+        ranks = dist.get_world_size(data_group())
+        everyone: list[Any] | None = None if dist.get_rank(data_group()) else [None] * ranks
+        dist.gather_object(self._decoded(trainer, latents), everyone, group=data_group(), group_dst=0)
+        if everyone is None or dist.get_rank():
             return
         try:
             if failed := next((part for part in everyone if isinstance(part, str)), None):
                 raise RuntimeError(failed)
-            self._save(trainer, torch.from_numpy(np.stack(everyone, axis=1)).flatten(0, 1)[: train.sample_images])
+            images = [everyone[i % ranks][i // ranks] for i in range(train.sample_images)]  # as they were shared out
+            self._save(trainer, torch.from_numpy(np.stack(images)))
         except Exception as error:  # a full disk, for one: no reason to stop a run
             print(f"no sample grid of step {trainer.step}: {error}", flush=True)
 
-    def _decoded(self, trainer: "Trainer", latents: torch.Tensor) -> np.ndarray | str:
-        """uint8 images (B, H, W, 3), or why there are none: after an exception the other ranks would wait for this one."""
+    def _decoded(self, trainer: "Trainer", latents: torch.Tensor) -> list[np.ndarray] | str:
+        """uint8 images (H, W, 3), or why there are none: after an exception the other ranks would wait for this one."""
         manifest = trainer.plan.manifest
         try:  # one by one: a step leaves little memory, and a VAE needs much for an image
-            images = [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor).cpu() for one in latents]
-            return torch.cat(images).numpy()
+            return [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor)[0].cpu().numpy() for one in latents]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
