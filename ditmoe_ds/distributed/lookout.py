@@ -115,7 +115,9 @@ class Lookout:
         received, missed = b"", 0
         while not received.endswith(b"\n"):
             if self.stacks and time.monotonic() - self.since > LONG:
-                self._note_where(self.stacks)
+                self.since = math.inf  # at most once a step, which may never end although every rank is alive
+                # not here: the step may wait for a file server, for which this would wait, too, and fall silent
+                threading.Thread(target=self._note_where, args=(self.stacks,), daemon=True, name="lookout-stacks").start()
             try:
                 part = self._socket.recv(4096)
             except TimeoutError:
@@ -140,8 +142,6 @@ class Lookout:
             self._end(verdict["text"], verdict["code"], None if verdict["alive"] else verdict["rank"])
 
     def _note_where(self, folder: Path) -> None:
-        """At most once a step, which may never end although every rank is alive."""
-        self.since = math.inf
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
             with open(folder / f"rank-{self.world.rank}.txt", "w") as file:

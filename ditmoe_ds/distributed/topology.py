@@ -75,7 +75,9 @@ def join(patience: timedelta = PATIENCE) -> World:
     """
     env = os.environ
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has some four connections to every other; 1024 is usual
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has several connections to every other; 1024 is usual
+    # else every rank of a group connects to every other at once: 1,024 ranks ask rank 0's store two million times for addresses
+    env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:
