@@ -239,6 +239,30 @@ def test_a_new_checkpoint_stays_whatever_lies_there(allowed, alone, tmp_path, mo
     assert ("cannot be deleted (Operation not permitted)" in capsys.readouterr().out) != allowed
 
 
+def test_a_rank_whose_disk_is_slow_is_waited_for(tmp_path):
+    """For longer than collectives may take by torch's default, here two seconds."""
+    worker = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+import torch.distributed.distributed_c10d as c10d
+from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.topology import join, leave
+c10d._get_default_timeout = lambda backend: timedelta(seconds=2)
+world, write = join(), checkpoint.write
+def slow(*arguments):
+    time.sleep(6 * world.rank)
+    write(*arguments)
+checkpoint.write = slow
+saver = checkpoint.Saver(Path(sys.argv[1]), checkpoint.CheckpointConfig())
+saver.save(1, [], SimpleNamespace(averages={}, steps=0), 1, {})
+leave()
+"""
+    launch(2, ["-c", worker, tmp_path])
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
+
+
 def test_which_checkpoints_are_kept(alone, tmp_path):
     saver = checkpoint.Saver(tmp_path, checkpoint.CheckpointConfig(keep=2, keep_every=4))
     for step in range(1, 11):

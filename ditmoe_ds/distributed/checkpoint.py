@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -68,7 +69,8 @@ class Saver:
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
         # a group of its own, so that a background thread never meets training's collectives; made now, as it connects to every rank
-        self.group = dist.new_group(backend="gloo")
+        # A disk may take its time: that every rank is alive, the lookout watches.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.buffers: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
