@@ -1,6 +1,7 @@
 """What must not lose a run: kills at any moment of a save, a full disk, gradients that are not finite; and what it may start from."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -163,6 +164,22 @@ def test_metrics_that_cannot_be_written_are_left_out(room, steps, files, tmp_pat
     assert [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")] == [1, 2, 5]
     assert len(list((tmp_path / "tensorboard").iterdir())) == files
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
+
+
+def test_tensorboard_opens_its_file_once_a_step(tmp_path, monkeypatch):
+    """On a shared file system the whole run waits for each time."""
+    settings = SimpleNamespace(tensorboard=True, wandb=False, log_every=1, steps=9)
+    trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=settings)), step=1)
+    writer = MetricsWriter(trainer.plan, tmp_path, 0)
+    writer(trainer, dict(step=1, loss=1.0))
+    opened, real = [], open
+    monkeypatch.setattr(io, "open", lambda file, *how, **options: opened.append(str(file)) or real(file, *how, **options))
+    trainer.step = 2
+    writer(trainer, dict(step=2, loss=0.5, router=dict(cv=[0.25, 0.125])))
+    assert sum("events" in file for file in opened) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    told = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert told == {"step": [(1, 1), (2, 2)], "loss": [(1, 1), (2, 0.5)], "router/cv/0": [(2, 0.25)], "router/cv/1": [(2, 0.125)]}
 
 
 @pytest.mark.parametrize("fails, steps", [("init", []), ("log", [2])])
