@@ -83,6 +83,20 @@ def test_a_rank_decodes_its_own_pictures_and_hands_them_to_rank_0(monkeypatch):
     assert decoded == [1, 5, 3] and handed == [(2, None), (1, None)]
 
 
+def test_a_rank_without_a_picture_of_its_own_loads_no_vae(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(callbacks, "load_vae", lambda *_: loaded.append(1))
+    settings, manifest = SimpleNamespace(sample_images=6), SimpleNamespace(vae="vae", vae_sha256=None)
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=settings), manifest=manifest, grid_conditions=lambda *_: list(range(6)))
+    monkeypatch.setattr(callbacks, "data_group", lambda: None)
+    monkeypatch.setattr(callbacks, "tensor_place", lambda: (0, 1))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1024)
+    for rank in (5, 6, 1023):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        callbacks.SampleGrid(plan, None, torch.device("cpu"))
+    assert len(loaded) == 1
+
+
 def test_what_was_measured_is_printed_whatever_log_every_is(monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(steps=99, log_every=50))))

@@ -118,7 +118,8 @@ class SampleGrid:
 
     def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
         self.conditions = plan.grid_conditions(plan.recipe.train.sample_images, conditioner)
-        self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
+        _, own = share_out(plan.recipe.train.sample_images)
+        self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256) if own else None  # few of a thousand ranks have an image
 
     def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
