@@ -159,6 +159,7 @@ def test_ranks_may_open_as_many_files_as_the_system_lets_them(monkeypatch):
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
     join()
@@ -231,13 +232,16 @@ def test_placement():
 
 
 def test_a_group_connects_those_who_speak(monkeypatch):
-    """Each of 1,024 ranks would else ask the store of rank 0 for 1,024 addresses, for each of several groups."""
+    """Each of 1,024 ranks would else ask the store of rank 0 for 1,024 addresses, for each of several groups. Those who are to leave
+    together have spoken at the beginning: at the end the store may be gone."""
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    asked, steps = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: steps.append("begin"))
+    monkeypatch.setattr(dist, "barrier", lambda: steps.append("barrier"))
     join()
-    asked = []
+    assert steps == ["begin", "barrier"]
 
     class Store(dist.Store):
         def set(self, key, value):

@@ -101,6 +101,7 @@ def join(patience: timedelta = PATIENCE) -> World:
         options = "deepspeed --master_port, ditmoe launch hostfile --master-port, else MASTER_PORT"
         sys.exit(f"error: MASTER_PORT={env['MASTER_PORT']}: taken on {host_name()}, perhaps by another run; choose another ({options})")
     signal.signal(signal.SIGTERM, handler)
+    dist.barrier()  # connects those through whom ``leave`` will go, when rank 0 may end before others have found each other
     return world
 
 
