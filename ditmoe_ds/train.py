@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             for lock in old_locks() if world.local_rank == 0 else ():
                 print(f"DeepSpeed waits for {lock} when it compiles; if no other process builds its extensions, remove it", flush=True)
             start = decided(lambda: starting_folder(read_recipe(arguments)))
-            plan = agreed(lambda: read_plan(arguments, world.size, start))
+            plan = agreed(lambda: read_plan(arguments, world.size, start, slice(world.rank, None, world.size)))
             lookout.stacks = Path(plan.recipe.run_dir) / "stacks"
             from ditmoe_ds.training.trainer import Callback, Trainer
 

@@ -1,6 +1,7 @@
 """The Fréchet distance in a run's records."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.vae import decode
 from ditmoe_ds.pipelines.run import open_run
+from ditmoe_ds.training import callbacks
 from ditmoe_ds.training.callbacks import Progress, Validation
 from ditmoe_ds.training.plan import read_plan
 
@@ -53,6 +55,46 @@ def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     assert expected > 0
     assert record(run)["fd"] == pytest.approx(expected, rel=1e-3)
     assert record(recipe.parent / "run-2")["fd"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_rank_decodes_its_own_pictures_and_hands_them_to_rank_0(monkeypatch):
+    """The last of 1,024 ranks, say, samples a picture that another has, since sampling is collective; all of those would fill memory."""
+    decoded, handed = [], []
+
+    def decode_one(vae, latents, *_):
+        decoded.append(latents.item())
+        return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(callbacks, "decode", decode_one)
+    monkeypatch.setattr(callbacks, "sample_latents", lambda trainer, items, conditions: torch.tensor(items))
+    monkeypatch.setattr(callbacks, "data_group", lambda: None)
+    monkeypatch.setattr(callbacks, "tensor_place", lambda: (0, 1))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(torch.distributed, "gather_object", lambda mine, everyone, **_: handed.append((len(mine), everyone)))
+    grid = object.__new__(callbacks.SampleGrid)
+    grid.conditions, grid.vae = list(range(6)), None
+    engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    settings = SimpleNamespace(sample_every=1, steps=1, sample_images=6)
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=settings), manifest=SimpleNamespace(scaling_factor=1, shift_factor=0))
+    trainer = SimpleNamespace(plan=plan, step=1, engine=engine, ema=SimpleNamespace(applied=lambda engine: nullcontext()))
+    for rank in (1, 3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+        grid(trainer, {})
+    assert decoded == [1, 5, 3] and handed == [(2, None), (1, None)]
+
+
+def test_a_rank_without_a_picture_of_its_own_loads_no_vae(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(callbacks, "load_vae", lambda *_: loaded.append(1))
+    settings, manifest = SimpleNamespace(sample_images=6), SimpleNamespace(vae="vae", vae_sha256=None)
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=settings), manifest=manifest, grid_conditions=lambda *_: list(range(6)))
+    monkeypatch.setattr(callbacks, "data_group", lambda: None)
+    monkeypatch.setattr(callbacks, "tensor_place", lambda: (0, 1))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1024)
+    for rank in (5, 6, 1023):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        callbacks.SampleGrid(plan, None, torch.device("cpu"))
+    assert len(loaded) == 1
 
 
 def test_what_was_measured_is_printed_whatever_log_every_is(monkeypatch, capsys):

@@ -54,6 +54,15 @@ def test_a_damaged_folder_does_not_load(tmp_path, damage, message):
         Manifest.load(tmp_path)
 
 
+def test_shards_are_looked_for_by_shares(tmp_path):
+    """What is missing is missed by one of the processes that share the work."""
+    write_values(tmp_path, (3, 3, 3, 3, 1))
+    (tmp_path / "train-000003.tar").unlink()
+    Manifest.load(tmp_path, share=slice(0, None, 2))
+    with pytest.raises(DataError, match=r"train-000003\.tar: missing"):
+        Manifest.load(tmp_path, share=slice(1, None, 2))
+
+
 def edit(root: Path, **changes) -> None:
     tree = json.loads((root / "manifest.json").read_text())
     (root / "manifest.json").write_text(json.dumps({**tree, **changes}))

@@ -1,6 +1,8 @@
 """The order of samples, the data set, and the loader."""
 
+import errno
 import multiprocessing
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from latents import SHAPE, value, write_values
 
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents import remote, tars
 from ditmoe_ds.latents.loader import Batch, DataConfig, LatentDataset, LatentLoader, MixConfig
 from ditmoe_ds.latents.manifest import Manifest, Shard, Split, Splits, sha256
 from ditmoe_ds.latents.order import BucketOrder, Order
@@ -86,10 +89,47 @@ def test_samples_come_back_scaled(dataset):
         assert (sample.label, dataset.key(i)) == (i % 3, f"k{i}")
 
 
+def test_a_shard_is_opened_once_for_all_its_samples_in_a_window(tmp_path, monkeypatch):
+    """And again after an error: a file server that was restarted does not know it any more."""
+    dataset, opened, real = LatentDataset([write_values(tmp_path)], "train"), [], os.pread
+
+    def count(path, *mode, **options):
+        opened.append(path.name)
+        return open(path, *mode, **options)
+
+    def stale(*arguments):
+        monkeypatch.setattr(os, "pread", real)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(tars, "open", count, raising=False)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    for i in (*range(13), 0, 12, 3):
+        assert torch.equal(dataset[i].latent, (value(i) - 0.5) * 2.0)
+    assert opened == ["train-000000.tar", "train-000001.tar"]
+    monkeypatch.setattr(os, "pread", stale)
+    assert dataset.key(4) == "k4" and opened[2:] == ["train-000000.tar"]
+
+
+def test_no_more_shards_stay_open_than_a_process_may_hold(tmp_path):
+    dataset = LatentDataset([write_values(tmp_path, [1] * 80)], "train")
+    assert [dataset.key(i) for i in range(80)] == [f"k{i}" for i in range(80)]
+    held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
+    assert 0 < sum(str(tmp_path) in path for path in held) <= 64
+
+
 def test_a_few_samples_are_from_everywhere(tmp_path):
     """Shards of a folder of images are sorted by class."""
     few = (dataset := LatentDataset([write_values(tmp_path, (60, 40))], "train")).spread(10)
     assert sum(i < 50 for i in few) in range(3, 8) and dataset.spread(100)[:10] == few and sorted(dataset.spread(200)) == list(range(100))
+
+
+def test_a_few_of_very_many_samples_take_no_memory_for_the_rest():
+    class Many:
+        def __len__(self):
+            return 10**15  # a permutation of which no machine holds
+
+    few = LatentDataset.spread(Many(), 1000)
+    assert len(set(few)) == 1000 and min(few) < 10**13 and max(few) > 99 * 10**13
 
 
 def take(dataset, count: int, config=HERE, **changes) -> list[Batch]:

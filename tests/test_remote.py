@@ -16,7 +16,7 @@ from latents import write_latents
 
 from data_prep.sources import open_source
 from ditmoe_ds.errors import ConfigError, DataError
-from ditmoe_ds.latents import remote
+from ditmoe_ds.latents import remote, tars
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.tars import index_size
@@ -190,6 +190,7 @@ def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, mo
         return path
 
     monkeypatch.setattr(cache, "file", at_once_gone)
+    dataset._reader.cache_clear()  # what is open can still be read
     with pytest.raises(DataError, match=r"train-000000\.tar: deleted from the cache before it was read, 6 times.*data\.cache_gb"):
         dataset[0]
 
@@ -255,11 +256,11 @@ def test_a_disk_that_fails_for_minutes_is_waited_for_and_not_called_damage(failu
 
 
 def test_a_file_that_one_may_not_read_is_told_at_once(folder, monkeypatch):
-    def forbidden(path, *_):
+    def forbidden(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     dataset = LatentDataset([Manifest.load(folder)], "train")
-    monkeypatch.setattr(os, "open", forbidden)
+    monkeypatch.setattr(tars, "open", forbidden, raising=False)
     monkeypatch.setattr(remote.time, "sleep", None)
     with pytest.raises(DataError, match=r"train-000000\.tar: cannot be read \(Permission denied\)$"):
         dataset[0]

@@ -1,6 +1,7 @@
 """Whole runs: exact resume in the same and in other shapes, EMA, run directory, sampling and analysis."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from ditmoe_ds import config, source
 from ditmoe_ds.analysis.analyze import analyze
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import make_objective
-from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed import checkpoint, tensorfile
 from ditmoe_ds.distributed.tensorfile import TensorFile
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.latents.condition import Classes
@@ -34,8 +35,8 @@ from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training import callbacks
 from ditmoe_ds.training.callbacks import MetricsWriter, _flat
 from ditmoe_ds.training.interruption import MARKER, mark
-from ditmoe_ds.training.plan import read_plan
-from ditmoe_ds.training.recipe import Recipe
+from ditmoe_ds.training.plan import read_plan, starting_folder
+from ditmoe_ds.training.recipe import Recipe, read_recipe
 from ditmoe_ds.training.step import Preparation
 
 STEPS = 8
@@ -333,6 +334,39 @@ def test_checkpoints_are_found_without_the_file_that_names_the_last(straight, fo
     with pytest.raises(CheckpointError, match="none of its 3 checkpoints up to step_00000003 is whole"):
         open_run(run)
     assert checkpoint.newest(folder / "nowhere") is None
+
+
+def test_a_file_server_is_asked_little(straight, recipe, tmp_path, monkeypatch):
+    """A rank looks for its share of the shards and for no file of what it starts from, since rank 0 has, and opens once what it reads."""
+    arguments, looked, opened = [str(recipe), "model.name=null", f"model.weights={straight[0]}", f"run_dir={tmp_path}/run"], [], []
+    start = starting_folder(read_recipe(arguments))
+    assert start.name == f"step_{STEPS:08d}"
+    real, really = os.stat, open
+
+    def look(path, **options):
+        looked.append(os.path.basename(path) if isinstance(path, str | Path) else path)
+        return real(path, **options)
+
+    def note(path, *mode, **options):
+        opened.append(path.name)
+        return really(path, *mode, **options)
+
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr(tensorfile, "open", note, raising=False)
+    plan = read_plan(arguments, 2, start, slice(1, None, 2))
+    shards = [shard.name for shard in plan.manifest.shards()]
+    assert len(shards) == 2 and [name for name in looked if name in shards] == shards[1:]
+    reader = checkpoint.Reader(start)
+    files = set(reader.index["files"])
+    assert len(files) == 2 and not files & set(looked)
+    pieces = [(name, first, count) for name, held in reader.index["pieces"].items() for first, count, rank in held if rank == 1]
+    for name, first, count in pieces:
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            reader.read(kind, name, first, torch.empty(count))
+    assert opened == ["rank_00001.safetensors"] * 2 and len(pieces) > 10  # for the header, and for all ranges
+    held = reader.last._file
+    reader.close()
+    assert held.closed
 
 
 def test_every_element_is_saved_once(straight):

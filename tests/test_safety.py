@@ -1,6 +1,7 @@
 """What must not lose a run: kills at any moment of a save, a full disk, gradients that are not finite; and what it may start from."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -165,6 +166,22 @@ def test_metrics_that_cannot_be_written_are_left_out(room, steps, files, tmp_pat
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
 
 
+def test_tensorboard_opens_its_file_once_a_step(tmp_path, monkeypatch):
+    """On a shared file system the whole run waits for each time."""
+    settings = SimpleNamespace(tensorboard=True, wandb=False, log_every=1, steps=9)
+    trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=settings)), step=1)
+    writer = MetricsWriter(trainer.plan, tmp_path, 0)
+    writer(trainer, dict(step=1, loss=1.0))
+    opened, real = [], open
+    monkeypatch.setattr(io, "open", lambda file, *how, **options: opened.append(str(file)) or real(file, *how, **options))
+    trainer.step = 2
+    writer(trainer, dict(step=2, loss=0.5, router=dict(cv=[0.25, 0.125])))
+    assert sum("events" in file for file in opened) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    told = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert told == {"step": [(1, 1), (2, 2)], "loss": [(1, 1), (2, 0.5)], "router/cv/0": [(2, 0.25)], "router/cv/1": [(2, 0.125)]}
+
+
 @pytest.mark.parametrize("fails, steps", [("init", []), ("log", [2])])
 def test_weights_and_biases_stop_no_run(fails, steps, tmp_path, monkeypatch, capsys):
     """Without network or login, say."""
@@ -237,6 +254,30 @@ def test_a_new_checkpoint_stays_whatever_lies_there(allowed, alone, tmp_path, mo
     assert (tmp_path / "latest").read_text() == "step_00005000" and (tmp_path / "step_00005000" / "index.json").is_file()
     assert (tmp_path / "step_00004000").exists() != allowed and (tmp_path / "step_00006000").exists()
     assert ("cannot be deleted (Operation not permitted)" in capsys.readouterr().out) != allowed
+
+
+def test_a_rank_whose_disk_is_slow_is_waited_for(tmp_path):
+    """For longer than collectives may take by torch's default, here two seconds."""
+    worker = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+import torch.distributed.distributed_c10d as c10d
+from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.topology import join, leave
+c10d._get_default_timeout = lambda backend: timedelta(seconds=2)
+world, write = join(), checkpoint.write
+def slow(*arguments):
+    time.sleep(6 * world.rank)
+    write(*arguments)
+checkpoint.write = slow
+saver = checkpoint.Saver(Path(sys.argv[1]), checkpoint.CheckpointConfig())
+saver.save(1, [], SimpleNamespace(averages={}, steps=0), 1, {})
+leave()
+"""
+    launch(2, ["-c", worker, tmp_path])
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
 
 
 def test_which_checkpoints_are_kept(alone, tmp_path):

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -68,7 +69,8 @@ class Saver:
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
         # a group of its own, so that a background thread never meets training's collectives; made now, as it connects to every rank
-        self.group = dist.new_group(backend="gloo")
+        # A disk may take its time: that every rank is alive, the lookout watches.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.buffers: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -207,6 +209,8 @@ class Reader:
             found = self.index.get("format")
             raise CheckpointError(f"{folder}: format {found!r}, this release reads {FORMAT!r}; go on with the one that wrote it")
         self.opened: dict[int, TensorFile] = {}
+        self.last: TensorFile | None = None
+        """The file that was read last, which stays open for the next read: it asks a file server once for it, not for every tensor."""
 
     def verify(self) -> None:
         """Refuse a checkpoint of which a file is missing or has lost bytes, or whose index makes no sense."""
@@ -258,10 +262,18 @@ class Reader:
             if low < high:
                 if rank not in self.opened:
                     self.opened[rank] = TensorFile(self.folder / _file(rank))
-                key = f"{kind}/{name}@{offset}"
-                if key not in self.opened[rank].shapes:
-                    raise CheckpointError(f"{self.folder / _file(rank)}: no {key}, which index.json says is there; is it of another one?")
-                self.opened[rank].read(key, low - offset, out[low - start : high - start])
+                file, key = self.opened[rank], f"{kind}/{name}@{offset}"
+                if key not in file.shapes:
+                    raise CheckpointError(f"{file.path}: no {key}, which index.json says is there; is it of another one?")
+                if file is not self.last:
+                    self.close()
+                self.last = file
+                file.read(key, low - offset, out[low - start : high - start])
+
+    def close(self) -> None:
+        """Until the next read. On NFS a folder cannot be deleted from where a file in it is open."""
+        if self.last:
+            self.last.close()
 
 
 def newest(folder: Path) -> Path | None:
@@ -324,6 +336,7 @@ def load(reader: Reader, engine: Engine, shards: list[Shard], ema: EMA) -> None:
 
     fill(engine, shards, partial(reader.read, "master"))
     agreed(read_the_rest)
+    reader.close()
     set_optimizer_step(engine, reader.index["optimizer_steps"])
     ema.steps = reader.index["ema"]["steps"]
     engine.global_steps = reader.index["step"]

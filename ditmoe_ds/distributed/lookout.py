@@ -77,9 +77,10 @@ class Lookout:
             self._office.forget()
 
     def __call__(self, trainer: Any, record: dict[str, Any]) -> None:
-        """A callback that reports the step."""
+        """A callback that notes the step. Rank 0 alone reports it: a thousand messages a step would take much of its Python's time."""
         self.step, self.since = record["step"], time.monotonic()
-        self._send()
+        if self.world.rank == 0:
+            self._send()
 
     def __enter__(self) -> "Lookout":
         return self
@@ -114,7 +115,9 @@ class Lookout:
         received, missed = b"", 0
         while not received.endswith(b"\n"):
             if self.stacks and time.monotonic() - self.since > LONG:
-                self._note_where(self.stacks)
+                self.since = math.inf  # at most once a step, which may never end although every rank is alive
+                # not here: the step may wait for a file server, for which this would wait, too, and fall silent
+                threading.Thread(target=self._note_where, args=(self.stacks,), daemon=True, name="lookout-stacks").start()
             try:
                 part = self._socket.recv(4096)
             except TimeoutError:
@@ -139,8 +142,7 @@ class Lookout:
             self._end(verdict["text"], verdict["code"], None if verdict["alive"] else verdict["rank"])
 
     def _note_where(self, folder: Path) -> None:
-        """Write down where every thread is, at most once a step: one may never end although every rank is alive."""
-        self.since = math.inf
+        """Write down where every thread is: a step may never end although every rank is alive."""
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
             with open(folder / f"rank-{self.world.rank}.txt", "w") as file:
@@ -181,6 +183,8 @@ class _Office:
         self.room = ranks + 64
         """How many more connections may be open without having said whose they are."""
         self.token = secrets.token_hex()
+        self.step = 0
+        """The last that a rank has reported as finished: all take their steps together."""
         self.empty = threading.Event()
         """Every rank has said goodbye."""
         self._present: dict[int, asyncio.StreamWriter] = {}
@@ -207,26 +211,26 @@ class _Office:
         if not known:  # not one of ours: a port scanner
             writer.close()
             return
-        rank, who, step = hello["rank"], f"rank {hello['rank']} on {hello['host']}", 0
+        rank, who = hello["rank"], f"rank {hello['rank']} on {hello['host']}"
         self._present[rank] = writer
         try:
             while line := await _next(reader):
                 writer.write(b"\n")  # so that the ranks notice when rank 0 falls silent
                 message = json.loads(line)
-                step = message["step"]
                 if "bye" in message:
                     del self._present[rank]
                     if not self._present:
                         self.empty.set()
                     return
                 if "error" in message:
-                    self._lose(rank, f"{who} failed after step {step}: {message['error']}", message["code"])
+                    self._lose(rank, f"{who} failed after step {message['step']}: {message['error']}", message["code"])
                     return
-            self._lose(rank, f"{who} ended without a word after step {step} (killed, or out of memory)", 0)
+                self.step = max(self.step, message["step"])
+            self._lose(rank, f"{who} ended without a word after step {self.step} (killed, or out of memory)", 0)
         except TimeoutError:
-            self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {step}", 0)
+            self._lose(rank, f"{who} was not heard for {SILENCE:.0f} s, after step {self.step}", 0)
         except ConnectionError:
-            self._lose(rank, f"{who} ended without a word after step {step} (its connection broke)", 0)
+            self._lose(rank, f"{who} ended without a word after step {self.step} (its connection broke)", 0)
 
     def forget(self) -> None:
         """Let go of all connections, in a process that was forked."""

@@ -81,7 +81,7 @@ def _write_tensor(file: BinaryIO, entry: Entry) -> None:
 
 
 class TensorFile:
-    """Random access to the tensors of a safetensors file.
+    """Random access to the tensors of a safetensors file, which is open from the first read until ``close``.
 
     Attributes:
         shapes: of every tensor, by key.
@@ -96,6 +96,7 @@ class TensorFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._starts: dict[str, int] = {}
+        self._file: BinaryIO | None = None
         try:
             with open(path, "rb") as file:
                 total = os.fstat(file.fileno()).st_size
@@ -124,23 +125,29 @@ class TensorFile:
         dtype = self.dtypes[key]
         assert start >= 0 and start + out.numel() <= math.prod(self.shapes[key]), (key, start, out.shape)
         offset = self._starts[key] + start * dtype.itemsize
-        with open(self.path, "rb", buffering=0) as file:  # not kept open: a large run has more files than a process may open
-            if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
-                self._fill(file, offset, out)
-                return
-            buffer = torch.empty(min(CHUNK, out.numel()), dtype=dtype)
-            for piece in out.split(CHUNK):
-                part = buffer[: len(piece)]
-                self._fill(file, offset, part)
-                piece.copy_(part)
-                offset += part.nbytes
+        if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
+            self._fill(offset, out)
+            return
+        buffer = torch.empty(min(CHUNK, out.numel()), dtype=dtype)
+        for piece in out.split(CHUNK):
+            part = buffer[: len(piece)]
+            self._fill(offset, part)
+            piece.copy_(part)
+            offset += part.nbytes
 
-    def _fill(self, file: BinaryIO, offset: int, out: Tensor) -> None:
+    def close(self) -> None:
+        """Until the next read: a large run has more files than a process may have open."""
+        if self._file:
+            self._file.close()
+        self._file = None
+
+    def _fill(self, offset: int, out: Tensor) -> None:
         if not out.numel():
             return
+        self._file = self._file or open(self.path, "rb", buffering=0)  # noqa: SIM115 - until ``close``
         rest = out.detach().view(torch.uint8).numpy().data
         while rest:  # one call reads at most 2 GB
-            count = os.preadv(file.fileno(), [rest], offset)
+            count = os.preadv(self._file.fileno(), [rest], offset)
             if not count:
                 raise CheckpointError(f"{self.path}: ends at byte {offset}; it was cut after it was opened")
             rest, offset = rest[count:], offset + count

@@ -75,7 +75,9 @@ def join(patience: timedelta = PATIENCE) -> World:
     """
     env = os.environ
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has some four connections to every other; 1024 is usual
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has several connections to every other; 1024 is usual
+    # else every rank of a group connects to every other at once: 1,024 ranks ask rank 0's store two million times for addresses
+    env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:
@@ -99,6 +101,7 @@ def join(patience: timedelta = PATIENCE) -> World:
         options = "deepspeed --master_port, ditmoe launch hostfile --master-port, else MASTER_PORT"
         sys.exit(f"error: MASTER_PORT={env['MASTER_PORT']}: taken on {host_name()}, perhaps by another run; choose another ({options})")
     signal.signal(signal.SIGTERM, handler)
+    dist.barrier()  # connects those through whom ``leave`` will go, when rank 0 may end before others have found each other
     return world
 
 

@@ -96,7 +96,10 @@ def locate(path: str | Path) -> Path:
         CheckpointError: there is neither a finished checkpoint nor a weights folder.
     """
     path = Path(path)
-    if any((path / mark).is_file() for mark in ("config.json", "index.json")):
+    if (path / "config.json").is_file():
+        return path
+    if (path / "index.json").is_file():
+        checkpoint.Reader(path).verify()
         return path
     if found := checkpoint.newest(path / "checkpoints"):
         return found
@@ -118,14 +121,17 @@ def open_weights(path: str | Path, kind: str = "ema") -> Weights:
         CheckpointError: nothing of the three is there, or it is incomplete.
         ConfigError: the checkpoint has no such weights.
     """
-    path = locate(path)
+    return open_located(locate(path), kind)
+
+
+def open_located(path: Path, kind: str = "ema") -> Weights:
+    """As ``open_weights``, given what ``locate`` returned, which looks for every file of a checkpoint: one rank can do that for all."""
     if (path / "config.json").is_file():
         opened = _open_folder(path)
         if kind not in ("ema", opened.description["weights"]):
             raise CheckpointError(f"{path}: a weights folder of {opened.description['weights']} weights alone, not {kind}")
         return opened
     reader = checkpoint.Reader(path)
-    reader.verify()
     if kind not in ("ema", "master", *(averages := reader.index["ema"]["kinds"])):
         raise ConfigError("--weights", kind, f"choose {', '.join(averages)}, ema (the first of these) or master; {path} has no others")
     description = {key: reader.index[key] for key in ("model", "diffusion", "latents", "step")}

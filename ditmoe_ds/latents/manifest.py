@@ -113,11 +113,12 @@ class Manifest:
     splits: Splits
 
     @classmethod
-    def load(cls, path: str | Path, key: str = "data.manifest") -> Manifest:
-        """Read the manifest of a folder or URL (or the ``manifest.json`` itself). In a folder, all shards must be there in full length.
+    def load(cls, path: str | Path, key: str = "data.manifest", share: slice = slice(None)) -> Manifest:
+        """Read the manifest of a folder or URL (or the ``manifest.json`` itself). In a folder, shards must be there in full length.
 
         Args:
             key: the setting that names it, for errors.
+            share: which shards to look for, where other processes look for the others: a file server has to answer for each.
 
         Raises:
             ConfigError: a URL of a kind that nothing opens.
@@ -149,8 +150,9 @@ class Manifest:
                 raise DataError(f"{file}: shard {shard.name!r} has the sha256 {shard.sha256!r}; encode the data again")
             if len(shard.shape) != 3 or min(shard.shape) < 1 or shard.shape[0] != len(manifest.mean):
                 raise DataError(f"{file}: shard {shard.name!r} has latents of shape {list(shard.shape)}; encode the data again")
-            if there:
-                continue
+        if there:
+            return manifest
+        for shard in manifest.shards()[share]:
             shard_path = manifest.path(shard)
             try:
                 size = shard_path.stat().st_size
@@ -158,7 +160,7 @@ class Manifest:
                 raise DataError(f"{shard_path}: missing; delete manifest.json and run ditmoe-data encode again") from None
             if size != shard.bytes:
                 raise DataError(f"{shard_path}: {size} bytes, the manifest says {shard.bytes}; {REMAKE}")
-        return manifest if there else manifest._with_folders(lambda folder: os.path.normpath(os.path.join(manifest.root, folder)))
+        return manifest._with_folders(lambda folder: os.path.normpath(os.path.join(manifest.root, folder)))
 
     def save(self) -> None:
         """Write ``manifest.json`` into ``root``, in one rename: a folder with a manifest is finished."""

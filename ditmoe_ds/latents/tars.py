@@ -19,7 +19,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -127,7 +127,7 @@ class ShardReader:
     def __init__(self, path: Path, manifest: Manifest, shape: tuple[int, ...]):
         self.path, self.manifest, self.shape = path, manifest, shape
         index = index_path(path)
-        raw, size = _persist(index, lambda: (index.read_bytes(), path.stat().st_size))
+        raw, size = _persist(index, lambda: (index.read_bytes(), os.fstat(_opened(self).fileno()).st_size))
         # As with tensors (see ``_tensor``), the header is compared, not believed.
         count = (len(raw) - len(_npy_header((0,), "int64"))) // 8
         header = _npy_header((max(count, 0),), "int64")
@@ -151,18 +151,11 @@ class ShardReader:
         try:
             if size > SAMPLE_LIMIT:
                 raise ValueError(f"{size} bytes, more than {SAMPLE_LIMIT}")
-            return self._parse(_persist(self.path, lambda: self._bytes(start, size)))
+            return self._parse(_persist(self.path, lambda: os.pread(_opened(self).fileno(), size, start)))
         except DataError:
             raise
         except Exception as error:  # bytes from anywhere: each parser of them fails in its own ways
             raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {REMAKE}") from None
-
-    def _bytes(self, start: int, size: int) -> bytes:
-        file = os.open(self.path, os.O_RDONLY)  # per read: a large data set has more shards than a process may hold open
-        try:
-            return os.pread(file, size, start)
-        finally:
-            os.close(file)
 
     def _parse(self, raw: bytes) -> Sample:
         keys, members = set(), {}
@@ -213,6 +206,13 @@ class ShardReader:
         return tensor
 
 
+@functools.lru_cache(maxsize=64)
+def _opened(shard: ShardReader) -> BinaryIO:
+    """The tar, open until as many others were read: a file server is asked for each opening, which a window of samples needs again and
+    again, and a large data set has more shards than a process may hold open."""
+    return open(shard.path, "rb", buffering=0)
+
+
 def _persist(path: Path, action: Callable[[], T]) -> T:
     """As ``remote.persist``, for file servers that are away for minutes; what is missing or forbidden is refused at once."""
 
@@ -223,6 +223,9 @@ def _persist(path: Path, action: Callable[[], T]) -> T:
             raise DataError(f"{error.filename}: is not there; {REMAKE}") from None
         except PermissionError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        except OSError:
+            _opened.cache_clear()  # a server that was away may not know them any more
+            raise
 
     return remote.persist(str(path), attempt, remote.LASTING)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
-from ditmoe_ds.distributed.topology import data_group, gathered, tensor_place
+from ditmoe_ds.distributed.topology import data_group, tensor_place
 from ditmoe_ds.errors import in_a_line
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
@@ -117,33 +117,36 @@ class SampleGrid:
 
     def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
         self.conditions = plan.grid_conditions(plan.recipe.train.sample_images, conditioner)
-        self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256)
+        _, own = share_out(plan.recipe.train.sample_images)
+        self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256) if own else None  # few of a thousand ranks have an image
 
     def __call__(self, trainer: "Trainer", record: Record) -> None:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.sample_every, train.steps):
             return
-        items, _ = share_out(train.sample_images)
+        items, own = share_out(train.sample_images)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine):
-            latents = sample_latents(trainer, items, [self.conditions[i] for i in items])
+            latents = sample_latents(trainer, items, [self.conditions[i] for i in items])[:own]
         trainer.engine.train()
-        everyone = gathered(self._decoded(trainer, latents), data_group())
-        if dist.get_rank():
+        ranks = dist.get_world_size(data_group())
+        everyone: list[Any] | None = None if dist.get_rank(data_group()) else [None] * ranks
+        dist.gather_object(self._decoded(trainer, latents), everyone, group=data_group(), group_dst=0)
+        if everyone is None or dist.get_rank():
             return
         try:
             if failed := next((part for part in everyone if isinstance(part, str)), None):
                 raise RuntimeError(failed)
-            self._save(trainer, torch.from_numpy(np.stack(everyone, axis=1)).flatten(0, 1)[: train.sample_images])
+            images = [everyone[i % ranks][i // ranks] for i in range(train.sample_images)]  # as they were shared out
+            self._save(trainer, torch.from_numpy(np.stack(images)))
         except Exception as error:  # a full disk, for one: no reason to stop a run
             print(f"no sample grid of step {trainer.step}: {error}", flush=True)
 
-    def _decoded(self, trainer: "Trainer", latents: torch.Tensor) -> np.ndarray | str:
-        """uint8 images (B, H, W, 3), or why there are none: after an exception the other ranks would wait for this one."""
+    def _decoded(self, trainer: "Trainer", latents: torch.Tensor) -> list[np.ndarray] | str:
+        """uint8 images (H, W, 3), or why there are none: after an exception the other ranks would wait for this one."""
         manifest = trainer.plan.manifest
         try:  # one by one: a step leaves little memory, and a VAE needs much for an image
-            images = [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor).cpu() for one in latents]
-            return torch.cat(images).numpy()
+            return [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor)[0].cpu().numpy() for one in latents]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -230,12 +233,15 @@ class MetricsWriter:
         self.failed.add(what)
 
     def _tell_tensorboard(self, step: int, record: Record) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
-        writer, self.tensorboard = self.tensorboard, None  # one that has failed writes nothing ever after
+        writer: Any = self.tensorboard
+        self.tensorboard = None  # one that has failed writes nothing ever after
         writer = writer or SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=self.told + 1)
-        for key, value in _flat(record).items():
-            writer.add_scalar(key, value, step)
+        # as one event: for every event the file is opened and closed, 260 times a step with 40 sparse layers
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in _flat(record).items()]
+        writer.file_writer.add_summary(Summary(value=values), step)
         writer.flush()
         self.tensorboard, self.told = writer, step
 

@@ -21,7 +21,7 @@ from ditmoe_ds.distributed.checkpoint import newest_index
 from ditmoe_ds.distributed.engine import BatchShape
 from ditmoe_ds.distributed.settings import offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
-from ditmoe_ds.distributed.weights import Weights, differently_encoded, locate, open_weights
+from ditmoe_ds.distributed.weights import Weights, differently_encoded, locate, open_located
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
@@ -125,11 +125,12 @@ class Plan:
         )
 
 
-def read_plan(arguments: list[str], world: int, start: Path | None = None) -> Plan:
+def read_plan(arguments: list[str], world: int, start: Path | None = None, share: slice = slice(None)) -> Plan:
     """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
 
     Args:
         start: the recipe's ``starting_folder``, where one rank has found it for all; else it is looked for here.
+        share: see ``Manifest.load``.
 
     Raises:
         ConfigError, DataError: with the key, the value and the fix.
@@ -152,7 +153,7 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None) -> Pl
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
-    manifests = _load_manifests(recipe)
+    manifests = _load_manifests(recipe, share)
     model, *_ = (fitted(named, recipe, manifest) for manifest in manifests)
     if weights:
         _check_conditions(recipe, named, model)
@@ -182,7 +183,7 @@ def starting_folder(recipe: Recipe) -> Path | None:
 def starting_weights(recipe: Recipe, folder: Path | None = None) -> Weights | None:
     """What the recipe starts from or, once there is a checkpoint, continues from. Nothing is read yet. Raises as ``open_weights``."""
     folder = folder or starting_folder(recipe)
-    return open_weights(folder) if folder else None
+    return open_located(folder) if folder else None
 
 
 def named_network(given: ModelConfig) -> DiTConfig:
@@ -224,19 +225,19 @@ def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
     return network
 
 
-def _load_manifests(recipe: Recipe) -> tuple[Manifest, ...]:
+def _load_manifests(recipe: Recipe, share: slice) -> tuple[Manifest, ...]:
     data = recipe.data
     for key, place in [("data", data.manifest), *((f"data.mix[{i}]", other.manifest) for i, other in enumerate(data.mix))]:
         if "@" in urlsplit(place).netloc:
             host = place.rpartition("@")[2]
             fix = "leave user and password out, which the run's files would tell; curl takes them from ~/.netrc, with 'netrc' in ~/.curlrc"
             raise ConfigError(f"{key}.manifest", f"...@{host}", fix)
-    first = Manifest.load(data.manifest)
+    first = Manifest.load(data.manifest, share=share)
     others = []
     for i, other in enumerate(data.mix):
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
-        manifest = Manifest.load(other.manifest, f"data.mix[{i}].manifest")
+        manifest = Manifest.load(other.manifest, f"data.mix[{i}].manifest", share)
         if differences := config.changes(_encoding(manifest), _encoding(first)):
             fix = f"{', '.join(differences)} of data.manifest; encode it alike"
             raise ConfigError(f"data.mix[{i}].manifest", other.manifest, fix)
