@@ -232,16 +232,20 @@ def test_placement():
 
 
 def test_a_group_connects_those_who_speak(monkeypatch):
-    """Each of 1,024 ranks would else ask the store of rank 0 for 1,024 addresses, for each of several groups. Those who are to leave
-    together have spoken at the beginning: at the end the store may be gone."""
-    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
+    """If they are many: each of 1,024 ranks would else ask the store of rank 0 for 1,024 addresses, for each of several groups. Those who
+    are to leave together have spoken at the beginning: at the end the store may be gone."""
+    place = dict(RANK="0", WORLD_SIZE="8", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in (place | dict(TORCH_GLOO_LAZY_INIT="")).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
     asked, steps = [], []
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: steps.append("begin"))
     monkeypatch.setattr(dist, "barrier", lambda: steps.append("barrier"))
     join()
-    assert steps == ["begin", "barrier"]
+    assert steps == ["begin"] and "TORCH_GLOO_LAZY_INIT" not in os.environ
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    join()
+    assert steps == ["begin", "begin", "barrier"]
 
     class Store(dist.Store):
         def set(self, key, value):

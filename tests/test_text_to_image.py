@@ -231,7 +231,8 @@ def test_a_run_on_stored_text_and_latents_of_two_shapes(recipe, folder):
     records = metrics(run)
     turned = [{int(key.removeprefix("train")) // 11 % 2 for key in record["samples"]} for record in records]
     assert all(len(step) == 1 for step in turned) and len(set.union(*turned)) == 2
-    assert records[-1]["val_loss"] < records[2]["val_loss"]
+    validated = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    assert validated.keys() == {3, 6} and all(1.9 < loss < 2.3 for loss in validated.values()), "nothing can be learned from noise"
     opened = open_run(run)
     assert opened.latents["text"] == dict(encoder="none", max_tokens=5, sha256=None) and opened.shape == (4, 8, 4)
 

@@ -25,7 +25,7 @@ from deepspeed.utils import groups, set_z3_leaf_module
 from torch import Tensor, nn
 
 from ditmoe_ds.distributed import zero3
-from ditmoe_ds.distributed.settings import offloads
+from ditmoe_ds.distributed.settings import offloads, zero_settings
 from ditmoe_ds.distributed.topology import ParallelConfig
 
 if torch.version.cuda or torch.version.hip:  # these builds of torch bring Triton along
@@ -171,7 +171,8 @@ def build(
     )
     if parallel.zero_stage == 3:
         zero3.install()
-        config["zero_optimization"] = _gather_by_layer(model) | config["zero_optimization"]
+        by_layer = _gather_by_layer(model, zero_settings(config).param_persistence_threshold)
+        config["zero_optimization"] = by_layer | config["zero_optimization"]
     _materialise(model, device, torch.bfloat16 if precision == "bf16" else torch.float32, config if parallel.zero_stage == 3 else None)
     engine = Engine(
         args=None,
@@ -302,10 +303,13 @@ def _step_masters(engine: Engine) -> None:
         torch._foreach_copy_([parameter.data for parameter in low], [master.data for master in high])
 
 
-def _gather_by_layer(model: nn.Module) -> dict[str, int]:
+def _gather_by_layer(model: nn.Module, persistent: int) -> dict[str, int]:
     """Have ZeRO-3 gather a layer's weights together, and the next layer's while this one is computed.
 
     DeepSpeed would give each module of a layer hooks of its own, which takes the host longer than a GPU needs for the layer (docs/log.md).
+
+    Args:
+        persistent: elements of the largest weights that stay whole.
 
     Returns:
         Settings. DeepSpeed's prefetch continues at every layer until ``max_live_parameters`` elements are whole (and may exceed it by one
@@ -315,8 +319,10 @@ def _gather_by_layer(model: nn.Module) -> dict[str, int]:
     layers = [layer for stack in model.children() if isinstance(stack, nn.ModuleList) for layer in stack]
     for layer in layers:
         set_z3_leaf_module(layer, True)
-    size = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    return dict(stage3_prefetch_bucket_size=size, stage3_max_live_parameters=2 * size, stage3_max_reuse_distance=2 * size)
+    sizes = [[parameter.numel() for parameter in layer.parameters()] for layer in layers]
+    gathered = max(sum(size for size in layer if size > persistent) for layer in sizes)
+    apart = 2 * max(map(sum, sizes))
+    return dict(stage3_prefetch_bucket_size=gathered, stage3_max_live_parameters=2 * gathered, stage3_max_reuse_distance=apart)
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, partition: dict[str, Any] | None) -> None:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long a collective may take in training, where all ranks compute the same at the same time."""
+MANY = 256
+"""Ranks that connect to each other at once; where there are more, gloo connects two when they first exchange something."""
 _OWN_STEPS = 0xFFFFFFF0
 """SLURM numbers its own steps from here: a batch script, the shell of salloc."""
 
@@ -76,13 +78,13 @@ def join(patience: timedelta = PATIENCE) -> World:
     env = os.environ
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # rank 0 has several connections to every other; 1024 is usual
-    # else every rank of a group connects to every other at once: 1,024 ranks ask rank 0's store two million times for addresses
-    env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if under_srun():
         take_place_from_srun()
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+    if world.size > MANY:  # else every rank of a group would connect to every other: 1,024 ask rank 0's store two million times
+        env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if world.device.type == "cuda":
         beside, seen = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))), torch.cuda.device_count()  # deepspeed sets the latter
         if beside > seen:
@@ -101,7 +103,8 @@ def join(patience: timedelta = PATIENCE) -> World:
         options = "deepspeed --master_port, ditmoe launch hostfile --master-port, else MASTER_PORT"
         sys.exit(f"error: MASTER_PORT={env['MASTER_PORT']}: taken on {host_name()}, perhaps by another run; choose another ({options})")
     signal.signal(signal.SIGTERM, handler)
-    dist.barrier()  # connects those through whom ``leave`` will go, when rank 0 may end before others have found each other
+    if world.size > MANY:
+        dist.barrier()  # connects those through whom ``leave`` will go, when rank 0 may end before others have found each other
     return world
 
 

@@ -90,7 +90,7 @@ class Job:
                 raise UserError(f"{len(nodes)} hosts are left, --min-nodes is {self.min_nodes}; {faults}")
             if faults:
                 print(f"without the lost ones: {faults}", flush=True)
-            read_plan([str(recipe), *self.overrides], sum(node.slots for node in nodes))
+            read_plan([str(recipe), *self.overrides], sum(node.slots for node in nodes), share=slice(0))  # ranks look for shards
 
     def _start(self, used: dict[str, int], master: str, recipe: Path) -> int:
         """Run once, to the end of every host's part. Returns the code of the first that failed, or 0."""

@@ -80,12 +80,10 @@ class Layers:
     """In all dense weights."""
     experts: int
     """In the weights of all experts."""
-    dense_layer: int
-    """In the dense weights of the largest layer."""
-    expert_layer: int
-    """In the experts of the largest layer."""
-    largest: tuple[int, int]
-    """In the largest layer's largest dense tensor and largest tensor of experts."""
+    dense_layer: tuple[int, ...]
+    """In each dense tensor of the largest layer."""
+    expert_layer: tuple[int, ...]
+    """In each of its tensors of experts."""
     dense_tensors: tuple[int, ...]
     """In each dense tensor, inside and outside the layers, in the model's order."""
     expert_tensors: tuple[int, ...]
@@ -111,9 +109,8 @@ def layers(model: DiTConfig, tensor: int = 1) -> Layers:
     return Layers(
         dense=sum(of(everything, False)),
         experts=sum(of(everything, True)),
-        dense_layer=sum(of(largest, False)),
-        expert_layer=sum(of(largest, True)),
-        largest=(max(of(largest, False)), max(of(largest, True), default=0)),
+        dense_layer=tuple(of(largest, False)),
+        expert_layer=tuple(of(largest, True)),
         dense_tensors=tuple(of(everything, False)),
         expert_tensors=tuple(of(everything, True)),
     )

@@ -77,30 +77,31 @@ class Plan:
         return [size + experts[rank // ep] for rank, size in enumerate(dense)]
 
     @cached_property
-    def _peak(self) -> tuple[str, float, float, float]:
-        """The fullest moment of a step, with its gradients, activations and temporaries."""
+    def _peak(self) -> tuple[str, float, float, float, float]:
+        """The fullest moment of a step, with its gradients, activations, temporaries, and what ZeRO-3 holds whole."""
         state, acts = self._state, self.activations
         everything = acts.kept + acts.recomputed
-        moments = [("in the optimizer's step", state.step, 0.0, 0.0)]
+        always, layers = self._whole if self.shape.stage == 3 else (0.0, 0.0)
+        moments = [("in the optimizer's step", state.step, 0.0, 0.0, always)]
         if self.shape.stage:
             # when the first bucket is full it is copied to be sent, and at stages 1 and 2 the rank that owns the last weights allocates its
             # part
             own = max(self.gradients) if self.shape.stage < 3 else 0
             sent = self.batch.size * (own + self.shape.bucket)
-            moments.append(("in backward", state.backward - sent, everything, acts.working))
-            moments.append(("in backward", state.backward, everything - acts.kept * self._first_bucket, acts.working))
+            moments.append(("in backward", state.backward - sent, everything, acts.working, always + layers))
+            moments.append(("in backward", state.backward, everything - acts.kept * self._first_bucket, acts.working, always + layers))
         else:  # gradients, as large as the weights, appear as activations are freed, and are then copied to be all-reduced
             whole = state.weights
-            moments.append(("in backward", whole if self.accumulation > 1 else 0.0, everything, acts.working))
-            moments.append(("in backward", whole, acts.recomputed or acts.kept / self.job.model.depth, acts.working))
-            moments.append(("as gradients travel", state.backward, 0.0, 0.0))
+            moments.append(("in backward", whole if self.accumulation > 1 else 0.0, everything, acts.working, 0.0))
+            moments.append(("in backward", whole, acts.recomputed or acts.kept / self.job.model.depth, acts.working, 0.0))
+            moments.append(("as gradients travel", state.backward, 0.0, 0.0, 0.0))
         return max(moments, key=lambda moment: sum(moment[1:]))
 
     @property
     def _first_bucket(self) -> float:
         """Share of a rank's gradients that one bucket holds, which is sent before it is full if a tensor is larger."""
         found, ep = self._layers, self.shape.ep
-        larger = max(found.largest[0], found.largest[1] / ep) > self.shape.bucket
+        larger = max(*found.dense_layer, *(size / ep for size in found.expert_layer)) > self.shape.bucket
         return 0.0 if larger else min(self.shape.bucket / (found.dense + found.experts / ep), 1.0)
 
     @property
@@ -111,24 +112,26 @@ class Plan:
     @cached_property
     def memory(self) -> dict[str, float]:
         """Bytes on a rank at the peak of a step, by part; they add up to ``peak``."""
-        state, shape, (when, gradients, activated, working) = self._state, self.shape, self._peak
+        state, (when, gradients, activated, working, whole) = self._state, self._peak
         stepping, exchange = when == "in the optimizer's step", min(self.activations.exchange, working)
         return {
             "weights": state.weights,
             "gradients": state.gradients + (0 if stepping else gradients),
             "optimizer": state.master + state.moments + (gradients if stepping else 0),
             "EMA": state.averages,
-            "ZeRO-3 live layers": self._live if shape.stage == 3 else 0,
+            "ZeRO-3 live layers": whole,
             "activations": activated,
             "all-to-all buffers": exchange,
             "backward's temporaries": working - exchange,
         }
 
     @property
-    def _live(self) -> float:
-        """What ZeRO-3 holds whole: two layers, as ``engine.build`` sets it up, and the weights that it never shards."""
-        found = self._layers
-        return self.batch.size * (2 * (found.dense_layer + found.expert_layer / self.shape.ep) + self._persistent)
+    def _whole(self) -> tuple[float, float]:
+        """Bytes of what ZeRO-3 never shards; and of two layers, which it holds whole in forward and backward, as ``engine.build`` sets it
+        up."""
+        found, shape = self._layers, self.shape
+        layer = sum(size for size in found.dense_layer if size > shape.persistent) + sum(found.expert_layer) / shape.ep
+        return self.batch.size * self._persistent, self.batch.size * 2 * layer
 
     @property
     def _persistent(self) -> int:
