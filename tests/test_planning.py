@@ -190,8 +190,8 @@ def test_traffic_by_hand():
     assert sums[1] == pytest.approx(sums[0] | {"gather weights, dense": dense, "gather weights, experts": experts})
     assert sums[2]["reduce gradients, dense"] == pytest.approx(3 * 2 * dense)
     assert sums[3]["reduce gradients, experts"] == pytest.approx(3 * experts)
-    assert sums[3]["gather weights, experts"] == pytest.approx(3 * 1.5 * experts)
-    assert sums[3]["gather weights, dense"] == pytest.approx(dense * (3 * 1.5 * 0.75 + 0.25))
+    assert sums[3]["gather weights, experts"] == pytest.approx(3 * experts)  # both layers are still whole from forward
+    assert sums[3]["gather weights, dense"] == pytest.approx(dense * (3 * 0.75 + 0.25))
     exchange = next(flow for flow in found[2] if flow.kind == "exchange tokens")
     assert (exchange.in_node, exchange.across) == (tokens(3)["exchange tokens"], 0)
     again = step_traffic(batch, 3, True, 2, 4, 2, dict(dense=100, experts=400, whole=25))

@@ -9,8 +9,8 @@ from ditmoe_ds.planning.activations import Activations, MicroBatch, activations
 from ditmoe_ds.planning.job import Assumptions, Cluster, Job, Layers, Shape, layers
 from ditmoe_ds.planning.traffic import Traffic, step_traffic
 
-ZERO3_HOOKS = 0.015
-"""Seconds that a core needs for a layer's forward and backward (docs/log.md)."""
+ZERO3_HOOKS = 0.003
+"""Seconds that a core needs for a layer's forward and backward (benchmarks/zero3_host.md)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A rank's training step as ``training.trainer`` builds and runs it, on random latents, to be counted."""
 
 import math
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,8 +14,9 @@ from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
 from ditmoe_ds.distributed.topology import data_group, expert_group
+from ditmoe_ds.distributed.zero3 import OnTheirWay
 from ditmoe_ds.models.dit import DiT, DiTConfig
-from ditmoe_ds.planning.counting import Count
+from ditmoe_ds.planning.counting import GATHERED, Count
 from ditmoe_ds.training.network import arrange
 from ditmoe_ds.training.plan import begun_on, cut_batch
 from ditmoe_ds.training.recipe import Recipe
@@ -55,7 +58,7 @@ class Rehearsal:
 
     def step(self) -> None:
         """One optimizer step: every micro-batch forward and backward, the optimizer, the averages."""
-        with self.count:
+        with self.count, patch.object(OnTheirWay, "wait", _counted(self.count)):
             for _ in range(self.batch.accumulation):
                 self.count.kind = "forward"
                 loss = compute_loss(self.engine, self.objective, self._batch(), self.config).total
@@ -80,3 +83,15 @@ class Rehearsal:
             kept = tokens - round(tokens * ratio)
             keep = torch.arange(kept).expand(images, kept)
         return Prepared(latents, told, torch.rand(images), torch.randn_like(latents), torch.zeros(images), keep)
+
+
+def _counted(count: Count) -> Callable[..., None]:
+    """``OnTheirWay.wait``, whose assembled parameters count as gathered; not those that this rank holds alone."""
+    real = OnTheirWay.wait
+
+    def wait(self: OnTheirWay, handle_dependency: bool = True) -> None:
+        parameters = self.parameters
+        real(self, handle_dependency)
+        count.become(GATHERED, [parameter.data for parameter in parameters if parameter.ds_zero_partition_world_size > 1])
+
+    return wait

@@ -53,7 +53,7 @@ def step_traffic(
             flows = [
                 ("reduce gradients", "backward", accumulation),
                 ("gather weights", "forward", layers),
-                ("gather weights", "backward", layers * (1 - 1 / batch.model.depth)),  # the last layer is still whole from forward
+                ("gather weights", "backward", layers * max(1 - 2 / batch.model.depth, 0)),  # the last two are still whole from forward
                 ("gather weights", "alone", kept),
             ]
         else:
