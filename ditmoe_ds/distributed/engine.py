@@ -320,7 +320,7 @@ def _gather_by_layer(model: nn.Module, persistent: int) -> dict[str, int]:
     for layer in layers:
         set_z3_leaf_module(layer, True)
     sizes = [[parameter.numel() for parameter in layer.parameters()] for layer in layers]
-    gathered = max(sum(size for size in layer if size > persistent) for layer in sizes)
+    gathered = max(1, *(sum(size for size in layer if size > persistent) for layer in sizes))  # 0 would turn prefetching off
     apart = 2 * max(map(sum, sizes))
     return dict(stage3_prefetch_bucket_size=gathered, stage3_max_live_parameters=2 * gathered, stage3_max_reuse_distance=apart)
 

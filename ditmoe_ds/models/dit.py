@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditmoe_ds.models.adaln import AdaNorm, add_gated, modulate
 from ditmoe_ds.models.attention import Attention, CrossAttention
-from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, position_table, rotary_angles
+from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, dtype_of, position_table, rotary_angles
 from ditmoe_ds.moe.experts import PackedExperts
 from ditmoe_ds.moe.layer import MoE, RouterStats
 from ditmoe_ds.moe.routing import RouterConfig, same_decisions
@@ -306,7 +306,7 @@ class DiT(nn.Module):
             torch.compiler.cudagraph_mark_step_begin()  # else every block would be free to overwrite what the one before it returned
         rows, columns = (side // config.patch for side in x.shape[2:])
         # contiguous, since every block would inherit the convolution's strides
-        x = self.x_embed(x.to(self.x_embed.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
+        x = self.x_embed(x.to(dtype_of(self.x_embed))).flatten(2).transpose(1, 2).contiguous()
         angles = None
         if config.positions == "rope":
             angles = rotary_angles(rows, columns, config.hidden // config.heads, x.device)[None]

@@ -53,6 +53,11 @@ def _grid(across: Tensor, down: Tensor) -> Tensor:
     return torch.cat([across[None].expand(*shape, -1), down[:, None].expand(*shape, -1)], dim=-1).flatten(0, 1)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """That of a module's weights. From a weight asked for by its name, by another module, ZeRO-3 would think that this one needs it."""
+    return next(module.parameters()).dtype
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid [cos | sin] of size 256 in fp32, then Linear-SiLU-Linear to D. omega_i = 10000^(-i / (128 - frequency_shift))."""
 
@@ -69,7 +74,7 @@ class TimestepEmbedder(nn.Module):
         omega = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift))
         angles = t.float()[:, None] * omega
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid.to(dtype_of(self.mlp)))
 
 
 class LabelEmbedder(nn.Module):
@@ -100,7 +105,7 @@ class TextEmbedder(nn.Module):
 
     def forward(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, T, text_width), mask (B, T) true for tokens -> (B, T, D), and (B, condition) from the mean token."""
-        text = text.to(self.pooled.weight.dtype)
+        text = text.to(dtype_of(self.pooled))
         # Padding counts for nothing, whatever it holds.
         mean = torch.where(mask[..., None], text, 0).sum(1) / mask.sum(1, keepdim=True)
         return self.tokens(text), self.pooled(mean)
