@@ -131,3 +131,4 @@ def test_weights_are_gathered_a_layer_ahead(routing, recompute, compiled):
         assert len(step["ahead"]) == 10 and all(0.9 < size < 1.1 for size in step["ahead"])
     assert found["breaks"] == 0 or (routing, compiled) == ("token", "true"), "whose experts' numbers of rows the host asks for on a CPU"
     assert (found["graphs"] > 0) == (compiled == "true")
+    assert found["asked"] == 0, "a module asked for another one's weight by name, which DeepSpeed then gathers for it, too"

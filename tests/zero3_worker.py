@@ -74,4 +74,5 @@ for _ in range(3):  # in the first DeepSpeed learns the order
     found.append(dict(forward=forward, between=between, backward=most, after=live(), awaited=max(awaited), ahead=sorted(ahead)))
     engine.step()
 breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-print(json.dumps(dict(steps=found, breaks=breaks, graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"])))
+asked = sum(len(module._external_params) for module in net.modules())
+print(json.dumps(dict(steps=found, breaks=breaks, graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"], asked=asked)))

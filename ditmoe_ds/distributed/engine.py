@@ -306,7 +306,7 @@ def _step_masters(engine: Engine) -> None:
 def _gather_by_layer(model: nn.Module, persistent: int) -> dict[str, int]:
     """Have ZeRO-3 gather a layer's weights together, and the next layer's while this one is computed.
 
-    DeepSpeed would give each module of a layer hooks of its own, which takes the host longer than a GPU needs for the layer (docs/log.md).
+    DeepSpeed would give each module of a layer hooks of its own, and the host twice the work and more (benchmarks/zero3_host.md).
 
     Args:
         persistent: elements of the largest weights that stay whole.
