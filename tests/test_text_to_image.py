@@ -15,6 +15,7 @@ from encoding import word_tokenizer
 from latents import write_latents, write_vae
 from PIL import Image
 from processes import launch
+from safetensors.torch import load_file, save_file
 
 from data_prep.shapes import CATEGORIES, COLORS, SHAPES, draw, sample, scenes, side
 from data_prep.sources import open_source
@@ -217,6 +218,18 @@ def test_it_resumes(online, recipe, folder, stage, expert, world):
     assert [record["step"] for record in found] == [4, 5, 6]
     for key in ("loss", "grad_norm"):
         assert [record[key] for record in found] == pytest.approx([record[key] for record in wanted], rel=0 if stage == 3 else 1e-5), key
+
+
+def test_another_text_encoder_cannot_go_on(online, recipe, tmp_path):
+    """Even one of the same width; the same in another folder can."""
+    shutil.copytree(online.parent / "encoder", tmp_path / "moved")
+    shutil.copytree(online.parent / "encoder", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    for folder, code in (("other", 2), ("moved", 0)):
+        [(found, output)] = train(recipe, 1, "parallel.expert=1", f"data.text_encoder={tmp_path / folder}", check=False)
+        assert found == code, output
+        assert (f"data.text_encoder='{tmp_path / 'other'}': text.sha256: " in output) == bool(code)
 
 
 def test_another_optimizer_cannot_go_on(online, recipe):

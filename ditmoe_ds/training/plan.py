@@ -104,8 +104,12 @@ class Plan:
         samples = heldout.spread(count)
         return list(conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)])))
 
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint must say about itself to be sampled from."""
+    def describe(self, encoder_sha256: str | None = None) -> dict[str, Any]:
+        """What a checkpoint must say about itself to be sampled from.
+
+        Args:
+            encoder_sha256: of the weights of ``data.text_encoder``, if they are in a folder.
+        """
         manifest, data = self.manifest, self.recipe.data
         latents: dict[str, Any] = dict(vae=manifest.vae, scaling_factor=manifest.scaling_factor, shift_factor=manifest.shift_factor)
         latents |= dict(vae_sha256=manifest.vae_sha256, shape=list(self.shape))
@@ -114,7 +118,7 @@ class Plan:
             if stored:
                 latents["text"] = dict(encoder=stored.encoder, max_tokens=stored.max_tokens, sha256=stored.encoder_sha256)
             else:
-                latents["text"] = dict(encoder=data.text_encoder, max_tokens=data.text_max_tokens, sha256=None)
+                latents["text"] = dict(encoder=data.text_encoder, max_tokens=data.text_max_tokens, sha256=encoder_sha256)
         return dict(
             recipe=asdict(self.recipe),
             processes=self.begun_on,

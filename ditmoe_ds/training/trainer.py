@@ -35,9 +35,10 @@ from ditmoe_ds.distributed.topology import (
     gathered,
     host_name,
 )
-from ditmoe_ds.distributed.weights import of_step
-from ditmoe_ds.errors import CheckpointError, UserError
+from ditmoe_ds.distributed.weights import differently_encoded, of_step
+from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
+from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.moe.experts import KERNELS, fastest_kernel
 from ditmoe_ds.plain import plain
@@ -76,6 +77,8 @@ class Trainer:
         self.lock = agreed(lambda: claim(self.run_dir) if world.rank == 0 else None)
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
         self.conditioner = agreed(lambda: plan.conditioner(world.device))
+        encoder = recipe.data.text_encoder
+        self.encoder_sha256 = decided(lambda: weights_sha256(encoder)) if encoder else None
         self.objective = make_objective(recipe.diffusion)
 
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
@@ -99,6 +102,8 @@ class Trainer:
         self.shards = shards.collect(self.engine, group)
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
+        before = saved.index if saved else plan.weights.description if plan.weights else {}
+        agreed(lambda: self._check_encoder(before.get("latents", {})))
         self.started_from = saved.index.get("started_from") if saved else decided(self._started_from)
         if saved is None:
             shards.fill(self.engine, self.shards, initial)
@@ -251,7 +256,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Collective."""
-        description = self.plan.describe() | dict(samples_seen=self.samples_seen, skipped=self.skipped)
+        description = self.plan.describe(self.encoder_sha256) | dict(samples_seen=self.samples_seen, skipped=self.skipped)
         description |= dict(started_from=self.started_from, code=self.code)  # rank 0, which writes the index, has the code
         self.saver.save(self.step, self.shards, self.ema, self.step - self.skipped, description)
 
@@ -317,6 +322,12 @@ class Trainer:
                 f"({reader.index['latents']['manifest']}), or another data.mix or weight{batch}, which changes the order; "
                 "choose a new run_dir and start it from these weights with model.weights"
             )
+
+    def _check_encoder(self, before: dict[str, Any]) -> None:
+        """Refuse a text encoder of other weights than ``before``, the latents of the checkpoint or starting weights, had."""
+        if difference := differently_encoded(self.plan.describe(self.encoder_sha256)["latents"], before):
+            fix = f"{difference} of what this run goes on from; name the encoder that it was trained with"
+            raise ConfigError("data.text_encoder", self.plan.recipe.data.text_encoder, fix)
 
     def _callbacks(self, others: Sequence[Callback]) -> list[Callback]:
         train = self.plan.recipe.train
