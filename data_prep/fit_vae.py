@@ -46,6 +46,10 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     if factor < 1 or factor & (factor - 1) or size % factor:
         raise ConfigError("--factor", factor, f"must be a power of two that divides --size {size}")
     items = list(open_source(source, wanted="images").items())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # now, not after training
+    except OSError as error:
+        raise DataError(f"--out={out!r}: cannot be written ({error.strerror}); choose another folder") from None
     train, heldout = (_images([item for item in items if is_heldout(item.key, HOLDOUT) == held], size) for held in (False, True))
     if not len(train) or not len(heldout):
         readable = f"{len(train) + len(heldout)} of its {len(items)} images can be read"

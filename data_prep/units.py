@@ -124,6 +124,8 @@ class UnitRecord:
 def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
     """Note in ``root`` what is made there, unless that is noted already; of processes that start at once, one does.
 
+    What the note has a sha256 of, such as ``vae`` with ``vae_sha256``, may have moved: then its new place is noted.
+
     Args:
         first: called before anything is noted, to open what the request names: a mistake in it must not claim the folder.
         until_a_unit: field of the request that may change as long as no unit is done.
@@ -143,14 +145,17 @@ def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object
             with contextlib.suppress(FileExistsError):  # another process was first: then its note counts
                 os.link(partial, note)
             partial.unlink()
-        theirs = read_note(root)
-        if until_a_unit and isinstance(theirs, dict) and not (root / "units").exists():
-            theirs[until_a_unit] = request[until_a_unit]
-            if theirs == json.loads(text):
+        theirs, ours = read_note(root), json.loads(text)
+        if isinstance(theirs, dict) and theirs != ours:
+            may_change = {key for key in ours if ours.get(f"{key}_sha256") and ours[f"{key}_sha256"] == theirs.get(f"{key}_sha256")}
+            if until_a_unit and not (root / "units").exists():
+                may_change.add(until_a_unit)
+            theirs |= {key: ours[key] for key in may_change}
+            if theirs == ours:
                 _replace(note, text.encode())
     except OSError as error:
         raise DataError(f"--out={str(root)!r}: cannot write there ({error.strerror}); choose another folder") from None
-    refuse_another(root, theirs, json.loads(text))
+    refuse_another(root, theirs, ours)
 
 
 def read_note(root: Path) -> Any:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderDC, AutoencoderTiny
 from encoding import SETTINGS, assert_one_line, contents, pixels, png, run_encode, samples, write_tar, write_text_encoder
 from PIL import Image
 from processes import ROOT
+from safetensors.torch import load_file, save_file
 
 from data_prep.cli import main
 from data_prep.encode import encode
@@ -175,6 +176,21 @@ def test_another_request_does_not_mix_with_the_shards_there(inputs, encoded, tmp
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(DataError, match="not made by ditmoe-data"):
         run_encode(inputs, tmp_path / "other")
+
+
+def test_a_vae_that_has_moved_goes_on_where_it_is_now(inputs, tmp_path):
+    run_encode(inputs, tmp_path / "whole")
+    run_encode(inputs, tmp_path / "out", worker=(0, 2))
+    moved = shutil.copytree(inputs / "vae", tmp_path / "moved")
+    run_encode(inputs, tmp_path / "out", worker=(1, 2), vae=str(moved))
+    finalize(str(tmp_path / "out"))
+    assert Request.load(tmp_path / "out").vae == Manifest.load(tmp_path / "out").vae == str(moved)
+    shards = {name: digest for name, digest in contents(tmp_path / "out").items() if name.endswith("tar")}
+    assert shards and shards.items() <= contents(tmp_path / "whole").items()
+    weights = next(moved.glob("*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(DataError, match=r"another request \(vae_sha256 "):
+        run_encode(inputs, tmp_path / "out", vae=str(moved))
 
 
 def test_too_large_a_batch_is_told_and_a_smaller_one_goes_on(inputs, encoded, tmp_path, monkeypatch):
@@ -592,6 +608,9 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
     assert main([*arguments, "--steps", "4"]) == 2
     assert_one_line(capsys.readouterr().err, "another request (steps 3 -> 4)")
+    (tmp_path / "file").write_text("")
+    assert main([*arguments[:4], str(tmp_path / "file" / "v"), *arguments[5:]]) == 2
+    assert_one_line(capsys.readouterr().err, "/file/v': cannot be written (Not a directory)")
     (tmp_path / "v" / "request.json").write_text("{")
     assert main(arguments) == 2
     assert_one_line(capsys.readouterr().err, "request.json: is damaged")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -373,7 +374,7 @@ def test_every_line_is_a_prompt(run, tmp_path, capsys):
     assert "line 2 is empty" in capsys.readouterr().err
 
 
-def test_mistakes(run, made, models, tmp_path, capsys):
+def test_mistakes(run, made, models, tmp_path, capsys, monkeypatch):
     def refused(*arguments):
         assert main([*map(str, arguments)]) == 2
         [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -396,3 +397,5 @@ def test_mistakes(run, made, models, tmp_path, capsys):
     write_weights(tmp_path / "classes", random_weights()[1])
     assert "takes classes" in refused(*command(run, tmp_path / "new", "--run", tmp_path / "classes"))
     assert Path(made / "samples.json").is_file()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != made)  # as on a file system that is mounted read-only
+    assert "copy the pictures" in refused("eval", "geneval", made, "--detector", models / "yolos", "--clip", models / "clip")

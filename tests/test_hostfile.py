@@ -24,6 +24,7 @@ from ditmoe_ds.launching import hosts as hosts_of_launching
 from ditmoe_ds.launching.hostfile import _relay
 from ditmoe_ds.launching.hosts import read_hostfile
 from ditmoe_ds.launching.problems import Node
+from ditmoe_ds.launching.record import prepare
 
 STEPS = 30
 real_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -214,15 +215,20 @@ def test_a_log_that_cannot_be_written_stops_neither_hosts_nor_restarts(monkeypat
 
 
 def test_a_recipe_edited_while_it_runs_stops_no_restart(monkeypatch, command):
-    ends = iter([1, 0])
+    """Nor does the edited one, launched on the same run directory, change what that starts from."""
+    ends, started = iter([1, 0]), []
 
     def edited(self, used, master, recipe):
-        Path(command[2]).write_text("model: {name: another")
+        started.append(Path(recipe).read_text())
+        edit = Path(command[2])
+        edit.write_text(f"{started[0]}# edited")
+        prepare(recipe.parent.parent, str(edit))
+        edit.write_text("model: {name: another")
         return next(ends)
 
     monkeypatch.setattr(hostfile.Job, "_start", edited)
     assert main(command) == 0
-    assert not list(ends)
+    assert not list(ends) and started == [(ROOT / "recipes" / "digits.yaml").read_text()] * 2
 
 
 def test_a_launch_that_cannot_be(tmp_path, capsys):

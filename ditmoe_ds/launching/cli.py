@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.cli import parser as data_parser
 from ditmoe_ds.errors import ConfigError
-from ditmoe_ds.launching.record import prepare
+from ditmoe_ds.launching.record import prepare, recipe_copy
 from ditmoe_ds.launching.slurm import SCRIPTS, container, fill_in, submit
 from ditmoe_ds.pipelines.arguments import add_recipe, check_least
 
@@ -117,7 +117,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
         signal=f"USR1@{arguments.signal_seconds}",
     )
     settings = _python(arguments) | dict(MAX_RESTARTS=str(arguments.max_restarts))
-    copy = run_dir / "launch" / "recipe.yaml"
+    copy = recipe_copy(run_dir, arguments.recipe)
     overrides = [override for override in arguments.overrides if not override.startswith("run_dir=")]
     text = fill_in((SCRIPTS / "train.sbatch").read_text(), options, settings, [str(copy), str(run_dir), *overrides])
     if arguments.dry_run:

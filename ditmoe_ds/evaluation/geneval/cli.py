@@ -62,7 +62,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     from ditmoe_ds.evaluation.extractors import tensors_sha256
     from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
     from ditmoe_ds.evaluation.geneval.detectors import open_detector
-    from ditmoe_ds.evaluation.geneval.folder import begin, differences, generate, read_folder, report, score
+    from ditmoe_ds.evaluation.geneval.folder import begin, check_writable, differences, generate, read_folder, report, score
     from ditmoe_ds.evaluation.geneval.prompts import read_prompts
     from ditmoe_ds.evaluation.geneval.scorer import Limits
     from ditmoe_ds.pipelines.run import versions
@@ -73,6 +73,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
         prompts = agreed(lambda: read_prompts(Path(arguments.prompts)))
     else:
         prompts = [part.prompt for part in agreed(lambda: read_folder(folder))]
+        decided(lambda: check_writable(folder))
     if arguments.detector:
         detector = agreed(lambda: open_detector(arguments.detector, world.device))
         agreed(lambda: detector.check(sorted({name for prompt in prompts for name in prompt.names})))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from ditmoe_ds.errors import DataError
+from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
@@ -92,6 +93,12 @@ def read_folder(folder: Path) -> list[Pictures]:
             raise DataError(f"{place}: {len(prompts)} prompts in metadata.jsonl, {len(files)} pictures in samples; one and some are needed")
         found.append(Pictures(prompts[0], files))
     return found
+
+
+def check_writable(folder: Path) -> None:
+    """Before hours of scoring. Raises ConfigError if ``report`` cannot write there."""
+    if not os.access(folder, os.W_OK):
+        raise ConfigError("SAMPLES", str(folder), "scores are written there, which this user may not; copy the pictures to another")
 
 
 def score(folder: Path, parts: Iterable[Pictures], detector: Detector, colors: Colors, limits: Limits) -> list[dict[str, Any]]:
