@@ -124,7 +124,7 @@ class UnitRecord:
 def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object], until_a_unit: str = "") -> None:
     """Note in ``root`` what is made there, unless that is noted already; of processes that start at once, one does.
 
-    What the note has a sha256 of, such as ``vae`` with ``vae_sha256``, may have moved: then its new place is noted.
+    A VAE or text encoder whose sha256 is that of the note may have moved: then its new place is noted.
 
     Args:
         first: called before anything is noted, to open what the request names: a mistake in it must not claim the folder.
@@ -147,7 +147,8 @@ def claim_folder(root: Path, request: dict[str, Any], first: Callable[[], object
             partial.unlink()
         theirs, ours = read_note(root), json.loads(text)
         if isinstance(theirs, dict) and theirs != ours:
-            may_change = {key for key in ours if ours.get(f"{key}_sha256") and ours[f"{key}_sha256"] == theirs.get(f"{key}_sha256")}
+            models = [key for key in ("vae", "text") if ours.get(f"{key}_sha256")]  # the source's says what is there, not what it shows
+            may_change = {key for key in models if ours[f"{key}_sha256"] == theirs.get(f"{key}_sha256")}
             if until_a_unit and not (root / "units").exists():
                 may_change.add(until_a_unit)
             theirs |= {key: ours[key] for key in may_change}

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 from ditmoe_ds.ending import end
@@ -23,8 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     startup, interruption = Startup(), Interruption()  # before the long imports: a signal may come that early
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     from ditmoe_ds.distributed.lookout import Lookout
-    from ditmoe_ds.distributed.topology import World, agreed, decided, on_all_ranks
+    from ditmoe_ds.distributed.topology import World, agreed, alike, decided, on_all_ranks
     from ditmoe_ds.launching.facts import old_locks
+    from ditmoe_ds.source import source
     from ditmoe_ds.training.plan import read_plan, starting_folder
     from ditmoe_ds.training.recipe import read_recipe
 
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"DeepSpeed waits for {lock} when it compiles; if no other process builds its extensions, remove it", flush=True)
             start = decided(lambda: starting_folder(read_recipe(arguments)))
             plan = agreed(lambda: read_plan(arguments, world.size, start, slice(world.rank, None, world.size)))
+            ours = dict(recipe=asdict(plan.recipe), data_sha256=plan.data_digest(), deepspeed=plan.ds_config, processes=plan.begun_on)
+            alike(ours | (source() if world.local_rank == 0 else {}))  # git is slow on a file server
             lookout.stacks = Path(plan.recipe.run_dir) / "stacks"
             from ditmoe_ds.training.trainer import Callback, Trainer
 

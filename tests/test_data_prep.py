@@ -187,6 +187,9 @@ def test_a_vae_that_has_moved_goes_on_where_it_is_now(inputs, tmp_path):
     assert Request.load(tmp_path / "out").vae == Manifest.load(tmp_path / "out").vae == str(moved)
     shards = {name: digest for name, digest in contents(tmp_path / "out").items() if name.endswith("tar")}
     assert shards and shards.items() <= contents(tmp_path / "whole").items()
+    images = shutil.copytree(inputs / "images", tmp_path / "images")  # others may look the same in a list
+    with pytest.raises(DataError, match=r"another request \(source "):
+        run_encode(inputs, tmp_path / "out", source=f"folder:{images}")
     weights = next(moved.glob("*.safetensors"))
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(DataError, match=r"another request \(vae_sha256 "):

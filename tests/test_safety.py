@@ -31,6 +31,7 @@ from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.training.callbacks import MetricsWriter
 from ditmoe_ds.training.plan import CLASS_TABLE, read_plan
+from ditmoe_ds.training.resume import check_same_run
 from ditmoe_ds.training.trainer import Trainer
 
 STEPS = 12
@@ -213,20 +214,20 @@ def test_what_a_run_may_not_change(recipe, folder):
     turned = write_latents(folder / "turned", train=40, val=6, shape=(4, 4, 8), turned=True, per_shard=10)
 
     def plan(*overrides):
-        return read_plan([str(recipe), f"data.manifest={turned}", "parallel.expert=1", *overrides], 1)
+        return read_plan([str(recipe), f"data.manifest={turned}", f"run_dir={folder / 'none'}", "parallel.expert=1", *overrides], 1)
 
-    index = json.loads(json.dumps(plan().describe()))
-    check = lambda now: Trainer._check_same_run(SimpleNamespace(plan=now, run_dir=folder), SimpleNamespace(index=index))  # noqa: E731
-    check(plan())
+    index = json.loads(json.dumps(plan().describe())) | dict(ema=dict(kinds=["ema_0.9"]))
+    check_same_run(plan("ema.decays=[0.9]"), index)
     for override, words in (
         ("train.seed=9", "train.seed=9: .* by 0; keep that"),
         ("data.window=64", "data.window=64: .* by 16384; keep that"),
         ("model.router.balance_alpha=0.01", "of another model: model.router.balance_alpha: 0.005 -> 0.01; choose"),
         ("model.router.force_balance=true", "of another model: model.router.force_balance: False -> True; choose"),
         ("train.global_batch=4", "or another train.global_b"),
+        ("ema.decays=[0.5]", "ema.decays=.0.5.: the checkpoint's ema_0.9 would be lost"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            check(plan(override))
+            check_same_run(plan(override), index)
 
 
 @pytest.fixture

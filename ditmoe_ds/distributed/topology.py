@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.config import changes
+from ditmoe_ds.errors import ConfigError, UserError, some
 
 T = TypeVar("T")
 
@@ -191,6 +192,24 @@ def decided(action: Callable[[], T]) -> T:
     result = [agreed(action if dist.get_rank() == 0 else lambda: None)]
     dist.broadcast_object_list(result, src=0)
     return result[0]  # type: ignore[return-value]
+
+
+def alike(mine: dict[str, Any]) -> None:
+    """Refuse that a rank trains something else than rank 0, as where nodes have recipes, data or code of their own. Collective.
+
+    Args:
+        mine: what decides what this rank trains; compared are the keys that both have.
+
+    Raises:
+        AgreedError: naming the rank, and what differs.
+    """
+    theirs = decided(lambda: mine)
+
+    def compare() -> None:
+        if changed := changes(theirs, mine):
+            raise UserError(f"not what rank 0 trains: {some(changed)}; give all nodes the same recipe, data and code")
+
+    agreed(compare)
 
 
 def check_expert_parallel(expert: int, experts: int, world: int, tensor: int = 1, key: str = "parallel.expert") -> None:

@@ -80,9 +80,15 @@ def of_step(step: int) -> str:
 
 
 def differently_encoded(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """How two descriptions of latents differ, as far as both know: ``key: ours -> theirs``; None if they agree."""
+    """How two descriptions of latents differ, as far as both know: ``key: ours -> theirs``; None if they agree. Models in folders are
+    known by their sha256, wherever they lie; hub ids by their name."""
     pairs = {key: (ours.get(key), theirs.get(key)) for key in ("scaling_factor", "shift_factor", "vae_sha256")}
-    pairs["text.sha256"] = ours.get("text", {}).get("sha256"), theirs.get("text", {}).get("sha256")
+    mine, other = ours.get("text", {}), theirs.get("text", {})
+    pairs |= {f"text.{key}": (mine.get(key), other.get(key)) for key in ("sha256", "max_tokens")}
+    if pairs["vae_sha256"] == (None, None):
+        pairs["vae"] = ours.get("vae"), theirs.get("vae")
+    if pairs["text.sha256"] == (None, None):
+        pairs["text.encoder"] = mine.get("encoder"), other.get("encoder")
     for key, (mine, other) in pairs.items():
         if None not in (mine, other) and mine != other:
             return f"{key}: {mine} -> {other}"

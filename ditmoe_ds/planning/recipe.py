@@ -10,7 +10,16 @@ from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.planning.job import Cluster, Job, Shape
-from ditmoe_ds.training.plan import begun_on, check_parallel, cut_batch, fitted, named_network, network_of, starting_weights
+from ditmoe_ds.training.plan import (
+    begun_on,
+    check_parallel,
+    cut_batch,
+    fitted,
+    last_index,
+    named_network,
+    network_of,
+    starting_weights,
+)
 from ditmoe_ds.training.recipe import Recipe, read_recipe
 
 
@@ -96,6 +105,6 @@ def own_shape(recipe: Recipe, job: Job, cluster: Cluster) -> Shape:
     parallel, tensor, shape = recipe.parallel, recipe.parallel.tensor, of_stage(recipe.parallel)
     check_parallel(parallel, job.model, cluster.world)
     processes = cluster.world // tensor
-    micro = cut_batch(recipe.train, processes, begun_on(recipe, processes), tensor).micro
+    micro = cut_batch(recipe.train, processes, begun_on(recipe, processes, last_index(recipe)), tensor).micro
     recompute = recipe.train.activation_checkpointing
     return replace(shape, ep=parallel.expert, tensor=tensor, micro=micro, recompute=recompute)

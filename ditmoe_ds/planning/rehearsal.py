@@ -18,7 +18,7 @@ from ditmoe_ds.distributed.zero3 import OnTheirWay
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.planning.counting import GATHERED, Count
 from ditmoe_ds.training.network import arrange
-from ditmoe_ds.training.plan import begun_on, cut_batch
+from ditmoe_ds.training.plan import begun_on, cut_batch, last_index
 from ditmoe_ds.training.recipe import Recipe
 from ditmoe_ds.training.step import Prepared, compute_loss
 
@@ -41,7 +41,7 @@ class Rehearsal:
         train, self.objective = recipe.train, make_objective(recipe.diffusion)
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
         processes = dist.get_world_size(data_group())
-        self.batch = cut_batch(train, processes, begun_on(recipe, processes), recipe.parallel.tensor)
+        self.batch = cut_batch(train, processes, begun_on(recipe, processes, last_index(recipe)), recipe.parallel.tensor)
         with torch.device("meta"):
             net = DiT(model, ep_size=group.size)
         arrange(net, recipe)

@@ -29,7 +29,8 @@ class Ahead:
         """Seconds spent waiting for samples since the last ``take``."""
 
     def begin(self) -> None:
-        """Start to load the next step's micro-batches. ``take`` raises what fails here, so that the current step is still finished."""
+        """Start to load the next step's micro-batches. ``take`` and ``check`` raise what fails here, so that the current step is still
+        finished."""
         start = time.monotonic()
         try:
             loaded = [next(self.loader) for _ in range(self.accumulation)]
@@ -40,6 +41,16 @@ class Ahead:
         with torch.cuda.stream(self.stream):
             self.ready = [batch.to(self.device, self.conditioner) for batch in loaded]
 
+    @property
+    def failed(self) -> bool:
+        """Whether ``begin`` could not load what is next."""
+        return isinstance(self.ready, UserError)
+
+    def check(self) -> None:
+        """Raise what failed in ``begin``."""
+        if isinstance(self.ready, UserError):
+            raise self.ready
+
     def take(self) -> list[Prepared]:
         """The next step's micro-batches, for use on the current stream.
 
@@ -49,10 +60,9 @@ class Ahead:
         self.waited = 0.0
         if self.ready is None:
             self.begin()
+        self.check()
         batches, self.ready = self.ready, None
-        if isinstance(batches, UserError):
-            raise batches
-        assert batches is not None
+        assert isinstance(batches, list)
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +44,24 @@ def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
             time.sleep(min(1.0, patience / 2))
         except OSError:  # a file system without locks
             return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk: the lock is held all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file
+
+
+def check_shared(run_dir: Path, patience: float = 60.0) -> None:
+    """Look for the lock of another process.
+
+    Args:
+        patience: seconds to look again: a file server's client may remember that it was not there.
+
+    Raises:
+        ConfigError: it is not there, as in a directory of this host's own.
+    """
+    end = time.monotonic() + patience
+    while not (run_dir / "lock").exists():
+        if time.monotonic() > end:
+            raise ConfigError("run_dir", str(run_dir), "is not the directory that rank 0 sees there; name one that all nodes share")
+        time.sleep(0.5)

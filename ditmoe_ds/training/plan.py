@@ -33,6 +33,7 @@ from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import described, named_config, parameter_shapes
 from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig, read_recipe
+from ditmoe_ds.training.resume import check_same_run
 
 CLASS_TABLE = "y_embed.table.weight"
 
@@ -152,7 +153,8 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None, share
     check_parallel(recipe.parallel, named, world)
     require_tensor_parallel(tensor)
     processes = world // tensor
-    begun = begun_on(recipe, processes)
+    saved = last_index(recipe)
+    begun = begun_on(recipe, processes, saved)
     batch = cut_batch(train, processes, begun, tensor)
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
@@ -164,22 +166,28 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None, share
     if train.sample_every or train.fd_every:
         scheduled(make_scheduler(recipe.diffusion), recipe.diffusion, train.sample_steps, "train.sample_steps")
     manifest = manifests[0]
-    if (train.validate_every or train.fd_every) and not manifest.splits.val.samples:
-        fix = "holds out no sample to validate on: encode again with --holdout, or set train.validate_every=0 and train.fd_every=0"
-        raise ConfigError("data.manifest", recipe.data.manifest, fix)
+    LatentDataset(manifests, "train", recipe.data.skip_shards)
+    settings = ["validate_every", "fd_every", *(["sample_every"] if model.text_width else [])]  # of captions the grids need some, too
+    if wanting := [f"train.{setting}" for setting in settings if getattr(train, setting)]:
+        if not manifest.splits.val.samples:
+            fix = f"holds out no sample to validate on: encode again with --holdout, or set {' and '.join(wanting)} to 0"
+            raise ConfigError("data.manifest", recipe.data.manifest, fix)
+        LatentDataset([manifest], "val", shape=_commonest_shape(manifest))
     if (train.sample_every or train.fd_every) and manifest.vae_sha256 and not Path(manifest.vae).is_dir():
         fix = f"its VAE is not at {manifest.vae}, which sample grids need: put it there, or set train.sample_every=0 and train.fd_every=0"
         raise ConfigError("data.manifest", recipe.data.manifest, fix)
     plan = Plan(recipe, manifests, model, begun, batch, ds_config, weights)
     if weights:
         _check_encoders(plan, weights.description["latents"])
+    if saved:
+        check_same_run(plan, saved)
     return plan
 
 
 def starting_folder(recipe: Recipe) -> Path | None:
     """The folder of what ``starting_weights`` opens; another a moment later, if it is a run that is still saving. Raises as ``locate``."""
     source = recipe.model.weights
-    if source is not None and newest_index(Path(recipe.run_dir) / "checkpoints"):
+    if source is not None and last_index(recipe):
         source = recipe.run_dir  # a run that continues needs no others
     return locate(source) if source is not None else None
 
@@ -376,10 +384,18 @@ def cut_batch(train: TrainConfig, processes: int, begun_on: int, tensor: int = 1
     return BatchShape(train.global_batch, accumulation, train.global_batch // parts)
 
 
-def begun_on(recipe: Recipe, processes: int) -> int:
-    """Processes for which the recipe's accumulation was chosen: those that the run began on, unless batch or accumulation have changed."""
-    saved = newest_index(Path(recipe.run_dir) / "checkpoints") if recipe.train.elastic else None
-    if saved is None:
+def last_index(recipe: Recipe) -> dict[str, Any] | None:
+    """The index of the run's newest checkpoint; None if there is none yet."""
+    return newest_index(Path(recipe.run_dir) / "checkpoints")
+
+
+def begun_on(recipe: Recipe, processes: int, saved: dict[str, Any] | None) -> int:
+    """Processes for which the recipe's accumulation was chosen: those that the run began on, unless batch or accumulation have changed.
+
+    Args:
+        saved: ``last_index``.
+    """
+    if saved is None or not recipe.train.elastic:
         return processes
     before = saved["recipe"]["train"]
     same = all(before[key] == getattr(recipe.train, key) for key in ("global_batch", "accumulation"))

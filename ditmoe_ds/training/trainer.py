@@ -36,7 +36,7 @@ from ditmoe_ds.distributed.topology import (
     host_name,
 )
 from ditmoe_ds.distributed.weights import differently_encoded, of_step
-from ditmoe_ds.errors import CheckpointError, ConfigError, UserError
+from ditmoe_ds.errors import ConfigError, UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.models.dit import DiT
@@ -47,7 +47,7 @@ from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.interruption import Interruption, clear, mark
-from ditmoe_ds.training.lock import claim
+from ditmoe_ds.training.lock import check_shared, claim
 from ditmoe_ds.training.network import arrange
 from ditmoe_ds.training.plan import Plan
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
@@ -75,6 +75,7 @@ class Trainer:
         if train.deterministic:
             round_alike()
         self.lock = agreed(lambda: claim(self.run_dir) if world.rank == 0 else None)
+        agreed(lambda: check_shared(self.run_dir))
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
         self.conditioner = agreed(lambda: plan.conditioner(world.device))
         encoder = recipe.data.text_encoder
@@ -135,7 +136,11 @@ class Trainer:
         self.callbacks = self._callbacks(callbacks)
 
     def run(self) -> None:
-        """Train to ``train.steps``, or until any rank is asked to stop: then save and leave a note that the run can be continued."""
+        """Train to ``train.steps``, or until any rank is asked to stop: then save and leave a note that the run can be continued.
+
+        Raises:
+            UserError: as on a rank that cannot load its samples. What was trained before is saved.
+        """
         steps = self.plan.recipe.train.steps
         if self.step >= steps and self.world.rank == 0:
             print(f"train.steps={steps}: nothing is left to do after step {self.step}; raise it to go on", flush=True)
@@ -152,6 +157,7 @@ class Trainer:
                 raise
         self.loader.close()
         self.saver.finish()
+        agreed(self.ahead.check)
         if self.saver.lost and not self.interrupted:
             raise AgreedError(f"run_dir={str(self.run_dir)!r}: its last checkpoint could not be written; make room and start again")
         if self.interrupted and self.world.rank == 0:
@@ -167,7 +173,7 @@ class Trainer:
         lr = train.optimizer.lr_at(self.step)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # three losses, and whether this rank was asked to stop
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # three losses, and whether this rank has to stop
         selections = takers = torch.zeros((), dtype=torch.int64, device=self.device)
         per_batch = []
         batches = self.ahead.take()
@@ -182,7 +188,8 @@ class Trainer:
             if i == accumulation:
                 if self.step + 1 < train.steps:
                     self.ahead.begin()
-                sums[3].fill_(self.interruption is not None and self.interruption.asked)  # an assignment would wait for the device
+                asked = self.interruption is not None and self.interruption.asked
+                sums[3].fill_(asked or self.ahead.failed)  # an assignment would wait for the device
                 dist.all_reduce(sums)
                 arrived = fetch(sums, selections, takers)  # so early that the host need not wait until the device has made the step
             with clock("optimizer"):
@@ -273,55 +280,24 @@ class Trainer:
         path = decided(lambda: checkpoint.newest(self.saver.folder))
         if path is None:
             return None
-        reader = agreed(lambda: checkpoint.Reader(path))
-        agreed(lambda: self._check_same_run(reader))
-        return reader
+        return agreed(lambda: checkpoint.Reader(path))
 
     def _resume(self, reader: checkpoint.Reader) -> None:
-        saved, averages = reader.index["ema"]["kinds"], self.ema.averages.keys()
-        if lost := [kind for kind in saved if kind not in averages]:
-            decays = f"ema.decays={list(self.plan.recipe.ema.decays)}"
-            raise AgreedError(f"{decays}: the checkpoint's {', '.join(lost)} would be lost; keep its decay, or start a new run_dir")
         checkpoint.load(reader, self.engine, self.shards, self.ema)
         self.step, self.samples_seen, self.skipped = (reader.index[key] for key in ("step", "samples_seen", "skipped"))
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {reader.folder}", flush=True)
-            if changed := config.changes(reader.index["recipe"], plain(asdict(self.plan.recipe))):
+            assert self.code
+            changed = config.changes(reader.index["code"], {key: self.code[key] for key in ("ditmoe_ds", "commit")}, "code.")
+            if changed := changed + config.changes(reader.index["recipe"], plain(asdict(self.plan.recipe))):
                 print(f"changed since then: {', '.join(changed)}", flush=True)
-            for begun in averages - set(saved):
+            for begun in self.ema.averages.keys() - set(reader.index["ema"]["kinds"]):
                 print(f"{begun} begins here, with the weights", flush=True)
             batch, before = self.plan.batch, self.plan.recipe.train.accumulation
             if batch.accumulation != before:
                 begun = f"{dist.get_world_size(self.data_group)} processes, begun on {self.plan.begun_on}"
                 kept = f"the global batch stays {batch.global_batch}"
                 print(f"{begun}: train.accumulation {before} -> {batch.accumulation}, {kept}", flush=True)
-
-    def _check_same_run(self, reader: checkpoint.Reader) -> None:
-        parts: dict[str, Any] = dict(model=self.plan.model, diffusion=self.plan.recipe.diffusion)
-        for part, settings in parts.items():
-            ours, saved = asdict(settings), asdict(config.build(type(settings), reader.index[part]))
-            saved["input_size"] = ours.get("input_size")  # which of the data's sizes counts as its own does not matter
-            if changed := config.changes(saved, ours, f"{part}."):
-                raise CheckpointError(
-                    f"run_dir={str(self.run_dir)!r} holds a checkpoint of another {part}: {', '.join(changed)}; "
-                    "choose another run_dir or the old settings"
-                )
-
-        before, now = reader.index["recipe"], self.plan.recipe
-        trained, name = before["train"]["optimizer"]["name"], now.train.optimizer.name
-        if trained != name:
-            raise CheckpointError(f"train.optimizer.name={name!r}: run_dir={str(self.run_dir)!r} was trained with {trained}; keep that")
-        for section, key in (("train", "seed"), ("data", "window")):
-            saved, ours = before[section][key], getattr(getattr(now, section), key)
-            if saved != ours:
-                raise CheckpointError(f"{section}.{key}={ours}: run_dir={str(self.run_dir)!r} orders its samples by {saved}; keep that")
-        if self.plan.data_digest() != reader.index["data_sha256"]:
-            batch = ", or another train.global_batch" if len(self.plan.manifest.shapes) > 1 else ""
-            raise CheckpointError(
-                f"data.manifest={self.plan.recipe.data.manifest!r}: not the data that run_dir={str(self.run_dir)!r} was trained on "
-                f"({reader.index['latents']['manifest']}), or another data.mix or weight{batch}, which changes the order; "
-                "choose a new run_dir and start it from these weights with model.weights"
-            )
 
     def _check_encoder(self, before: dict[str, Any]) -> None:
         """Refuse a text encoder of other weights than ``before``, the latents of the checkpoint or starting weights, had."""
@@ -345,9 +321,7 @@ class Trainer:
         return [*callbacks, Checkpoints()]
 
     def _describe_run(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         clear(self.run_dir)
-        config.dump(self.plan.recipe, self.run_dir / "config.yaml")
         cuda = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         environment = dict(
             code=self.code,
@@ -363,4 +337,8 @@ class Trainer:
             command=sys.argv,
             started_from=self.started_from,
         )
-        (self.run_dir / "env.json").write_text(json.dumps(environment, indent=1))
+        try:
+            config.dump(self.plan.recipe, self.run_dir / "config.yaml")
+            (self.run_dir / "env.json").write_text(json.dumps(environment, indent=1))
+        except OSError as error:  # checkpoints tell when there is no room for them
+            print(f"config.yaml and env.json cannot be written ({error.strerror}); the run goes on", flush=True)
