@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,8 +29,9 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.topology import AgreedError
 from ditmoe_ds.distributed.weights import open_weights, write_weights
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.training.callbacks import MetricsWriter
+from ditmoe_ds.training.lock import check_shared, claim
 from ditmoe_ds.training.plan import CLASS_TABLE, read_plan
 from ditmoe_ds.training.resume import check_same_run
 from ditmoe_ds.training.trainer import Trainer
@@ -105,6 +107,69 @@ def test_a_rank_killed_during_a_save(kills, steps, asynchronous, straight, folde
             ours.read(kind, name, 0, a)
             theirs.read(kind, name, 0, b)
             assert torch.equal(a, b), (kind, name)
+
+
+UNREADABLE = """
+import os, sys
+from ditmoe_ds.ending import end
+from ditmoe_ds.errors import DataError
+from ditmoe_ds.latents.loader import LatentDataset
+from ditmoe_ds.train import main
+
+read, seen = LatentDataset.__getitem__, []
+
+def unreadable(self, i):
+    seen.append(i)
+    if len(seen) > 4 * 3 and os.environ["RANK"] == "1":
+        raise DataError("train-000001.tar: damaged")
+    return read(self, i)
+
+LatentDataset.__getitem__ = unreadable
+end(main(sys.argv[1:]))
+"""
+
+
+def test_a_sample_that_a_rank_cannot_read_loses_no_step(folder, recipe):
+    results = launch(2, ["-c", UNREADABLE, recipe, f"run_dir={folder / 'unreadable'}", "checkpoint.every=1000"], check=False)
+    assert [code for code, _ in results] == [2, 2]
+    assert "error: train-000001.tar: damaged (only rank 1 on " in results[0][1]
+    assert (folder / "unreadable" / "checkpoints" / "latest").read_text() == "step_00000003"
+    assert not (folder / "unreadable" / "interrupted.json").exists()
+
+
+OTHERWISE = """
+import os, sys
+from ditmoe_ds.ending import end
+from ditmoe_ds.train import main
+
+end(main(sys.argv[1:] + ["train.seed=9"] * (os.environ["RANK"] == "1")))
+"""
+
+
+def test_ranks_that_would_train_different_things(folder, recipe):
+    results = launch(2, ["-c", OTHERWISE, recipe, f"run_dir={folder / 'otherwise'}"], check=False)
+    assert [code for code, _ in results] == [2, 2] and not (folder / "otherwise").exists()
+    assert "error: not what rank 0 trains: recipe.train.seed: 0 -> 9; give all nodes the same" in results[0][1]
+    assert "(only rank 1 on " in results[0][1]
+
+
+def test_a_run_directory_that_the_nodes_do_not_share(tmp_path):
+    lock = claim(tmp_path / "one")
+    check_shared(tmp_path / "one", patience=0)
+    with pytest.raises(ConfigError, match="two': is not the directory that rank 0 sees there"):
+        check_shared(tmp_path / "two", patience=0)
+    lock.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_is_full_at_the_start(tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", tmp_path], check=True)
+    try:
+        with suppress(OSError):
+            (tmp_path / "full").write_text("x" * 9000)
+        claim(tmp_path).close()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -26,7 +26,7 @@ import torch
 from ditmoe_ds.config import build
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
-from ditmoe_ds.latents.tars import REMAKE, ShardReader, parse_text
+from ditmoe_ds.latents.tars import LEAVE_OUT, REMAKE, ShardReader, parse_text
 
 FORMAT, VERSION = "ditmoe-latents", 3
 EMPTY_TEXT = "empty.text.safetensors"
@@ -204,8 +204,7 @@ class Manifest:
         """
         reader = ShardReader(path or self.path(shard), self, shard.shape)
         if len(reader) != shard.samples:
-            fix = f"{REMAKE}, or leave it out with data.skip_shards"
-            raise DataError(f"{reader.path}: {len(reader)} samples, the manifest says {shard.samples}; {fix}")
+            raise DataError(f"{reader.path}: {len(reader)} samples, the manifest says {shard.samples}; {LEAVE_OUT}")
         return reader
 
     def empty_text(self) -> torch.Tensor:

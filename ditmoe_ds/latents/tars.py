@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # which opens the shards that it lists
     from ditmoe_ds.latents.manifest import Manifest, Text
 
 REMAKE = "delete it and manifest.json, then run ditmoe-data encode again"
+LEAVE_OUT = f"{REMAKE}, or leave it out with data.skip_shards"
 SAMPLE_LIMIT = 64 << 20  # bytes; latents of (16, 128, 128) float32 are 1 MiB, 512 text tokens of width 4096 are 4 MiB
 T = TypeVar("T")
 KEY = re.compile(r"[\w-]{1,80}", re.ASCII)
@@ -155,7 +156,7 @@ class ShardReader:
         except DataError:
             raise
         except Exception as error:  # bytes from anywhere: each parser of them fails in its own ways
-            raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {REMAKE}") from None
+            raise DataError(f"{self.path}: sample {i} at byte {start} is damaged ({error}); {LEAVE_OUT}") from None
 
     def _parse(self, raw: bytes) -> Sample:
         keys, members = set(), {}

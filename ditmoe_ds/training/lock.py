@@ -5,13 +5,13 @@ import os
 import socket
 import time
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from ditmoe_ds.errors import ConfigError
 
 
-def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
+def claim(run_dir: Path, patience: float = 180.0) -> FileIO:
     """Reserve ``run_dir`` for this process for as long as it lives. The kernel holds the lock or, on a network file system, the server, so
     that it ends with the process, however that ends; on a file system without locks nothing is reserved.
 
@@ -23,7 +23,7 @@ def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / "lock", "a+")  # noqa: SIM115, for life
+        file = open(run_dir / "lock", "a+b", buffering=0)  # noqa: SIM115, for life
     except OSError as error:
         raise ConfigError("run_dir", str(run_dir), f"cannot be written: {error.strerror}") from None
     end, told = time.monotonic() + patience, False
@@ -33,7 +33,7 @@ def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
             break
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             if time.monotonic() > end:
                 gone = f"if that host is gone for good, delete {run_dir / 'lock'}"
                 fix = f"{holder} is training there; end it, choose another directory, or, {gone}"
@@ -46,8 +46,7 @@ def claim(run_dir: Path, patience: float = 180.0) -> IO[str]:
             return file
     with suppress(OSError):  # a full disk: the lock is held all the same
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 
