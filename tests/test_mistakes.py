@@ -19,7 +19,7 @@ from models import SPARSE, random_weights
 from processes import ROOT, Ranks, launch
 
 from ditmoe_ds.distributed.topology import AgreedError, agreed
-from ditmoe_ds.distributed.weights import write_weights
+from ditmoe_ds.distributed.weights import differently_encoded, write_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError, DataError, UserError, in_a_line, some, visible
 from ditmoe_ds.latents.condition import Classes
 from ditmoe_ds.latents.loader import Batch
@@ -275,6 +275,17 @@ def test_weights_that_were_trained_on_another_vae(recipe, tmp_path, known, words
     else:
         with pytest.raises(ConfigError, match=words):
             read_plan(arguments, world=1)
+
+
+def test_how_data_can_differ_from_what_weights_were_trained_on():
+    """Hub ids have no sha256; a folder's is known, wherever it lies, unless the weights are of an earlier release."""
+    text = dict(encoder="hub/t5", max_tokens=77, sha256=None)
+    ours = dict(vae="hub/ema", vae_sha256=None, scaling_factor=1.0, text=text)
+    assert differently_encoded(ours, ours) is None and differently_encoded(ours, {}) is None
+    assert differently_encoded(ours, ours | dict(vae="hub/mse")) == "vae: hub/ema -> hub/mse"
+    assert differently_encoded(ours, ours | dict(text=text | dict(encoder="hub/flan"))) == "text.encoder: hub/t5 -> hub/flan"
+    assert differently_encoded(ours, ours | dict(text=text | dict(max_tokens=16))) == "text.max_tokens: 77 -> 16"
+    assert differently_encoded(ours, ours | dict(text=text | dict(encoder="/folder", sha256="abc"), vae="/vae", vae_sha256="d")) is None
 
 
 def test_sets_of_different_hub_vaes_are_not_mixed(recipe, tmp_path):

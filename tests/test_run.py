@@ -172,12 +172,16 @@ def test_what_is_left_is_told_in_days(monkeypatch, capsys):
 def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overrides, exact):
     """From the command line; test_shapes.py has every shape."""
     run = copy_to(straight[0], folder, f"resumed-{world}-{len(overrides)}-{exact}-{'-'.join(overrides)}".replace("=", ""), 3)
+    index = run / "checkpoints" / "step_00000003" / "index.json"
+    saved = json.loads(index.read_text())
+    index.write_text(json.dumps(saved | dict(code=saved["code"] | dict(commit="abc"))))
     output = train(recipe, world, f"run_dir={run}", *overrides)[0][1]
     assert "resumed at step 3" in output
     changed = [f"run_dir: {straight[0]} -> {run}"]
     if overrides:
         changed = ["parallel.expert: 2 -> 1", "parallel.zero_stage: 3 -> 1", *changed, "train.elastic: True -> False"]
-    assert f"\nchanged since then: {', '.join(changed)}\n" in output
+    code = f"code.commit: abc -> {source.source()['commit']}"
+    assert f"\nchanged since then: {', '.join([code, *changed])}\n" in output
     wanted, ours = metrics(straight[0]), metrics(run)
     assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
     tolerance = 0 if exact else 1e-5

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ditmoe_ds import config
 from ditmoe_ds.distributed.ema import kind
-from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.distributed.weights import differently_encoded
+from ditmoe_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from ditmoe_ds.training.plan import Plan
@@ -18,7 +19,7 @@ def check_same_run(plan: "Plan", index: dict[str, Any]) -> None:
         index: of the newest checkpoint in the run directory.
 
     Raises:
-        CheckpointError: naming what differs.
+        CheckpointError, ConfigError: naming what differs.
     """
     recipe = plan.recipe
     run_dir, before = f"run_dir={recipe.run_dir!r}", index["recipe"]
@@ -43,7 +44,22 @@ def check_same_run(plan: "Plan", index: dict[str, Any]) -> None:
             f"({index['latents']['manifest']}), or another data.mix or weight{batch}, which changes the order; "
             "choose a new run_dir and start it from these weights with model.weights"
         )
+    check_encoder(plan, index["latents"])
     decays = recipe.ema.decays
     if lost := [name for name in index["ema"]["kinds"] if name not in map(kind, decays)]:
         fix = f"the checkpoint's {', '.join(lost)} would be lost; keep its decay, or start a new run_dir"
         raise CheckpointError(f"ema.decays={list(decays)}: {fix}")
+
+
+def check_encoder(plan: "Plan", before: dict[str, Any], encoder_sha256: str | None = None) -> None:
+    """Refuse another text encoder than that of ``before``, the latents of a checkpoint or of starting weights, as far as both are known.
+
+    Args:
+        encoder_sha256: see ``Plan.describe``; None: not looked for.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    if difference := differently_encoded(plan.describe(encoder_sha256)["latents"], before):
+        fix = f"{difference} of what this run goes on from; keep its encoder and data.text_max_tokens"
+        raise ConfigError("data.text_encoder", plan.recipe.data.text_encoder, fix)

@@ -35,8 +35,8 @@ from ditmoe_ds.distributed.topology import (
     gathered,
     host_name,
 )
-from ditmoe_ds.distributed.weights import differently_encoded, of_step
-from ditmoe_ds.errors import ConfigError, UserError
+from ditmoe_ds.distributed.weights import of_step
+from ditmoe_ds.errors import UserError
 from ditmoe_ds.latents.loader import LatentLoader
 from ditmoe_ds.latents.manifest import weights_sha256
 from ditmoe_ds.models.dit import DiT
@@ -50,6 +50,7 @@ from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.lock import check_shared, claim
 from ditmoe_ds.training.network import arrange
 from ditmoe_ds.training.plan import Plan
+from ditmoe_ds.training.resume import check_encoder
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
 
@@ -104,7 +105,7 @@ class Trainer:
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
         before = saved.index if saved else plan.weights.description if plan.weights else {}
-        agreed(lambda: self._check_encoder(before.get("latents", {})))
+        agreed(lambda: check_encoder(plan, before.get("latents", {}), self.encoder_sha256))
         self.started_from = saved.index.get("started_from") if saved else decided(self._started_from)
         if saved is None:
             shards.fill(self.engine, self.shards, initial)
@@ -298,12 +299,6 @@ class Trainer:
                 begun = f"{dist.get_world_size(self.data_group)} processes, begun on {self.plan.begun_on}"
                 kept = f"the global batch stays {batch.global_batch}"
                 print(f"{begun}: train.accumulation {before} -> {batch.accumulation}, {kept}", flush=True)
-
-    def _check_encoder(self, before: dict[str, Any]) -> None:
-        """Refuse a text encoder of other weights than ``before``, the latents of the checkpoint or starting weights, had."""
-        if difference := differently_encoded(self.plan.describe(self.encoder_sha256)["latents"], before):
-            fix = f"{difference} of what this run goes on from; name the encoder that it was trained with"
-            raise ConfigError("data.text_encoder", self.plan.recipe.data.text_encoder, fix)
 
     def _callbacks(self, others: Sequence[Callback]) -> list[Callback]:
         train = self.plan.recipe.train
