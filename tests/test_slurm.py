@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -181,6 +182,15 @@ def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["launch", "slurm-array", "--workers", "2", "--out", str(tmp_path / "x"), "--", "--sourc", "folder:a", "--vea", "b"])
     assert "--vae" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_shards_are_looked_for_once_whatever_the_number_of_nodes(overrides, tmp_path, capsys, monkeypatch):
+    asked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(path.name) or stat(path, **options))
+    options = ["--nodes", "1-2", "--gpus-per-node", "0", "--processes-per-node", "2", "--dry-run"]
+    assert main(["launch", "slurm", str(ROOT / "recipes" / "digits.yaml"), *options, *overrides, f"run_dir={tmp_path / 'run'}"]) == 0
+    tars = [name for name in asked if name.endswith(".tar")]
+    assert tars and len(tars) == len(set(tars))
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,10 @@ def _slurm(arguments: argparse.Namespace) -> int:
     if int(sizes[-1]) > int(sizes[0]) * processes:  # where tasks are counted by node, sbatch asks for the tasks of the least
         fix = f"SLURM takes no more nodes than the least has processes, {int(sizes[0]) * processes}; raise the least"
         raise ConfigError("--nodes", arguments.nodes, fix)
+    share = slice(None)
     for size in range(int(sizes[0]), int(sizes[-1]) + 1):
-        plan = read_plan([arguments.recipe, *arguments.overrides], size * processes)  # now, not after a night in the queue
+        plan = read_plan([arguments.recipe, *arguments.overrides], size * processes, share=share)  # now, not after a night in the queue
+        share = slice(0)  # the shards have been looked for
     run_dir = Path(plan.recipe.run_dir).absolute()
     options = _options(
         arguments,
