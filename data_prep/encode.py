@@ -33,9 +33,9 @@ from data_prep.units import (
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.manifest import EMPTY_TEXT, Manifest, weights_sha256
 from ditmoe_ds.latents.tars import captions_of, text_names
-from ditmoe_ds.latents.text import load_text_encoder
+from ditmoe_ds.latents.text import load_text_encoder, text_width
+from ditmoe_ds.latents.vae import LatentSpace, is_hub_id, latent_space, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
-from ditmoe_ds.latents.vae import latent_space, load_vae
 from ditmoe_ds.progress import Progress
 from ditmoe_ds.rng import keyed_generator
 
@@ -112,15 +112,35 @@ def encode(
         print(f"{out}: worker {number} of {count} is done; when all are, run {then}")
 
 
+def check(source: str, vae: str, size: Sequence[images.Size], store: str, text: str | None, classes: int | None) -> None:
+    """What can be checked without loading a model, for who submits an encoding that runs later.
+
+    Hub ids are left out: a login node may have no network. A name without a slash that is no folder can be the hub id of a text encoder.
+
+    Raises:
+        ConfigError, DataError: as ``encode``.
+    """
+    open_source(source, classes=classes, wanted="captions" if text else "classes")
+    if not is_hub_id(vae):
+        _fitting_space(vae, size, store)
+    if text and not is_hub_id(text) and (Path(text).is_dir() or "/" in text):
+        text_width(text, "--text")
+
+
+def _fitting_space(vae: str, size: Sequence[images.Size], store: str) -> LatentSpace:
+    space = latent_space(vae)
+    if any(side % space.downsample for sides in size for side in sides):
+        raise ConfigError("--size", images.size_names(size), f"must be multiples of {space.downsample}, the VAE's downsampling")
+    if store != "mean" and not space.posterior:
+        raise ConfigError("--store", store, "this VAE has no posterior to draw from; use mean")
+    return space
+
+
 def _request(
     found: Source, vae: str, size: Sequence[images.Size], text: str | None, text_max_tokens: int, settings: dict[str, Any]
 ) -> Request:
     """``settings``: fields of the request that are as the user gave them."""
-    space = latent_space(vae)
-    if any(side % space.downsample for sides in size for side in sides):
-        raise ConfigError("--size", images.size_names(size), f"must be multiples of {space.downsample}, the VAE's downsampling")
-    if settings["store"] != "mean" and not space.posterior:
-        raise ConfigError("--store", settings["store"], "this VAE has no posterior to draw from; use mean")
+    space = _fitting_space(vae, size, settings["store"])
     return Request(
         source=placed(found.name),
         source_sha256=found.sha256,

@@ -1,8 +1,9 @@
 """``ditmoe-data synthesize``: a text-to-image pipeline makes images of classes, CLIP selects those that fit.
 
-OUT/request.json        how they are made
-OUT/goldfish/000.png    a class is a sub-folder, as the source folder:OUT takes it
-OUT/goldfish.jsonl      written last, so this class is done: prompt, seed, score and pipeline of each image
+OUT/request.json          how they are made
+OUT/goldfish/000000.png   a class is a sub-folder, as the source folder:OUT takes it
+OUT/goldfish.jsonl        written last, so this class is done: prompt, seed, score and pipeline of each image
+OUT/.goldfish.partial/    what is made so far of a class that is not done; a restart goes on there
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ def synthesize(
     seed: int = 0,
     worker: tuple[int, int] | None = None,
 ) -> None:
-    """Make ``per_class`` images of each class. Classes that are done are kept; worker i of n makes every n-th.
+    """Make ``per_class`` images of each class. Classes and batches that are done are kept; worker i of n makes every n-th class.
 
     Args:
         pipeline: folder or hub id of a diffusers text-to-image pipeline; safetensors only.
@@ -73,29 +76,33 @@ def synthesize(
         return
     generate, score = open_models()
     candidates = math.ceil(per_class / keep)
-    with Progress("synthesize", "images", candidates * len(todo)) as progress:
+    left = candidates * len(todo)
+    with Progress("synthesize", "images", left) as progress:
         for folder in todo:
             text = prompt.replace("{}", names[folder])
             partial = _begin(root, folder)
             scores: list[float | None] = []
             for first in range(0, candidates, batch):
                 numbers = range(first, min(first + batch, candidates))
-                generators = [keyed_generator(seed, "synthesize", folder, i) for i in numbers]
-                options = dict(generator=generators, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance)
-                try:
-                    part = generate([text] * len(numbers), **options).images
-                except ValueError as error:  # of a pipeline made for other sizes
-                    reason = in_a_line(error)
-                    raise DataError(f"--pipeline={pipeline!r}: cannot make {size} pixels in {steps} steps ({reason})") from error
-                for i, image in zip(numbers, part, strict=True):
-                    image.save(partial / f"{i:06d}.png")
-                scores += score(part, text) if score else [None] * len(part)
-                progress.update(len(part))
+                paths = [partial / f"{i:06d}.png" for i in numbers]
+                if all(path.is_file() for path in paths):  # else the whole batch is made anew: in another one, images round differently
+                    left -= len(paths)
+                    progress.total = left
+                else:
+                    generators = [keyed_generator(seed, "synthesize", folder, i) for i in numbers]
+                    options = dict(generator=generators, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance)
+                    try:
+                        part = generate([text] * len(numbers), **options).images
+                    except ValueError as error:  # of a pipeline made for other sizes
+                        reason = in_a_line(error)
+                        raise DataError(f"--pipeline={pipeline!r}: cannot make {size} pixels in {steps} steps ({reason})") from error
+                    for path, image in zip(paths, part, strict=True):
+                        _save(image, path)
+                    progress.update(len(part))
+                scores += score([Image.open(path) for path in paths], text) if score else [None] * len(paths)
             ranked = sorted(range(candidates), key=lambda i: (-(scores[i] or 0), i))
-            for i in ranked[per_class:]:
-                (partial / f"{i:06d}.png").unlink()
-            kept = sorted(ranked[:per_class])
             about = dict(prompt=text, **settings, pipeline=pipeline)
+            kept = sorted(ranked[:per_class])
             _finish(root, folder, [dict(file=f"{folder}/{i:06d}.png", number=i, score=scores[i], **about) for i in kept])
     print(f"{out}: {per_class} images of each of {len(todo)} classes")
 
@@ -117,18 +124,29 @@ def _classes(file: str) -> dict[str, str]:
 
 
 def _begin(root: Path, folder: str) -> Path:
-    """Where a class's images are written."""
+    """Where a class's images are written, with those that were made before."""
     partial = root / f".{folder}.partial"
-    for leftover in (partial, root / folder):  # of a process that was killed: the record, which is written last, is not there
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
+    shutil.rmtree(root / folder, ignore_errors=True)  # of a process that was killed just before it wrote the record
+    partial.mkdir(exist_ok=True)
     return partial
 
 
+def _save(image: Image.Image, path: Path) -> None:
+    """In one rename: what has the name is whole, also where two processes make the same image."""
+    unfinished = path.with_name(f".{socket.gethostname()}-{os.getpid()}")
+    image.save(unfinished, "PNG")
+    unfinished.replace(path)
+
+
 def _finish(root: Path, folder: str, records: list[dict[str, Any]]) -> None:
-    (root / f".{folder}.partial").rename(root / folder)
-    note = root / f".{folder}.jsonl.partial"
+    """Keep the images of the records, drop the others and what a killed process was saving."""
+    partial, note = root / f".{folder}.partial", root / f".{folder}.jsonl.partial"
+    kept = {Path(record["file"]).name for record in records}
+    for path in list(partial.iterdir()):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
     note.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.rename(root / folder)
     note.replace(root / f"{folder}.jsonl")
 
 

@@ -196,6 +196,7 @@ def test_through_the_deepspeed_launcher(recipe):
         (["data.manifest=https://me:secret@host/latents"], ["data.manifest='...@host/latents'", "~/.netrc"]),
         (["data.mix=[{{manifest: 'ftp://me:secret@host/latents'}}]"], ["data.mix[0].manifest='...@host/latents'", "user and password out"]),
         (["data.cache=/dev/null/cache"], ["data.cache='/dev/null/cache'", "cannot be made"]),
+        (["data.cache=/proc"], ["data.cache='/proc'", "or written"]),  # a folder in which not even root makes a file
         (["model.router.balance_alpha=-1"], ["model.router.balance_alpha=-1", "at least 0"]),
         (["data.text_encoder=somewhere"], ["data.text_encoder", "conditioned on classes"]),
         (["diffusion.objective=ddpm", "diffusion.time_shift=2", "train.sample_steps=50"], ["diffusion.time_shift=2", "rectified flow"]),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -173,6 +174,7 @@ def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
         ([*train, "--gpus-per-node", "-2"], "--gpus-per-node=-2: at least 0"),
         ([*train, "--gpus-per-node", "1", "--signal-seconds", "-5"], "--signal-seconds=-5: at least 1"),
         (["launch", "slurm-array", "--workers", "0", "--", "--source"], "--workers=0: at least 1"),
+        (["launch", "slurm-array", "--workers", "2", "--gpus-per-node", "8", "--", *encode], "one GPU; raise --workers"),
         (["launch", "slurm-array", "--workers", "2", "--", *encode, "--worker", "0/2"], "--worker='0/2': each task has its own"),
     ):
         assert main(arguments) == 2
@@ -180,6 +182,46 @@ def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["launch", "slurm-array", "--workers", "2", "--out", str(tmp_path / "x"), "--", "--sourc", "folder:a", "--vea", "b"])
     assert "--vae" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_shards_are_looked_for_once_whatever_the_number_of_nodes(overrides, tmp_path, capsys, monkeypatch):
+    asked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(path.name) or stat(path, **options))
+    options = ["--nodes", "1-2", "--gpus-per-node", "0", "--processes-per-node", "2", "--dry-run"]
+    assert main(["launch", "slurm", str(ROOT / "recipes" / "digits.yaml"), *options, *overrides, f"run_dir={tmp_path / 'run'}"]) == 0
+    tars = [name for name in asked if name.endswith(".tar")]
+    assert tars and len(tars) == len(set(tars))
+
+
+@pytest.mark.parametrize(
+    "mistake, says",
+    [
+        (["--source", "folder:/no/images"], "--source='folder:/no/images': no such folder"),
+        (["--vae", "/no/vae"], "vae='/no/vae': no such folder"),
+        (["--size", "33"], "--size='33x33': must be multiples of 2"),
+        (["--text", "x"], "none of 40 images has a caption"),
+        (["--source", "sample:shapes", "--text", "/no/text"], "--text='/no/text': neither a folder nor"),
+        (["--source", "sample:shapes", "--text", "VAE"], "of a transformers model"),
+    ],
+)
+def test_an_encoding_that_cannot_be_is_not_submitted(inputs, tmp_path, capsys, monkeypatch, mistake, says):
+    monkeypatch.setattr("ditmoe_ds.launching.cli.submit", lambda script: pytest.fail("submitted"))
+    vae = str(inputs / "vae")
+    right = ["--source", f"folder:{inputs / 'images'}", "--vae", vae, "--out", "latents", "--size", "32"]
+    wrong = [*right, *(vae if word == "VAE" else word for word in mistake)]
+    for options in ([], ["--dry-run"]):
+        assert main(["launch", "slurm-array", "--workers", "2", "--out", str(tmp_path / "x"), *options, "--", *wrong]) == 2
+        captured = capsys.readouterr()
+        assert says in captured.err and not captured.out
+    assert not (tmp_path / "x").exists()
+
+
+def test_hub_ids_are_left_to_the_workers(inputs, capsys):
+    """Where an array is submitted, there may be no network."""
+    for vae, text in (("owner/vae", "owner/text"), (str(inputs / "vae"), "text")):
+        words = ["--source", "sample:shapes", "--vae", vae, "--text", text, "--out", "latents"]
+        assert main(["launch", "slurm-array", "--workers", "2", "--dry-run", "--", *words]) == 0
+        assert f"--vae {vae} --text {text} " in capsys.readouterr().out
 
 
 def test_a_rendezvous_of_another_launcher_is_forgotten(tmp_path):

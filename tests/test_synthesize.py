@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from encoding import contents, word_tokenizer
 from PIL import Image
 
+from data_prep import synthesize
 from data_prep.cli import main
 from data_prep.sources import open_source
 
@@ -87,6 +88,44 @@ def test_the_best_are_kept_and_a_stopped_run_goes_on(inputs, tmp_path, capsys):
     assert main([*arguments(inputs, tmp_path / "c"), "--prompt", "a {} in {place}"]) == 0
     record = json.loads(next((tmp_path / "c").glob("*.jsonl")).read_text().splitlines()[0])
     assert record["prompt"].endswith(" in {place}")
+
+
+def test_a_class_that_was_stopped_is_not_made_anew(inputs, tmp_path, monkeypatch):
+    """Two classes of four candidates, in batches of three and one; stopped after the third batch, which then loses an image."""
+    made, load = [], synthesize._load_pipeline
+
+    def counting(path, device):
+        pipeline = load(path, device)
+
+        def generate(prompts, **options):
+            if len(made) == stop:
+                raise KeyboardInterrupt
+            made.append((prompts[0], len(prompts)))
+            return pipeline(prompts, **options)
+
+        return generate
+
+    monkeypatch.setattr(synthesize, "_load_pipeline", counting)
+    fish, cat = "a photo of a fish", "a photo of a cat"
+    stop = None
+    assert main(arguments(inputs, tmp_path / "whole")) == 0
+    assert made == [(fish, 3), (fish, 1), (cat, 3), (cat, 1)]
+    made.clear()
+    stop, out = 3, tmp_path / "out"
+    assert main(arguments(inputs, out)) == 130
+    partial = out / ".n02.partial"
+    assert sorted(path.name for path in partial.iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    made.clear()
+    stop = 1
+    (partial / ".host-1").write_bytes(b"half an image")  # of a process that was killed as it saved
+    (partial / "000001.png").unlink()
+    assert main(arguments(inputs, out)) == 130
+    assert made == [(cat, 3)], "not the whole batch, in which images round as in the first run"
+    made.clear()
+    stop = None
+    assert main(arguments(inputs, out)) == 0
+    assert made == [(cat, 1)]
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

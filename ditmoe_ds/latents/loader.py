@@ -75,7 +75,7 @@ class DataConfig:
         try:
             cache = remote.Cache(Path(self.cache), int(self.cache_gb * 1e9)) if self.cache else None
         except OSError as error:
-            raise ConfigError("data.cache", self.cache, f"cannot be made ({error.strerror})") from None
+            raise ConfigError("data.cache", self.cache, f"cannot be made or written ({error.strerror})") from None
         return LatentDataset(manifests, split, self.skip_shards if split == "train" else (), cache, shape)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,11 +87,16 @@ class Cache:
     Args:
         folder: made if it is not there.
         limit: bytes; what was asked for last is kept even if it is larger.
+
+    Raises:
+        OSError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # one that is there may be read-only, which ``file`` would take for the server's failure
+            pass
 
     def file(self, url: str, name: str, size: int, check: Callable[[Path], None], beside: str = "") -> Path:
         """The local copy, downloaded unless it is there. Another process may delete it, to make room, before it is opened.

@@ -48,6 +48,11 @@ def latent_space(path_or_id: str) -> LatentSpace:
     )
 
 
+def is_hub_id(path_or_id: str) -> bool:
+    """Whether it is a hub id, as far as its form and this machine's folders tell."""
+    return not Path(path_or_id).is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_id) is not None
+
+
 def downsampling(config: Mapping[str, Any]) -> int:
     """Image pixels per latent pixel, along one side, of the VAE with this whole config."""
     levels = config["block_out_channels"] if "block_out_channels" in config else config["encoder_block_out_channels"]
@@ -88,7 +93,7 @@ def _config(path_or_id: str) -> tuple[dict[str, Any], Any]:
     """The raw config and the class it names."""
     import diffusers  # takes seconds to import
 
-    if not Path(path_or_id).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_id):
+    if not Path(path_or_id).is_dir() and not is_hub_id(path_or_id):
         raise DataError(f"vae={path_or_id!r}: no such folder; give a diffusers folder or a hub id such as stabilityai/sd-vae-ft-ema")
     with loading(_unreadable(path_or_id)):
         config = diffusers.AutoencoderKL.load_config(path_or_id)

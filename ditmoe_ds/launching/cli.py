@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
     array = kinds.add_parser("slurm-array", help="submit ditmoe-data encode as a job array")
     array.set_defaults(command=_slurm_array)
     array.add_argument("--workers", type=int, required=True)
-    array.add_argument("--gpus-per-node", type=int, default=1, help="GPUs per worker; 0: encode on the CPU")
+    array.add_argument("--gpus-per-node", type=int, default=1, help="1, or 0 to encode on the CPU")
     array.add_argument("--cpus-per-task", type=int)
     array.add_argument("--time")
     _add_submission(array)
@@ -105,8 +105,10 @@ def _slurm(arguments: argparse.Namespace) -> int:
     if int(sizes[-1]) > int(sizes[0]) * processes:  # where tasks are counted by node, sbatch asks for the tasks of the least
         fix = f"SLURM takes no more nodes than the least has processes, {int(sizes[0]) * processes}; raise the least"
         raise ConfigError("--nodes", arguments.nodes, fix)
+    share = slice(None)
     for size in range(int(sizes[0]), int(sizes[-1]) + 1):
-        plan = read_plan([arguments.recipe, *arguments.overrides], size * processes)  # now, not after a night in the queue
+        plan = read_plan([arguments.recipe, *arguments.overrides], size * processes, share=share)  # now, not after a night in the queue
+        share = slice(0)  # the shards have been looked for
     run_dir = Path(plan.recipe.run_dir).absolute()
     options = _options(
         arguments,
@@ -133,11 +135,16 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 
 def _slurm_array(arguments: argparse.Namespace) -> int:
+    from data_prep.encode import check
+
     words = arguments.encode[1:] if arguments.encode[:1] == ["--"] else arguments.encode
     check_least(arguments, workers=1, gpus_per_node=0, cpus_per_task=1)
+    if arguments.gpus_per_node > 1:
+        raise ConfigError("--gpus-per-node", arguments.gpus_per_node, "a worker uses one GPU; raise --workers instead")
     encode = data_parser().parse_args(["encode", *words])  # now, not after a night in the queue; it ends this program if they are wrong
     if encode.worker is not None:
         raise ConfigError("--worker", "{}/{}".format(*encode.worker), "each task has its own; leave it out")
+    check(encode.source, encode.vae, encode.size, encode.store, encode.text, encode.classes)
     folder = Path(arguments.out).absolute()
     options = _options(arguments, array=f"0-{arguments.workers - 1}", output=f"{_literal(folder)}/encode-%A_%a.log")
     settings = _python(arguments) | dict(WORKERS=str(arguments.workers))
