@@ -79,6 +79,8 @@ def synthesize(
     left = candidates * len(todo)
     with Progress("synthesize", "images", left) as progress:
         for folder in todo:
+            if (root / f"{folder}.jsonl").is_file():  # another process has done it meanwhile
+                continue
             text = prompt.replace("{}", names[folder])
             partial = _begin(root, folder)
             scores: list[float | None] = []
