@@ -78,7 +78,7 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
 
 def _images(items: list[Item], size: int) -> torch.Tensor:
     """(N, 3, size, size) uint8; those that cannot be read are left out."""
-    good = [found for found in images.decode([item.image for item in items], [(size, size)]) if not isinstance(found, str)]
+    good = [found for item in items if not isinstance(found := images.decode(item.image, [(size, size)]), str)]
     return torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2) if good else torch.empty(0)
 
 

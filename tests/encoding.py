@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_prep.encode import encode
-from data_prep.images import decode as decode_images
+from data_prep.images import decode as decode_image
 from ditmoe_ds.latents.manifest import Manifest
 
 SETTINGS = {"size": ((16, 16),), "shard_size": 12, "holdout": 0.3, "batch": 4}
@@ -56,7 +56,7 @@ def samples(folder: Path, split: str) -> list:
 
 
 def pixels(item, size: int = 16) -> torch.Tensor:
-    return torch.from_numpy(decode_images([item.image], [(size, size)])[0]).permute(2, 0, 1)[None] / 127.5 - 1
+    return torch.from_numpy(decode_image(item.image, [(size, size)])).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def png(seed: int = 0, shape: tuple = (20, 24, 3)) -> bytes:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.cli import main
 from data_prep.encode import encode
 from data_prep.finalize import finalize
-from data_prep.images import decode as decode_images
+from data_prep.images import decode as decode_image
 from data_prep.sources import is_heldout, open_source
 from data_prep.units import Request, UnitWriter, claim_folder, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
@@ -69,7 +69,7 @@ def test_each_image_gets_the_size_most_like_its_own_shape(inputs, tmp_path, caps
     for item in open_source(f"folder:{inputs / 'images'}").items():
         height = Image.open(item.image).height
         nearest = (8, 32) if height < 50 * 8**-0.5 else (12, 24) if height < 50 * 2**-0.5 else (16, 16)
-        [image] = decode_images([item.image], [nearest])
+        image = decode_image(item.image, [nearest])
         assert image.shape == (*nearest, 3)
         latent = encode_mean(vae, torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)[0]
         torch.testing.assert_close(found[item.origin].tensors["latent"], latent, atol=1e-5, rtol=1e-5)
@@ -619,7 +619,7 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "request.json: is damaged")
 
     items = open_source(f"folder:{inputs / 'images'}").items()
-    train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], [(16, 16)])
+    train = [decode_image(item.image, [(16, 16)]) for item in items if not is_heldout(item.key, 0.1)]
     images = torch.from_numpy(np.stack(train)).permute(0, 3, 1, 2) / 127.5 - 1
     vae = load_vae(str(tmp_path / "v"), "cpu")
     latents = encode_mean(vae, images)
