@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from encoding import word_tokenizer
 from fidelity import gaussian, inception_weights, of_few, pictures, projections
 from fidelity_worker import PROJECTIONS, features, measure
@@ -33,14 +32,6 @@ from ditmoe_ds.evaluation.moments import frechet_distance
 ORIGINALS = json.loads((Path(__file__).parent / "fixtures" / "extractors.json").read_text())
 """``projections`` of features by the networks of torch-fidelity 0.4.0 and efficientnet-lite-pytorch 0.1.0."""
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 # the scores

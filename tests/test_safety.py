@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -293,13 +292,6 @@ def test_what_a_run_may_not_change(recipe, folder):
     ):
         with pytest.raises(CheckpointError, match=words):
             check_same_run(plan(override), index)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("allowed", [True, False])
