@@ -17,17 +17,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Ranks:
     """``python ARGUMENTS`` as ``world`` ranks."""
 
     def __init__(self, world, arguments):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         environment = os.environ | dict(
             WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
+            MASTER_PORT=str(free_port()),
             OMP_NUM_THREADS="1",
             PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
             DS_ACCELERATOR="cpu",
