@@ -91,13 +91,14 @@ def word_tokenizer(*words: str):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write_text_encoder(folder: Path, kind: str) -> None:
+def write_text_encoder(folder: Path, kind: str, words: tuple = ("a", "red", "square")) -> None:
     """A transformers folder with a tiny random model of width 12 and a tokenizer of words that ends each caption."""
     import transformers
 
-    word_tokenizer("a", "red", "square").save_pretrained(folder)
+    word_tokenizer(*words).save_pretrained(folder)
     torch.manual_seed(0)
-    size = dict(vocab_size=6, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    size = dict(hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    size["vocab_size"] = 3 + len(words)
     if kind == "clip":
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, eos_token_id=1, pad_token_id=0))
     elif kind == "bert":

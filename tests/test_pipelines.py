@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from encoding import word_tokenizer
+from encoding import write_text_encoder
 from latents import write_vae
 from models import SPARSE, random_weights
 from processes import ROOT
@@ -40,11 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """Open runs by name, made as they are asked for."""
-    transformers = pytest.importorskip("transformers")
-    word_tokenizer("a", "b").save_pretrained(folder / "encoder")
-    torch.manual_seed(0)
-    size = dict(vocab_size=5, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
-    transformers.BertModel(transformers.BertConfig(**size)).save_pretrained(folder / "encoder")
+    write_text_encoder(folder / "encoder", "bert", ("a", "b"))
     latents = dict(vae=write_vae(folder / "vae"), scaling_factor=0.9, shift_factor=0.1)
     latents["text"] = dict(encoder=str(folder / "encoder"), max_tokens=8)
     kinds = dict(flow=(SPARSE, FLOW), ddpm=(SPARSE, DDPM), text=(TEXT, FLOW))
