@@ -112,7 +112,7 @@ def rehearse(case: dict[str, Any], count: Count) -> Rehearsal:
     images = images_of(case)
     train = TrainConfig(1, images, case["accumulation"], precision=case["precision"], activation_checkpointing=case["recompute"])
     recipe = Recipe(ModelConfig(), DataConfig(""), train, "", ParallelConfig(case["stage"], case["ep"], case["tensor"]))
-    rehearsal = Rehearsal(recipe, case_model(case), TEXT, case_settings(case), count)
+    rehearsal = Rehearsal(recipe, plan_of(case).job, case_settings(case), count)
     shards.fill(rehearsal.engine, rehearsal.shards, lambda name, start, out: out.normal_(std=0.02))
     return rehearsal
 
