@@ -105,9 +105,13 @@ def until_step(run_dir, step, job=None, timeout=400):
         time.sleep(0.02)
 
 
-def losses(run_dir):
+def metrics(run_dir):
     """Of each step that a run has written."""
-    return [json.loads(line)["loss"] for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [record["loss"] for record in metrics(run_dir)]
 
 
 def demo_on(latents, steps):

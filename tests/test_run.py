@@ -16,7 +16,7 @@ import torch
 import yaml
 from latents import write_latents, write_vae
 from PIL import Image
-from processes import ROOT, launch
+from processes import ROOT, launch, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds import config, source
@@ -44,10 +44,6 @@ STEPS = 8
 
 def train(recipe, world, *overrides, check=True, timeout=600):
     return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=timeout, check=check)
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from latents import write_latents
 from models import DENSE, SPARSE, random_weights
-from processes import ROOT, launch
+from processes import ROOT, launch, losses, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds.cli import main
@@ -64,10 +64,6 @@ def recipe(folder):
 
 def train(recipe, world, *overrides, check=True):
     return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=600, check=check)
-
-
-def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +398,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(stage, routing, folder, rec
     overrides = [recipe, f"run_dir={run}", f"parallel.zero_stage={stage}", "train.steps=6", "train.precision=bf16"]
     overrides.append(f"model.routing={routing}")
     output = launch(2, ["-c", POISON, "latents", *overrides])[0][1]
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(run)
     bad = [record for record in records if "skipped" in record]
     assert 1 <= len(bad) < len(records) and [record["step"] for record in records] == list(range(1, 7))
     for record in bad:
@@ -422,7 +418,7 @@ def test_a_run_whose_steps_all_fail_stops(stage, folder, recipe):
     overrides = [recipe, f"run_dir={run}", f"parallel.zero_stage={stage}", "train.max_skipped_steps=2"]
     results = launch(2, ["-c", POISON, "gradients", *overrides], check=False)
     assert [code for code, _ in results] == [2, 2] and "train.max_skipped_steps=2" in results[0][1]
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(run)
     assert len(records) == 1 and math.isfinite(records[0]["loss"])
     assert records[0]["skipped"].startswith("first in the gradient of the output of blocks.1."), records[0]["skipped"]
 

@@ -14,7 +14,7 @@ import yaml
 from encoding import write_text_encoder
 from latents import write_latents, write_vae
 from PIL import Image
-from processes import launch
+from processes import launch, metrics
 from safetensors.torch import load_file, save_file
 
 from data_prep.shapes import CATEGORIES, COLORS, SHAPES, draw, sample, scenes, side
@@ -182,10 +182,6 @@ def recipe(folder):
 
 def train(recipe, world, *overrides, **options):
     return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=600, **options)
-
-
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
