@@ -85,6 +85,10 @@ def launch(world, arguments, timeout=600, check=True):
     return Ranks(world, arguments).wait(timeout, check=check)
 
 
+def train(recipe, world, *overrides, **options):
+    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], **options)
+
+
 def train_cases(world, cases, folder):
     """Have so many ranks of ``shapes_worker`` train cases one after the other. Returns {name: what it recorded}, and rank 0's output."""
     (folder / "cases.json").write_text(json.dumps(cases))

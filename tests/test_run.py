@@ -16,7 +16,7 @@ import torch
 import yaml
 from latents import write_latents, write_vae
 from PIL import Image
-from processes import ROOT, launch, metrics
+from processes import ROOT, launch, metrics, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds import config, source
@@ -40,10 +40,6 @@ from ditmoe_ds.training.recipe import Recipe, read_recipe
 from ditmoe_ds.training.step import Preparation
 
 STEPS = 8
-
-
-def train(recipe, world, *overrides, check=True, timeout=600):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=timeout, check=check)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from latents import write_latents
 from models import DENSE, SPARSE, random_weights
-from processes import ROOT, launch, losses, metrics
+from processes import ROOT, launch, losses, metrics, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds.cli import main
@@ -60,10 +60,6 @@ def recipe(folder):
         )
     )
     return path
-
-
-def train(recipe, world, *overrides, check=True):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=600, check=check)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import yaml
 from encoding import write_text_encoder
 from latents import write_latents, write_vae
 from PIL import Image
-from processes import launch, metrics
+from processes import metrics, train
 from safetensors.torch import load_file, save_file
 
 from data_prep.shapes import CATEGORIES, COLORS, SHAPES, draw, sample, scenes, side
@@ -178,10 +178,6 @@ def recipe(folder):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def train(recipe, world, *overrides, **options):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=600, **options)
 
 
 @pytest.fixture(scope="module")
