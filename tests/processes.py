@@ -9,10 +9,14 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+from ditmoe_ds.distributed.checkpoint import Reader
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +120,18 @@ def metrics(run_dir):
 
 def losses(run_dir):
     return [record["loss"] for record in metrics(run_dir)]
+
+
+@cache
+def state(run, step):
+    """All tensors of a checkpoint, assembled."""
+    reader = Reader(run / "checkpoints" / f"step_{step:08d}")
+    out = {}
+    for name, shape in reader.index["shapes"].items():
+        for kind in ("master", "exp_avg", "exp_avg_sq", *reader.index["ema"]["kinds"]):
+            out[kind, name] = torch.empty(torch.Size(shape).numel())
+            reader.read(kind, name, 0, out[kind, name])
+    return out
 
 
 def demo_on(latents, steps):

@@ -9,8 +9,7 @@ import yaml
 from latents import write_latents, write_vae
 from models import random_weights
 from PIL import Image
-from processes import launch, metrics, train_cases
-from test_shapes import state
+from processes import launch, metrics, state, train_cases
 
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.models.dit import DiTConfig
