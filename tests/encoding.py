@@ -71,6 +71,12 @@ def write_tar(path: Path, entries: list[dict]) -> None:
             tar.write(entry)
 
 
+def flip_bit(path: Path, place: int = 1500) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 def assert_one_line(text: str, *words: str) -> None:
     lines = [line for line in text.splitlines() if line.startswith("ditmoe-data: error: ")]
     assert len(lines) == 1 and "Traceback" not in text
