@@ -319,7 +319,7 @@ def test_hosts_that_cannot_meet(cluster):
         code, output = doctor(cluster, "host1 slots=1\nhost2 slots=999\nhost9 slots=1\n")
     finally:
         found["host2"].enter("ip", "route", "del", "prohibit", found["host1"].address)
-    left = subprocess.run(["ip", "netns", "pids", found["host1"].namespace], capture_output=True, text=True).stdout.split()
+    left = hosts.pids_in(found["host1"].namespace)
     assert not [pid for pid in left if b"launching" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # host1 was told to stop waiting
     assert code == 1
     problems = [line for line in output.splitlines() if line.startswith("PROBLEM")]
