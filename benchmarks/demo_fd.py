@@ -21,7 +21,7 @@ from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.features import summarise
 from ditmoe_ds.evaluation.images import open_images
 from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
-from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
+from ditmoe_ds.latents.vae import decode, encode, load_vae
 from ditmoe_ds.pipelines.run import open_run
 
 BATCH = 100
@@ -61,7 +61,7 @@ def main() -> None:
     seconds = time.monotonic() - start
     vae = load_vae(run.latents["vae"], run.device)
     batches = torch.from_numpy(real[training]).permute(0, 3, 1, 2).split(BATCH)
-    decoded = [decode(vae, encode_mean(vae, batch.to(run.device) / 127.5 - 1), 1.0, 0.0).cpu() for batch in batches]
+    decoded = [decode(vae, encode(vae, batch.to(run.device) / 127.5 - 1)[0], 1.0, 0.0).cpu() for batch in batches]
 
     join()
     extractor = load_extractor("efficientnet-lite0", run.device)

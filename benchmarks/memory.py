@@ -13,25 +13,18 @@ import re
 from functools import partial
 from typing import Any
 
-import torch
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from planner import case, rehearse
 from ranks import CPU, on_ranks
 from report import forget_peak, host_bytes
 
-from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
-from ditmoe_ds.distributed import shards
-from ditmoe_ds.distributed.ema import EMA, EMAConfig
-from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build
 from ditmoe_ds.distributed.memory import training_memory
-from ditmoe_ds.distributed.settings import read_ds_config
-from ditmoe_ds.distributed.topology import ParallelConfig, expert_group, join, leave
-from ditmoe_ds.models.dit import DiT, DiTConfig
-from ditmoe_ds.training.step import Prepared, compute_loss
+from ditmoe_ds.distributed.topology import join, leave
+from ditmoe_ds.planning.counting import Count
 
 WORLD = 4
-SMALL = DiTConfig(hidden=64, depth=2, heads=4, input_size=4, experts=4)
-LARGE = DiTConfig(hidden=256, depth=12, heads=4, input_size=4, experts=4)
+MODEL, SMALL, LARGE = "DiT-MoE-Nano/2-4E2A", dict(input_size=4), dict(input_size=4, hidden=256, depth=12)
 BUCKET = 2_000_000
 """reduce_bucket_size, as small against this model as 50M is against a large one."""
 GATHER = {
@@ -42,35 +35,6 @@ GATHER = {
 }
 """Whether to recompute activations, and ZeRO-3's settings."""
 ENVIRONMENT = CPU | dict(MALLOC_MMAP_THRESHOLD_="65536")  # large freed tensors go back to the system at once
-
-
-class Run:
-    """A model in training as ``training.trainer`` builds it, on random latents."""
-
-    def __init__(self, config: DiTConfig, stage: int, ep: int, precision: Any, accumulation: int, zero: dict[str, int], recompute: bool):
-        self.config, self.accumulation, self.objective = config, accumulation, make_objective(DiffusionConfig())
-        parallel, group = ParallelConfig(stage, ep), expert_group(ep)
-        settings = read_ds_config(parallel)
-        settings["zero_optimization"] |= dict(reduce_bucket_size=BUCKET, allgather_bucket_size=BUCKET) | zero
-        with torch.device("meta"):
-            model = DiT(config, ep_size=group.size)
-        model.checkpoint_activations = recompute
-        batch = BatchShape(accumulation * WORLD, accumulation, 1)
-        self.engine = build(model, parallel, OptimizerConfig(), batch, precision, settings, torch.device("cpu"))
-        self.shards = shards.collect(self.engine, group)
-        shards.fill(self.engine, self.shards, lambda name, start, out: out.normal_(std=0.02))
-        self.ema = EMA(self.shards, EMAConfig())
-        self.engine.train()
-
-    def step(self) -> None:
-        """Micro-batches of one image, the optimizer, the average."""
-        for _ in range(self.accumulation):
-            latents = torch.randn(1, 4, 4, 4)
-            zero = torch.zeros(1, dtype=torch.long)
-            batch = Prepared(latents, {"y": zero}, torch.rand(1), torch.randn_like(latents), zero, None)
-            self.engine.backward(compute_loss(self.engine, self.objective, batch, self.config).total)
-            self.engine.step()
-        self.ema.update()
 
 
 class Gathered:
@@ -101,15 +65,16 @@ def layer(name: str) -> Any:
     return int(found[1]) if found else None
 
 
-def work(stage: int, ep: int, precision: str, accumulation: int, zero: dict[str, int], recompute: bool) -> dict[str, Any]:
-    """Train on this rank and report."""
+def work(stage: int, **shape: Any) -> dict[str, Any]:
+    """Train on this rank and report. ``shape``: the rest of a ``planner.case``."""
     join()
-    run = Run(SMALL, stage, ep, precision, accumulation, zero, recompute)
+    of = partial(case, model=MODEL, world=WORLD, micro=1, bucket=BUCKET, stage=stage, **shape)
+    run = rehearse(of(fields=SMALL), Count(WORLD))
     run.step()
     del run
     forget_peak()
     before = host_bytes("VmRSS")
-    run = Run(LARGE, stage, ep, precision, accumulation, zero, recompute)
+    run = rehearse(of(fields=LARGE), Count(WORLD))
     for _ in range(3):  # ZeRO-3 learns the order of the modules before it prefetches
         run.step()
     forget_peak()
@@ -130,13 +95,13 @@ def work(stage: int, ep: int, precision: str, accumulation: int, zero: dict[str,
     return report
 
 
-def check_shards(case: dict[str, Any], reports: list[dict[str, Any]]) -> None:
+def check_shards(stage: int, ep: int, reports: list[dict[str, Any]]) -> None:
     """From stage 1 on, every element of the optimizer's state lives on one rank: experts are sharded over their replicas."""
-    for part, copies in (("expert", WORLD // case["ep"]), ("dense", WORLD)):
+    for part, copies in (("expert", WORLD // ep), ("dense", WORLD)):
         local = reports[0][f"local_{part}"]
         for report in reports:
-            part_of_it = local if case["stage"] == 0 else local / copies
-            assert abs(report[f"sharded_{part}"] - part_of_it) < 0.01 * local, (case, part, report)
+            part_of_it = local if stage == 0 else local / copies
+            assert abs(report[f"sharded_{part}"] - part_of_it) < 0.01 * local, (stage, ep, part, report)
 
 
 def main() -> None:
@@ -151,15 +116,14 @@ def main() -> None:
     if arguments.gather:
         for name, (recompute, values) in GATHER.items():
             zero = {f"stage3_{key}": value for key, value in values.items()}
-            case = partial(work, 3, 2, **common, zero=zero, recompute=recompute)
-            report, *_ = on_ranks(WORLD, case, environment=ENVIRONMENT)
+            varied = partial(work, stage=3, ep=2, **common, zero=zero, recompute=recompute)
+            report, *_ = on_ranks(WORLD, varied, environment=ENVIRONMENT)
             print(json.dumps(dict(settings=name) | report), flush=True)
     else:
         for stage in arguments.stages:
             for ep in arguments.expert:
-                case = dict(stage=stage, ep=ep, **common, zero={}, recompute=False)
-                reports = on_ranks(WORLD, partial(work, **case), environment=ENVIRONMENT)
-                check_shards(case, reports)
+                reports = on_ranks(WORLD, partial(work, stage=stage, ep=ep, **common), environment=ENVIRONMENT)
+                check_shards(stage, ep, reports)
                 dense, experts = reports[0]["local_dense"], reports[0]["local_expert"] * ep
                 formula = training_memory(dense, experts, stage, ep, WORLD, **common, bucket=BUCKET)
                 row = dict(stage=stage, ep=ep, dense=dense, experts=experts)

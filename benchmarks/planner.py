@@ -84,8 +84,8 @@ def _nbytes(tensors: Any) -> int:
 
 
 def case(**given: Any) -> dict[str, Any]:
-    """A point to plan and to measure; ``fields`` are those of the model that differ from the named one's."""
-    common = dict(tensor=1, world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000)
+    """A point to plan and to measure. ``fields`` of the model differ from the named one's; ``zero`` are more of ZeRO's settings."""
+    common = dict(tensor=1, world=2, micro=4, accumulation=1, recompute=False, precision="fp32", bucket=100_000, zero={})
     return common | given | dict(fields=dict(input_size=16) | given.get("fields", {}))
 
 
@@ -97,7 +97,7 @@ def case_settings(case: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's, with buckets as small against these models as the shipped ones are against large models."""
     settings = read_ds_config(ParallelConfig(case["stage"]))
     if case["stage"]:
-        settings["zero_optimization"] |= dict(reduce_bucket_size=case["bucket"], allgather_bucket_size=case["bucket"])
+        settings["zero_optimization"] |= dict(reduce_bucket_size=case["bucket"], allgather_bucket_size=case["bucket"]) | case["zero"]
     return settings
 
 
@@ -112,7 +112,7 @@ def rehearse(case: dict[str, Any], count: Count) -> Rehearsal:
     images = images_of(case)
     train = TrainConfig(1, images, case["accumulation"], precision=case["precision"], activation_checkpointing=case["recompute"])
     recipe = Recipe(ModelConfig(), DataConfig(""), train, "", ParallelConfig(case["stage"], case["ep"], case["tensor"]))
-    rehearsal = Rehearsal(recipe, case_model(case), TEXT, case_settings(case), count)
+    rehearsal = Rehearsal(recipe, plan_of(case).job, case_settings(case), count)
     shards.fill(rehearsal.engine, rehearsal.shards, lambda name, start, out: out.normal_(std=0.02))
     return rehearsal
 

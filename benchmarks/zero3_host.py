@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -86,7 +85,7 @@ def in_its_own_process(way: str, ranks: int) -> float:
     return float(said.stdout.splitlines()[-1])
 
 
-def main(measure: Callable[[str, int], float] = in_its_own_process) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--rounds", type=int, default=3, help="of which the least counts; the ways take turns")
@@ -99,16 +98,8 @@ def main(measure: Callable[[str, int], float] = in_its_own_process) -> None:
     page = Page(__file__, arguments.write, f"{MODEL} with width {WIDTH}, one core")
     page.table("ranks", "EP", *(f"{way}, ms" for way in WAYS))
     for ranks in arguments.ranks:
-        least = {way: min(times) for way, times in rounds(measure, ranks, arguments.rounds).items()}
-        page.row(ranks, min(16, ranks), *(f"{1e3 * seconds:.1f}" for seconds in least.values()))
-
-
-def rounds(measure: Callable[[str, int], float], ranks: int, number: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(number):
-        for way, times in found.items():
-            times.append(measure(way, ranks))
-    return found
+        rounds = [{way: in_its_own_process(way, ranks) for way in WAYS} for _ in range(arguments.rounds)]
+        page.row(ranks, min(16, ranks), *(f"{1e3 * min(each[way] for each in rounds):.1f}" for way in WAYS))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from data_prep.sources import Item, is_heldout, open_source
 from data_prep.units import NOTE, placed, read_note, refuse_another
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.images import save_pairs
-from ditmoe_ds.latents.vae import decode, encode_mean
+from ditmoe_ds.latents.vae import decode, encode
 from ditmoe_ds.progress import Progress
 
 HOLDOUT = 0.1  # as encode's default, so that the reported error is of images the VAE never saw
@@ -59,10 +59,10 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
     vae = _build(size, factor, latent_channels).to("cuda" if torch.cuda.is_available() else "cpu")
     _train(vae, train, steps, batch)
     vae.eval().requires_grad_(False)
-    latents = torch.cat([encode_mean(vae, part) for part in _batches(train)])
+    latents = torch.cat([encode(vae, part)[0] for part in _batches(train)])
     scale = 1 / latents.std().item()
     vae.register_to_config(scaling_factor=scale)
-    decoded = torch.cat([decode(vae, encode_mean(vae, part) * scale, scale, 0.0).cpu() for part in _batches(heldout)])
+    decoded = torch.cat([decode(vae, encode(vae, part)[0] * scale, scale, 0.0).cpu() for part in _batches(heldout)])
     mse = (decoded.float() - heldout.permute(0, 2, 3, 1).float()).square().mean().item() / 255**2
 
     partial = folder.with_name(folder.name + ".partial")
@@ -78,7 +78,7 @@ def fit_vae(source: str, out: str, *, size: int, factor: int, latent_channels: i
 
 def _images(items: list[Item], size: int) -> torch.Tensor:
     """(N, 3, size, size) uint8; those that cannot be read are left out."""
-    good = [found for found in images.decode([item.image for item in items], [(size, size)]) if not isinstance(found, str)]
+    good = [found for item in items if not isinstance(found := images.decode(item.image, [(size, size)]), str)]
     return torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2) if good else torch.empty(0)
 
 

@@ -54,24 +54,20 @@ def read(
             caption = captions.read(*text) if text else None
         except ValueError as error:
             image = str(error)[:200]
-        found.append((_decode(image, sizes), caption))
+        found.append((decode(image, sizes), caption))
     return found
 
 
-def decode(images: list[Path | bytes | np.ndarray | str], sizes: Sequence[Size]) -> list[np.ndarray | str]:
-    """Each image as (height, width, 3) uint8, or the reason why it cannot be used. A path or bytes are decoded; an array (h, w) or
+def decode(image: Path | bytes | np.ndarray | str, sizes: Sequence[Size]) -> np.ndarray | str:
+    """The image as (height, width, 3) uint8, or the reason why it cannot be used. A path or bytes are decoded; an array (h, w) or
     (h, w, 3) uint8 is only cropped; a string is such a reason already, and is returned.
 
     Args:
-        sizes: to choose from; an image gets the one whose aspect ratio is nearest to its own.
+        sizes: to choose from; the image gets the one whose aspect ratio is nearest to its own.
 
     Raises:
         DataError: a file cannot be read at all; that is the disk's fault and not the image's.
     """
-    return [_decode(image, sizes) for image in images]
-
-
-def _decode(image: Path | bytes | np.ndarray | str, sizes: Sequence[Size]) -> np.ndarray | str:
     if isinstance(image, str):
         return image
     if isinstance(image, Path):

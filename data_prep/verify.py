@@ -97,7 +97,7 @@ def contact_sheet(manifest: Manifest, picture: Path, source: str | None) -> floa
     originals = []
     for sample in samples:
         height, width = (side * manifest.downsample for side in sample.tensors["latent"].shape[1:])
-        found = images.decode([origins[sample.key.removesuffix(FLIP)]], [(height, width)])[0]
+        found = images.decode(origins[sample.key.removesuffix(FLIP)], [(height, width)])
         if isinstance(found, str):
             raise DataError(f"--source={source or manifest.source!r}: the image of key {sample.key!r} cannot be read ({found})")
         originals.append(torch.from_numpy(np.ascontiguousarray(found[:, ::-1] if sample.key.endswith(FLIP) else found)))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from matplotlib.patches import FancyBboxPatch
 
-from ditmoe_ds.distributed.topology import expert_group, join, leave
+from ditmoe_ds.distributed.topology import expert_group, gathered, join, leave
 
 EXPERT_PARALLEL, REPLICAS, EVERYONE = "#1f6feb", "#d9730d", "#57606a"
 
@@ -68,8 +68,7 @@ def main() -> None:
         expert_parallel=dist.get_process_group_ranks(groups._get_expert_parallel_group(name)),
         replicas=dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name)),
     )
-    ranks: list[dict] = [{}] * world.size
-    dist.all_gather_object(ranks, mine)
+    ranks = gathered(mine)
     if world.rank == 0:
         draw(ranks, arguments.out)
     leave()

@@ -1,6 +1,5 @@
 """Headless Chromium, driven over its DevTools protocol through a pipe: no driver, no port, no further package."""
 
-import base64
 import json
 import os
 import shutil
@@ -76,13 +75,6 @@ class Page:
 
     def complaints(self):
         return [e for e in self.events if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")]
-
-    def picture(self, path, height=None):
-        """Write a PNG of the page from its top, all of it or so many pixels."""
-        size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-        clip = dict(x=0, y=0, width=size["width"], height=height or size["height"], scale=1)
-        shot = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 @contextmanager

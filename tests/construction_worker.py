@@ -1,12 +1,12 @@
 """One rank that builds a model for training and measures what it cost the host. python construction_worker.py STAGE EP NAME OUT"""
 
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.report import forget_peak, host_bytes
 from ditmoe_ds.distributed import shards
 from ditmoe_ds.distributed.ema import EMA, EMAConfig
 from ditmoe_ds.distributed.engine import BatchShape, OptimizerConfig, build
@@ -16,11 +16,6 @@ from ditmoe_ds.ending import end
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import named_config
-
-
-def host_bytes(which):
-    """VmRSS now, VmHWM at the peak."""
-    return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def main():
@@ -41,8 +36,8 @@ def main():
 
     small = construct("DiT-MoE-Nano/2-4E2A")  # DeepSpeed's imports and buffers are not the model's
     del small
+    forget_peak()
     before = host_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     engine, parts, _ema = construct(name)
     peak = host_bytes("VmHWM")
     local = [(p.ds_numel if stage == 3 else p.numel()) * torch.finfo(p.dtype).bits // 8 for p in engine.module.parameters()]

@@ -33,7 +33,7 @@ def count(arguments, real):
     recipe, job = read_job(arguments, None, 12)
     counted = Count(1) if real else CountOnMeta(1)
     with torch.profiler.profile(profile_memory=True) if real else nullcontext() as profile:
-        rehearsal = Rehearsal(recipe, job.model, job.text, read_ds_config(recipe.parallel), counted)
+        rehearsal = Rehearsal(recipe, job, read_ds_config(recipe.parallel), counted)
         if real:
             shards.fill(rehearsal.engine, rehearsal.shards, lambda name, start, out: out.normal_(std=0.02))
         else:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_prep.encode import encode
-from data_prep.images import decode as decode_images
+from data_prep.images import decode as decode_image
 from ditmoe_ds.latents.manifest import Manifest
 
 SETTINGS = {"size": ((16, 16),), "shard_size": 12, "holdout": 0.3, "batch": 4}
@@ -56,7 +56,7 @@ def samples(folder: Path, split: str) -> list:
 
 
 def pixels(item, size: int = 16) -> torch.Tensor:
-    return torch.from_numpy(decode_images([item.image], [(size, size)])[0]).permute(2, 0, 1)[None] / 127.5 - 1
+    return torch.from_numpy(decode_image(item.image, [(size, size)])).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def png(seed: int = 0, shape: tuple = (20, 24, 3)) -> bytes:
@@ -69,6 +69,12 @@ def write_tar(path: Path, entries: list[dict]) -> None:
     with webdataset.TarWriter(str(path), encoder=False, mtime=0) as tar:
         for entry in entries:
             tar.write(entry)
+
+
+def flip_bit(path: Path, place: int = 1500) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def assert_one_line(text: str, *words: str) -> None:
@@ -91,13 +97,14 @@ def word_tokenizer(*words: str):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write_text_encoder(folder: Path, kind: str) -> None:
+def write_text_encoder(folder: Path, kind: str, words: tuple = ("a", "red", "square")) -> None:
     """A transformers folder with a tiny random model of width 12 and a tokenizer of words that ends each caption."""
     import transformers
 
-    word_tokenizer("a", "red", "square").save_pretrained(folder)
+    word_tokenizer(*words).save_pretrained(folder)
     torch.manual_seed(0)
-    size = dict(vocab_size=6, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    size = dict(hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    size["vocab_size"] = 3 + len(words)
     if kind == "clip":
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, eos_token_id=1, pad_token_id=0))
     elif kind == "bert":

@@ -40,6 +40,10 @@ class Host:
         return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
 
 
+def pids_in(namespace):
+    return [*map(int, subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split())]
+
+
 @contextmanager
 def hosts(folder, names=("host1", "host2"), settings=None):
     """Start them and stop them.
@@ -103,8 +107,8 @@ def hosts(folder, names=("host1", "host2"), settings=None):
         yield found, environment
     finally:
         for namespace in namespaces:
-            for pid in subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split():
-                subprocess.run(["kill", "-9", pid], check=False)
+            for pid in pids_in(namespace):
+                subprocess.run(["kill", "-9", str(pid)], check=False)
         for daemon in daemons:
             daemon.wait()
         for namespace in namespaces:

@@ -1,6 +1,5 @@
 """Exports a made-up model to every target and prints what it held: python memory_worker.py FOLDER HIDDEN DEPTH"""
 
-import ctypes
 import json
 import sys
 from dataclasses import asdict
@@ -8,15 +7,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.report import forget_peak, host_bytes
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import Weights, write_weights
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import parameter_shapes
-
-
-def memory(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
 
 def make(folder, **size):
@@ -34,9 +30,8 @@ result = make(root / "weights", hidden=int(sys.argv[2]), depth=int(sys.argv[3]))
 for target in ("safetensors", "diffusers", "reference"):
     options = ["--to", target, "--dtype", "bf16", "--out"]
     assert main(["export", str(root / "small"), *options, str(root / target / "small")]) == 0  # everything is imported
-    ctypes.CDLL(None).malloc_trim(0)  # what an earlier export freed must not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory("VmRSS")
+    forget_peak()
+    before = host_bytes("VmRSS")
     assert main(["export", str(root / "weights"), *options, str(root / target / "weights")]) == 0
-    result["peaks"][target] = memory("VmHWM") - before
+    result["peaks"][target] = host_bytes("VmHWM") - before
 print(json.dumps(result))

@@ -9,25 +9,32 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+from ditmoe_ds.distributed.checkpoint import Reader
 
 ROOT = Path(__file__).parents[1]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Ranks:
     """``python ARGUMENTS`` as ``world`` ranks."""
 
     def __init__(self, world, arguments):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         environment = os.environ | dict(
             WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
+            MASTER_PORT=str(free_port()),
             OMP_NUM_THREADS="1",
             PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
             DS_ACCELERATOR="cpu",
@@ -82,6 +89,10 @@ def launch(world, arguments, timeout=600, check=True):
     return Ranks(world, arguments).wait(timeout, check=check)
 
 
+def train(recipe, world, *overrides, **options):
+    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], **options)
+
+
 def train_cases(world, cases, folder):
     """Have so many ranks of ``shapes_worker`` train cases one after the other. Returns {name: what it recorded}, and rank 0's output."""
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -102,9 +113,25 @@ def until_step(run_dir, step, job=None, timeout=400):
         time.sleep(0.02)
 
 
-def losses(run_dir):
+def metrics(run_dir):
     """Of each step that a run has written."""
-    return [json.loads(line)["loss"] for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [record["loss"] for record in metrics(run_dir)]
+
+
+@cache
+def state(run, step):
+    """All tensors of a checkpoint, assembled."""
+    reader = Reader(run / "checkpoints" / f"step_{step:08d}")
+    out = {}
+    for name, shape in reader.index["shapes"].items():
+        for kind in ("master", "exp_avg", "exp_avg_sq", *reader.index["ema"]["kinds"]):
+            out[kind, name] = torch.empty(torch.Size(shape).numel())
+            reader.read(kind, name, 0, out[kind, name])
+    return out
 
 
 def demo_on(latents, steps):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from megatron.core import parallel_state
 
-from ditmoe_ds.distributed.topology import join, leave, tensor_place
+from ditmoe_ds.distributed.topology import gathered, join, leave, tensor_place
 from ditmoe_ds.ending import end
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import SIZES
@@ -75,8 +75,7 @@ def run(case, world):
     for module in trainer.engine.module.modules():
         if isinstance(module, layer.Router):
             module.register_forward_hook(lambda module, args, out: idle.append(bool((out[0].counts == 0).any())))
-    held = [0] * world.size
-    dist.all_gather_object(held, sum(shard.master.numel() for shard in trainer.shards if "deepspeed_experts" in shard.name))
+    held = gathered(sum(shard.master.numel() for shard in trainer.shards if "deepspeed_experts" in shard.name))
     whole = [shard for shard in trainer.shards if shard.slice is None]
     trainer.engine.train()
     records = []

@@ -9,6 +9,8 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from processes import free_port
+
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NODES = ("node1", "node2")
 
@@ -31,7 +33,7 @@ def cluster(folder):
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     nodes = "".join(
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000\n"
         for node, port in zip(NODES, ports[1:], strict=True)
@@ -86,9 +88,3 @@ def _wait(condition, folder):
         logs = [path.read_text()[-2000:] for path in folder.glob("*.log")]
         assert time.monotonic() < deadline, "\n".join(logs)
         time.sleep(0.2)
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -175,7 +175,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402 # it keeps the f
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 
 from ditmoe_ds.distributed import engine, zero3  # noqa: E402
-from ditmoe_ds.distributed.topology import join, leave  # noqa: E402
+from ditmoe_ds.distributed.topology import gathered, join, leave  # noqa: E402
 from ditmoe_ds.ending import end  # noqa: E402
 from ditmoe_ds.training import trainer  # noqa: E402
 from ditmoe_ds.training.plan import read_plan  # noqa: E402
@@ -205,8 +205,7 @@ def main():
     run = trainer.Trainer(read_plan(recipe, world.size), world)
     with Watch(), patch.object(trainer, "fetch", lambda *tensors: lambda: list(tensors)):
         run.run()
-    everyone = [None] * world.size
-    dist.all_gather_object(everyone, sorted(FOUND))
+    everyone = gathered(sorted(FOUND))
     if world.rank == 0:
         Path(file).write_text(json.dumps(everyone))
     leave()

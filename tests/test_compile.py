@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from latents import write_latents, write_vae
 from models import SPARSE, random_weights
 from PIL import Image
-from processes import demo_on, launch
+from processes import demo_on, launch, metrics
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -86,7 +85,7 @@ def test_a_compiled_run_is_the_run(tmp_path, name, stage, world):
         how += [f"train.compile={compiled}", "train.validate_every=4", "checkpoint.every=2", f"run_dir={tmp_path / directory}"]
         for until in steps:
             launch(world, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, until), *how], timeout=900)
-        return [json.loads(line) for line in (tmp_path / directory / "metrics.jsonl").read_text().splitlines()]
+        return metrics(tmp_path / directory)
 
     plain, ours, resumed = run("plain", "false", 4), run("compiled", "true", 4), run("resumed", "true", 2, 4)
     assert len(plain) == len(ours) == len(resumed) == 4

@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 from data_prep.cli import main
 from data_prep.encode import encode
 from data_prep.finalize import finalize
-from data_prep.images import decode as decode_images
+from data_prep.images import decode as decode_image
 from data_prep.sources import is_heldout, open_source
 from data_prep.units import Request, UnitWriter, claim_folder, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder
-from ditmoe_ds.latents.vae import decode, encode_mean, load_vae
+from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.latents.vae import encode as encode_images
 from ditmoe_ds.rng import keyed_generator
 
@@ -47,7 +47,7 @@ def test_latents_are_those_of_the_images(inputs, encoded):
     for item in open_source(f"folder:{inputs / 'images'}").items():
         sample, split = found.pop(item.origin)
         assert is_heldout(sample.key, SETTINGS["holdout"]) == (split == "val")
-        torch.testing.assert_close(sample.tensors["latent"], encode_mean(vae, pixels(item))[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sample.tensors["latent"], encode_images(vae, pixels(item))[0][0], atol=1e-5, rtol=1e-5)
         assert sample.meta == {"label": item.label, "class": item.origin.split("/")[0], "caption": None, "source": item.origin}
     assert not found
     train = samples(encoded, "train")
@@ -69,9 +69,9 @@ def test_each_image_gets_the_size_most_like_its_own_shape(inputs, tmp_path, caps
     for item in open_source(f"folder:{inputs / 'images'}").items():
         height = Image.open(item.image).height
         nearest = (8, 32) if height < 50 * 8**-0.5 else (12, 24) if height < 50 * 2**-0.5 else (16, 16)
-        [image] = decode_images([item.image], [nearest])
+        image = decode_image(item.image, [nearest])
         assert image.shape == (*nearest, 3)
-        latent = encode_mean(vae, torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+        latent = encode_images(vae, torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)[0][0]
         torch.testing.assert_close(found[item.origin].tensors["latent"], latent, atol=1e-5, rtol=1e-5)
     pixels = torch.cat([sample.tensors["latent"].flatten(1) for sample in samples(out, "train")], 1)
     np.testing.assert_allclose(manifest.mean, pixels.mean(1), atol=1e-5)
@@ -619,10 +619,10 @@ def test_fit_vae_saves_a_vae_that_encodes(inputs, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "request.json: is damaged")
 
     items = open_source(f"folder:{inputs / 'images'}").items()
-    train = decode_images([item.image for item in items if not is_heldout(item.key, 0.1)], [(16, 16)])
+    train = [decode_image(item.image, [(16, 16)]) for item in items if not is_heldout(item.key, 0.1)]
     images = torch.from_numpy(np.stack(train)).permute(0, 3, 1, 2) / 127.5 - 1
     vae = load_vae(str(tmp_path / "v"), "cpu")
-    latents = encode_mean(vae, images)
+    latents, _ = encode_images(vae, images)
     scale = vae.config.scaling_factor
     assert latents.shape[1:] == (3, 8, 8)
     assert (latents * scale).std().item() == pytest.approx(1, rel=1e-3)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ROOT, free_port
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.launching import arithmetic, facts, network
@@ -23,7 +24,6 @@ from ditmoe_ds.launching.doctor import _take_over
 from ditmoe_ds.launching.hosts import start
 from ditmoe_ds.launching.problems import Node, compare
 
-ROOT = Path(__file__).parents[1]
 OLD = "0.19.7"
 
 FACTS = dict(
@@ -319,7 +319,7 @@ def test_hosts_that_cannot_meet(cluster):
         code, output = doctor(cluster, "host1 slots=1\nhost2 slots=999\nhost9 slots=1\n")
     finally:
         found["host2"].enter("ip", "route", "del", "prohibit", found["host1"].address)
-    left = subprocess.run(["ip", "netns", "pids", found["host1"].namespace], capture_output=True, text=True).stdout.split()
+    left = hosts.pids_in(found["host1"].namespace)
     assert not [pid for pid in left if b"launching" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # host1 was told to stop waiting
     assert code == 1
     problems = [line for line in output.splitlines() if line.startswith("PROBLEM")]
@@ -339,11 +339,8 @@ def test_within_srun(tmp_path, tasks):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f"#!/bin/sh\nprintf 'n%s\\n' {' '.join(map(str, range(1, tasks + 1)))}\n")
     scontrol.chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     slurm = dict(SLURM_NTASKS=tasks, SLURM_LOCALID=0, SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", SLURM_JOB_ID=7, SLURM_JOB_NODELIST="n[1-3]")
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), PATH=f"{tmp_path}:{os.environ['PATH']}", MASTER_PORT=str(port))
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), PATH=f"{tmp_path}:{os.environ['PATH']}", MASTER_PORT=str(free_port()))
     patience = 60 if tasks == 2 else 10
     program = f"from ditmoe_ds.launching import network; network.RENDEZVOUS = {patience}.0; "
     program += "from ditmoe_ds.cli import run; run()"

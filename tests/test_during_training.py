@@ -1,6 +1,5 @@
 """The Fréchet distance in a run's records."""
 
-import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 import yaml
 from latents import write_latents, write_vae
-from processes import ROOT, launch
+from processes import ROOT, launch, metrics
 
 from ditmoe_ds.evaluation import during_training
 from ditmoe_ds.evaluation.extractors import load_extractor
@@ -36,10 +35,6 @@ def recipe(tmp_path_factory):
     return path
 
 
-def record(run):
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-
-
 def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     run = recipe.parent / "run"
     launch(1, ["-m", "ditmoe_ds.train", recipe])
@@ -53,8 +48,8 @@ def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     real.add(extractor.features(decode(vae, heldout.latents, scaling, opened.latents["shift_factor"]))["pool"])
     expected = frechet_distance(made.gaussian(), real.gaussian())
     assert expected > 0
-    assert record(run)["fd"] == pytest.approx(expected, rel=1e-3)
-    assert record(recipe.parent / "run-2")["fd"] == pytest.approx(expected, rel=1e-3)
+    assert metrics(run)[-1]["fd"] == pytest.approx(expected, rel=1e-3)
+    assert metrics(recipe.parent / "run-2")[-1]["fd"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_rank_decodes_its_own_pictures_and_hands_them_to_rank_0(monkeypatch):
@@ -136,8 +131,8 @@ def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
     for what in ("Fréchet distance", "sample grid"):
         assert f"no {what} of step 2: MemoryError: no memory left" in output
     assert not (run / "samples").exists()
-    assert record(run)["step"] == 2
-    assert "fd" not in record(run)
+    assert metrics(run)[-1]["step"] == 2
+    assert "fd" not in metrics(run)[-1]
 
 
 def test_a_rank_that_cannot_validate_is_named(recipe):

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from encoding import word_tokenizer
+from encoding import flip_bit, word_tokenizer
 from fidelity import gaussian, inception_weights, of_few, pictures, projections
 from fidelity_worker import PROJECTIONS, features, measure
 from PIL import Image
@@ -33,14 +32,6 @@ from ditmoe_ds.evaluation.moments import frechet_distance
 ORIGINALS = json.loads((Path(__file__).parent / "fixtures" / "extractors.json").read_text())
 """``projections`` of features by the networks of torch-fidelity 0.4.0 and efficientnet-lite-pytorch 0.1.0."""
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 # the scores
@@ -337,12 +328,6 @@ def test_a_damaged_npz_is_told_by_every_rank(tmp_path):
             list(found.batches(first, 60, 10))
 
 
-def spoil(path, place):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 255
-    path.write_bytes(content)
-
-
 def write_long_header(path):
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array(file, np.zeros((40, 8, 8, 3), np.uint8), version=(2, 0))
@@ -384,8 +369,8 @@ class Harmful:
         (write_long_header, r"no array of NumPy \(version \(2, 0\)"),
         (lie_about_size, "ends after image 0; write it again"),
         (hold_no_array, "arr_0.npy is no array of NumPy"),
-        (lambda path: spoil(path, 2000), "damaged"),
-        (lambda path: spoil(path, 0), "cannot be read"),
+        (lambda path: flip_bit(path, 2000), "damaged"),
+        (lambda path: flip_bit(path, 0), "cannot be read"),
         (lambda path: np.savez(path, np.zeros((5, 8, 8, 3), np.float32)), "float32.*uint8"),
         (lambda path: np.savez(path, np.zeros((5, 3, 8, 8), np.uint8)), r"\(5, 3, 8, 8\)"),
         (lambda path: np.savez(path, np.asfortranarray(np.zeros((5, 8, 8, 3), np.uint8))), "row by row"),

@@ -204,6 +204,19 @@ def test_an_index_that_asks_for_the_world(whole, monkeypatch):
         ShardReader(path, whole[0], SHAPE)
 
 
+def read_odd(whole, folder, parts):
+    """The sample of a shard that has these parts and no others."""
+    with webdataset.TarWriter(str(folder / "odd.tar"), encoder=False, mtime=0) as writer:  # else headers that are refused themselves
+        writer.write({"__key__": "key-0", **parts})
+        end = writer.tarstream.offset
+    np.save(index_path(folder / "odd.tar"), np.array([0, end]))
+    return ShardReader(folder / "odd.tar", whole[0], SHAPE).read(0)
+
+
+def sound_parts(tar):
+    return {m.name.partition(".")[2]: tar[m.offset_data : m.offset_data + m.size] for m in members(tar)[:4]}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -219,40 +232,23 @@ def test_an_index_that_asks_for_the_world(whole, monkeypatch):
     ],
 )
 def test_jsons_that_are_none(whole, tmp_path, content):
-    description, tar, _, _, _ = whole
-    with webdataset.TarWriter(str(tmp_path / "odd.tar"), encoder=False) as writer:
-        parts = {m.name.partition(".")[2]: tar[m.offset_data : m.offset_data + m.size] for m in members(tar)[:4]}
-        writer.write({"__key__": "key-0", **parts, "json": content})
-        end = writer.tarstream.offset
-    np.save(index_path(tmp_path / "odd.tar"), np.array([0, end]))
     with pytest.raises(DataError, match="damaged"):
-        ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
+        read_odd(whole, tmp_path, sound_parts(whole[1]) | {"json": content})
 
 
 def test_members_without_number_are_one_short_line(whole, tmp_path):
     """All ranks are told it."""
-    description = whole[0]
-    with webdataset.TarWriter(str(tmp_path / "odd.tar"), encoder=False, mtime=0) as writer:
-        writer.write({"__key__": "key-0", "json": b'{"label": 0}'} | {f"{i}{'x' * 60}": b"" for i in range(1500)})
-        end = writer.tarstream.offset
-    np.save(index_path(tmp_path / "odd.tar"), np.array([0, end]))
     with pytest.raises(DataError, match=r"x, \.\.\. of keys key-0, the manifest says latent") as caught:
-        ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
+        read_odd(whole, tmp_path, {"json": b'{"label": 0}'} | {f"{i}{'x' * 60}": b"" for i in range(1500)})
     assert len(str(caught.value)) < 3000
 
 
 @pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "C64", "U64"])
 def test_tensors_of_odd_types(whole, tmp_path, dtype):
-    description, tar, _, _, _ = whole
     header = json.dumps({"text": {"dtype": dtype, "shape": [2, WIDTH], "data_offsets": [0, 10 * 8]}}).encode()
-    parts = {m.name.partition(".")[2]: tar[m.offset_data : m.offset_data + m.size] for m in members(tar)[:4]}
-    parts["text.safetensors"] = struct.pack("<Q", len(header)) + header + bytes(10 * 8)
-    with webdataset.TarWriter(str(tmp_path / "odd.tar"), encoder=False) as writer:
-        writer.write({"__key__": "key-0", **parts})
-        end = writer.tarstream.offset
-    np.save(index_path(tmp_path / "odd.tar"), np.array([0, end]))
+    text = struct.pack("<Q", len(header)) + header + bytes(10 * 8)
     with pytest.raises(DataError, match="damaged"):
-        ShardReader(tmp_path / "odd.tar", description, SHAPE).read(0)
+        read_odd(whole, tmp_path, sound_parts(whole[1]) | {"text.safetensors": text})
 
 
 def test_keys_are_short_plain_words(tmp_path):

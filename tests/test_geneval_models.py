@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoding import contents, word_tokenizer
+from encoding import contents, word_tokenizer, write_text_encoder
 from geneval import wants, write_prompts
 from latents import write_vae
 from models import random_weights
@@ -250,14 +250,8 @@ ASKED = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, models):
     """A weights folder of a text-to-image model with random weights."""
-    import transformers
-
     root = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    words = word_tokenizer(*WORDS)
-    words.save_pretrained(root / "encoder")
-    size = dict(hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS) + 3, **size)).save_pretrained(root / "encoder")
+    write_text_encoder(root / "encoder", "bert", WORDS)
     config = DiTConfig(hidden=32, depth=2, heads=4, input_size=8, num_classes=0, text_width=12, experts=4, routing="expert")
     text = dict(encoder=str(root / "encoder"), max_tokens=12)
     latents = dict(vae=write_vae(root / "vae"), scaling_factor=0.9, shape=[4, 8, 8], text=text)

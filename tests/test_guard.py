@@ -4,19 +4,13 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ditmoe_ds.training import guard
 from ditmoe_ds.training.callbacks import _cut_after
 from ditmoe_ds.training.guard import SpikeWatch, explain
 from ditmoe_ds.training.step import Prepared
 
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def look(watch, loss, *losses):

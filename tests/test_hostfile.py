@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hosts import NETWORK, hosts, missing
+from hosts import NETWORK, hosts, missing, pids_in
 from latents import write_latents
 from processes import ROOT, demo_on, losses, until_step
 
@@ -63,9 +63,8 @@ def start(two, tmp_path):
 
 def ranks_of(host):
     """Processes of training in a host's network, by rank; a rank's loaders are not counted."""
-    pids = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True).stdout.split()
     found = {}
-    for pid in map(int, pids):
+    for pid in pids_in(host.namespace):
         process = psutil.Process(pid)
         environment = process.environ() if "ditmoe_ds.train" in process.cmdline() else {}
         if "RANK" in environment and "RANK" not in process.parent().environ():
@@ -77,11 +76,8 @@ def nobody_left(found):
     """Whether only the hosts' sshd are left, after the seconds that a loader's process needs to miss its parent."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        pids = [
-            subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True).stdout.split()
-            for host in found.values()
-        ]
-        names = {psutil.Process(int(pid)).name() for part in pids for pid in part if psutil.pid_exists(int(pid))}
+        pids = [pid for host in found.values() for pid in pids_in(host.namespace)]
+        names = {psutil.Process(pid).name() for pid in pids if psutil.pid_exists(pid)}
         if names <= {"sshd"}:
             return True
         time.sleep(0.2)
@@ -138,9 +134,8 @@ def test_a_lost_host_is_done_without(two, start, overrides, tmp_path):
     run_dir = tmp_path / "run"
     job = start(run_dir, "--max-restarts", "1", "--min-nodes", "1", *overrides)
     until_step(run_dir, 12, job)
-    pids = subprocess.run(["ip", "netns", "pids", found["host2"].namespace], capture_output=True, text=True, check=True).stdout.split()
-    for pid in pids:
-        os.kill(int(pid), signal.SIGKILL)
+    for pid in pids_in(found["host2"].namespace):
+        os.kill(pid, signal.SIGKILL)
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert f"without the lost ones: host host2: ssh cannot reach it: ssh: connect to host {NETWORK}.2" in output

@@ -96,12 +96,6 @@ def test_a_writer_that_fails_leaves_no_shard(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def index_damage(root, change):
-    path = root / "train-000000.index.npy"
-    starts = np.load(path)
-    np.save(path, change(starts))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -115,7 +109,8 @@ def index_damage(root, change):
 )
 def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
     manifest = write_values(tmp_path)
-    index_damage(tmp_path, change)
+    path = tmp_path / "train-000000.index.npy"
+    np.save(path, change(np.load(path)))
     with pytest.raises(DataError, match=message):
         LatentDataset([manifest], "train")[0]
 

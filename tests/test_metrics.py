@@ -46,9 +46,6 @@ def test_frechet_distance_of_singular_covariances():
     x, y = clouds(40, 30, 300)
     a, b = gaussian(x), gaussian(y)
     assert frechet_distance(a, b) == pytest.approx(of_few(x, y), rel=1e-9)
-    for i in range(50):  # of equals, some would be less than 0 by rounding
-        a = gaussian(torch.randn(30, 8, generator=torch.Generator().manual_seed(i)))
-        assert 0 <= frechet_distance(a, a) < 1e-9
 
 
 def test_frechet_distance_of_known_gaussians():

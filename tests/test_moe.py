@@ -28,8 +28,8 @@ def seed():
     torch.manual_seed(0)
 
 
-def layer(top_k=2, **router):
-    moe = MoE(D, E, "token", top_k, 24, 8, RouterConfig(**router))
+def layer(top_k=2, shared=8, **router):
+    moe = MoE(D, E, "token", top_k, 24, shared, RouterConfig(**router))
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return moe
@@ -93,10 +93,7 @@ def test_deepspeed_knows_the_layer():
 
 
 def test_no_shared_path():
-    moe = MoE(D, E, "token", 2, 24, 0, RouterConfig())
-    for parameter in moe.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(T, D)
+    moe, x = layer(shared=0), torch.randn(T, D)
     torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x), rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from encoding import word_tokenizer
+from encoding import write_text_encoder
 from latents import write_vae
 from models import SPARSE, random_weights
 from processes import ROOT
@@ -40,11 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """Open runs by name, made as they are asked for."""
-    transformers = pytest.importorskip("transformers")
-    word_tokenizer("a", "b").save_pretrained(folder / "encoder")
-    torch.manual_seed(0)
-    size = dict(vocab_size=5, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
-    transformers.BertModel(transformers.BertConfig(**size)).save_pretrained(folder / "encoder")
+    write_text_encoder(folder / "encoder", "bert", ("a", "b"))
     latents = dict(vae=write_vae(folder / "vae"), scaling_factor=0.9, shift_factor=0.1)
     latents["text"] = dict(encoder=str(folder / "encoder"), max_tokens=8)
     kinds = dict(flow=(SPARSE, FLOW), ddpm=(SPARSE, DDPM), text=(TEXT, FLOW))
@@ -58,22 +54,18 @@ def runs(folder):
     return opened
 
 
-def pipe_of(runs, kind):
-    return runs(kind).pipeline
-
-
 ASKED = dict(flow=[0, 1, 2], ddpm=[2, 1, 0], text=["a b", "", "b a a"])
 
 
 def test_that_captions_are_cut_is_said_once(runs, capsys):
-    pipe = pipe_of(runs, "text")
+    pipe = runs("text").pipeline
     for _ in range(3):
         pipe(["a b " * 10], num_inference_steps=1, output_type="latent")
     assert capsys.readouterr().out.count("is cut, and so are others") == 1
 
 
 def test_saved_and_loaded_in_a_fresh_process(runs, folder):
-    classes = {kind: type(pipe_of(runs, kind)).__name__ for kind in ASKED}
+    classes = {kind: type(runs(kind).pipeline).__name__ for kind in ASKED}
     assert classes == dict(flow="DiTMoEPipeline", ddpm="DiTMoEPipeline", text="ECDiTPipeline")
     script = f"""
 import torch
@@ -85,17 +77,17 @@ for kind, asked in {ASKED!r}.items():
     torch.save(pipe(asked, num_inference_steps=4, generator=random, output_type="pt").images, "out-" + kind)
 """
     for kind in ASKED:
-        pipe_of(runs, kind).save_pretrained(folder / f"saved-{kind}", max_shard_size="50KB")
+        runs(kind).pipeline.save_pretrained(folder / f"saved-{kind}", max_shard_size="50KB")
         assert len(list((folder / f"saved-{kind}" / "transformer").glob("*.safetensors"))) > 1
     assert not list(folder.rglob("*.bin"))
     told = diffusers_weights(folder / "saved-text").description["latents"]["text"]
-    assert (told["encoder"], told["max_tokens"]) == (None, pipe_of(runs, "text").config.max_tokens)
+    assert (told["encoder"], told["max_tokens"]) == (None, runs("text").pipeline.config.max_tokens)
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "not expected" not in done.stderr  # diffusers, of a config that does not fit its class
     for kind, asked in ASKED.items():
-        ours = pipe_of(runs, kind)(asked, num_inference_steps=4, generator=generators(0, 1, 2), output_type="pt").images
+        ours = runs(kind).pipeline(asked, num_inference_steps=4, generator=generators(0, 1, 2), output_type="pt").images
         theirs = torch.load(folder / f"out-{kind}", weights_only=True)
         assert ours.shape == (3, 3, 32, 32) and 0 <= ours.min() < ours.max() <= 1
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
@@ -103,7 +95,7 @@ for kind, asked in {ASKED!r}.items():
 
 
 def test_outputs(runs):
-    pipe = pipe_of(runs, "flow")
+    pipe = runs("flow").pipeline
     out = {
         kind: pipe([1, 2], num_inference_steps=2, generator=generators(3, 4), output_type=kind).images
         for kind in ("pil", "np", "pt", "latent")
@@ -127,7 +119,7 @@ def test_outputs(runs):
 
 @pytest.mark.parametrize("kind", ["flow", "text"])
 def test_sizes(runs, kind):
-    pipe, asked = pipe_of(runs, kind), ASKED[kind][:1]
+    pipe, asked = runs(kind).pipeline, ASKED[kind][:1]
     settings = dict(num_inference_steps=2, output_type="pt")
     wide = pipe(asked, height=16, width=48, generator=generators(3), **settings).images
     noise = torch.randn(1, 4, 4, 12, generator=generators(3)[0])
@@ -145,7 +137,7 @@ def test_sizes(runs, kind):
 
 @pytest.mark.parametrize("kind,sampler", [("flow", "euler"), ("ddpm", "ddpm"), ("text", "unipc")])
 def test_an_image_depends_on_its_own_generator(runs, kind, sampler):
-    pipe = pipe_of(runs, kind)
+    pipe = runs(kind).pipeline
     pipe.scheduler = make_scheduler(pipe.transformer.diffusion, sampler)
     how = dict(num_inference_steps=4, output_type="latent")
     together = pipe(ASKED[kind], generator=generators(5, 6, 7), **how).images
@@ -162,7 +154,7 @@ def test_an_image_depends_on_its_own_generator(runs, kind, sampler):
 @pytest.mark.parametrize("kind", ["flow", "ddpm"])
 def test_schedulers_are_swapped_as_diffusers_does_it(runs, kind):
     """With steps enough, all that solve the equation end at one image; the ancestral sampler does not."""
-    pipe = pipe_of(runs, kind)
+    pipe = runs(kind).pipeline
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     known = SCHEDULERS[pipe.transformer.diffusion.objective]
     ends = {}
@@ -177,8 +169,6 @@ def test_schedulers_are_swapped_as_diffusers_does_it(runs, kind):
 
 
 def test_what_training_fixed_is_not_a_schedulers_to_change():
-    import diffusers
-
     flow = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, use_dynamic_shifting=True)
     assert torch.equal(scheduled(flow, FLOW, 4).sigmas, scheduled(make_scheduler(FLOW), FLOW, 4).sigmas)
     ddim = fitted(diffusers.DDIMScheduler(rescale_betas_zero_snr=True), DDPM)
@@ -186,7 +176,7 @@ def test_what_training_fixed_is_not_a_schedulers_to_change():
 
 
 def test_a_scheduler_of_another_kind_is_refused(runs):
-    pipe = pipe_of(runs, "flow")
+    pipe = runs("flow").pipeline
     for wrong in (diffusers.DDIMScheduler(), diffusers.EulerDiscreteScheduler()):
         pipe.scheduler = wrong
         with pytest.raises(ConfigError, match="rectified_flow: use FlowMatchEuler"):
@@ -198,7 +188,7 @@ def test_a_scheduler_of_another_kind_is_refused(runs):
 
 
 def test_callbacks_and_the_progress_bar(runs, capfd):
-    pipe = pipe_of(runs, "flow")
+    pipe = runs("flow").pipeline
     how = dict(num_inference_steps=5, generator=generators(0), output_type="latent")
     seen = []
 
@@ -228,7 +218,7 @@ def test_callbacks_and_the_progress_bar(runs, capfd):
 
 
 def test_dtypes(runs):
-    pipe = pipe_of(runs, "text")
+    pipe = runs("text").pipeline
     how = dict(num_inference_steps=2, output_type="np")
     whole = pipe(["a"], generator=generators(0), **how).images
     pipe.to(torch.bfloat16)
@@ -268,7 +258,7 @@ def test_the_halves_do_not_compete(config):
 @pytest.mark.parametrize("channels", [None, 2])
 def test_guidance_within_an_interval(runs, channels):
     """By hand: Euler steps, of which those with 0.5 <= t <= 0.8 are guided, in all channels or the first two."""
-    pipe = pipe_of(runs, "flow")
+    pipe = runs("flow").pipeline
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     where = dict(guidance_interval=(0.5, 0.8), guided_channels=channels)
     out = pipe([0, 1], num_inference_steps=5, guidance_scale=4.0, **where, latents=z, output_type="latent").images

@@ -16,7 +16,7 @@ import torch
 import yaml
 from latents import write_latents, write_vae
 from PIL import Image
-from processes import ROOT, launch
+from processes import ROOT, launch, metrics, state, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe_ds import config, source
@@ -40,14 +40,6 @@ from ditmoe_ds.training.recipe import Recipe, read_recipe
 from ditmoe_ds.training.step import Preparation
 
 STEPS = 8
-
-
-def train(recipe, world, *overrides, check=True, timeout=600):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=timeout, check=check)
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +96,6 @@ def copy_to(straight, folder, name, step):
             shutil.rmtree(path)
     (run / "checkpoints" / "latest").write_text(f"step_{step:08d}")
     return run
-
-
-def tensors(run, step):
-    """All tensors of a checkpoint, assembled."""
-    reader = checkpoint.Reader(run / "checkpoints" / f"step_{step:08d}")
-    out = {}
-    for name, shape in reader.index["shapes"].items():
-        for kind in ("master", *reader.index["ema"]["kinds"], "exp_avg", "exp_avg_sq"):
-            out[kind, name] = torch.empty(torch.Size(shape).numel())
-            reader.read(kind, name, 0, out[kind, name])
-    return out
 
 
 def test_a_start_compiles_nothing(folder, recipe, monkeypatch):
@@ -189,8 +170,8 @@ def test_resumed_run_is_the_straight_run(straight, folder, recipe, world, overri
         for key in ("loss", "grad_norm", "balance_loss"):
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=0), (a["step"], key)
     assert ours[-1]["val_loss"] == pytest.approx(wanted[-1]["val_loss"], rel=tolerance, abs=0)
-    theirs = tensors(straight[0], STEPS)
-    for key, value in tensors(run, STEPS).items():
+    theirs = state(straight[0], STEPS)
+    for key, value in state(run, STEPS).items():
         if exact:
             assert torch.equal(value, theirs[key]), key
         else:
@@ -203,8 +184,8 @@ def test_bf16_resumes_exactly(folder, recipe):
     train(recipe, 2, *overrides)
     run = copy_to(folder / "bf16", folder, "bf16-resumed", 3)
     train(recipe, 2, *overrides[:2], f"run_dir={run}")
-    wanted = tensors(folder / "bf16", STEPS)
-    assert all(torch.equal(value, wanted[key]) for key, value in tensors(run, STEPS).items())
+    wanted = state(folder / "bf16", STEPS)
+    assert all(torch.equal(value, wanted[key]) for key, value in state(run, STEPS).items())
 
 
 @pytest.mark.slow
@@ -216,7 +197,7 @@ def test_steps_may_be_raised(straight, folder, recipe):
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == kept
     assert checkpoint.CheckpointConfig(every=1, keep=2, keep_every=4).most(10) == 4  # step 8 is the third newest, and stays
     assert checkpoint.CheckpointConfig(every=4, keep=1).most(10) == 2  # the last, and the one before while it is written
-    before, after = tensors(run, 8), tensors(run, 9)
+    before, after = state(run, 8), state(run, 9)
     for name in (name for kind, name in before if kind == "master"):  # the new average began at the weights of step 8
         warm = 9 / 18
         torch.testing.assert_close(after["ema_0.99", name], warm * before["master", name] + (1 - warm) * after["master", name])
@@ -242,7 +223,7 @@ def test_ema_is_the_average_of_the_weights(straight, decay):
     init_weights(model, seed=0)
     average = {name: parameter.detach().flatten().double() for name, parameter in model.named_parameters()}
     for step in range(1, STEPS + 1):
-        saved = tensors(straight[0], step)
+        saved = state(straight[0], step)
         now = min(decay, step / (9 + step))
         average = {name: now * value + (1 - now) * saved["master", name].double() for name, value in average.items()}
     for name, value in average.items():
@@ -258,7 +239,7 @@ def test_each_step_is_adamws_by_the_recipe(straight, recipe):
     before = {("master", name): parameter.detach().flatten() for name, parameter in model.named_parameters()}
     before |= {(kind, name): torch.zeros_like(before["master", name]) for kind in ("exp_avg", "exp_avg_sq") for _, name in [*before]}
     for record in metrics(straight[0]):
-        step, after, squares = record["step"], tensors(straight[0], record["step"]), 0.0
+        step, after, squares = record["step"], state(straight[0], record["step"]), 0.0
         for name, _ in model.named_parameters():
             mean, square, master = (after[kind, name].double() for kind in ("exp_avg", "exp_avg_sq", "master"))
             gradient = (mean - its.beta1 * before["exp_avg", name]) / (1 - its.beta1)
@@ -283,7 +264,7 @@ def test_the_first_step_is_of_what_the_recipe_draws(straight, recipe):
     batch = next(loader)
     loader.close()
     assert metrics(straight[0])[0]["loss"] == pytest.approx((batch.noise - batch.latents).square().mean().item(), rel=1e-5)
-    assert tensors(straight[0], STEPS)["exp_avg", "y_embed.table.weight"].view(11, -1)[10].any()
+    assert state(straight[0], STEPS)["exp_avg", "y_embed.table.weight"].view(11, -1)[10].any()
 
 
 def test_validation_is_by_the_average_at_fixed_times(straight, recipe):
@@ -482,8 +463,8 @@ def test_offload_trains_as_without_and_resumes_exactly(straight, folder, recipe,
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     run = copy_to(folder / f"offload{stage}", folder, f"offload{stage}-resumed", 5)
     train(recipe, 2, f"run_dir={run}", *overrides, timeout=900)
-    wanted = tensors(folder / f"offload{stage}", STEPS)
-    assert all(torch.equal(value, wanted[key]) for key, value in tensors(run, STEPS).items())
+    wanted = state(folder / f"offload{stage}", STEPS)
+    assert all(torch.equal(value, wanted[key]) for key, value in state(run, STEPS).items())
 
 
 def test_rmsprop_begins_at_rest(folder, recipe):

@@ -6,15 +6,13 @@ Processes are expensive to start, so one group per world size runs all cases tha
 """
 
 import json
-from functools import cache
 
 import pytest
 import torch
 import yaml
 from latents import write_latents
-from processes import ROOT, train_cases
+from processes import ROOT, state, train_cases
 
-from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.engine import BatchShape
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.models.sizes import describe, named_config
@@ -264,15 +262,3 @@ def test_passes_of_a_step(accumulation, processes, world, passes):
     batch = cut_batch(TrainConfig(1, 192, accumulation), world, processes)
     assert batch == BatchShape(192, passes, 192 // passes // world)
     assert world == processes or batch.micro <= 192 // processes // accumulation
-
-
-@cache
-def state(run, step):
-    """All tensors of a checkpoint, assembled."""
-    reader = Reader(run / "checkpoints" / f"step_{step:08d}")
-    out = {}
-    for name, shape in reader.index["shapes"].items():
-        for kind in ("master", "exp_avg", "exp_avg_sq", *reader.index["ema"]["kinds"]):
-            out[kind, name] = torch.empty(torch.Size(shape).numel())
-            reader.read(kind, name, 0, out[kind, name])
-    return out

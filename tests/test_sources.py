@@ -21,7 +21,7 @@ from data_prep.ahead import ahead
 from data_prep.cli import main
 from data_prep.finalize import finalize
 from data_prep.images import crop
-from data_prep.images import decode as decode_images
+from data_prep.images import decode as decode_image
 from data_prep.sources import is_heldout, open_source, safe_key
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote
@@ -222,7 +222,7 @@ def test_images_stand_as_the_camera_was_held(tmp_path):
     for way in range(1, 9):
         entries = struct.pack(">HHIHxx", 0x0112, 3, 1, way) + struct.pack(">HHI4s", 0x011A, 2, 4, b"odd")  # a resolution that is none
         turned.save(tmp_path / f"{way}.png", exif=b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4))
-    ways = decode_images([tmp_path / f"{way}.png" for way in range(1, 9)], [(16, 16)])
+    ways = [decode_image(tmp_path / f"{way}.png", [(16, 16)]) for way in range(1, 9)]
     assert (ways[5] == picture).all()  # turned by 90 degrees clockwise
     for image, wanted in zip(ways, upright(np.asarray(turned))):
         assert (image == wanted).all()
@@ -246,7 +246,7 @@ def test_images_of_each_format_are_turned_once(form, options):
         stream, exif = io.BytesIO(), Image.Exif()
         exif[0x0112] = way
         Image.fromarray(plain).save(stream, form, exif=exif, **options)
-        assert (decode_images([stream.getvalue()], [(16, 16)])[0] == wanted).all(), way
+        assert (decode_image(stream.getvalue(), [(16, 16)]) == wanted).all(), way
 
 
 def upright(plain: np.ndarray) -> list[np.ndarray]:
@@ -328,11 +328,11 @@ def test_images_that_cannot_be_used_have_a_reason(monkeypatch):
         png(0, (500, 1, 3)),
         b"%!PS-Adobe-3.0",
     ]
-    good, *reasons = decode_images(images, [(16, 16)])
+    good, *reasons = (decode_image(image, [(16, 16)]) for image in images)
     assert good.shape == (16, 16, 3)
     words = ["truncated", "empty file", "not an image", "more than 8 bits", "DecompressionBomb", "too narrow", "not an image"]
     assert [word for word, reason in zip(words, reasons) if word not in reason] == []
-    assert reasons == decode_images(images, [(16, 16)])[1:]
+    assert reasons == [decode_image(image, [(16, 16)]) for image in images[1:]]
 
 
 @pytest.mark.parametrize("turn", [1, -1])
@@ -349,7 +349,7 @@ def test_images_are_resized_as_adm_does(turn):
 def test_transparent_pixels_are_white():
     stream = io.BytesIO()
     Image.new("RGBA", (20, 20), (10, 20, 30, 0)).save(stream, "png")
-    assert (decode_images([stream.getvalue()], [(16, 16)])[0] == 255).all()
+    assert (decode_image(stream.getvalue(), [(16, 16)]) == 255).all()
 
 
 def test_bad_images_are_left_out_and_listed(inputs, tmp_path):
@@ -387,7 +387,7 @@ def test_the_last_bad_image_is_named_and_the_share_repeated(inputs, tmp_path, ca
 
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
-        decode_images([tmp_path / "gone.png"], [(16, 16)])
+        decode_image(tmp_path / "gone.png", [(16, 16)])
 
 
 def test_what_is_no_file_of_an_image_has_a_reason(tmp_path, monkeypatch):
@@ -395,7 +395,7 @@ def test_what_is_no_file_of_an_image_has_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.images.MEMBER_LIMIT", 1000)
     (tmp_path / "device.png").symlink_to("/dev/null")
     (tmp_path / "large.png").write_bytes(bytes(1001))
-    found = decode_images([tmp_path / "device.png", tmp_path / "large.png"], [(16, 16)])
+    found = [decode_image(tmp_path / name, [(16, 16)]) for name in ("device.png", "large.png")]
     assert found == ["device.png is no regular file", "large.png has more than 1000 bytes"]
 
 
@@ -437,7 +437,7 @@ def test_digits():
     assert (source.images, source.units, len({item.key for item in items})) == (5000, 5, 5000)
     assert np.bincount([item.label for item in items]).tolist() == [500] * 10
     assert not any(item.image[:2].any() for item in items) and max(item.image.max() for item in items) == 255
-    assert (decode_images([items[700].image], [(32, 32)])[0] == items[700].image[..., None]).all()
+    assert (decode_image(items[700].image, [(32, 32)]) == items[700].image[..., None]).all()
     assert 400 < sum(is_heldout(item.key, 0.1) for item in items) < 600
 
 
@@ -450,4 +450,4 @@ def test_emoji():
     dove = items["emoji-1f54a"]
     assert (dove.caption, source.class_names[dove.label]) == ("dove", "Animals & Nature") and "CC-BY 4.0" in dove.origin
     assert items["emoji-1f385-1f3ff"].caption == "father christmas, dark skin"
-    assert decode_images([dove.image], [(64, 64)])[0].shape == (64, 64, 3)
+    assert decode_image(dove.image, [(64, 64)]).shape == (64, 64, 3)

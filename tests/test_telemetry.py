@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from latents import write_latents
-from processes import demo_on, launch
+from processes import demo_on, launch, metrics
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,7 +56,7 @@ def test_a_run_says_where_its_time_goes_and_leaves_a_trace(tmp_path):
     latents = write_latents(tmp_path / "latents", train=64)
     run_dir = tmp_path / "run"
     launch(2, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, 7), f"run_dir={run_dir}", "profile=true"])
-    steps = [json.loads(line)["seconds"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["seconds"] for record in metrics(run_dir)]
     for seconds in steps:
         waits = seconds is not steps[-1]  # for the next step's samples
         parts = [seconds[part] for part in ("data", "forward", "backward", "optimizer", "ema")]

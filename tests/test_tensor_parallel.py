@@ -1,8 +1,6 @@
 """Tensor parallelism changes no number: the curve, norm and state of a run are those of one process, whatever else cuts the model."""
 
-import json
 import math
-from functools import cache
 
 import numpy as np
 import pytest
@@ -11,9 +9,8 @@ import yaml
 from latents import write_latents, write_vae
 from models import random_weights
 from PIL import Image
-from processes import launch, train_cases
+from processes import launch, metrics, state, train_cases
 
-from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.models.dit import DiTConfig
 from ditmoe_ds.models.sizes import describe as size_of
@@ -210,7 +207,7 @@ def test_pictures_and_distances_while_training(folder, start):
         ]
         launch(world, ["-m", "ditmoe_ds.train", folder / "recipe.yaml", *overrides])
         picture = torch.from_numpy(np.array(Image.open(run / "samples" / "step_00000002.png"))).float()
-        found.append((picture, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["fd"]))
+        found.append((picture, metrics(run)[-1]["fd"]))
     (picture, distance), (ours, our_distance) = found
     assert picture.std() > 1 and (picture - ours).abs().max() <= 1
     assert our_distance == pytest.approx(distance, rel=1e-3)
@@ -230,18 +227,6 @@ def test_eight_processes_and_forty_layers(folder, start):
         assert [record[key] for record in straight] == pytest.approx([record[key] for record in base], rel=1e-5)
         assert [record[key] for record in rest] == [record[key] for record in straight[HALF:]]
     assert straight[-1]["loss"] != straight[HALF]["loss"]
-
-
-@cache
-def state(run, step):
-    """All tensors of a checkpoint, assembled."""
-    reader = Reader(run / "checkpoints" / f"step_{step:08d}")
-    out = {}
-    for name, shape in reader.index["shapes"].items():
-        for kind in ("master", "exp_avg", "exp_avg_sq", *reader.index["ema"]["kinds"]):
-            out[kind, name] = torch.empty(torch.Size(shape).numel())
-            reader.read(kind, name, 0, out[kind, name])
-    return out
 
 
 @pytest.mark.parametrize("cut", [Cut(0, (8, 4, 4)), Cut(1, (6,)), Cut(2, (2, 8)), Cut(1, (4, 2))])

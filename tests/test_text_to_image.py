@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from encoding import word_tokenizer
+from encoding import write_text_encoder
 from latents import write_latents, write_vae
 from PIL import Image
-from processes import launch
+from processes import metrics, train
 from safetensors.torch import load_file, save_file
 
 from data_prep.shapes import CATEGORIES, COLORS, SHAPES, draw, sample, scenes, side
@@ -162,11 +162,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(folder):
     """Two processes, ZeRO-3, EP 2, rmsprop, masks; text is encoded as it is needed."""
-    transformers = pytest.importorskip("transformers")
-    word_tokenizer("a", "b").save_pretrained(folder / "encoder")
-    torch.manual_seed(0)
-    size = dict(vocab_size=5, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
-    transformers.BertModel(transformers.BertConfig(**size)).save_pretrained(folder / "encoder")
+    write_text_encoder(folder / "encoder", "bert", ("a", "b"))
     latents = write_latents(folder / "latents", train=44, val=7, vae=write_vae(folder / "vae"), shape=(4, 8, 4), text=6)
     tree = dict(
         model=dict(name="EC-DIT-Nano-4E"),
@@ -182,14 +178,6 @@ def recipe(folder):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def train(recipe, world, *overrides, **options):
-    return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], timeout=600, **options)
-
-
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

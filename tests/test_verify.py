@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from encoding import assert_one_line, contents, png, run_encode, samples, write_tar
+from encoding import assert_one_line, contents, flip_bit, png, run_encode, samples, write_tar
 from latents import write_latents
 from PIL import Image
 from processes import ROOT
@@ -28,10 +28,7 @@ from ditmoe_ds.latents.vae import load_vae
 def test_verify_finds_one_flipped_bit(inputs, tmp_path, capsys):
     run_encode(inputs, tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
-    shard = tmp_path / "out" / "train-000000.tar"
-    raw = bytearray(shard.read_bytes())
-    raw[1500] ^= 1
-    shard.write_bytes(raw)
+    flip_bit(tmp_path / "out" / "train-000000.tar")
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 2
     assert_one_line(capsys.readouterr().err, "train-000000.tar", "sha256")
@@ -70,9 +67,7 @@ def test_verify_names_the_first_damage(workers, tmp_path, capsys, monkeypatch):
     assert main(["verify", out, "--workers", workers]) == 0
     assert "intact, 500 training and 20 held-out samples" in capsys.readouterr().out
     for name in ("val-000000.tar", "train-000020.tar", "train-000019.tar"):
-        raw = bytearray((tmp_path / "out" / name).read_bytes())
-        raw[1500] ^= 1
-        (tmp_path / "out" / name).write_bytes(raw)
+        flip_bit(tmp_path / "out" / name)
     assert main(["verify", out, "--workers", workers]) == 2
     assert_one_line(capsys.readouterr().err, "train-000019.tar", "sha256")
 
@@ -212,10 +207,7 @@ def test_a_vae_that_was_changed_meanwhile_is_refused(inputs, tmp_path, capsys):
 
 
 def test_a_subset_of_damaged_samples_is_refused(inputs, tmp_path, capsys):
-    shard = run_encode(inputs, tmp_path / "out") / "train-000000.tar"
-    raw = bytearray(shard.read_bytes())
-    raw[1500] ^= 1
-    shard.write_bytes(raw)
+    flip_bit(run_encode(inputs, tmp_path / "out") / "train-000000.tar")
     assert main(["subset", str(tmp_path / "out"), "--fraction", "0.9", "--out", str(tmp_path / "some")]) == 2
     assert_one_line(capsys.readouterr().err, "train-000000.tar", "sha256")
     assert not (tmp_path / "some").exists()

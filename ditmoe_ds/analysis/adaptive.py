@@ -84,7 +84,6 @@ def adaptive(run: Run, prompts: list[str], out: Path) -> dict[str, Path]:
     """
     images, takers = sample_with_takers(run, prompts, steps=STEPS, guidance=3.0)
     files = {name: out / name for name in ("adaptive.json", "adaptive_time.png", "adaptive_layer.png")}
-    number = torch.arange(takers.shape[-2] * takers.shape[-1])
     spread = takers.flatten(3).double()
     report = dict(
         step=run.step,
@@ -92,7 +91,7 @@ def adaptive(run: Run, prompts: list[str], out: Path) -> dict[str, Path]:
         experts=run.model.config.experts,
         layers=list(run.model.config.sparse_layers),
         experts_per_token=spread.mean().item(),
-        tokens=len(number),
+        tokens=spread.shape[3],
         untaken=(spread == 0).double().mean((2, 3)).tolist(),
         most=spread.amax((2, 3)).tolist(),
         std=spread.std(3).mean(2).tolist(),

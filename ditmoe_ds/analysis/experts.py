@@ -14,7 +14,7 @@ from ditmoe_ds.moe.layer import RoutedExperts
 from ditmoe_ds.pipelines.run import Run
 
 
-def lift(together: Tensor, tokens: int, distinct: bool, rounds: int = 500) -> Tensor:
+def lift(together: Tensor, tokens: int, distinct: bool) -> Tensor:
     """How many times as often as their loads alone imply two experts take the same token.
 
     Args:
@@ -32,7 +32,7 @@ def lift(together: Tensor, tokens: int, distinct: bool, rounds: int = 500) -> Te
     if distinct:
         wanted = seen.sum(2)
         factor = wanted.sqrt()
-        for _ in range(rounds):  # proportional fitting, damped: row and column are one factor
+        for _ in range(500):  # proportional fitting, damped: row and column are one factor
             row = factor * (factor.sum(1, keepdim=True) - factor)
             factor = factor * (wanted / row.clamp(min=1e-300)).sqrt()
         expected = factor[:, :, None] * factor[:, None]

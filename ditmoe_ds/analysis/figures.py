@@ -5,7 +5,6 @@ import html
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,10 +25,6 @@ def picture(png: bytes, label: str, kind: str = "photo", ratio: float | None = N
     return f'<img class="{kind}" alt="{html.escape(label)}"{style} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def photo(path: Path, label: str) -> str:
-    return picture(path.read_bytes(), label)
-
-
 def heat(values: Tensor, low: float, high: float, label: str, colors: str = DIVERGING, ratio: float | None = None) -> str:
     """(rows, columns) as colours from ``low`` to ``high``, NaN as grey; ``ratio``: width over height, by default of square cells."""
     share = np.ma.masked_invalid((values.double().numpy() - low) / (high - low))
@@ -46,7 +41,7 @@ def scale(low: str, middle: str, high: str, colors: str = DIVERGING) -> str:
     return f'<div class="scale"><div style="background:linear-gradient(90deg,{",".join(stops)})"></div><p>{words}</p></div>'
 
 
-def panels(content: Sequence[tuple[str, str]], width: int = 150) -> str:
+def panels(content: Sequence[tuple[str, str]], width: int) -> str:
     """Titled figures beside each other, as many as fit."""
     items = "".join(f"<div><h4>{html.escape(title)}</h4>{figure}</div>" for title, figure in content)
     return f'<div class="panels" style="--panel:{width}px">{items}</div>'

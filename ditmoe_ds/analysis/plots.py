@@ -20,20 +20,18 @@ def plot_shares(share: Tensor, axis: str, numbers: Sequence[int], path: Path) ->
     height = -(-layers // columns)
     figure, panels = plt.subplots(height, columns, figsize=(2.1 * columns + 0.8, 1.9 * height + 0.5), squeeze=False, layout="constrained")
     uniform = 1 / experts
-    image = None
     for layer, panel in enumerate(panels.flat):
         if layer >= layers:
             panel.axis("off")
             continue
-        image = panel.imshow(share[layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * uniform, interpolation="nearest")
+        panel.imshow(share[layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * uniform, interpolation="nearest")
         panel.set_title(f"layer {numbers[layer]}", fontsize=8)
         panel.set_xticks([0, rows - 1], ["0", "1"] if axis == "timestep" else ["0", str(rows - 1)], fontsize=7)
         panel.set_yticks(range(experts) if experts <= 8 else [0, experts - 1])
         panel.tick_params(labelsize=7)
     figure.supxlabel(LABELS[axis], fontsize=9)
     figure.supylabel("expert", fontsize=9)
-    assert image is not None
-    bar = figure.colorbar(image, ax=panels, shrink=0.8, ticks=[0, uniform, 2 * uniform])
+    bar = figure.colorbar(panels.flat[0].images[0], ax=panels, shrink=0.8, ticks=[0, uniform, 2 * uniform])
     bar.ax.set_yticklabels(["0", f"{uniform:.2f} (uniform)", f">= {2 * uniform:.2f}"], fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)

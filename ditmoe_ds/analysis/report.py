@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from ditmoe_ds.analysis.figures import hint, photo
+from ditmoe_ds.analysis.figures import hint, picture
 from ditmoe_ds.analysis.sections import SECTIONS
 from ditmoe_ds.analysis.summary import Numbers
 
@@ -23,14 +23,11 @@ def write_report(path: Path, title: str, numbers: Numbers, facts: dict[str, str]
         facts: of the run, for the top of the page.
         pictures: what ``adaptive`` drew, if it did.
     """
-    parts: dict[str, str] = {}
-    for name, section in SECTIONS.items():
-        if content := section(numbers):
-            parts[name] = content
+    parts = {name: content for name, section in SECTIONS.items() if (content := section(numbers))}
     if pictures:
         parts["Compute on sampled images"] = hint(
             "A row per prompt: its image, then the experts that take each token. Red is twice the mean and more, white the mean, blue none."
-        ) + "".join(f"<h3>{html.escape(title)}</h3>{photo(pictures[name], title)}" for name, title in PICTURES.items())
+        ) + "".join(f"<h3>{html.escape(title)}</h3>{picture(pictures[name].read_bytes(), title)}" for name, title in PICTURES.items())
     numbered = list(enumerate(parts.items(), 1))
     page = Template((files("ditmoe_ds.analysis") / "report.html").read_text()).substitute(
         title=html.escape(title),

@@ -36,10 +36,10 @@ class Tensors:
     read: Callable[[str, int, Tensor], None]
     """``read(name, start, out)`` fills ``out`` (1-D) with the elements of the flattened tensor from ``start`` on."""
 
-    def tensor(self, name: str) -> Tensor:
-        """One whole tensor, fp32."""
-        out = torch.empty(self.shapes[name])
-        self.read(name, 0, out.view(-1))
+    def tensor(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """One whole tensor, fp32; or its elements from ``start`` on, as many as a tensor of this shape has."""
+        out = torch.empty(self.shapes[name] if shape is None else shape)
+        self.read(name, start, out.view(-1))
         return out
 
 

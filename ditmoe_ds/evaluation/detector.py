@@ -74,13 +74,9 @@ def _shape(mask: np.ndarray) -> str | None:
     if not 0.6 < height / width < 1 / 0.6:
         return None
     stretched = np.array(Image.fromarray(mask).resize((GRID, GRID), Image.Resampling.NEAREST))
-    overlaps = {shape: _overlap(stretched, template) for shape, template in _templates().items()}
+    overlaps = {shape: (stretched & template).sum() / (stretched | template).sum() for shape, template in _templates().items()}
     best = max(overlaps, key=lambda shape: overlaps[shape])
     return best if overlaps[best] >= OVERLAP else None
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a & b).sum() / (a | b).sum())
 
 
 @functools.lru_cache

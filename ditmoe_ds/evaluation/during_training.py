@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ditmoe_ds.distributed.topology import gathered
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
@@ -74,9 +74,7 @@ class FrechetDistance:
                 moments.add(self.extractor.features(images)["pool"])
             except Exception as error:  # out of memory, for one: the others still need this rank to sample theirs
                 failed = f"{type(error).__name__}: {error}"
-        found: list[str | None] = [None] * trainer.world.size
-        dist.all_gather_object(found, failed)
-        first = next(filter(None, found), None)
+        first = next(filter(None, gathered(failed)), None)
         if first and trainer.world.rank == 0:
             print(f"no Fréchet distance of step {trainer.step}: {first}", flush=True)
         return None if first else moments.gaussian()

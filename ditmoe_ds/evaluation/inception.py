@@ -28,7 +28,7 @@ class Inception(nn.Module):
         self.Mixed_5b = _block_35(192, 32)
         self.Mixed_5c = _block_35(256, 64)
         self.Mixed_5d = _block_35(288, 64)
-        self.Mixed_6a = Block(288, halve, [[C("branch3x3", 384, 3)], _thrice_3x3(64, 96)])
+        self.Mixed_6a = Block(288, halve, [[C("branch3x3", 384, 3)], THRICE_3X3])
         self.Mixed_6b = _block_17(128)
         self.Mixed_6c = _block_17(160)
         self.Mixed_6d = _block_17(160)
@@ -81,6 +81,9 @@ class C(NamedTuple):
     kernel: int | tuple[int, int]
 
 
+THRICE_3X3 = [C("branch3x3dbl_1", 64, 1), C("branch3x3dbl_2", 96, 3), C("branch3x3dbl_3", 96, 3)]
+
+
 def average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
@@ -130,13 +133,9 @@ class Block(nn.Module):
         return torch.cat([*outputs, self.branch_pool(pooled) if self.pooled else pooled], 1)
 
 
-def _thrice_3x3(first: int, others: int) -> list[C]:
-    return [C("branch3x3dbl_1", first, 1), C("branch3x3dbl_2", others, 3), C("branch3x3dbl_3", others, 3)]
-
-
 def _block_35(inputs: int, pooled: int) -> Block:
     """Of 35 x 35 positions."""
-    branches = [[C("branch1x1", 64, 1)], [C("branch5x5_1", 48, 1), C("branch5x5_2", 64, 5)], _thrice_3x3(64, 96)]
+    branches = [[C("branch1x1", 64, 1)], [C("branch5x5_1", 48, 1), C("branch5x5_2", 64, 5)], THRICE_3X3]
     return Block(inputs, average, branches, pooled=pooled)
 
 

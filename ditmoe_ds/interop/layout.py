@@ -61,16 +61,10 @@ def disassemble(weights: Weights, layout: Layout, dtype: torch.dtype) -> list[En
     for name, pieces in layout.items():
         offset = 0
         for key, shape in pieces:
-            entries.append(Entry(key, dtype, shape, partial(_piece, weights, name, offset, shape)))
+            entries.append(Entry(key, dtype, shape, partial(weights.tensor, name, offset, shape)))
             offset += math.prod(shape)
         assert offset == math.prod(weights.shapes[name]), name
     return entries
-
-
-def _piece(weights: Weights, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-    out = torch.empty(shape)
-    weights.read(name, start, out.view(-1))
-    return out
 
 
 def from_memory(tensors: dict[str, Any]) -> Tensors:

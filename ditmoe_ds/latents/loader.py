@@ -316,9 +316,9 @@ class LatentLoader:
 
     def __next__(self) -> Any:
         item = next(self._iterator)
-        if isinstance(item, _Failure):
+        if isinstance(item, UserError):
             self.close()
-            raise item.error
+            raise item
         return item
 
     def close(self) -> None:
@@ -338,7 +338,7 @@ class _Batches(Dataset):
             batch = collate([self._visit(*visit) for visit in zip(epochs.tolist(), samples.tolist())], epochs, samples)
             return _shared(self.prepare(batch) if self.prepare else batch)
         except UserError as error:  # as a value: an exception would arrive with the worker's traceback around it
-            return _Failure(error)
+            return error
 
     def _visit(self, epoch: int, i: int) -> Latent:
         """Sample ``i`` as this epoch sees it: with a latent drawn from the posterior, if that is stored, and one of its captions first."""
@@ -350,12 +350,6 @@ class _Batches(Dataset):
             one = int(torch.randint(count, (), generator=keyed_generator(self.seed, "caption", epoch, i)))
             sample = sample._replace(captions=sample.captions[one:], texts=sample.texts[one:])
         return sample
-
-
-class _Failure(NamedTuple):
-    """What a worker hands over in place of a batch."""
-
-    error: UserError
 
 
 def _shared(batch: T) -> T:

@@ -116,11 +116,6 @@ def encode(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     return (found, None) if isinstance(found, torch.Tensor) else (found.mean, found.std)
 
 
-def encode_mean(vae: Any, images: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1] to unscaled latents (B, C, h, w), the posterior's mean where there is one."""
-    return encode(vae, images)[0]
-
-
 @torch.no_grad()
 def decode(vae: Any, latents: torch.Tensor, scaling_factor: float, shift_factor: float) -> torch.Tensor:
     """Scaled latents (B, C, h, w) to images (B, H, W, 3) uint8."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 BLOCK = 1024
 """Columns of a row that one program handles."""
-SUM_BLOCK, SUM_WARPS = 1024, 2
-"""Of ``_sum_takings``: columns, and warps of a program."""
+SUM_WARPS = 2
+"""Of a program of ``_sum_takings``."""
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -63,8 +63,7 @@ def sum_takings(rows: Tensor, weights: Tensor | None, listed: Tensor, found: Ten
     """
     out = rows.new_empty(len(listed), rows.shape[1])
     if len(out):
-        grid = len(out), triton.cdiv(out.shape[1], SUM_BLOCK)
-        _sum_takings[grid](rows, weights, listed, found, out, out.shape[1], listed.shape[1], SUM_BLOCK, num_warps=SUM_WARPS)
+        _sum_takings[_grid(out)](rows, weights, listed, found, out, out.shape[1], listed.shape[1], BLOCK, num_warps=SUM_WARPS)
     return out
 
 

@@ -39,11 +39,6 @@ class _Pipeline(DiffusionPipeline):
     def conditioner(self) -> Conditioner:
         raise NotImplementedError
 
-    def _set_up(self, components: dict[str, Any], settings: dict[str, Any]) -> None:
-        self.register_modules(**components)
-        self.register_to_config(**settings)
-        self._interrupt = False
-
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W), where no size is asked for."""
@@ -155,8 +150,8 @@ class DiTMoEPipeline(_Pipeline):
         latent_shape: Sequence[int] | None = None,
     ):
         super().__init__()
-        settings = dict(scaling_factor=scaling_factor, shift_factor=shift_factor, latent_shape=latent_shape)
-        self._set_up(dict(transformer=transformer, scheduler=scheduler, vae=vae), settings)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor, latent_shape=latent_shape)
 
     @property
     def conditioner(self) -> Conditioner:
@@ -193,9 +188,8 @@ class ECDiTPipeline(_Pipeline):
         latent_shape: Sequence[int] | None = None,
     ):
         super().__init__()
-        settings = dict(scaling_factor=scaling_factor, shift_factor=shift_factor, latent_shape=latent_shape, max_tokens=max_tokens)
-        parts = dict(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self._set_up(parts, settings)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor, latent_shape=latent_shape, max_tokens=max_tokens)
 
     @cached_property
     def conditioner(self) -> Conditioner:

@@ -65,7 +65,7 @@ def dry_run(where: str, arguments: list[str]) -> None:
     if plan.shape.stage in (1, 2):
         rank = max(range(plan.groups), key=lambda group: (plan.gradients[group], group)) * plan.shape.tensor
     with fake_world(rank, cluster.world):
-        rehearsal = Rehearsal(recipe, job.model, job.text, read_ds_config(recipe.parallel), count, job.sides)
+        rehearsal = Rehearsal(recipe, job, read_ds_config(recipe.parallel), count)
         balance(rehearsal.engine.module)
         rehearsal.step()  # ZeRO-3 learns the order of the layers
         gc.collect()

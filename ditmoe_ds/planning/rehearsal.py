@@ -15,8 +15,9 @@ from ditmoe_ds.distributed.ema import EMA
 from ditmoe_ds.distributed.engine import build
 from ditmoe_ds.distributed.topology import data_group, expert_group
 from ditmoe_ds.distributed.zero3 import OnTheirWay
-from ditmoe_ds.models.dit import DiT, DiTConfig
+from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.planning.counting import GATHERED, Count
+from ditmoe_ds.planning.job import Job
 from ditmoe_ds.training.network import arrange
 from ditmoe_ds.training.plan import begun_on, cut_batch, last_index
 from ditmoe_ds.training.recipe import Recipe
@@ -27,23 +28,19 @@ class Rehearsal:
     """Runs on the CPU, or without memory if ``count`` is a ``CountOnMeta``. Weights are not initialised.
 
     Args:
-        model: of the recipe, fitted to its data.
-        text: tokens of a caption, for models with text.
+        job: of the recipe.
         ds_config: what ``read_ds_config`` returned.
-        sides: rows and columns of a latent; None for a square of the model's ``input_size``.
     """
 
-    def __init__(
-        self, recipe: Recipe, model: DiTConfig, text: int, ds_config: dict[str, Any], count: Count, sides: tuple[int, int] | None = None
-    ):
-        self.recipe, self.config, self.text, self.count = recipe, model, text, count
-        self.sides = sides or (model.input_size, model.input_size)
+    def __init__(self, recipe: Recipe, job: Job, ds_config: dict[str, Any], count: Count):
+        self.recipe, self.config, self.text, self.count = recipe, job.model, job.text, count
+        self.sides = job.sides or (job.model.input_size, job.model.input_size)
         train, self.objective = recipe.train, make_objective(recipe.diffusion)
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
         processes = dist.get_world_size(data_group())
         self.batch = cut_batch(train, processes, begun_on(recipe, processes, last_index(recipe)), recipe.parallel.tensor)
         with torch.device("meta"):
-            net = DiT(model, ep_size=group.size)
+            net = DiT(job.model, ep_size=group.size)
         arrange(net, recipe)
         with count:
             count.kind = "buffers"  # all but what is named below

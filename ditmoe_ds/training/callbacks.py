@@ -138,7 +138,8 @@ class SampleGrid:
             if failed := next((part for part in everyone if isinstance(part, str)), None):
                 raise RuntimeError(failed)
             images = [everyone[i % ranks][i // ranks] for i in range(train.sample_images)]  # as they were shared out
-            self._save(trainer, torch.from_numpy(np.stack(images)))
+            columns = min(10, trainer.plan.model.num_classes or 10, train.sample_images)
+            save_grid(torch.from_numpy(np.stack(images)), trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png", columns)
         except Exception as error:  # a full disk, for one: no reason to stop a run
             print(f"no sample grid of step {trainer.step}: {error}", flush=True)
 
@@ -149,11 +150,6 @@ class SampleGrid:
             return [decode(self.vae, one[None], manifest.scaling_factor, manifest.shift_factor)[0].cpu().numpy() for one in latents]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-
-    def _save(self, trainer: "Trainer", images: torch.Tensor) -> None:
-        plan = trainer.plan
-        path = trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png"
-        save_grid(images, path, columns=min(10, plan.model.num_classes or 10, plan.recipe.train.sample_images))
 
 
 class Checkpoints:

@@ -54,10 +54,8 @@ def geneval(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     """Everything that can be refused is opened before pictures are made."""
-    import torch.distributed as dist
-
     from ditmoe_ds.diffusion.sampling import make_scheduler, scheduled
-    from ditmoe_ds.distributed.topology import agreed, decided
+    from ditmoe_ds.distributed.topology import agreed, decided, gathered
     from ditmoe_ds.distributed.weights import locate
     from ditmoe_ds.evaluation.extractors import tensors_sha256
     from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
@@ -107,8 +105,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     mine = pictures[world.rank :: world.size]
     with Progress("score", "prompts", len(mine), shown=world.rank == 0) as progress:
         verdicts = agreed(lambda: score(folder, progress.over(mine), detector, colors, limits))
-    shares: list[Any] = [None] * world.size
-    dist.all_gather_object(shares, verdicts)
+    shares = gathered(verdicts)
     if world.rank == 0:
         together = sorted((verdict for share in shares for verdict in share), key=lambda verdict: verdict["filename"])
         how = dict(
