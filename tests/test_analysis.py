@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -487,13 +488,17 @@ def test_a_run_of_others_sends_no_request(folder):
         analyze(opened(TOKEN, manifest="http://127.0.0.1:1/latents"), folder, folder / "none")
 
 
-def test_other_data(folder, latents, capsys):
+def test_other_data(folder, latents, capsys, monkeypatch):
     moved = random_weights(TOKEN, latents=dict(class_names=["a", "<b>", "c"]))[1]
     write_weights(folder / "moved", moved)
     assert main(["analyze", str(folder / "moved"), "--out", str(folder / "given")]) == 2
     assert "--dataset=None" in capsys.readouterr().err
     assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--out", "/dev/null/out"]) == 2
     assert "--out='/dev/null/out': cannot be written: Not a directory" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # as of another user's folder
+        assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--out", str(folder / "given")]) == 2
+        assert "given': cannot be written by this user" in capsys.readouterr().err and not list((folder / "given").iterdir())
     assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--samples", "4", "--out", str(folder / "given")]) == 0
     assert "routing.json" in capsys.readouterr().out
     with pytest.raises(DataError):

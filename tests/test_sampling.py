@@ -370,6 +370,18 @@ def test_what_a_kill_at_the_end_leaves_is_deleted(tmp_path):
     assert target.begin(dict(guidance=20.0), 1) == [] and not target.folder.exists()
 
 
+def test_a_set_is_written_where_its_own_folder_may_be(weights, tmp_path, monkeypatch, capsys):
+    """The folder above may be another user's."""
+    out, npz = tmp_path / "mine", tmp_path / "mine.npz"
+    monkeypatch.setattr(os, "access", lambda path, mode: path == out)
+    command = ["sample", weights["rectified_flow"], "--num", "1", "--steps", "1", "--out"]
+    for place in (out, npz):
+        assert main([*command, str(place)]) == 2
+        assert f"--out='{tmp_path}': cannot be written by this user" in capsys.readouterr().err
+    out.mkdir()
+    assert main([*command, str(out)]) == 0
+
+
 def test_mistakes(weights, folder, capsys):
     path = weights["rectified_flow"]
     (folder / "other").mkdir()
