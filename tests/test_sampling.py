@@ -23,7 +23,7 @@ from processes import Ranks, launch
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import open_weights, write_weights
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.pipelines import many as many_of
 from ditmoe_ds.pipelines.many import Target, sample_many
 from ditmoe_ds.pipelines.parts import save_png
@@ -360,6 +360,19 @@ def test_pictures_of_an_npz_that_nothing_describes_are_not_taken(tmp_path):
         target.description.write_text(content)
         with pytest.raises(ConfigError, match="set.json does not say what is there"):
             target.begin(dict(guidance=1.0), 2)
+
+
+def test_an_image_that_cannot_be_packed_is_named(tmp_path):
+    """As a power cut leaves it; without it the set goes on."""
+    target = Target(tmp_path / "set.npz")
+    target.begin({}, 2)
+    for number in range(2):
+        save_png(target.image(number), torch.zeros(2, 2, 3, dtype=torch.uint8))
+    target.image(1).write_bytes(b"")
+    with pytest.raises(DataError, match=r"set.npz.parts/000001.png cannot be read; remove it and start again"):
+        target.pack(2, None)
+    target.image(1).unlink()
+    assert target.begin({}, 2) == [1]
 
 
 def test_what_a_kill_at_the_end_leaves_is_deleted(tmp_path):
