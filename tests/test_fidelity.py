@@ -483,7 +483,7 @@ def test_scores_that_cannot_be_written_are_printed(tmp_path, capsys):
     (tmp_path / "precision-recall.json").mkdir()
     command = ["eval", "precision-recall", made, "--reference", real, "--extractor", "efficientnet-lite0", "--out", str(tmp_path)]
     assert main(command) == 2
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
     said, error = capsys.readouterr()
     assert "recall " in said and "precision-recall.json: Is a directory" in error
 
