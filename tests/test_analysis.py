@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,7 +330,8 @@ def runs(folder, latents):
     """A weights folder of each router, with records of a training."""
     made = {}
     for name, network in (("token", TOKEN), ("expert", EXPERT), ("dense", replace(DENSE, learn_variance=False))):
-        told = dict(manifest=latents, class_names=["a", "<b>", "c"], scaling_factor=0.9, shape=[4, 8, 8])
+        told = dict(manifest=latents, class_names=["a", "<b>", "c"], scaling_factor=0.9, shift_factor=0.0, shape=[4, 8, 8])
+        told["vae_sha256"] = "a" * 64
         write_weights(folder / name, random_weights(network, latents=told)[1])
         lines = [json.dumps(record) for record in records(len(network.sparse_layers) or 1)]
         (folder / name / "metrics.jsonl").write_text("\n".join(lines))
@@ -353,12 +355,21 @@ def test_numbers(reports):
     )
     torch.testing.assert_close(shares["timestep"].mean(1), torch.tensor(token["load"]))
     assert token["layers"] == [0, 1] and expert["layers"] == [1] and token["samples"] == 20
-    assert torch.tensor(token["entropy"]).shape == (2, 10) and token["fixed"] == [] and expert["fixed"] == ["timestep", "class"]
+    torch.testing.assert_close(torch.tensor(token["entropy"]), torch.special.entr(shares["timestep"]).sum(-1) / math.log(2))
+    assert token["fixed"] == [] and expert["fixed"] == ["timestep", "class"]
     assert all(len(values) == 3 for values in token["information"]["class"].values())  # two layers and their mean
     assert token["takers"]["std"] == [[0.0] * 10] * 2 and max(expert["takers"]["std"][0]) > 0
     assert token["experts_per_token"] == expert["experts_per_token"] == 2.0
     maps = torch.tensor(expert["takers_by_position"])
     assert maps.shape == (1, 16) and maps.mean().item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("network", [TOKEN, EXPERT], ids=["token", "expert"])
+def test_pairs_are_expected_as_the_router_makes_them(network, latents):
+    run, samples = opened(network), batch(latents, 5)
+    counted = count_takings(run, samples, TIMES)
+    told = summary_of.summary(run, counted, (4, 4), samples.labels, 2)["lift"]
+    torch.testing.assert_close(told, lift(counted.together, 5 * TIMES * 16, distinct=network is TOKEN), equal_nan=True)
 
 
 def test_in_less_memory(runs, reports, folder):
@@ -411,8 +422,11 @@ def test_records_are_read_whatever_became_of_the_run(tmp_path):
     """Skipped steps have no loss; the last line of a run that goes on, or was killed, may not be whole."""
     file = tmp_path / "metrics.jsonl"
     assert read_metrics(file) == []
-    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "skipped": 1}\n{"step": 3, "loss": 1.5}\n{"step": 4, "lo')
-    assert [record["step"] for record in read_metrics(file)] == [1, 3]
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "skipped": 1}\n{"step": 3, "loss": 1.5}\n')
+    for cut in ('{"step": 4, "lo', '{"step": 4, "loss": 1.5, "router": {}'):
+        with file.open("a") as end:
+            end.write(cut + "\n")
+        assert [record["step"] for record in read_metrics(file)] == [1, 3]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium (apt install chromium)")
@@ -448,15 +462,22 @@ def test_the_report_in_a_browser(reports):
         ("token", ["--dataset", "SHAPE"], "shape ((4, 4, 4),), the model was trained with (4, 8, 8)"),
         ("token", ["--dataset", "CLASSES"], "num_classes: 5, the model was trained with 3"),
         ("token", ["--dataset", "NAMES"], "class_names: ['0', '1', '2'], the model was trained with ['a', '<b>', 'c']"),
+        ("token", ["--dataset", "SHIFT"], "not encoded as what the model was trained on: shift_factor: 0.0 -> 0.5; encode it alike"),
+        ("token", ["--dataset", "VAE"], f"vae_sha256: {'a' * 64} -> {'b' * 64}"),
         ("token", ["--samples", "1"], "--samples=1"),
         ("token", ["--dataset", "URL"], "is behind a URL; copy the folder here"),
         ("token", ["--prompt", "a"], "takes classes"),
     ],
 )
 def test_mistakes(runs, folder, which, options, message, capsys):
-    other = dict(SHAPE=dict(shape=(4, 4, 4), classes=3), CLASSES=dict(classes=5), NAMES=dict(classes=3))
+    other = dict(SHAPE=dict(shape=(4, 4, 4), classes=3), CLASSES=dict(classes=5)) | {
+        word: dict(classes=3) for word in ("NAMES", "SHIFT", "VAE")
+    }
     options = [write_latents(folder / word, train=4, val=4, **other[word]) if word in other else word for word in options]
     options = [Path(write_latents(folder / word, train=4, val=4)).as_uri() if word == "URL" else word for word in options]
+    for word, change in dict(SHIFT=dict(shift_factor=0.5), VAE=dict(vae_sha256="b" * 64)).items():
+        if (folder / word).exists():
+            replace(Manifest.load(folder / word), **change).save()
     assert main(["analyze", str(runs[which]), "--out", str(folder / "none"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (folder / "none").exists()
@@ -467,13 +488,17 @@ def test_a_run_of_others_sends_no_request(folder):
         analyze(opened(TOKEN, manifest="http://127.0.0.1:1/latents"), folder, folder / "none")
 
 
-def test_other_data(folder, latents, capsys):
+def test_other_data(folder, latents, capsys, monkeypatch):
     moved = random_weights(TOKEN, latents=dict(class_names=["a", "<b>", "c"]))[1]
     write_weights(folder / "moved", moved)
     assert main(["analyze", str(folder / "moved"), "--out", str(folder / "given")]) == 2
     assert "--dataset=None" in capsys.readouterr().err
     assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--out", "/dev/null/out"]) == 2
     assert "--out='/dev/null/out': cannot be written: Not a directory" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # as of another user's folder
+        assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--out", str(folder / "given")]) == 2
+        assert "given': cannot be written by this user" in capsys.readouterr().err and not list((folder / "given").iterdir())
     assert main(["analyze", str(folder / "moved"), "--dataset", latents, "--samples", "4", "--out", str(folder / "given")]) == 0
     assert "routing.json" in capsys.readouterr().out
     with pytest.raises(DataError):

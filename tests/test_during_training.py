@@ -1,6 +1,6 @@
 """The Fréchet distance in a run's records."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +28,7 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fd")
     latents = write_latents(folder / "latents", val=SAMPLES, vae=write_vae(folder / "vae"))
     train = dict(steps=2, global_batch=8, precision="fp32", validate_every=0, sample_every=0, tensorboard=False)
-    fd = dict(fd_every=2, fd_samples=SAMPLES, sample_steps=3, guidance=1.5)
+    fd = dict(fd_every=2, fd_samples=SAMPLES, sample_steps=3, guidance=1.5, optimizer=dict(lr=0.03, warmup_steps=0))
     path = folder / "recipe.yaml"
     data = dict(manifest=latents, workers=0)
     path.write_text(yaml.safe_dump(dict(model=dict(name="DiT-MoE-Nano/2-4E2A"), data=data, train=train | fd, run_dir=str(folder / "run"))))
@@ -39,17 +39,38 @@ def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     run = recipe.parent / "run"
     launch(1, ["-m", "ditmoe_ds.train", recipe])
     launch(2, ["-m", "ditmoe_ds.train", recipe, f"run_dir={run}-2", "parallel.expert=2", "parallel.zero_stage=3"])
-    opened = open_run(run)
     extractor = load_extractor("efficientnet-lite0")
-    vae, scaling = opened.pipeline.vae, opened.latents["scaling_factor"]
-    made, real = Moments(1280), Moments(1280)
-    heldout = _heldout(opened.latents["manifest"])
-    made.add(extractor.features(opened.sample(heldout.labels.tolist(), steps=3, guidance=1.5))["pool"])
-    real.add(extractor.features(decode(vae, heldout.latents, scaling, opened.latents["shift_factor"]))["pool"])
-    expected = frechet_distance(made.gaussian(), real.gaussian())
-    assert expected > 0
+
+    def distance(opened):
+        made, real = Moments(1280), Moments(1280)
+        vae, scaling, heldout = opened.pipeline.vae, opened.latents["scaling_factor"], _heldout(opened.latents["manifest"])
+        made.add(extractor.features(opened.sample(heldout.labels.tolist(), steps=3, guidance=1.5))["pool"])
+        real.add(extractor.features(decode(vae, heldout.latents, scaling, opened.latents["shift_factor"]))["pool"])
+        return frechet_distance(made.gaussian(), real.gaussian())
+
+    expected = distance(open_run(run))
+    assert expected > 0 and distance(open_run(run, "master")) != pytest.approx(expected, rel=1e-2), "the raw weights are not EMA's"
     assert metrics(run)[-1]["fd"] == pytest.approx(expected, rel=1e-3)
     assert metrics(recipe.parent / "run-2")[-1]["fd"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_training_goes_on_in_its_mode_with_its_own_weights():
+    seen = []
+
+    @contextmanager
+    def applied(engine):
+        seen.append("EMA's")
+        yield
+        seen.append("its own")
+
+    callback = object.__new__(during_training.FrechetDistance)
+    callback.real, callback._gaussian = None, lambda trainer, parts: seen.append(parts)
+    callback._sampled, callback._heldout = lambda trainer: "sample", lambda trainer: "held out"
+    engine = SimpleNamespace(eval=lambda: seen.append("eval"), train=lambda: seen.append("train"))
+    settings = SimpleNamespace(fd_every=1, steps=1)
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=settings))
+    callback(SimpleNamespace(plan=plan, step=1, engine=engine, ema=SimpleNamespace(applied=applied)), {})
+    assert seen == ["eval", "EMA's", "sample", "its own", "train", "held out"]
 
 
 def test_a_rank_decodes_its_own_pictures_and_hands_them_to_rank_0(monkeypatch):

@@ -23,6 +23,7 @@ from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sampl
 from ditmoe_ds.distributed import checkpoint
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
+from ditmoe_ds.interop import reference
 from ditmoe_ds.interop.diffusers_folder import diffusers_weights
 from ditmoe_ds.interop.reference import load_reference
 from ditmoe_ds.latents.manifest import weights_sha256
@@ -349,6 +350,56 @@ def test_a_vae_may_be_named_for_an_export(tmp_path, capsys):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert word in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+def test_a_vae_that_has_changed_is_not_exported(tmp_path, capsys):
+    """Unless it is named: then the user knows."""
+    vae = write_vae(tmp_path / "vae")
+    told = dict(vae=vae, vae_sha256="0" * 64, scaling_factor=0.9)
+    export = ["export", str(write_weights(tmp_path / "weights", random_weights(latents=told)[1])), "--to", "diffusers", "--out"]
+    assert main([*export, str(tmp_path / "out")]) == 2
+    assert "its weights are not those that the latents were made with" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+    assert main([*export, str(tmp_path / "out"), "--vae", vae]) == 0
+    assert weights_sha256(str(tmp_path / "out" / "vae")) == weights_sha256(vae)
+
+
+def test_what_the_references_layout_does_not_hold_is_told(tmp_path, capsys):
+    diffusion = DiffusionConfig(time_scale=1.0, time_shift=2.5, condition_dropout=0.0)
+    for name, made, says in (
+        ("usual", FLOW_01, f"ema weights of step 5 in {tmp_path}/usual.pt\n"),
+        ("other", diffusion, "without time_shift=2.5 and condition_dropout=0"),
+    ):
+        weights = str(write_weights(tmp_path / name, random_weights(diffusion=made)[1]))
+        assert main(["export", weights, "--to", "reference", "--out", str(tmp_path / f"{name}.pt")]) == 0
+        assert says in capsys.readouterr().out
+
+
+def test_a_file_that_does_not_fit_on_the_disk(tmp_path):
+    """As for a user whose files may not be larger."""
+    weights = write_weights(tmp_path / "weights", random_weights()[1])
+    script = f"""
+import resource, signal, sys
+from ditmoe_ds.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main(["export", {str(weights)!r}, "--to", "reference", "--out", "one.pt"]))
+"""
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: one.pt: cannot be written; is the disk full?" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("one.pt*"))
+
+
+def test_where_nothing_can_be_written_no_checkpoint_is_read(imported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reference, "_load", lambda path: pytest.fail("it was read"))
+    command = ["import", "reference", str(imported / f"{NAMES[0]}.pt"), *flags(dict(top_k=1, num_heads=1, num_classes=1, input_size=8))]
+    for options, word in (
+        (["--out", str(imported)], "something is there already"),
+        (["--out", str(tmp_path / "new"), "--shard-size", "5G"], "--shard-size='5G'"),
+    ):
+        assert main([*command, *options]) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_a_vae_elsewhere_keeps_its_scaling(tmp_path):

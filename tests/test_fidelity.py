@@ -19,6 +19,7 @@ from fidelity_worker import PROJECTIONS, features, measure
 from PIL import Image
 from processes import launch
 
+from ditmoe_ds.cli import main
 from ditmoe_ds.distributed.topology import World
 from ditmoe_ds.errors import ConfigError, DataError, UserError
 from ditmoe_ds.evaluation.extractors import Preprocessing, load_extractor
@@ -58,7 +59,7 @@ def test_four_ranks_are_one(tmp_path, alone):
     assert ranks[0]["sfid"] == pytest.approx(frechet_distance(gaussian(a["spatial"]), gaussian(b["spatial"])), rel=1e-9)
     assert (ranks[0]["precision"], ranks[0]["recall"]) == precision_recall(b["pool"], a["pool"])
 
-    found = json.loads((tmp_path / "result.json").read_text())
+    found = json.loads((tmp_path / "fid.json").read_text())
     measurement = open_measurement("fid", made, reference=real, extractor="efficientnet-lite0", device=CPU)
     assert {name: found[name] for name in ("fd", "precision", "recall")} == pytest.approx(run(measurement, CPU, batch=16), rel=1e-8)
     assert (found["number"], found["samples"], found["reference"]["number"]) == (33, described, 49)
@@ -460,6 +461,16 @@ def test_the_grids_of_a_run_are_no_samples(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(DataError, match="that is a run"):
         open_images(tmp_path / "run")
+
+
+def test_scores_that_cannot_be_written_are_printed(tmp_path, capsys):
+    made, real = (write_npz(tmp_path / f"{key}.npz", pictures(6, key=key)) for key in ("made", "real"))
+    (tmp_path / "precision-recall.json").mkdir()
+    command = ["eval", "precision-recall", made, "--reference", real, "--extractor", "efficientnet-lite0", "--out", str(tmp_path)]
+    assert main(command) == 2
+    torch.distributed.destroy_process_group()
+    said, error = capsys.readouterr()
+    assert "recall " in said and "precision-recall.json: Is a directory" in error
 
 
 @pytest.mark.parametrize(

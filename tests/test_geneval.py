@@ -288,4 +288,17 @@ def test_folders_that_are_not_in_the_layout(tmp_path):
     (place / "samples").mkdir()
     (place / "samples" / "0000.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"0000\.png: cannot be read"):
-        score(tmp_path, read_folder(tmp_path), Exact(), exact_colors, Limits())
+        read_folder(tmp_path)
+
+
+def test_a_damaged_picture_is_found_before_any_is_scored(tmp_path):
+    """Though its header is whole."""
+    file = write_prompts(tmp_path / "00000" / "metadata.jsonl", SINGLE).parent / "samples" / "0000.png"
+    file.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)).save(file)
+    assert len(read_folder(tmp_path)) == 1
+    content = file.read_bytes()
+    for damaged in (content[:-100], content[:200] + bytes(9) + content[209:]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"0000\.png: cannot be read"):
+            read_folder(tmp_path)

@@ -105,6 +105,10 @@ def test_outputs(runs):
     np.testing.assert_array_equal(np.asarray(out["pil"][1]), (out["np"][1] * 255).round().astype("uint8"))
     decoded = pipe.vae.decode(out["latent"] / 0.9 + 0.1).sample
     torch.testing.assert_close(out["pt"], (decoded / 2 + 0.5).clamp(0, 1))
+    pipe.vae.register_to_config(shift_factor=0.7)
+    torch.testing.assert_close(pipe.decoded(out["latent"], "pt"), out["pt"])
+    pipe.register_to_config(shift_factor=0.0)  # of training, which counts, though it is none
+    torch.testing.assert_close(pipe.decoded(out["latent"], "pt"), (pipe.vae.decode(out["latent"] / 0.9).sample / 2 + 0.5).clamp(0, 1))
     (tuple_out,) = pipe([1, 2], num_inference_steps=2, generator=generators(3, 4), output_type="latent", return_dict=False)
     assert torch.equal(tuple_out, out["latent"])
     for labels in (np.array([1, 2]), torch.tensor([1, 2])):

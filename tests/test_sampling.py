@@ -23,7 +23,7 @@ from processes import Ranks, launch
 from ditmoe_ds.cli import main
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.weights import open_weights, write_weights
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.pipelines import many as many_of
 from ditmoe_ds.pipelines.many import Target, sample_many
 from ditmoe_ds.pipelines.parts import save_png
@@ -362,12 +362,37 @@ def test_pictures_of_an_npz_that_nothing_describes_are_not_taken(tmp_path):
             target.begin(dict(guidance=1.0), 2)
 
 
+def test_an_image_that_cannot_be_packed_is_named(tmp_path):
+    """As a power cut leaves it; without it the set goes on."""
+    target = Target(tmp_path / "set.npz")
+    target.begin({}, 2)
+    for number in range(2):
+        save_png(target.image(number), torch.zeros(2, 2, 3, dtype=torch.uint8))
+    target.image(1).write_bytes(b"")
+    with pytest.raises(DataError, match=r"set.npz.parts/000001.png cannot be read; remove it and start again"):
+        target.pack(2, None)
+    target.image(1).unlink()
+    assert target.begin({}, 2) == [1]
+
+
 def test_what_a_kill_at_the_end_leaves_is_deleted(tmp_path):
     target = Target(tmp_path / "set.npz")
     target.begin(dict(guidance=20.0), 1)
     save_png(target.image(0), torch.zeros(2, 2, 3, dtype=torch.uint8))
     target.out.write_bytes(b"whole")
     assert target.begin(dict(guidance=20.0), 1) == [] and not target.folder.exists()
+
+
+def test_a_set_is_written_where_its_own_folder_may_be(weights, tmp_path, monkeypatch, capsys):
+    """The folder above may be another user's."""
+    out, npz = tmp_path / "mine", tmp_path / "mine.npz"
+    monkeypatch.setattr(os, "access", lambda path, mode: path == out)
+    command = ["sample", weights["rectified_flow"], "--num", "1", "--steps", "1", "--out"]
+    for place in (out, npz):
+        assert main([*command, str(place)]) == 2
+        assert f"--out='{tmp_path}': cannot be written by this user" in capsys.readouterr().err
+    out.mkdir()
+    assert main([*command, str(out)]) == 0
 
 
 def test_mistakes(weights, folder, capsys):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.shapes import CATEGORIES, COLORS, SHAPES, draw, sample, scenes, side
 from data_prep.sources import open_source
+from ditmoe_ds.analysis import adaptive
 from ditmoe_ds.analysis.adaptive import on_objects, sample_with_takers
 from ditmoe_ds.cli import main
 from ditmoe_ds.errors import ConfigError
@@ -265,7 +266,7 @@ def test_sampling_by_prompt(online, tmp_path, capsys):
         other.sample(["b"], steps=1, guidance=1.0)
 
 
-def test_maps_of_compute(online, tmp_path):
+def test_maps_of_compute(online, tmp_path, monkeypatch):
     assert main(["analyze", str(online), "--prompt", "a", "--prompt", "a b b", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "adaptive.json").read_text())
     assert report["layers"] == [1, 3] and report["experts_per_token"] == 2.0 and np.shape(report["takers"]) == (2, 2, 4, 2)
@@ -275,6 +276,13 @@ def test_maps_of_compute(online, tmp_path):
     assert takers.shape == (2, 3, 2, 4, 2) and (takers.sum((3, 4)) == 16).all()
     _, unguided = sample_with_takers(open_run(online), ["a", "b"], steps=3, guidance=1.0)
     assert torch.equal(takers[:, 0], unguided[:, 0]), "of the images that were asked for, not of those of nothing"
+    always_told, asked = open_run(online), []
+    always_told.diffusion = replace(always_told.diffusion, condition_dropout=0.0)
+    seen = lambda *args, guidance, **how: asked.append(guidance) or sample_with_takers(*args, guidance=guidance, **how)  # noqa: E731
+    monkeypatch.setattr(adaptive, "sample_with_takers", seen)
+    for run in (always_told, open_run(online)):
+        adaptive.adaptive(run, ["a", "b"], tmp_path)
+    assert asked == [1.0, 3.0]
     assert main(["analyze", str(online), "--out", str(tmp_path)]) == 0
     shares = json.loads((tmp_path / "routing.json").read_text())["share"]
     assert shares.keys() == {"timestep", "position"} and np.allclose(shares["timestep"], 0.25)

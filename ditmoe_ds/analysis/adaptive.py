@@ -82,7 +82,8 @@ def adaptive(run: Run, prompts: list[str], out: Path) -> dict[str, Path]:
     Returns:
         The files, by name.
     """
-    images, takers = sample_with_takers(run, prompts, steps=STEPS, guidance=3.0)
+    guidance = 3.0 if run.diffusion.condition_dropout else 1.0  # without its condition such a model is untrained
+    images, takers = sample_with_takers(run, prompts, steps=STEPS, guidance=guidance)
     files = {name: out / name for name in ("adaptive.json", "adaptive_time.png", "adaptive_layer.png")}
     spread = takers.flatten(3).double()
     report = dict(

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ditmoe_ds.analysis.adaptive import adaptive
 from ditmoe_ds.analysis.experts import answers_alike, weights_alike
@@ -12,6 +11,7 @@ from ditmoe_ds.analysis.plots import plot_loss, plot_shares
 from ditmoe_ds.analysis.report import write_report
 from ditmoe_ds.analysis.routing import count_takings
 from ditmoe_ds.analysis.summary import read_metrics, summary, training
+from ditmoe_ds.distributed.weights import differently_encoded
 from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.latents.loader import LatentDataset
 from ditmoe_ds.latents.manifest import Manifest
@@ -107,13 +107,14 @@ def heldout(run: Run, folder: str | None) -> LatentDataset:
     manifest = Manifest.load(place, "--dataset")
     if run.shape not in manifest.shapes:
         raise ConfigError(
-            "--dataset", folder, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"
+            "--dataset", place, f"latents of shape {manifest.shapes}, the model was trained with {run.shape}; encode it alike"
         )
-    pairs: dict[str, tuple[Any, Any]] = {"scaling_factor": (manifest.scaling_factor, run.latents.get("scaling_factor"))}
-    if run.model.config.num_classes:
-        pairs["num_classes"] = manifest.num_classes, run.model.config.num_classes
-        pairs["class_names"] = list(manifest.class_names), run.latents.get("class_names")
-    for key, (theirs, ours) in pairs.items():
-        if ours is not None and theirs != ours:
-            raise ConfigError("--dataset", folder, f"{key}: {theirs}, the model was trained with {ours}; encode it alike")
+    encoded = {key: getattr(manifest, key) for key in ("vae", "vae_sha256", "scaling_factor", "shift_factor")}
+    if difference := differently_encoded(run.weights.description["latents"], encoded):  # whatever VAE --vae names
+        raise ConfigError("--dataset", place, f"not encoded as what the model was trained on: {difference}; encode it alike")
+    if classes := run.model.config.num_classes:
+        names = list(manifest.class_names), run.latents.get("class_names")
+        for key, (theirs, ours) in dict(num_classes=(manifest.num_classes, classes), class_names=names).items():
+            if ours is not None and theirs != ours:
+                raise ConfigError("--dataset", place, f"{key}: {theirs}, the model was trained with {ours}; encode it alike")
     return LatentDataset([manifest], "val", shape=run.shape)

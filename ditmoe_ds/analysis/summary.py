@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
         every = sum(1 for _ in file) // RECORDS + 1
     with metrics.open() as file:
         lines = [line for number, line in enumerate(file) if number % every == 0 or '"val_loss"' in line]
-    records = [json.loads(line) for line in lines if line.rstrip("\n").endswith("}")]
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(json.loads(line))
     return [record for record in records if record["loss"] is not None]
 
 

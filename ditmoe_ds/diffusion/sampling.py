@@ -155,6 +155,8 @@ def scheduled(scheduler: Any, config: DiffusionConfig, steps: int, key: str = "-
     elif name == SCHEDULERS["ddpm"]["ddpm"]:
         scheduler.set_timesteps(timesteps=np.linspace(most - 1, 0, steps).round().astype(int).tolist())  # as ADM: no noise in the last step
     else:
+        if name == SCHEDULERS["rectified_flow"]["heun"]:
+            scheduler.sigma_min = 1 / most  # it has shifted its last time already, and would again
         scheduler.set_timesteps(steps)
     if config.objective == "ddpm":
         if name == SCHEDULERS["ddpm"]["ddim"] and most % steps:  # it always goes back by most // steps

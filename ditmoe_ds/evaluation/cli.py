@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
         parser.set_defaults(command=_measure, measure=measure)
         parser.add_argument("samples", help="npz with arr_0 (N, H, W, 3) uint8, or a folder of pictures (PNG, JPEG, WebP, TIFF and others)")
         parser.add_argument("--reference", help="real images, in the same form, or an npz with ADM's statistics")
-        parser.add_argument("--out", required=True, help="folder for result.json")
+        parser.add_argument("--out", required=True, help=f"folder for {measure}.json")
         parser.add_argument("--extractor", help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH")
         parser.add_argument("--inception", metavar="FILE", help="Inception's weights, if they cannot be downloaded")
         parser.add_argument("--captions", metavar="FILE", help="for clip-score: one line per sample")
@@ -98,10 +98,11 @@ def _measure(arguments: argparse.Namespace) -> int:
         measurement = agreed(lambda: opened(world))
         scores = run(measurement, world.device, arguments.batch)
         if world.rank == 0:
-            (out / "result.json").write_text(json.dumps(result(measurement, scores), indent=1) + "\n")
             for name, value in scores.items():
                 print(f"{name:<12}{value:>12.5g}")
+            file = out / f"{arguments.measure}.json"
             extractor = f"{measurement.extractor.name} {measurement.extractor.sha256[:8]}"
-            print(f"{len(measurement.samples):,} samples, {extractor}: {out / 'result.json'}", flush=True)
+            print(f"{len(measurement.samples):,} samples, {extractor}: {file}", flush=True)
+            file.write_text(json.dumps(result(measurement, scores), indent=1) + "\n")
 
     return on_all_ranks(measure, LONG_PATIENCE)

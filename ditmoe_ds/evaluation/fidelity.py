@@ -139,7 +139,7 @@ def run(measurement: Measurement, device: torch.device, batch: int = 64) -> dict
 
 
 def result(measurement: Measurement, scores: dict[str, float]) -> dict[str, Any]:
-    """The content of ``result.json``; its ``samples`` says how they were made, and is null where that is not known."""
+    """The content of ``MEASURE.json``; its ``samples`` says how they were made, and is null where that is not known."""
     reference: dict[str, Any] | None = None
     if measurement.reference:
         real = measurement.real

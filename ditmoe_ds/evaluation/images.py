@@ -164,9 +164,21 @@ def open_picture(file: Path) -> Image.Image:
     Raises:
         DataError: it cannot be read.
     """
+    with _opened(file) as image:
+        return rgb(upright(image))
+
+
+def check_png(file: Path) -> None:
+    """Compare its checksums, which takes a fiftieth of the time to decode it. Raises as ``open_picture``."""
+    with _opened(file) as image:
+        image.verify()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file, formats=FORMATS) as image:
-            return rgb(upright(image))
+            yield image
     except Exception as error:  # each format's decoder fails in its own ways
         raise DataError(f"{file}: cannot be read ({in_a_line(error)}); repair or remove it") from None
 

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import CheckpointError, ConfigError
 from ditmoe_ds.pipelines.arguments import add_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNTOLD = ("time_shift", "condition_dropout")
+"""Settings of diffusion that sampling follows and that the reference's layout does not hold."""
 
 
 def add_commands(commands: Any) -> None:
@@ -56,6 +58,8 @@ def _add_output(parser: argparse.ArgumentParser, out: str = "a new folder") -> N
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds import config
+    from ditmoe_ds.diffusion.objectives import DiffusionConfig
     from ditmoe_ds.distributed.weights import of_step, open_weights, write_weights
     from ditmoe_ds.interop.diffusers_folder import export_diffusers
     from ditmoe_ds.interop.reference import export_reference
@@ -71,10 +75,12 @@ def _export(arguments: argparse.Namespace) -> int:
         notes.append(f"without its VAE ({f'{named} is no local folder' if named else 'the weights name none'}; give it by --vae)")
     elif arguments.to == "reference":
         export_reference(weights, out, *how)
-        diffusion = weights.description["diffusion"]
-        if diffusion["objective"] == "rectified_flow" and diffusion["time_scale"] != 1:
-            scale = f"{diffusion['time_scale']:g}"
+        diffusion, usual = config.build(DiffusionConfig, weights.description["diffusion"]), DiffusionConfig()
+        if diffusion.objective == "rectified_flow" and diffusion.time_scale != 1:
+            scale = f"{diffusion.time_scale:g}"
             notes.append(f"call it with t * {scale}: the reference's own sampler passes t in [0, 1]; import it with --time-scale {scale}")
+        if lost := [f"{key}={getattr(diffusion, key):g}" for key in _UNTOLD if getattr(diffusion, key) != getattr(usual, key)]:
+            notes.append(f"without {' and '.join(lost)}, for which there is no place: remember it")
     print("; ".join([f"{weights.description['weights']} weights{of_step(weights.description['step'])} in {out}", *notes]))
     return 0
 
@@ -82,6 +88,10 @@ def _export(arguments: argparse.Namespace) -> int:
 def _import_reference(arguments: argparse.Namespace) -> int:
     from ditmoe_ds.interop.reference import reference_weights
 
+    _shard_bytes(arguments)
+    out = Path(arguments.out)
+    if out.is_file() or any(out.glob("*")):  # as writing will say, but before a checkpoint is read whole
+        raise CheckpointError(f"{out}: something is there already; choose a new or empty folder")
     weights = reference_weights(
         arguments.file,
         top_k=arguments.top_k,

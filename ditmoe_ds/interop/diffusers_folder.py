@@ -54,7 +54,7 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
 
     Raises:
         CheckpointError: the model has a setting that the shipped code lacks, or ``out`` is not empty.
-        ConfigError: no such ``vae_folder``, or one of other latents.
+        ConfigError, DataError: no such ``vae_folder``, or one of other latents; the run's VAE cannot be read, or has changed since.
     """
     config = described(weights.description["model"], len(weights.shapes))
     refuse_settings_without_place(config, _SETTINGS, "the diffusers model (another way: docs/weights.md)")
@@ -64,8 +64,10 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
         if not Path(vae_folder).is_dir():
             raise ConfigError("--vae", vae_folder, "no such folder; download it first")
         space = decoder_space(vae_folder, config.in_channels)
-        latents = dict(scaling_factor=space.scaling_factor, shift_factor=space.shift_factor) | latents | dict(vae=vae_folder)
-    vae = Path(latents["vae"]) if "vae" in latents and Path(latents["vae"]).is_dir() else None
+        latents = dict(scaling_factor=space.scaling_factor, shift_factor=space.shift_factor) | latents
+        latents |= dict(vae=vae_folder, vae_sha256=None)
+    local = "vae" in latents and Path(latents["vae"]).is_dir()
+    vae = load_vae(latents["vae"], "cpu", latents.get("vae_sha256")) if local else None
     scheduler = make_scheduler(diffusion)
     with new_folder(out) as folder:
         (folder / "transformer").mkdir()
@@ -80,13 +82,13 @@ def export_diffusers(weights: Weights, out: Path, dtype: str, shard_bytes: int, 
         scheduler.save_pretrained(folder / "scheduler")
         if vae:
             with tempfile.TemporaryDirectory() as made:  # safetensors gives its files to their owner alone
-                load_vae(str(vae), "cpu").save_pretrained(made)  # no copy: there may be more in it, and links to anywhere
+                vae.save_pretrained(made)  # no copy: there may be more in it, and links to anywhere
                 shutil.copytree(made, folder / "vae", copy_function=shutil.copyfile)
         index = dict(
             _class_name=["pipeline_ditmoe", PIPELINE],
             transformer=["transformer_ditmoe", TRANSFORMER],
             scheduler=["diffusers", type(scheduler).__name__],
-            vae=["diffusers", _read_json(vae / "config.json")["_class_name"]] if vae else [None, None],
+            vae=["diffusers", type(vae).__name__] if vae else [None, None],
             scaling_factor=latents.get("scaling_factor"),
             shift_factor=latents.get("shift_factor"),
             class_names=latents.get("class_names"),

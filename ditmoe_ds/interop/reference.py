@@ -14,7 +14,7 @@ from torch import Tensor
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.distributed.tensorfile import Entry, TensorFile
 from ditmoe_ds.distributed.weights import DTYPES, Tensors, Weights, new_folder, open_shards, write_shards
-from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.errors import CheckpointError, ConfigError, in_a_line
 from ditmoe_ds.interop.layout import Layout, assemble, disassemble, from_memory, refuse_settings_without_place
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.embeddings import position_table
@@ -158,7 +158,7 @@ def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
             for the whole model at once.
 
     Raises:
-        CheckpointError: the model has a setting that the reference's lacks, or ``out`` exists.
+        CheckpointError: the model has a setting that the reference's lacks, or ``out`` exists or does not fit on the disk.
     """
     config = described(weights.description["model"], len(weights.shapes))
     refuse_settings_without_place(config, _SETTINGS, "the reference code")
@@ -178,8 +178,14 @@ def export_reference(weights: Weights, out: Path, dtype: str, shard_bytes: int) 
         raise CheckpointError(f"{out}: exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".partial")
-    torch.save({entry.key: entry.fetch().to(entry.dtype) for entry in entries}, unfinished)
-    os.replace(unfinished, out)
+    tensors = {entry.key: entry.fetch().to(entry.dtype) for entry in entries}
+    try:
+        torch.save(tensors, unfinished)
+        os.replace(unfinished, out)
+    except (OSError, RuntimeError) as error:  # torch's own do not say why
+        raise CheckpointError(f"{out}: cannot be written; is the disk full? ({in_a_line(error)})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _open(source: str | Path | dict[str, Any]) -> Tensors:

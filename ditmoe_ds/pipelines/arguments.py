@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,11 +50,13 @@ def check_least(arguments: argparse.Namespace, **least: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """For what --out names, before long work. Raises ConfigError if it cannot be made."""
+    """For what --out names, before long work. Raises ConfigError if it cannot be made, or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("--out", str(folder), f"cannot be written: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError("--out", str(folder), "cannot be written by this user; choose another")
 
 
 def check_guidance(guidance: float) -> None:

@@ -87,7 +87,7 @@ def _many(arguments: argparse.Namespace) -> int:
         target = Target(Path(arguments.out))
         if target.out.suffix.lower() in PICTURES:
             raise ConfigError("--out", arguments.out, "with --num a folder, or FILE.npz")
-        make_folder(target.out.parent)
+        make_folder(target.out if target.out.is_dir() else target.out.parent)
         check_least(arguments, num=1, batch=1)
         for path in filter(None, (arguments.run_dir, arguments.autoguidance)):
             experts = open_weights(path, arguments.weights).description["model"].get("experts", 0)

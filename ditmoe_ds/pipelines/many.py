@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditmoe_ds.diffusion.sampling import Sampler
 from ditmoe_ds.distributed.topology import World, decided
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, loading
 from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, read_description, save_png
 from ditmoe_ds.pipelines.run import Run
 from ditmoe_ds.progress import Progress
@@ -75,12 +75,17 @@ class Target:
         return [number for number in range(count) if not self.image(number).is_file()]
 
     def pack(self, count: int, labels: Sequence[int] | None) -> None:
-        """Write the npz: ``arr_0`` uint8 (N, H, W, 3) and, of class models, ``arr_1`` int64 (N,). Holds one image at a time."""
+        """Write the npz: ``arr_0`` uint8 (N, H, W, 3) and, of class models, ``arr_1`` int64 (N,). Holds one image at a time.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         unfinished = self.out.with_name(self.out.name + ".partial")
         with zipfile.ZipFile(unfinished, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 for number in range(count):
-                    image = np.asarray(Image.open(self.image(number)))
+                    with loading(f"{self.image(number)} cannot be read; remove it and start again"):
+                        image = np.asarray(Image.open(self.image(number)))
                     if not number:
                         header = dict(descr="|u1", fortran_order=False, shape=(count, *image.shape))
                         np.lib.format.write_array_header_1_0(file, header)

@@ -22,7 +22,7 @@ from ditmoe_ds.evaluation.geneval.colors import ColorClassifier
 from ditmoe_ds.evaluation.geneval.detectors import Detector
 from ditmoe_ds.evaluation.geneval.prompts import IMAGES, PROMPTS, Prompt, read_prompts
 from ditmoe_ds.evaluation.geneval.scorer import Detected, Limits, judge, kept, summary
-from ditmoe_ds.evaluation.images import open_picture
+from ditmoe_ds.evaluation.images import check_png, open_picture
 from ditmoe_ds.pipelines.parts import DESCRIPTION, describe, read_description, save_png, write
 from ditmoe_ds.pipelines.run import Run
 
@@ -80,7 +80,7 @@ def read_folder(folder: Path) -> list[Pictures]:
     """The prompts and the pictures of a folder, in order.
 
     Raises:
-        DataError: there are none, or a prompt has none or cannot be read.
+        DataError: there are none, a prompt has none, or a prompt or a picture cannot be read.
     """
     places = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()) if folder.is_dir() else []
     if not places:
@@ -91,6 +91,8 @@ def read_folder(folder: Path) -> list[Pictures]:
         files = sorted(path for path in (place / "samples").glob("*.png") if path.stem.isdigit())
         if len(prompts) != 1 or not files:
             raise DataError(f"{place}: {len(prompts)} prompts in metadata.jsonl, {len(files)} pictures in samples; one and some are needed")
+        for file in files:
+            check_png(file)  # or hours of verdicts are lost
         found.append(Pictures(prompts[0], files))
     return found
 
