@@ -289,7 +289,7 @@ class Trainer:
         if self.world.rank == 0:
             print(f"resumed at step {self.step} from {reader.folder}", flush=True)
             assert self.code
-            changed = config.changes(reader.index["code"], {key: self.code[key] for key in ("ditmoe_ds", "commit")}, "code.")
+            changed = config.changes(reader.index.get("code", {}), {key: self.code[key] for key in ("ditmoe_ds", "commit")}, "code.")
             if changed := changed + config.changes(reader.index["recipe"], plain(asdict(self.plan.recipe))):
                 print(f"changed since then: {', '.join(changed)}", flush=True)
             for begun in self.ema.averages.keys() - set(reader.index["ema"]["kinds"]):
