@@ -242,7 +242,7 @@ def test_fewer_processes_accumulate(runs, folder):
     assert runs["said 4"].count("1 processes, begun on 4: train.accumulation 1 -> 4") == 1
 
     def batch(world, *overrides):
-        found = read_plan([str(folder / "recipe.yaml"), f"run_dir={folder / 'elastic-1'}", *overrides], world).batch
+        found = read_plan([str(folder / "elastic-1" / "config.yaml"), *overrides], world).batch
         return found.accumulation, found.micro
 
     assert [batch(world) for world in (1, 2, 4, 8)] == [(4, 2), (2, 2), (1, 2), (1, 1)]
