@@ -155,7 +155,9 @@ def test_a_disk_that_is_full_at_the_start(tmp_path):
     try:
         with suppress(OSError):
             (tmp_path / "full").write_text("x" * 9000)
-        claim(tmp_path).close()
+        lock = claim(tmp_path)  # which would raise that error
+        assert lock.tell() == 0 and not (tmp_path / "lock").read_bytes()
+        lock.close()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

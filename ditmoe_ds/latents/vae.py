@@ -93,7 +93,7 @@ def _config(path_or_id: str) -> tuple[dict[str, Any], Any]:
     """The raw config and the class it names."""
     import diffusers  # takes seconds to import
 
-    if not Path(path_or_id).is_dir() and not is_hub_id(path_or_id):
+    if not (Path(path_or_id).is_dir() or is_hub_id(path_or_id)):
         raise DataError(f"vae={path_or_id!r}: no such folder; give a diffusers folder or a hub id such as stabilityai/sd-vae-ft-ema")
     with loading(_unreadable(path_or_id)):
         config = diffusers.AutoencoderKL.load_config(path_or_id)

@@ -21,7 +21,7 @@ from ditmoe_ds.distributed.checkpoint import newest_index
 from ditmoe_ds.distributed.engine import BatchShape
 from ditmoe_ds.distributed.settings import offloads, read_ds_config
 from ditmoe_ds.distributed.topology import ParallelConfig, check_expert_parallel, check_tensor_parallel, require_tensor_parallel
-from ditmoe_ds.distributed.weights import Weights, differently_encoded, locate, open_located
+from ditmoe_ds.distributed.weights import Weights, locate, open_located
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
@@ -33,7 +33,7 @@ from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import described, named_config, parameter_shapes
 from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
 from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig, read_recipe
-from ditmoe_ds.training.resume import check_same_run
+from ditmoe_ds.training.resume import check_encoders, check_same_run
 
 CLASS_TABLE = "y_embed.table.weight"
 
@@ -177,10 +177,10 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None, share
         fix = f"its VAE is not at {manifest.vae}, which sample grids need: put it there, or set train.sample_every=0 and train.fd_every=0"
         raise ConfigError("data.manifest", recipe.data.manifest, fix)
     plan = Plan(recipe, manifests, model, begun, batch, ds_config, weights)
-    if weights:
-        _check_encoders(plan, weights.description["latents"])
     if saved:
         check_same_run(plan, saved)
+    if before := saved or (weights and weights.description):
+        check_encoders(plan, before["latents"])
     return plan
 
 
@@ -339,13 +339,6 @@ def _without_classes(weights: Weights, name: str, start: int, out: Tensor) -> No
     none = torch.empty(dim)
     weights.read(name, (rows - 1) * dim, none)
     out.copy_(none[torch.arange(start, start + out.numel()) % dim])
-
-
-def _check_encoders(plan: Plan, theirs: dict[str, Any]) -> None:
-    """Refuse data of another VAE or text encoder than the starting weights', as far as those know theirs."""
-    if difference := differently_encoded(plan.describe()["latents"], theirs):
-        fix = f"{difference} of model.weights={plan.recipe.model.weights!r}; encode as the data that they were trained on"
-        raise ConfigError("data.manifest", plan.recipe.data.manifest, fix)
 
 
 def check_parallel(parallel: ParallelConfig, model: DiTConfig, world: int) -> None:

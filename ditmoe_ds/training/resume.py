@@ -19,7 +19,7 @@ def check_same_run(plan: "Plan", index: dict[str, Any]) -> None:
         index: of the newest checkpoint in the run directory.
 
     Raises:
-        CheckpointError, ConfigError: naming what differs.
+        CheckpointError: naming what differs.
     """
     recipe = plan.recipe
     run_dir, before = f"run_dir={recipe.run_dir!r}", index["recipe"]
@@ -44,15 +44,14 @@ def check_same_run(plan: "Plan", index: dict[str, Any]) -> None:
             f"({index['latents']['manifest']}), or another data.mix or weight{batch}, which changes the order; "
             "choose a new run_dir and start it from these weights with model.weights"
         )
-    check_encoder(plan, index["latents"])
     decays = recipe.ema.decays
     if lost := [name for name in index["ema"]["kinds"] if name not in map(kind, decays)]:
         fix = f"the checkpoint's {', '.join(lost)} would be lost; keep its decay, or start a new run_dir"
         raise CheckpointError(f"ema.decays={list(decays)}: {fix}")
 
 
-def check_encoder(plan: "Plan", before: dict[str, Any], encoder_sha256: str | None = None) -> None:
-    """Refuse another text encoder than that of ``before``, the latents of a checkpoint or of starting weights, as far as both are known.
+def check_encoders(plan: "Plan", before: dict[str, Any], encoder_sha256: str | None = None) -> None:
+    """Refuse another VAE or text encoder than ``before``, the latents of a checkpoint or of starting weights, had, as far as both are known.
 
     Args:
         encoder_sha256: see ``Plan.describe``; None: not looked for.
@@ -61,5 +60,6 @@ def check_encoder(plan: "Plan", before: dict[str, Any], encoder_sha256: str | No
         ConfigError: naming what differs.
     """
     if difference := differently_encoded(plan.describe(encoder_sha256)["latents"], before):
-        fix = f"{difference} of what this run goes on from; keep its encoder and data.text_max_tokens"
-        raise ConfigError("data.text_encoder", plan.recipe.data.text_encoder, fix)
+        key = "text_encoder" if plan.recipe.data.text_encoder and difference.startswith("text.") else "manifest"
+        fix = f"{difference} of the weights that this run goes on from; encode as the data that they were trained on"
+        raise ConfigError(f"data.{key}", getattr(plan.recipe.data, key), fix)

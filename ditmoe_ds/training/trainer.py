@@ -50,7 +50,7 @@ from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.lock import check_shared, claim
 from ditmoe_ds.training.network import arrange
 from ditmoe_ds.training.plan import Plan
-from ditmoe_ds.training.resume import check_encoder
+from ditmoe_ds.training.resume import check_encoders
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
 
@@ -105,7 +105,7 @@ class Trainer:
         self.saver = checkpoint.Saver(self.run_dir / "checkpoints", recipe.checkpoint)
         saved = self._newest_checkpoint()
         before = saved.index if saved else plan.weights.description if plan.weights else {}
-        agreed(lambda: check_encoder(plan, before.get("latents", {}), self.encoder_sha256))
+        agreed(lambda: check_encoders(plan, before.get("latents", {}), self.encoder_sha256))
         self.started_from = saved.index.get("started_from") if saved else decided(self._started_from)
         if saved is None:
             shards.fill(self.engine, self.shards, initial)

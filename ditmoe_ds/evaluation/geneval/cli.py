@@ -70,7 +70,8 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
     if arguments.run:
         prompts = agreed(lambda: read_prompts(Path(arguments.prompts)))
     else:
-        prompts = [part.prompt for part in agreed(lambda: read_folder(folder))]
+        pictures = agreed(lambda: read_folder(folder))
+        prompts = [part.prompt for part in pictures]
         decided(lambda: check_writable(folder))
     if arguments.detector:
         detector = agreed(lambda: open_detector(arguments.detector, world.device))
@@ -101,7 +102,8 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> None:
             print(f"{len(prompts) * arguments.images} pictures in {folder}; to score them: {then}", flush=True)
         return
 
-    pictures = agreed(lambda: read_folder(folder))
+    if arguments.run:
+        pictures = agreed(lambda: read_folder(folder))
     mine = pictures[world.rank :: world.size]
     with Progress("score", "prompts", len(mine), shown=world.rank == 0) as progress:
         verdicts = agreed(lambda: score(folder, progress.over(mine), detector, colors, limits))
