@@ -198,6 +198,12 @@ def write_weights(folder: str | Path, weights: Weights, dtype: str = "fp32", sha
     return Path(folder)
 
 
+def check_new(target: Path) -> None:
+    """Raises CheckpointError if there is something at ``target``, but for an empty folder."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise CheckpointError(f"{target}: something is there already; choose a new or empty folder")
+
+
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes the name ``target`` at the end and until then is its sibling ``.partial``.
@@ -206,8 +212,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         CheckpointError: there is something at ``target``.
     """
     target = Path(target).resolve()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{target}: something is there already; choose a new or empty folder")
+    check_new(target)
     unfinished = target.with_name(target.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ditmoe_ds.errors import CheckpointError, ConfigError
+from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.pipelines.arguments import add_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -86,12 +86,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import_reference(arguments: argparse.Namespace) -> int:
+    from ditmoe_ds.distributed.weights import check_new
     from ditmoe_ds.interop.reference import reference_weights
 
     _shard_bytes(arguments)
-    out = Path(arguments.out)
-    if out.is_file() or any(out.glob("*")):  # as writing will say, but before a checkpoint is read whole
-        raise CheckpointError(f"{out}: something is there already; choose a new or empty folder")
+    check_new(Path(arguments.out))  # before a checkpoint is read whole
     weights = reference_weights(
         arguments.file,
         top_k=arguments.top_k,

@@ -51,9 +51,10 @@ def check_same_run(plan: "Plan", index: dict[str, Any]) -> None:
 
 
 def check_encoders(plan: "Plan", before: dict[str, Any], encoder_sha256: str | None = None) -> None:
-    """Refuse another VAE or text encoder than ``before``, the latents of a checkpoint or of starting weights, had, as far as both are known.
+    """Refuse another VAE or text encoder than that of ``before``, as far as both are known.
 
     Args:
+        before: how a checkpoint or starting weights describe their latents.
         encoder_sha256: see ``Plan.describe``; None: not looked for.
 
     Raises:
