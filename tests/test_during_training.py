@@ -54,7 +54,7 @@ def test_it_is_the_distance_of_the_images_whoever_makes_them(recipe):
     assert metrics(recipe.parent / "run-2")[-1]["fd"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_training_goes_on_in_its_mode_with_its_own_weights():
+def test_training_goes_on_in_its_mode_with_its_own_weights(monkeypatch):
     seen = []
 
     @contextmanager
@@ -63,11 +63,13 @@ def test_training_goes_on_in_its_mode_with_its_own_weights():
         yield
         seen.append("its own")
 
+    monkeypatch.setattr(during_training, "read_heldout", lambda *_: [])
     callback = object.__new__(during_training.FrechetDistance)
-    callback.real, callback._gaussian = None, lambda trainer, parts: seen.append(parts)
-    callback._sampled, callback._heldout = lambda trainer: "sample", lambda trainer: "held out"
+    callback.real, callback.dataset, callback.samples = None, None, []
+    callback._gaussian = lambda trainer, parts: seen.append(parts)
+    callback._sampled, callback._real = lambda trainer, shown: "sample", lambda trainer, shown: "held out"
     engine = SimpleNamespace(eval=lambda: seen.append("eval"), train=lambda: seen.append("train"))
-    settings = SimpleNamespace(fd_every=1, steps=1)
+    settings = SimpleNamespace(fd_every=1, fd_samples=2, steps=1)
     plan = SimpleNamespace(recipe=SimpleNamespace(train=settings))
     callback(SimpleNamespace(plan=plan, step=1, engine=engine, ema=SimpleNamespace(applied=applied)), {})
     assert seen == ["eval", "EMA's", "sample", "its own", "train", "held out"]
@@ -156,10 +158,20 @@ def test_a_rank_that_cannot_does_not_stop_the_run(recipe):
     assert "fd" not in metrics(run)[-1]
 
 
+def test_a_rank_that_cannot_read_a_held_out_sample_does_not_stop_the_run(recipe):
+    run = recipe.parent / "reading"
+    settings = [f"run_dir={run}", "train.validate_every=1", "parallel.zero_stage=3"]
+    (_, output), _ = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "read", recipe, *settings])
+    for what in ("val_loss of step 1", "val_loss of step 2", "Fréchet distance of step 2"):
+        assert f"no {what}: val-000003.tar: cannot be read" in output
+    assert [record["step"] for record in metrics(run)] == [1, 2]
+    assert not metrics(run)[-1].keys() & {"fd", "val_loss", "val_loss_at_t"}
+
+
 def test_a_rank_that_cannot_validate_is_named(recipe):
     """While the others compute with EMA's weights, which all gather together: it must not try to give them back."""
-    settings = [f"run_dir={recipe.parent / 'reading'}", "train.fd_every=0", "train.validate_every=2", "parallel.zero_stage=3"]
-    (code, output), (other, _) = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "read", recipe, *settings], timeout=120, check=False)
+    settings = [f"run_dir={recipe.parent / 'losing'}", "train.fd_every=0", "train.validate_every=2", "parallel.zero_stage=3"]
+    (code, output), (other, _) = launch(2, [ROOT / "tests" / "fd_worker.py", "1", "loss", recipe, *settings], timeout=120, check=False)
     assert (code, other) == (2, 2), output
     assert "failed after step 1: val-000003.tar: cannot be read" in output
 

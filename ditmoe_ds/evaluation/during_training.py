@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ditmoe_ds.distributed.topology import gathered
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.evaluation.extractors import load_extractor
 from ditmoe_ds.evaluation.moments import Gaussian, Moments, frechet_distance
-from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.vae import decode, load_vae
-from ditmoe_ds.training.callbacks import Record, due, sample_latents, share_micro_batches
+from ditmoe_ds.training.callbacks import HeldOut, Record, any_failed, due, read_heldout, sample_latents
 from ditmoe_ds.training.plan import Plan
 from ditmoe_ds.training.trainer import Trainer
+
+WHAT = "Fréchet distance"
 
 
 class FrechetDistance:
@@ -21,7 +21,7 @@ class FrechetDistance:
     samples take the classes or captions of the held-out data in turn. The ranks share the work. The number of images biases it: compare
     it only between steps and runs with the same ``train.fd_samples``.
 
-    If images cannot be decoded or scored, rank 0 says so and training continues.
+    If samples cannot be read, or images decoded or scored, rank 0 says so and training continues.
 
     Raises:
         ConfigError, DataError: the VAE or the extractor cannot be loaded, or there are too few held-out samples.
@@ -42,26 +42,26 @@ class FrechetDistance:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.fd_every, train.steps):
             return
+        shown = read_heldout(trainer, self.dataset, self.samples, train.fd_samples, WHAT)
+        if shown is None:
+            return
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine):
-            made = self._gaussian(trainer, self._sampled(trainer))
+            made = self._gaussian(trainer, self._sampled(trainer, shown))
         trainer.engine.train()
-        self.real = self.real or self._gaussian(trainer, self._heldout(trainer))
+        self.real = self.real or self._gaussian(trainer, self._real(trainer, shown))
         if made and self.real:
             record["fd"] = frechet_distance(made, self.real)
 
-    def _sampled(self, trainer: Trainer) -> Iterator[Tensor]:
+    def _sampled(self, trainer: Trainer, shown: list[HeldOut]) -> Iterator[Tensor]:
         """Latents of this rank's images. Collective: every rank has equally many parts."""
-        for items, counted in share_micro_batches(trainer, trainer.plan.recipe.train.fd_samples):
-            conditions = trainer.conditioner.of(self._shown(items))
-            yield sample_latents(trainer, items, list(conditions))[:counted]
+        for items, counted, batch in shown:
+            yield sample_latents(trainer, items, list(trainer.conditioner.of(batch)))[:counted]
 
-    def _heldout(self, trainer: Trainer) -> Iterator[Tensor]:
-        for items, counted in share_micro_batches(trainer, len(self.samples)):
-            yield self._shown(items).latents[:counted].to(trainer.device)
-
-    def _shown(self, items: list[int]) -> Batch:
-        return self.dataset.batch([self.samples[i % len(self.samples)] for i in items])
+    def _real(self, trainer: Trainer, shown: list[HeldOut]) -> Iterator[Tensor]:
+        """Latents of this rank's held-out samples, each once."""
+        for items, counted, batch in shown:
+            yield batch.latents[[i for i in range(counted) if items[i] < len(self.samples)]].to(trainer.device)
 
     def _gaussian(self, trainer: Trainer, parts: Iterable[Tensor]) -> Gaussian | None:
         """Of the features of decoded latents, over all ranks; None, on all, where a rank failed."""
@@ -74,7 +74,4 @@ class FrechetDistance:
                 moments.add(self.extractor.features(images)["pool"])
             except Exception as error:  # out of memory, for one: the others still need this rank to sample theirs
                 failed = f"{type(error).__name__}: {error}"
-        first = next(filter(None, gathered(failed)), None)
-        if first and trainer.world.rank == 0:
-            print(f"no Fréchet distance of step {trainer.step}: {first}", flush=True)
-        return None if first else moments.gaussian()
+        return None if any_failed(trainer, WHAT, failed) else moments.gaussian()

@@ -8,11 +8,11 @@ import hashlib
 import json
 import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
-from ditmoe_ds.distributed.topology import data_group, tensor_place
-from ditmoe_ds.errors import in_a_line
+from ditmoe_ds.distributed.topology import data_group, gathered, tensor_place
+from ditmoe_ds.errors import UserError, in_a_line
 from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
+from ditmoe_ds.latents.loader import Batch, LatentDataset
 from ditmoe_ds.latents.vae import decode, load_vae
 from ditmoe_ds.plain import plain
 from ditmoe_ds.rng import keyed_generator
@@ -53,16 +54,46 @@ def share_out(count: int) -> tuple[list[int], int]:
     return mine + [0] * (-(-count // ranks) - len(mine)), len(mine) if tensor_place()[0] == 0 else 0
 
 
-def share_micro_batches(trainer: "Trainer", count: int) -> Iterator[tuple[list[int], int]]:
-    """``share_out`` by micro-batches: the items of each, and how many of them, from the first on, count as this rank's."""
-    items, own = share_out(count)
-    micro = trainer.plan.batch.micro
-    for first in range(0, len(items), micro):
-        yield items[first : first + micro], min(max(own - first, 0), micro)
+class HeldOut(NamedTuple):
+    """A micro-batch of held-out samples."""
+
+    items: list[int]
+    """Their places among those that the ranks share out."""
+    counted: int
+    """How many of them, from the first on, count as this rank's."""
+    batch: Batch
+
+
+def read_heldout(trainer: "Trainer", dataset: LatentDataset, samples: list[int], count: int, what: str) -> list[HeldOut] | None:
+    """This rank's micro-batches of ``count`` items, shared out, which are the ``samples`` in turn. They are all read before any rank
+    computes with them, since every forward is collective. Collective.
+
+    Returns:
+        None, on all ranks, where one of them could not read: then rank 0 says that there is no ``what`` of this step.
+    """
+    (items, own), micro = share_out(count), trainer.plan.batch.micro
+    parts, failed = [], None
+    try:
+        for first in range(0, len(items), micro):
+            those = items[first : first + micro]
+            batch = dataset.batch([samples[i % len(samples)] for i in those])
+            parts.append(HeldOut(those, min(max(own - first, 0), micro), batch))
+    except UserError as error:
+        failed = str(error)
+    return None if any_failed(trainer, what, failed) else parts
+
+
+def any_failed(trainer: "Trainer", what: str, failed: str | None) -> bool:
+    """Whether a rank says why it ``failed``; if so, rank 0 says that there is no ``what`` of this step. Collective."""
+    first = next(filter(None, gathered(failed)), None)
+    if first and trainer.world.rank == 0:
+        print(f"no {what} of step {trainer.step}: {first}", flush=True)
+    return first is not None
 
 
 class Validation:
-    """EMA's loss on held-out samples at 8 equidistant times, with noise fixed per sample and time."""
+    """EMA's loss on held-out samples at 8 equidistant times, with noise fixed per sample and time. If a rank cannot read its samples,
+    rank 0 says so and training continues."""
 
     def __init__(self, plan: Plan):
         self.dataset = plan.open_heldout()
@@ -72,19 +103,22 @@ class Validation:
         train = trainer.plan.recipe.train
         if not due(trainer.step, train.validate_every, train.steps):
             return
+        parts = read_heldout(trainer, self.dataset, self.samples, len(self.samples), "val_loss")
+        if parts is None:
+            return
         sums = torch.zeros(len(VALIDATION_TIMES), dtype=torch.float64, device=trainer.device)
         trainer.engine.eval()
         with trainer.ema.applied(trainer.engine), torch.no_grad():
-            for items, counted in share_micro_batches(trainer, len(self.samples)):
-                sums += self._losses(trainer, [self.samples[i] for i in items])[:, :counted].double().sum(1)
+            for _, counted, batch in parts:
+                sums += self._losses(trainer, batch)[:, :counted].double().sum(1)
         trainer.engine.train()
         dist.all_reduce(sums)
         record["val_loss_at_t"] = (sums / len(self.samples)).tolist()
         record["val_loss"] = sum(record["val_loss_at_t"]) / len(sums)
 
-    def _losses(self, trainer: "Trainer", samples: list[int]) -> torch.Tensor:
+    def _losses(self, trainer: "Trainer", batch: Batch) -> torch.Tensor:
         """(times, samples) losses."""
-        batch = self.dataset.batch(samples)
+        samples = batch.samples.tolist()
         x0 = batch.latents.to(trainer.device)
         conditioner = trainer.conditioner
         condition = conditioner.unpack(conditioner.pack(conditioner.of(batch)), trainer.device)
