@@ -183,6 +183,17 @@ def test_a_clip_is_no_other_model_of_transformers(clip):
         load_extractor(f"hf:{clip}", key="train.fd_extractor")
 
 
+def test_no_network_convolves_in_tf32(clip, monkeypatch):
+    """As cuDNN does on a GPU unless told otherwise."""
+    convolve, allowed = torch.nn.Conv2d.forward, []
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *a: allowed.append(torch.backends.cudnn.allow_tf32) or convolve(*a))
+    for name in ("efficientnet-lite0", f"clip:{clip}"):
+        extractor, begun = load_extractor(name), len(allowed)
+        extractor.features(pictures(1, 24, 24))
+        assert len(allowed) > begun
+    assert not any(allowed) and torch.backends.cudnn.allow_tf32
+
+
 def test_any_transformers_model(clip, tmp_path):
     import transformers
 

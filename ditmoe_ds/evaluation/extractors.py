@@ -18,6 +18,8 @@ from ditmoe_ds.latents.manifest import sha256
 KINDS = "inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH"
 CLIP = "clip:openai/clip-vit-large-patch14-336"
 """The extractor of CMMD."""
+full_fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+"""Decorates what convolves: cuDNN would use TF32 unless told otherwise."""
 
 
 class Extractor(NamedTuple):
@@ -29,7 +31,7 @@ class Extractor(NamedTuple):
     input: str
     """Size, resizing and normalisation, in words."""
     features: Callable[[Tensor], dict[str, Tensor]]
-    """Images (B, H, W, 3) uint8 on its device to ``pool`` (B, D) and, of Inception, ``spatial`` and ``logits``."""
+    """Images (B, H, W, 3) uint8 on its device to ``pool`` (B, D) and, of Inception, ``spatial`` and ``logits``. In full fp32."""
     text: Callable[[list[str]], Tensor] | None = None
     """For CLIP: captions to unit vectors (B, D) in the space of its ``pool``."""
 
@@ -124,6 +126,7 @@ def _clip(name: str, value: str, device: torch.device | str) -> Extractor:
     _frozen(network, device)
 
     @torch.no_grad()
+    @full_fp32
     def features(images: Tensor) -> dict[str, Tensor]:
         pooled = network.vision_model(pixel_values=prepare(images)).pooler_output
         return {"pool": F.normalize(network.visual_projection(pooled), dim=1)}
@@ -170,7 +173,7 @@ class Preprocessing(NamedTuple):
 
 
 def _frozen(network: nn.Module, device: torch.device | str) -> Callable[..., Any]:
-    return torch.no_grad()(network.to(device).eval().requires_grad_(False))
+    return torch.no_grad()(full_fp32(network.to(device).eval().requires_grad_(False)))
 
 
 def _load(network: nn.Module, path: Path, key: str) -> None:

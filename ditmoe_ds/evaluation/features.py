@@ -50,8 +50,7 @@ def summarise(
     kept = torch.zeros(count, width["pool"], device=device) if keep else None
 
     def extract() -> None:
-        progress = Progress(label, "images", last - first, shown=dist.get_rank() == 0)
-        with progress, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with Progress(label, "images", last - first, shown=dist.get_rank() == 0) as progress:
             at = first
             for arrays in images.batches(first, last, batch):
                 found = extractor.features(torch.from_numpy(arrays).to(device))
