@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             start = decided(lambda: starting_folder(read_recipe(arguments)))
             plan = agreed(lambda: read_plan(arguments, world.size, start, slice(world.rank, None, world.size)))
             ours = dict(recipe=asdict(plan.recipe), data_sha256=plan.data_digest(), deepspeed=plan.ds_config, processes=plan.begun_on)
+            ours["weights"] = plan.weights.description if plan.weights else {}
             code = source() if world.local_rank == 0 else {}  # git is slow on a file server, and not everywhere
             alike(ours | {key: value for key, value in code.items() if value})
             lookout.stacks = Path(plan.recipe.run_dir) / "stacks"

@@ -141,6 +141,26 @@ def test_ranks_that_would_train_different_things(folder, recipe):
     assert "(only rank 1 on " in results[0][1]
 
 
+OLDER = """
+import os, sys
+from ditmoe_ds.ending import end
+from ditmoe_ds.train import main
+from ditmoe_ds.training import plan
+
+if os.environ["RANK"] == "1":
+    newest = plan.open_located
+    plan.open_located = lambda folder: newest(folder.with_name("step_00000011"))
+end(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_with_copies_of_other_starting_weights(straight, folder, recipe):
+    run = folder / "copies"
+    results = launch(2, ["-c", OLDER, recipe, f"run_dir={run}", f"model.weights={straight}", "model.name=null"], check=False)
+    assert [code for code, _ in results] == [2, 2] and not run.exists()
+    assert "error: not what rank 0 trains: weights.step: 12 -> 11; give all nodes the same" in results[0][1]
+
+
 def test_a_run_directory_that_the_nodes_do_not_share(tmp_path):
     lock = claim(tmp_path / "one")
     check_shared(tmp_path / "one", patience=0)

@@ -207,7 +207,7 @@ def alike(mine: dict[str, Any]) -> None:
 
     def compare() -> None:
         if changed := changes(theirs, mine):
-            raise UserError(f"not what rank 0 trains: {some(changed)}; give all nodes the same recipe, data and code")
+            raise UserError(f"not what rank 0 trains: {some(changed)}; give all nodes the same recipe, data, starting weights and code")
 
     agreed(compare)
 
