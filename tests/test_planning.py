@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from encoding import write_text_encoder
 from latents import write_latents
 from megatron.core import parallel_state
 from models import DENSE, SPARSE, random_weights
@@ -20,6 +21,7 @@ from ditmoe_ds.distributed import tensor_parallel
 from ditmoe_ds.distributed.checkpoint import FORMAT
 from ditmoe_ds.distributed.hardware import GPUS, peak_tflops
 from ditmoe_ds.distributed.weights import write_weights
+from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.models.sizes import macs, named_config, uncut_macs
 from ditmoe_ds.models.tensor_plan import tensor_plan
@@ -283,11 +285,23 @@ def test_the_data_say_the_tokens(tmp_path):
     wide = write_latents(tmp_path / "wide", train=8, val=2, shape=(4, 8, 12))
     _, job = read_job(["recipes/digits.yaml", f"data.manifest={wide}", "model.name=DiT-MoE-S/2-8E2A"], None, None)
     assert (job.patches, job.sides) == (24, (8, 12))
-    arguments = ["recipes/ec_dit_xl_8e.yaml", "data.text_encoder=somewhere", "data.text_max_tokens=200"]
+    write_text_encoder(tmp_path / "encoder", "bert")
+    arguments = ["recipes/ec_dit_xl_8e.yaml", f"data.text_encoder={tmp_path}/encoder", "data.text_max_tokens=200"]
     assert read_job(arguments, None, None)[1].text == 200 and read_job(arguments, None, 50)[1].text == 50
     stored = f"data.manifest={write_latents(tmp_path / 'stored', train=8, val=2, text=6)}"
     assert read_job([*arguments[:1], stored], None, None)[1].text == 5 and read_job([*arguments[:1], stored], None, 50)[1].text == 50
     assert read_plan(["recipes/digits.yaml", f"data.manifest={wide}", f"run_dir={tmp_path}/run"], 2).model.input_size == 8
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5"])
+def test_a_text_encoder_in_training_takes_memory(kind, capsys, tmp_path):
+    """Its weights, in bf16, on every rank."""
+    write_text_encoder(tmp_path, kind)
+    held = 2 * sum(parameter.numel() for parameter in load_text_encoder(str(tmp_path), 8, "cpu").model.parameters())
+    settings = ["recipes/ec_dit_xl_8e.yaml", "--nodes", "4", "--text-tokens", "77"]
+    alone, both = (plan_json(capsys, *settings, *more)["recipe"] for more in ([], [f"data.text_encoder={tmp_path}"]))
+    assert both["memory"]["text encoder"] == held > 0 == alone["memory"]["text encoder"]
+    assert both["peak"] - alone["peak"] == held
 
 
 def test_a_rank_of_a_tensor_parallel_group():

@@ -17,11 +17,28 @@ def text_width(path_or_id: str, key: str) -> int:
     Raises:
         DataError: there is no such model.
     """
+    return int(_text_config(path_or_id, key).hidden_size)
+
+
+def encoder_bytes(path_or_id: str, key: str) -> int:
+    """Bytes of an encoder's weights on a GPU, from its config alone. Raises as ``text_width``."""
+    import transformers
+
+    config = _text_config(path_or_id, key)
+    with torch.device("meta"):
+        if config.model_type == "clip_text_model":
+            model = transformers.CLIPTextModel(config)
+        else:
+            model = transformers.AutoModelForTextEncoding.from_config(config, trust_remote_code=False)
+    return 2 * sum(parameter.numel() for parameter in model.parameters())  # bf16
+
+
+def _text_config(path_or_id: str, key: str) -> Any:
     import transformers
 
     with loading(f"{key}={path_or_id!r}: neither a folder nor a hub id of a transformers model"):
         config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
-    return int((config.text_config if config.model_type == "clip" else config).hidden_size)
+    return config.text_config if config.model_type == "clip" else config
 
 
 def load_text_encoder(

@@ -97,7 +97,7 @@ def report(title: str, plan: Plan, count: Count, spared: float) -> str:
     text = f" and {job.text} of text" if job.text else ""
     lines = [f"{title}: {overrides(plan)}, micro-batch {plan.shape.micro}, {job.patches} tokens an image{text}", ""]
     lines.append(f"{'GB on a GPU at the peak':<34}{'dry run':>9}{'plan':>9}")
-    rows = {name: (float(count.at_peak[name]), planned.pop(name)) for name in ("weights", "optimizer", "EMA", GATHERED)}
+    rows = {name: (float(count.at_peak[name]), planned.pop(name)) for name in ("weights", "optimizer", "EMA", GATHERED, "text encoder")}
     rows["gradients and activations"] = count.peak - sum(counted for counted, _ in rows.values()), sum(planned.values())
     lines += [_row(name, *pair) for name, pair in rows.items() if any(pair)]
     lines.append(_row("peak", count.peak, plan.peak, compare=True))

@@ -27,6 +27,8 @@ class Job:
     sides: tuple[int, int] | None = None
     """Rows and columns of a latent, where it is not a square of the model's ``input_size``."""
     optimizer: str = "adamw"
+    encoder: int = 0
+    """Bytes of the text encoder, where captions are encoded in training."""
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ class Plan:
             "optimizer": state.master + state.moments + (gradients if stepping else 0),
             "EMA": state.averages,
             "ZeRO-3 live layers": whole,
+            "text encoder": self.job.encoder,
             "activations": activated,
             "all-to-all buffers": exchange,
             "backward's temporaries": working - exchange,

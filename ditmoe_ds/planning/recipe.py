@@ -9,6 +9,7 @@ from ditmoe_ds.distributed.settings import offloads, read_ds_config, zero_settin
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.text import encoder_bytes
 from ditmoe_ds.planning.job import Cluster, Job, Shape
 from ditmoe_ds.training.plan import (
     begun_on,
@@ -38,7 +39,8 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
     weights = starting_weights(recipe)
     model = network_of(weights, recipe) if weights else named_network(recipe.model)
     sides = [model.input_size] * 2
-    if recipe.data.text_encoder:
+    encoder = recipe.data.text_encoder
+    if encoder:
         text_tokens = text_tokens or recipe.data.text_max_tokens
     if (Path(recipe.data.manifest) / "manifest.json").is_file():
         manifest = Manifest.load(recipe.data.manifest)
@@ -65,6 +67,7 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
         averages=len(recipe.ema.decays),
         sides=(sides[0], sides[1]),
         optimizer=train.optimizer.name,
+        encoder=encoder_bytes(encoder, "data.text_encoder") if encoder else 0,
     )
 
 

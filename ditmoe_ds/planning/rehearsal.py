@@ -48,6 +48,8 @@ class Rehearsal:
             self.shards = shards.collect(self.engine, group)
             self.ema = EMA(self.shards, recipe.ema)
             self.engine.train()
+            count.kind = "text encoder"
+            self.encoder = torch.empty(job.encoder, dtype=torch.uint8)
         parts = [getattr(parameter, "ds_tensor", None) for parameter in net.parameters()]
         count.become("weights", [*(part for part in parts if part is not None), *net.parameters(), *net.buffers()])
         count.become("optimizer", [tensor for shard in self.shards for tensor in (shard.master, *shard.moments.values())])
