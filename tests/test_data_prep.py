@@ -30,6 +30,7 @@ from data_prep.images import decode as decode_image
 from data_prep.sources import is_heldout, open_source
 from data_prep.units import Request, UnitWriter, claim_folder, load_record, worker_from_environment
 from ditmoe_ds.errors import ConfigError, DataError
+from ditmoe_ds.latents.condition import padded
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.latents.text import load_text_encoder
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -445,6 +446,9 @@ def test_text_is_encoded_beside_the_latents(inputs, tmp_path, kind, capsys):
         alone = encoder([meta["caption"]])[0]  # without padding: the mask hides it
         assert len(alone) == min(len(meta["caption"].split()) + 1, 8)
         torch.testing.assert_close(tensors["text"], alone, atol=2e-2, rtol=2e-2)
+    together = dict(zip(("text", "mask"), encoder.padded(captions)))
+    for name, tensor in padded(encoder(captions)).items():
+        assert torch.equal(together[name], tensor) and len(tensor) == 3
     assert main(["verify", str(out)]) == 0
 
 

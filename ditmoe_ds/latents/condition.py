@@ -86,7 +86,8 @@ class Captions:
         return list(conditions)
 
     def unpack(self, packed: list[str], device: torch.device) -> Condition:
-        return {name: tensor.to(device) for name, tensor in padded(self.encoder(packed)).items()}
+        text, mask = self.encoder.padded(packed)
+        return {"text": text.to(device), "mask": mask.to(device)}
 
 
 def padded(texts: Sequence[Tensor]) -> Condition:

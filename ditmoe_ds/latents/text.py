@@ -84,9 +84,19 @@ class TextEncoder:
         self.name, self.limit, self.cut = name, limit, 0
         self.width = int(model.config.hidden_size)
 
-    @torch.no_grad()
     def __call__(self, captions: list[str]) -> list[Tensor]:
         """For each caption (tokens, width) bfloat16 on the CPU, without padding; an empty caption has its special tokens."""
+        states, mask = self.padded(captions)
+        return [state[valid] for state, valid in zip(states.cpu(), mask.cpu())]
+
+    @torch.no_grad()
+    def padded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """For B captions (B, T, width) bfloat16, 0 behind the end of a caption, and (B, T), true for tokens, on the encoder's device.
+        The host does not wait for them.
+
+        Raises:
+            DataError: the encoder has no token for a caption.
+        """
         captions = [caption.encode(errors="replace").decode() for caption in captions]  # some were cut in the middle of an emoji
         tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         mask = tokens["attention_mask"]
@@ -96,7 +106,8 @@ class TextEncoder:
             tokens = tokens.to(self.model.device)
         self._count_cut([caption for caption, full in zip(captions, (mask.sum(1) >= self.max_tokens).tolist()) if full])
         states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        return [state[valid] for state, valid in zip(states.to(torch.bfloat16).cpu(), mask.bool())]
+        mask = tokens["attention_mask"].bool().to(states.device)
+        return states.to(torch.bfloat16).masked_fill(~mask[..., None], 0), mask
 
     def _count_cut(self, captions: list[str]) -> None:
         """Count which of these captions, which fill ``max_tokens``, were cut, and print the first ever."""
