@@ -1,6 +1,7 @@
 """What is said of a step whose loss jumps, and what of a step is read again. Steps that are skipped: test_safety.py."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def test_the_first_steps_only_fill_the_memory():
     watch = SpikeWatch(6.0)
     assert [look(watch, loss, loss) for loss in [1.0] * 10 + [100.0] + [1.0] * 9] == [None] * 20
     assert look(watch, 1e4, 1e4)
+
+
+def test_a_loss_that_is_not_finite_is_a_jump_and_not_usual():
+    watch = SpikeWatch(6.0)
+    for i in range(20):
+        look(watch, 1 + 0.1 * (-1) ** i, 1.0)
+    for loss in (math.inf, math.nan):
+        assert look(watch, loss, loss).startswith(f"loss {loss} after 1.0000 +- 0.1026")
+    assert look(watch, 1.1, 1.1) is None and look(watch, 3.0, 3.0)
 
 
 def test_what_was_usual_is_forgotten_after_100_steps():

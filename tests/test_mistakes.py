@@ -18,7 +18,8 @@ from latents import write_latents
 from models import SPARSE, random_weights
 from processes import ROOT, Ranks, launch
 
-from ditmoe_ds.distributed.topology import AgreedError, agreed
+from ditmoe_ds.distributed.settings import read_ds_config
+from ditmoe_ds.distributed.topology import AgreedError, ParallelConfig, agreed
 from ditmoe_ds.distributed.weights import differently_encoded, write_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError, DataError, UserError, in_a_line, some, visible
 from ditmoe_ds.latents.condition import Classes
@@ -180,6 +181,11 @@ def test_through_the_deepspeed_launcher(recipe):
         (["model.routing=expert", "model.router.layer_capacity=[1.0]"], ["model.router.layer_capacity=[1.0]", "2 sparse layers"]),
         (["model.router.layer_capacity=[1.0, 2.0]"], ["model.router.layer_capacity", "expert choice"]),
         (["model.routing=expert", "model.router.capacity_factor=0"], ["model.router.capacity_factor", "above 0"]),
+        (["model.routing=expert", "model.router.capacity_factor=4.5"], ["model.router.capacity_factor=4.5", "of 4 experts"]),
+        (["model.routing=expert", "model.router.layer_capacity=[1, 5]"], ["model.router.layer_capacity=5.0", "of 4 experts"]),
+        (["model.routing=expert", "model.router.layer_capacity=[1, 0]"], ["model.router.layer_capacity=0.0", "above 0"]),
+        (["model.name=DiT-Nano/2", "model.routing=expert"], ["model.routing='expert'", "DiT-Nano/2 has no experts"]),
+        (["model.name=DiT-Nano/2", "model.router.force_balance=true"], ["model.router.force_balance=True", "DiT-Nano/2 has no experts"]),
         (["model.routing=expert", "model.router.force_balance=true"], ["model.router.force_balance=True", "token choice"]),
         (["train.mask_ratio=0.9"], ["train.mask_ratio=0.9", "0.75"]),
         (["train.activation_checkpointing=1"], ["train.activation_checkpointing=1", "choose one of", "'attention'"]),
@@ -342,6 +348,11 @@ ZERO = dict(stage=1, contiguous_gradients=True, reduce_scatter=True, offload_opt
         (dict(zero_optimization=ZERO, managed_gradient_accumulation=False), "managed_gradient_accumulation=false"),
         (dict(zero_optimization=ZERO | dict(zero_quantized_weights=True)), "zero_quantized_weights=true: weights travel as they are"),
         (dict(zero_optimization=ZERO | dict(stage3_allgather_sequential=True)), "stage3_allgather_sequential=true: weights are gathered"),
+        (dict(zero_optimization=ZERO | dict(allgather_sequential=True)), "stage3_allgather_sequential=true: weights are gathered"),
+        (dict(zero_optimization=ZERO | dict(max_live_parameters=1, stage3_max_live_parameters=2)), "max_live_parameters=1: Extra inputs"),
+        (dict(zero_optimization=ZERO | dict(zenflow=dict(topk_ratio=0.1))), "zenflow={.*: its optimizer keeps state"),
+        (dict(zero_optimization=ZERO, gradient_allreduce_op="sum"), 'gradient_allreduce_op="sum": .*number of processes'),
+        (dict(zero_optimization=ZERO, prescale_gradients=True), "prescale_gradients=true: .*stages 2 and 3"),
         (dict(zero_optimization=ZERO | dict(leaf_module=dict(names=["a"]))), "leaf_module={.*: weights are gathered by layer"),
         (dict(zero_optimization=ZERO | dict(overlap_com=True)), "zero_optimization.overlap_com=true"),
         (dict(zero_optimization=ZERO | dict(offload_optimizer="cpu")), "zero_optimization.offload_optimizer="),
@@ -359,6 +370,14 @@ def test_a_bad_deepspeed_file(recipe, tmp_path, content, word):
     else:
         with pytest.raises(ConfigError, match=word):
             read_plan(arguments, world=1)
+
+
+def test_the_other_names_of_settings_of_zero(tmp_path):
+    """A user's value then takes the place of ours, instead of standing beside it, which DeepSpeed refuses when the model is built."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(dict(zero_optimization=dict(stage=3, max_live_parameters=7, stage3_prefetch_bucket_size=5))))
+    read = read_ds_config(ParallelConfig(zero_stage=3, deepspeed=str(file)))
+    assert read["zero_optimization"] == dict(stage=3, stage3_max_live_parameters=7, stage3_prefetch_bucket_size=5)
 
 
 def test_another_deepspeed(recipe, monkeypatch):

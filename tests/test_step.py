@@ -81,6 +81,8 @@ def test_masks_are_drawn_anew_for_each_visit():
     assert not torch.equal(keep, prepare(Classes(10), mask_ratio=0.5)(batch(epoch=1)).keep)
     assert torch.equal(keep, kept_patches(5, batch().epochs, batch().samples, 6, 3))
     assert prepare(Classes(10), mask_ratio=0.3)(batch()).keep.shape == (COUNT, 4)  # 1.8 of 6 are left out, rounded
+    two = batch()._replace(latents=torch.zeros(COUNT, 1, 2, 4))
+    assert prepare(Classes(10), mask_ratio=0.75)(two).keep.flatten().bincount().div(COUNT / 2).tolist() == pytest.approx([1] * 2, abs=0.1)
     # nothing else is drawn otherwise
     assert torch.equal(prepare(Classes(10), mask_ratio=0.5)(batch()).noise, whole.noise)
 

@@ -29,6 +29,11 @@ def draw(seed: int, epochs: Tensor, samples: Tensor, shape: tuple[int, ...]) -> 
     return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
+def patches_kept(patches: int, mask_ratio: float) -> int:
+    """How many of an image's patches are not masked: of an image with one or two, one."""
+    return max(patches - round(patches * mask_ratio), 1)
+
+
 def kept_patches(seed: int, epochs: Tensor, samples: Tensor, patches: int, kept: int) -> Tensor:
     """(B, kept) numbers, ascending, of the patches that are not masked; any choice is equally likely."""
     chosen = []

@@ -34,7 +34,10 @@ FIXED = {
     "zero_optimization.cpu_offload": (False, "write offload_optimizer, with device cpu"),
     "zero_optimization.cpu_offload_param": (False, "weights on the host were not tried with experts"),
     "zero_optimization.compute_grad_norm": (True, "it tells of gradients that are not finite"),
+    "zero_optimization.zenflow": (None, "its optimizer keeps state of its own, which is not saved"),
     "managed_gradient_accumulation": (True, "the optimizer would step after every micro-batch"),
+    "gradient_allreduce_op": ("mean", "the gradient, so clipping, would depend on the number of processes"),
+    "prescale_gradients": (False, "DeepSpeed's stages 2 and 3 cannot"),
     "zero_optimization.offload_param.device": ("none", "weights on the host were not tried with experts"),
     "zero_optimization.contiguous_gradients": (True, "DeepSpeed has no other way with experts"),
     "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way with experts"),
@@ -50,6 +53,9 @@ FIXED = {
     "sequence_parallel_size": (1, "no image is divided among ranks here"),
 }
 """DeepSpeed settings that have to stay as they are here, and why."""
+
+ALIASES = {name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias}
+"""Of settings of ZeRO that have two names, the one that is used here, by the other."""
 
 
 def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
@@ -80,6 +86,8 @@ def read_ds_config(parallel: ParallelConfig) -> dict[str, Any]:
             raise wrong(f"remove {key!r}; the recipe sets it as {OWNED[key]}")
         if key in ("zero_optimization", "data_types", "torch_autocast") and not isinstance(value, dict | None):
             raise wrong(f"{key}={json.dumps(value)}: holds settings, in braces")
+    zero = config.get("zero_optimization") or {}  # both names of one setting are left for DeepSpeed to refuse
+    config["zero_optimization"] = {key if (name := ALIASES.get(key, key)) in zero else name: value for key, value in zero.items()}
     stage = _setting(config, "zero_optimization.stage", 0)
     if stage != parallel.zero_stage:
         raise ConfigError("parallel.zero_stage", parallel.zero_stage, f"{named} says stage {stage}; make them agree")

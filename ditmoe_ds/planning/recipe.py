@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ditmoe_ds.diffusion.noise import patches_kept
 from ditmoe_ds.distributed.settings import offloads, read_ds_config, zero_settings
 from ditmoe_ds.distributed.topology import ParallelConfig
 from ditmoe_ds.errors import ConfigError
@@ -55,11 +56,10 @@ def read_job(arguments: list[str], image_size: int | None, text_tokens: int | No
         if image_size < 8 * model.patch or image_size % (8 * model.patch):
             raise ConfigError("--image-size", image_size, f"must divide by {8 * model.patch}: an f=8 VAE and patches of {model.patch}")
     tokens = math.prod(side // model.patch for side in sides)
-    patches = tokens - round(tokens * train.mask_ratio)
     text = (text_tokens or 77) if model.text_width else 0
     return recipe, Job(
         model,
-        patches,
+        patches_kept(tokens, train.mask_ratio),
         text,
         train.precision,
         train.global_batch,

@@ -1,6 +1,5 @@
 """A rank's training step as ``training.trainer`` builds and runs it, on random latents, to be counted."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +32,7 @@ class Rehearsal:
     """
 
     def __init__(self, recipe: Recipe, job: Job, ds_config: dict[str, Any], count: Count):
-        self.recipe, self.config, self.text, self.count = recipe, job.model, job.text, count
+        self.recipe, self.config, self.patches, self.text, self.count = recipe, job.model, job.patches, job.text, count
         self.sides = job.sides or (job.model.input_size, job.model.input_size)
         train, self.objective = recipe.train, make_objective(recipe.diffusion)
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
@@ -77,10 +76,8 @@ class Rehearsal:
             text = torch.randn(images, self.text, model.text_width, dtype=torch.bfloat16)
             told = dict(text=text, mask=torch.ones(images, self.text, dtype=torch.bool))
         keep = None
-        if ratio := self.recipe.train.mask_ratio:
-            tokens = math.prod(side // model.patch for side in self.sides)
-            kept = tokens - round(tokens * ratio)
-            keep = torch.arange(kept).expand(images, kept)
+        if self.recipe.train.mask_ratio:
+            keep = torch.arange(self.patches).expand(images, self.patches)
         return Prepared(latents, told, torch.rand(images), torch.randn_like(latents), torch.zeros(images), keep)
 
 

@@ -1,6 +1,7 @@
 """What went wrong in a step: where a loss or gradient stopped being finite, and which samples made the loss jump."""
 
 import itertools
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ class SpikeWatch:
             On a jump, the usual loss, and the micro-batch of the largest loss over all ranks: its range of t and samples.
         """
         usual = list(self.recent)
-        self.recent.append(loss)
+        if math.isfinite(loss):  # squares of a damaged latent may overflow where its gradient does not
+            self.recent.append(loss)
         if not self.threshold or len(usual) < 20:
             return None
         mean, deviation = statistics.fmean(usual), statistics.stdev(usual)

@@ -5,8 +5,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
 from ditmoe_ds.models.sizes import described, named_config, parameter_shapes
 from ditmoe_ds.models.tensor_plan import divided, has_biased_experts
+from ditmoe_ds.moe.routing import RouterConfig
 from ditmoe_ds.training.recipe import ModelConfig, Recipe, TrainConfig, read_recipe
 from ditmoe_ds.training.resume import check_encoders, check_same_run
 
@@ -204,6 +206,9 @@ def named_network(given: ModelConfig) -> DiTConfig:
     qk_norm = named.qk_norm if given.qk_norm is None else given.qk_norm
     if given.new_classes:
         raise ConfigError("model.new_classes", True, "is for training that starts from model.weights; leave it out")
+    for key in ("routing", *(f"router.{field.name}" for field in fields(RouterConfig))):
+        if not named.experts and (value := attrgetter(key)(given)) != attrgetter(key)(ModelConfig()):
+            raise ConfigError(f"model.{key}", value, f"{given.name} has no experts; leave it out")
     config = replace(named, qk_norm=qk_norm, routing=given.routing or named.routing, router=given.router)
     if config.routing == "dense" and (config.expert_activation != "gelu" or config.shared):
         raise ConfigError("model.routing", "dense", f"{given.name} has SwiGLU and shared experts; a dense twin has EC-DIT")
@@ -214,8 +219,11 @@ def named_network(given: ModelConfig) -> DiTConfig:
         fix = f"is for expert choice, one factor for each of {len(config.sparse_layers)} sparse layers"
         raise ConfigError("model.router.layer_capacity", list(factors), fix)
     factor = given.router.capacity_factor
-    if min((*factors, 1.0 if factor is None else factor)) <= 0:
-        raise ConfigError("model.router.capacity_factor", factor, "must be above 0, as each of layer_capacity")
+    for key, value in [("capacity_factor", 1.0 if factor is None else factor), *(("layer_capacity", one) for one in factors)]:
+        if value <= 0:
+            raise ConfigError(f"model.router.{key}", value, "must be above 0")
+        if config.routing == "expert" and value > config.experts:
+            raise ConfigError(f"model.router.{key}", value, f"of {config.experts} experts no more can take a token")
     return config
 
 

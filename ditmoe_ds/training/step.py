@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ditmoe_ds.diffusion.noise import draw, kept_patches
+from ditmoe_ds.diffusion.noise import draw, kept_patches, patches_kept
 from ditmoe_ds.diffusion.objectives import Objective, flip
 from ditmoe_ds.latents.condition import Condition, Conditioner
 from ditmoe_ds.latents.loader import Batch
@@ -69,7 +69,7 @@ class Preparation:
         keep = None
         if self.mask_ratio:
             patches = latents[0, 0].numel() // self.patch**2
-            keep = kept_patches(self.seed, batch.epochs, batch.samples, patches, patches - round(patches * self.mask_ratio))
+            keep = kept_patches(self.seed, batch.epochs, batch.samples, patches, patches_kept(patches, self.mask_ratio))
         return Prepared(latents, self.conditioner.pack(conditions), self.objective.time(draws), draws.noise, batch.samples, keep)
 
 
