@@ -38,6 +38,7 @@ def test_the_manifest_comes_back(tmp_path):
         (lambda root: (root / "manifest.json").write_text("[" * 100_000), "not valid JSON .*recursion"),
         (lambda root: edit(root, version=1), "reads"),
         (lambda root: edit(root, dtype="float8"), "dtype='float8'"),
+        (lambda root: edit(root, mean=[0.0] * 4), r"shape \[2, 3, 4\]"),
         (lambda root: edit(root, splits={"train": {"samples": 0, "shards": []}}), "splits.val.samples"),
         (
             lambda root: (root / "manifest.json").write_text((root / "manifest.json").read_text().replace("        2,\n", "", 1)),
@@ -82,11 +83,14 @@ def test_folders_beside_the_data_move_with_it_and_others_stay(tmp_path):
     (tmp_path / "home" / "data").mkdir(parents=True)
     near, far = str(tmp_path / "home" / "encoder"), str(tmp_path / "site-packages" / "vae")
     manifest = write_values(tmp_path / "home" / "data")
-    replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c")).save()
+    manifest = replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c"))
+    manifest.save()
     (tmp_path / "deep").mkdir()
     (tmp_path / "home").rename(tmp_path / "deep" / "moved")
     moved = Manifest.load(tmp_path / "deep" / "moved" / "data")
     assert (moved.vae, moved.text.encoder) == (far, str(tmp_path / "deep" / "moved" / "encoder"))
+    assert manifest.digest == moved.digest == replace(moved, vae="/elsewhere").digest, "a run goes on wherever folders lie"
+    assert len({moved.digest, *(replace(moved, **{key: "d"}).digest for key in ("vae_sha256", "source"))}) == 3
 
 
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):

@@ -55,6 +55,10 @@ def test_time_dropout_and_flip_say_nothing_of_each_other(objective):
     assert (chances.corrcoef() - torch.eye(3)).abs().max() < 0.1
 
 
+def test_held_out_samples_without_a_class_are_of_no_class():
+    assert Classes(10).of(batch(count=3)._replace(labels=torch.tensor([4, -1, 0]))) == [4, 10, 0]
+
+
 def test_texts_are_dropped_like_classes():
     dropped = (prepare(Classes(10))(batch()).condition["y"] == 10).tolist()
     condition = prepare(Texts(EMPTY))(batch()).condition
