@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,10 @@ def test_weights_folder(tmp_path, dtype, torch_dtype):
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    held = {file: [name for name in parameters if index["weight_map"][name] == file] for file in files}
+    sizes = [[parameters[name].numel() * torch_dtype.itemsize for name in names] for names in held.values()]
+    assert all(sum(each) <= 100_000 or len(each) == 1 for each in sizes)
+    assert all(sum(each) + then[0] > 100_000 for each, then in pairwise(sizes)), "a file has what there is room for"
     by_library = {name: value for file in files for name, value in load_file(tmp_path / "out" / file).items()}
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in by_library.values())
     opened = open_weights(tmp_path / "out")
