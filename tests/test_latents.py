@@ -1,5 +1,6 @@
 """The manifest and the tars of a folder of latents."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -15,7 +16,7 @@ from latents import SHAPE, write_values
 
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.loader import LatentDataset
-from ditmoe_ds.latents.manifest import Manifest, Text
+from ditmoe_ds.latents.manifest import Manifest, Text, weights_sha256
 from ditmoe_ds.latents.tars import ShardReader, ShardWriter
 
 
@@ -91,6 +92,18 @@ def test_folders_beside_the_data_move_with_it_and_others_stay(tmp_path):
     assert (moved.vae, moved.text.encoder) == (far, str(tmp_path / "deep" / "moved" / "encoder"))
     assert manifest.digest == moved.digest == replace(moved, vae="/elsewhere").digest, "a run goes on wherever folders lie"
     assert len({moved.digest, *(replace(moved, **{key: "d"}).digest for key in ("vae_sha256", "source"))}) == 3
+
+
+def test_a_models_digest_is_the_same_on_every_file_system(tmp_path, monkeypatch):
+    """Which lists a folder's files in any order."""
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.safetensors").write_text(name)
+    (tmp_path / "config.json").write_text("{}")
+    listed = list(tmp_path.glob("*.safetensors"))
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "glob", lambda folder, pattern, order=order: iter(order))
+        assert weights_sha256(str(tmp_path)) == hashlib.sha256(b"abc").hexdigest()
+    assert weights_sha256("org/name") is None
 
 
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):
