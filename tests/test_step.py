@@ -155,6 +155,23 @@ def test_a_loss_is_the_sum_of_its_parts(scope, monkeypatch):
     torch.testing.assert_close(found.total, found.diffusion + balance + z)
 
 
+def test_a_masked_step_is_of_the_patches_that_are_there(monkeypatch):
+    """What the network computes, and what the loss counts."""
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: None)
+    net, objective = load_model(random_weights(SPARSE)[1]), RectifiedFlow(1000.0)
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 8, 8)
+    y, t, keep = torch.tensor([0, 1, 2]), torch.rand(3), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(3)])
+    micro = Prepared(x0, dict(y=y), t, noise, torch.arange(3), keep)
+    found = compute_loss(net, objective, micro, SPARSE)
+
+    def only_these(z, s):
+        return net(z, s, y, keep=keep)
+
+    torch.testing.assert_close(found.diffusion, objective.loss(only_these, x0, t, noise, pixels_of(keep, x0, 2)).mean())
+    assert found.takers.sum(1).tolist() == [3 * 5] * 2 and micro.tokens(2) == 5
+
+
 def test_router_metrics_of_tokens():
     found = router_metrics(torch.tensor([[4, 4], [8, 0]]), torch.tensor([[2, 4, 2], [0, 8, 0]]))
     assert found["untaken"] == [0.25, 0] and found["takers_std"] == [pytest.approx(0.5**0.5, abs=1e-6), 0]
