@@ -7,6 +7,8 @@ import http.server
 import json
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -193,6 +195,34 @@ def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, mo
     dataset._reader.cache_clear()  # what is open can still be read
     with pytest.raises(DataError, match=r"train-000000\.tar: deleted from the cache before it was read, 6 times.*data\.cache_gb"):
         dataset[0]
+
+
+def test_nothing_is_left_of_an_attempt_that_failed(monkeypatch):
+    attempts = [b"an error page of a proxy", b"content"]
+
+    def copy(url, out, most):
+        out.write(attempts.pop(0))
+        if attempts:
+            raise OSError("reset")
+
+    monkeypatch.setattr(remote, "_copy", copy)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    assert remote.read("https://here") == b"content"
+
+
+def test_a_file_that_several_want_at_once_is_fetched_once(tmp_path, monkeypatch):
+    """As all ranks of a host do; locks of files hold among threads as among processes."""
+    fetched = []
+
+    def slowly(url, out, most):
+        fetched.append(url)
+        time.sleep(0.3)
+        out.write(b"1234")
+
+    monkeypatch.setattr(remote, "_copy", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        wanted = [pool.submit(remote.Cache(tmp_path, 100).file, "https://here", f"{0:032}.tar", 4, lambda path: None) for _ in range(3)]
+    assert [one.result().read_bytes() for one in wanted] == [b"1234"] * 3 and fetched == ["https://here"]
 
 
 def test_other_files_in_the_caches_folder_stay(folder, url, tmp_path):

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,10 +313,12 @@ def test_a_new_checkpoint_stays_whatever_lies_there(allowed, alone, tmp_path, mo
                 raise PermissionError(1, "Operation not permitted", str(folder))
 
         monkeypatch.setattr(checkpoint, "_remove", forbidden)
-    saver._publish(tmp_path / "step_00005000.partial", dict(step=5000), [(4, [])])
+    saver._publish(tmp_path / "step_00005000.partial", dict(format=checkpoint.FORMAT, step=5000), [(4, [])])
     assert (tmp_path / "latest").read_text() == "step_00005000" and (tmp_path / "step_00005000" / "index.json").is_file()
     assert (tmp_path / "step_00004000").exists() != allowed and (tmp_path / "step_00006000").exists()
     assert ("cannot be deleted (Operation not permitted)" in capsys.readouterr().out) != allowed
+    shutil.copytree(tmp_path / "step_00005000", tmp_path / "step_00006000", dirs_exist_ok=True)
+    assert checkpoint.newest(tmp_path).name == "step_00005000", "a whole one that the run went back behind does not count"
 
 
 def test_a_rank_whose_disk_is_slow_is_waited_for(tmp_path):
