@@ -177,7 +177,7 @@ def test_ddpm_samplers_find_the_image_that_the_model_knows(x0, sampler):
 
     config = DiffusionConfig(objective="ddpm")
     out = sample(predict, torch.randn_like(x0), make_scheduler(config, sampler), config, 50, torch.Generator().manual_seed(0))
-    assert (out - x0).abs().max() < 0.05
+    assert (out - x0).abs().max() < 1e-4  # the last step goes to no noise at all
 
 
 MEAN, STD = 0.7, 0.4
