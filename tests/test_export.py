@@ -101,6 +101,7 @@ def test_our_time_scale_is_told_and_comes_back(imported, tmp_path, capsys):
     "changed, word",
     [
         ({"top_k": 9}, "--top-k"),
+        ({"top_k": 0}, "--top-k"),
         ({"num_heads": 5}, "--heads"),
         ({"num_heads": -4}, "--heads"),
         ({"input_size": -8}, "--input-size"),

@@ -122,6 +122,29 @@ def test_the_bad_samples_of_a_large_micro_batch_are_named(cut, where):
     assert said == f"first in {where}, rank 0, t 0.120 to 0.120, samples sample62"
 
 
+def test_of_all_that_is_bad_the_first_is_told(monkeypatch):
+    """Of the step's micro-batches, and then of all ranks' modules in the order of computation."""
+    network, batches = Network("output"), []
+    for first in (50, 70):
+        latents = torch.zeros(2, 3, 4)
+        latents[1, 0] = 100.0
+        batches.append(Prepared(latents, {}, torch.tensor([0.25, 0.5]), latents, torch.arange(2) + first, None))
+
+    def said():
+        return explain(network, batches, lambda batch: network(batch.latents).sum(), "sample{}".format)
+
+    assert said() == "first in the output of experts, rank 0, t 0.500 to 0.500, samples sample51"
+    monkeypatch.setattr(guard, "gathered", lambda mine: [mine, [(0, 0, 1, "first in the output of first, rank 1"), (1, 0, 1, "later")]])
+    assert said() == "first in the output of first, rank 1"
+
+
+def test_of_many_samples_eight_are_named():
+    latents = torch.zeros(11, 1)
+    batch = Prepared(latents, {}, torch.full((11,), 0.5), latents, torch.arange(11), None)
+    named = ", ".join(f"sample{i}" for i in range(8))
+    assert guard._describe(batch, "sample{}".format) == f"rank 0, t 0.500 to 0.500, samples {named} and 3 more"
+
+
 @pytest.mark.parametrize("tail", ['{"step": 4, "lo', "\0\0\0\n", '{"step": 4, "lo\n\0\n{"step": 5'])
 @pytest.mark.parametrize("step, kept", [(0, 0), (2, 2), (3, 3), (9, 3)])
 def test_records_after_the_checkpoint_are_cut_off(tmp_path, step, kept, tail):

@@ -1,5 +1,6 @@
 """The manifest and the tars of a folder of latents."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -15,7 +16,7 @@ from latents import SHAPE, write_values
 
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.loader import LatentDataset
-from ditmoe_ds.latents.manifest import Manifest, Text
+from ditmoe_ds.latents.manifest import Manifest, Text, weights_sha256
 from ditmoe_ds.latents.tars import ShardReader, ShardWriter
 
 
@@ -38,6 +39,7 @@ def test_the_manifest_comes_back(tmp_path):
         (lambda root: (root / "manifest.json").write_text("[" * 100_000), "not valid JSON .*recursion"),
         (lambda root: edit(root, version=1), "reads"),
         (lambda root: edit(root, dtype="float8"), "dtype='float8'"),
+        (lambda root: edit(root, mean=[0.0] * 4), r"shape \[2, 3, 4\]"),
         (lambda root: edit(root, splits={"train": {"samples": 0, "shards": []}}), "splits.val.samples"),
         (
             lambda root: (root / "manifest.json").write_text((root / "manifest.json").read_text().replace("        2,\n", "", 1)),
@@ -82,11 +84,26 @@ def test_folders_beside_the_data_move_with_it_and_others_stay(tmp_path):
     (tmp_path / "home" / "data").mkdir(parents=True)
     near, far = str(tmp_path / "home" / "encoder"), str(tmp_path / "site-packages" / "vae")
     manifest = write_values(tmp_path / "home" / "data")
-    replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c")).save()
+    manifest = replace(manifest, vae=far, vae_sha256="a", text=Text(near, "b", 5, 7, "c"))
+    manifest.save()
     (tmp_path / "deep").mkdir()
     (tmp_path / "home").rename(tmp_path / "deep" / "moved")
     moved = Manifest.load(tmp_path / "deep" / "moved" / "data")
     assert (moved.vae, moved.text.encoder) == (far, str(tmp_path / "deep" / "moved" / "encoder"))
+    assert manifest.digest == moved.digest == replace(moved, vae="/elsewhere").digest, "a run goes on wherever folders lie"
+    assert len({moved.digest, *(replace(moved, **{key: "d"}).digest for key in ("vae_sha256", "source"))}) == 3
+
+
+def test_a_models_digest_is_the_same_on_every_file_system(tmp_path, monkeypatch):
+    """Which lists a folder's files in any order."""
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.safetensors").write_text(name)
+    (tmp_path / "config.json").write_text("{}")
+    listed = list(tmp_path.glob("*.safetensors"))
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "glob", lambda folder, pattern, order=order: iter(order))
+        assert weights_sha256(str(tmp_path)) == hashlib.sha256(b"abc").hexdigest()
+    assert weights_sha256("org/name") is None
 
 
 def test_a_writer_that_fails_leaves_no_shard(tmp_path):

@@ -3,13 +3,14 @@
 import errno
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from latents import SHAPE, value, write_values
+from latents import SHAPE, value, write_latents, write_values
 
 from ditmoe_ds.errors import ConfigError, DataError
 from ditmoe_ds.latents import remote, tars
@@ -48,6 +49,11 @@ def test_the_order_is_the_one_saved_runs_have():
     torch.manual_seed(123)
     assert [i for _, i in at(Order([[3, 3, 2]], [1], 0, 16), 0, 8)] == [3, 4, 7, 6, 1, 0, 2, 5]
     assert [i for _, i in at(Order([[3, 3, 2]], [1], 0, 4), 0, 8)] == [3, 6, 5, 4, 7, 0, 2, 1]
+    mix = Order([[3, 3], [3, 3]], [1, 2], 0, 16)
+    assert [i for _, i in at(mix, 0, 9)] == [0, 7, 10, 11, 1, 8, 2, 9, 6]
+    buckets = BucketOrder([mix, Order([[4], [2]], [1, 2], 0, 16)], 2, 0)
+    steps = (0, 1, 2, 3, 10_000, 10_001, 10_002, 10_003)  # of two blocks
+    assert [i for step in steps for _, i in at(buckets, 2 * step, 2)] == [0, 7, 10, 11, 1, 8, 12, 16, 6, 10, 5, 7, 11, 8, 5, 6]
 
 
 def test_a_window_spans_few_shards():
@@ -230,6 +236,12 @@ def test_a_damaged_shard_can_be_left_out(dataset):
         DataConfig("unused", skip_shards=("train-9.tar",)).open([manifest], "train")
 
 
+def test_what_is_left_out_is_of_the_training_samples(tmp_path):
+    manifest = Manifest.load(write_latents(tmp_path, train=8, val=3, per_shard=4))
+    config = DataConfig("unused", skip_shards=("train-000001.tar",))
+    assert (len(config.open([manifest], "train")), len(config.open([manifest], "val"))) == (4, 3)
+
+
 def test_a_shard_to_skip_by_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     write_values(tmp_path / "here")
@@ -278,6 +290,8 @@ def test_a_step_has_one_shape_and_each_shape_its_share(tmp_path):
     assert manifest.shapes == ((2, 2, 6), (2, 3, 4), (2, 4, 3))
     dataset = LatentDataset([manifest], "train")
     assert [dataset.key(i) for i in (0, 16, 39, 40)] == ["2x6-0", "3x4-0", "3x4-23", "4x3-0"]
+    one = LatentDataset([manifest], "train", shape=(2, 4, 3))
+    assert len(one) == 8 and one.batch(range(8)).latents.shape == (8, 2, 4, 3)
     steps = 600
     whole = take(dataset, steps, global_batch=4)
     count = Counter(tuple(batch.latents.shape[1:]) for batch in whole)
@@ -298,6 +312,7 @@ def test_blocks_hold_the_exact_share_of_each_shape():
     orders = [Order([[size]], [1], 0, 100) for size in (30, 60, 1)]
     order = BucketOrder(orders, 2, 0)
     assert order.shares == [3297, 6593, 110]
+    assert BucketOrder([Order([[size]], [1], 0, 100) for size in (10**6, 1)], 2, 0).shares == [10_000, 1], "at least one batch"
     visited = set()
     for block in range(2):
         found = [order.at(2 * step, 2) for step in range(10_000 * block, 10_000 * (block + 1))]
@@ -320,6 +335,17 @@ def test_what_is_mixed_must_have_all_shapes(tmp_path):
     both, one = write_shapes(tmp_path / "both", {(2, 3, 4): (5,), (2, 4, 3): (5,)}), write_shapes(tmp_path / "one", {(2, 3, 4): (5,)})
     with pytest.raises(DataError, match=r"one: split train has no latents of shape \(2, 4, 3\)"):
         LatentDataset([both, one], "train")
+
+
+def test_workers_leave_signals_to_their_rank(dataset):
+    """By which SLURM or a terminal asks all processes of a job to stop."""
+    loader = LatentLoader(dataset, DataConfig("unused", workers=1), seed=0, global_batch=2, accumulation=1, rank=0, world=1)
+    next(loader)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+    assert len([next(loader) for _ in range(10)]) == 10  # more than were loaded ahead
+    loader.close()
 
 
 def test_close_ends_the_workers(dataset):

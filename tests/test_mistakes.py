@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from ditmoe_ds.latents.loader import Batch
 from ditmoe_ds.latents.manifest import Manifest
 from ditmoe_ds.models.sizes import named_config
 from ditmoe_ds.training.plan import read_plan
+from ditmoe_ds.training.recipe import BOUNDS, Recipe
 
 OFFLOAD = ["parallel.zero_stage=3", "parallel.deepspeed=ds_configs/zero3_offload.json"]
 MISTAKES = {
@@ -149,6 +151,21 @@ def test_through_the_deepspeed_launcher(recipe):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     check_output("\n".join(line for line in (result.stdout + result.stderr).splitlines() if "[launch.py" not in line), ["train.steps"])
+
+
+def test_every_number_of_a_recipe_has_bounds():
+    """Or is checked with what it must fit; a seed may be any."""
+
+    def numbers(settings, prefix=""):
+        for name, hint in get_type_hints(settings).items():
+            if is_dataclass(hint):
+                yield from numbers(hint, f"{prefix}{name}.")
+            elif {int, float} & {hint, *get_args(hint)}:
+                yield prefix + name
+
+    elsewhere = {"parallel.expert", "parallel.tensor", "train.fd_samples", "train.sample_steps", "train.seed"}
+    elsewhere |= {"model.router.capacity_factor", "model.router.layer_capacity", "ema.decays"}
+    assert set(numbers(Recipe)) == {key for *_, keys in BOUNDS for key in keys.split()} | elsewhere
 
 
 @pytest.mark.parametrize(
@@ -378,6 +395,30 @@ def test_the_other_names_of_settings_of_zero(tmp_path):
     file.write_text(json.dumps(dict(zero_optimization=dict(stage=3, max_live_parameters=7, stage3_prefetch_bucket_size=5))))
     read = read_ds_config(ParallelConfig(zero_stage=3, deepspeed=str(file)))
     assert read["zero_optimization"] == dict(stage=3, stage3_max_live_parameters=7, stage3_prefetch_bucket_size=5)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (dict(train_batch_size=8), "remove 'train_batch_size'; the recipe sets it as train.global_batch"),
+        (dict(train_micro_batch_size_per_gpu=8), "train.global_batch"),
+        (dict(gradient_accumulation_steps=2), "train.accumulation"),
+        (dict(gradient_clipping=0.5), "train.optimizer.grad_clip"),
+        (dict(optimizer=dict(type="SGD")), "train.optimizer"),
+        (dict(scheduler=dict(type="WarmupLR")), "train.optimizer.warmup_steps"),
+        (dict(fp16=dict(enabled=True)), "train.precision"),
+        (dict(zero_optimization=ZERO | dict(cpu_offload_param=True)), "were not tried with experts"),
+        (dict(zero_optimization=ZERO | dict(stage3_module_granularity_threshold=1000)), "by layer here"),
+        (dict(zero_optimization=ZERO | dict(stage3_use_all_reduce_for_fetch_params=True)), "by layer here"),
+        (dict(zero_optimization=ZERO | dict(zero_quantized_nontrainable_weights=True)), "as they are here"),
+        (dict(zero_optimization=ZERO | dict(zero_hpz_partition_size=2)), "is not saved, nor tried"),
+        (dict(zero_optimization=ZERO | dict(contiguous_gradients=False)), "no other way with experts"),
+    ],
+)
+def test_what_a_deepspeed_file_may_not_say(recipe, tmp_path, content, says):
+    (tmp_path / "ds.json").write_text(json.dumps(dict(zero_optimization=ZERO) | content))
+    with pytest.raises(ConfigError, match=f"parallel.deepspeed=.*{says}(; remove it)?$"):
+        read_plan([str(recipe), f"parallel.deepspeed={tmp_path / 'ds.json'}", "parallel.zero_stage=1"], world=1)
 
 
 def test_another_deepspeed(recipe, monkeypatch):

@@ -124,8 +124,12 @@ def test_every_matrix_is_its_own_draw():
     assert not torch.equal(model.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
     router = model.blocks[0].mlp.deepspeed_moe.gate.weight
     assert 0.5 / math.sqrt(32) < router.abs().max() <= 1 / math.sqrt(32)
+    for half in model.blocks[0].mlp.shared_mlp.w1.weight.chunk(2):  # gate and up, of 64
+        assert 0.9 * math.sqrt(6 / (32 + 64)) < half.abs().max() <= math.sqrt(6 / (32 + 64))
+    patches = model.x_embed.weight  # Xavier's of 4 channels of 2 x 2 pixels
+    assert 0.9 * math.sqrt(6 / (32 + 16)) < patches.abs().max() <= math.sqrt(6 / (32 + 16))
     for weight in (model.y_embed.table.weight, model.t_embed.mlp[0].weight, model.t_embed.mlp[2].weight):
-        assert weight.std() == pytest.approx(0.02, rel=0.2)
+        assert weight.std() == pytest.approx(0.02, rel=4 / (2 * weight.numel()) ** 0.5)
 
 
 def test_position_table_matches_its_formula():
@@ -138,11 +142,17 @@ def test_position_table_matches_its_formula():
         assert ours.tolist() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_timestep_sinusoid_is_cos_then_sin():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_timestep_sinusoid_is_cos_then_sin(dtype):
+    """In fp32 whatever the weights are: bf16 does not tell 906 from 907."""
     embedder = TimestepEmbedder(8)
     seen = []
-    embedder.mlp = torch.nn.Sequential(torch.nn.Linear(256, 8))
+    embedder.mlp = torch.nn.Sequential(torch.nn.Linear(256, 8)).to(dtype)
     embedder.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    embedder(torch.tensor([7.0]))
-    wanted = [f(7 * 10000 ** (-i / 128)) for f in (math.cos, math.sin) for i in range(128)]
-    assert seen[0][0].tolist() == pytest.approx(wanted, abs=1e-5)
+    embedder(torch.tensor([907.0]))
+    wanted = torch.tensor([f(907 * 10000 ** (-i / 128)) for f in (math.cos, math.sin) for i in range(128)])
+    torch.testing.assert_close(seen[0][0], wanted.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=2e-4)
+
+
+def test_the_output_is_fp32_whatever_the_weights_are():
+    assert make().bfloat16()(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0]), torch.tensor([0, 3])).dtype == torch.float32

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ditmoe_ds.models.dit import DenseMLP
 from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe import rows as rows_of
-from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, fastest_kernel
+from ditmoe_ds.moe.experts import ExpertFFN, PackedExperts, fastest_kernel, leaves_gaps
 from ditmoe_ds.moe.layer import MoE, Router, in_halves
 from ditmoe_ds.moe.routing import RouterConfig, balance_loss, count, token_choice, token_choice_capacity
 from ditmoe_ds.moe.rows import activate
@@ -70,7 +70,17 @@ def test_renormalise_and_route_scale():
         kept = scores.gather(1, chosen)
         return 2.5 * kept / kept.sum(1, keepdim=True)
 
-    torch.testing.assert_close(moe(x[None])[0][0], by_loop(moe, x, scaled), rtol=1e-4, atol=1e-5)
+    outputs, leaves, upward = (moe(x[None])[0][0], by_loop(moe, x, scaled)), list(moe.parameters()), torch.randn(T, D)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad(out, leaves, upward) for out in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_of_many_experts_each_has_its_takings_together():
+    """Of more than eight bits can number."""
+    scores = torch.eye(300)[torch.randperm(300)]
+    assignment, chosen = token_choice(scores, 1, RouterConfig())
+    assert assignment.counts.tolist() == [1] * 300 and chosen[assignment.tokens, 0].tolist() == list(range(300))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
@@ -179,6 +189,7 @@ def test_a_capacity_is_the_loop_without_what_was_dropped(factor):
     capacity, taken = min(math.ceil(factor * T * 2 / E), T), []
 
     def kept_weights(scores, chosen):
+        assert selections.tolist() == chosen.flatten().bincount(minlength=E).tolist()
         weights, load = scores.gather(1, chosen), [0] * E
         kept = torch.zeros_like(weights)
         for choice in range(2):
@@ -191,7 +202,7 @@ def test_a_capacity_is_the_loop_without_what_was_dropped(factor):
         return weights * kept
 
     leaves, upward = list(moe.parameters()), torch.randn(T, D)
-    out, _, takers, *_ = moe(x)
+    out, selections, takers, *_ = moe(x)
     wanted = by_loop(moe, x[0], kept_weights)
     torch.testing.assert_close(out[0], wanted, rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(out[0], leaves, upward), torch.autograd.grad(wanted, leaves, upward, materialize_grads=True)):
@@ -262,6 +273,7 @@ def test_grouped_kernels_are_for_gpus_that_have_one(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert fastest_kernel(gpu, bf16, equal=False) == kernel
         assert fastest_kernel(gpu, torch.float32, equal=False) == "each" and fastest_kernel(gpu, bf16, equal=True) == "batched"
+        assert leaves_gaps(gpu) == (capability == (10, 3)) and not leaves_gaps(torch.device("cpu"))
     assert fastest_kernel(torch.device("cpu"), bf16, equal=False) == "each"
 
 
@@ -357,3 +369,13 @@ def test_router_computes_in_fp32_under_bf16():
     moe.deepspeed_moe.gate.register_forward_hook(lambda module, args, out: seen.append(out[0].weights.dtype))
     out, *_ = moe(torch.randn(1, T, D, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16 and seen == [torch.float32]
+
+
+def test_takings_in_bf16_are_weighed_and_summed_in_fp32():
+    """Of numbers that fp32 adds exactly, in any order, and bf16 does not hold."""
+    rows, upward = (torch.randint(-8, 9, (number, D)).bfloat16() for number in (300, 5))
+    weights, tokens, outputs = torch.randint(1024, (300,)) / 1024, torch.arange(300) % 5, []
+    leaves = rows.requires_grad_(), weights.requires_grad_()
+    for out in (rows_of.Combine.apply(rows, tokens, weights, 5, None, None), (weights[:, None] * rows).view(60, 5, D).sum(0).bfloat16()):
+        outputs.append((out, *torch.autograd.grad(out, leaves, upward)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))

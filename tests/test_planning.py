@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,8 @@ def test_traffic_by_hand():
     assert (exchange.in_node, exchange.across) == (tokens(3)["exchange tokens"], 0)
     again = step_traffic(batch, 3, True, 2, 4, 2, dict(dense=100, experts=400, whole=25))
     assert again[-1].in_node == 1.5 * exchange.in_node
+    attention = step_traffic(batch, 3, "attention", 2, 4, 2, dict(dense=100, experts=400, whole=25))
+    assert attention[-1] == exchange, "no token is sent twice"
 
 
 def test_traffic_of_tensor_parallelism_by_hand():
@@ -245,6 +248,11 @@ def test_time_by_hand():
     assert plan.seconds["zero"] == pytest.approx(gathering + max(0, reducing - 0.5 * plan.flops * 2 / 3 / 50e12))
     later = replace(plan, shape=replace(plan.shape, stage=1, micro=1))  # two micro-batches, gradients travel beside the second
     assert later.seconds["zero"] == pytest.approx(gathering + reducing - 0.5 * plan.flops * 2 / 3 / 50e12 / 2)
+    unsharded = replace(plan, shape=replace(plan.shape, stage=0))  # whose gradients nothing hides
+    waits = [max(f.in_node / 5e9, f.across / 0.5e9) for f in unsharded.traffic if f.kind != "exchange tokens"]
+    assert unsharded.seconds["zero"] == pytest.approx(sum(waits))
+    hooked = replace(plan, shape=replace(plan.shape, stage=3, micro=1))
+    assert (plan.host_seconds, hooked.host_seconds) == (0, pytest.approx(0.003 * SPARSE.depth * 2))  # of two micro-batches
     found = layers(SPARSE)
     assert plan.seconds["optimizer"] == pytest.approx((found.dense + found.experts) / 4 * (2 + 6 + 8 + 28 + 12 + 6) / 500e9)
     for optimizer, touched in (("adamw", 2 + 28 + 8), ("rmsprop", 2 + 6 + 8 + 28 + 12 + 6)):
@@ -353,12 +361,34 @@ def test_search_finds_what_trying_everything_finds():
     beaten = [p for p in fitting if any((o.step_seconds, o.peak) < (p.step_seconds, p.peak) and o.peak <= p.peak for o in fitting)]
     rest = [plan for plan in fitting if plan not in beaten]
     assert {(plan.step_seconds, plan.peak) for plan in pareto(fitting, "time")} == {(plan.step_seconds, plan.peak) for plan in rest}
-    fewer = search(job, cluster, stages, Assumptions(), "gpus")
-    assert best(fewer, "gpus").cluster.world == min(plan.cluster.world for plan in fewer if plan.fits)
+    fewer = search(job, replace(cluster, gpu=replace(cluster.gpu, memory=1.0, tflops=1.0)), stages, Assumptions(), "gpus")
+    assert best(fewer, "gpus").cluster.world == min(plan.cluster.world for plan in fewer if plan.fits) < best(fewer, "time").cluster.world
     front = pareto([plan for plan in fewer if plan.fits], "gpus")
     assert front[-1].cluster.world == best(fewer, "gpus").cluster.world
     assert [(p.step_seconds, -p.cluster.world) for p in front] == sorted({(p.step_seconds, -p.cluster.world) for p in front})
     assert [place.world for place in clusters(Cluster(cluster.gpu, 4, 8))] == [32, 16, 8, 4, 2, 1]
+
+
+def test_of_equally_good_plans_the_better_is_taken():
+    """Equally fast ones may differ by rounding."""
+
+    def plan(step_seconds, peak, micro, world, fits=True):
+        shape, cluster = SimpleNamespace(micro=micro), SimpleNamespace(world=world)
+        return SimpleNamespace(step_seconds=step_seconds, peak=peak, shape=shape, cluster=cluster, fits=fits)
+
+    plans = [plan(1, 5, 2, 4), large := plan(1 + 1e-9, 6, 4, 4), plan(3, 7, 2, 2), few := plan(3, 8, 8, 2)]
+    plans += [plan(9, 1, 1, 8), small := plan(8, 1, 1, 8), plan(0.1, 0, 9, 1, fits=False)]
+    assert [best(plans, objective) for objective in ("time", "memory", "gpus")] == [large, small, few]
+    assert best(plans[-1:], "time") is None
+
+
+def test_the_fullest_moment_of_a_step():
+    """Before the first bucket is full nothing is freed; without ZeRO gradients are there twice while they travel."""
+    job, one = Job(SPARSE, 16, 0, "bf16", global_batch=1024, steps=1, averages=1), Cluster(GPUS["h100-80gb"], 1, 2)
+    plan = Plan(job, one, Shape(2, 1, 512, False, bucket=300_000))
+    assert plan.when == "in backward" and plan.memory["activations"] == plan.activations.kept
+    alone = Plan(replace(job, global_batch=2), one, Shape(0, 1, 1, False))
+    assert alone.when == "as gradients travel" and alone.memory["gradients"] > 1.5 * alone.memory["weights"]
 
 
 def test_tensor_sizes_that_are_tried():

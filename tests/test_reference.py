@@ -9,7 +9,7 @@ import torch
 from ditmoe_ds.diffusion.objectives import DiffusionConfig
 from ditmoe_ds.diffusion.sampling import Guidance, guide, guided
 from ditmoe_ds.errors import CheckpointError
-from ditmoe_ds.interop.reference import load_reference
+from ditmoe_ds.interop.reference import load_reference, reference_weights
 from ditmoe_ds.moe.routing import balance_loss
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -102,6 +102,17 @@ def test_every_container_form(container, prefix, tmp_path):
     model = load_reference(tmp_path / "reference.pt", **fixture["arguments"]).eval()
     with torch.no_grad():
         close(model(fixture["x"], fixture["t"], fixture["y"]), fixture["out"], tolerance)
+
+
+def test_any_range_of_a_tensor_can_be_read():
+    """Which may begin and end within theirs: experts, and gate and up, are one tensor each there."""
+    fixture, _ = read(NAMES[0])
+    weights = reference_weights(fixture["checkpoint"], objective="rectified_flow", **fixture["arguments"])
+    for name in weights.shapes:
+        whole = weights.tensor(name).view(-1)
+        for start, stop in ((0, len(whole) // 3), (len(whole) // 3, len(whole) * 9 // 10), (len(whole) - 1, len(whole))):
+            weights.read(name, start, part := torch.empty(stop - start))
+            assert torch.equal(part, whole[start:stop]), name
 
 
 def test_ema_is_preferred():

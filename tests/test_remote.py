@@ -7,6 +7,8 @@ import http.server
 import json
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -195,6 +197,34 @@ def test_what_another_process_deleted_is_fetched_again(folder, url, tmp_path, mo
         dataset[0]
 
 
+def test_nothing_is_left_of_an_attempt_that_failed(monkeypatch):
+    attempts = [b"an error page of a proxy", b"content"]
+
+    def copy(url, out, most):
+        out.write(attempts.pop(0))
+        if attempts:
+            raise OSError("reset")
+
+    monkeypatch.setattr(remote, "_copy", copy)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    assert remote.read("https://here") == b"content"
+
+
+def test_a_file_that_several_want_at_once_is_fetched_once(tmp_path, monkeypatch):
+    """As all ranks of a host do; locks of files hold among threads as among processes."""
+    fetched = []
+
+    def slowly(url, out, most):
+        fetched.append(url)
+        time.sleep(0.3)
+        out.write(b"1234")
+
+    monkeypatch.setattr(remote, "_copy", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        wanted = [pool.submit(remote.Cache(tmp_path, 100).file, "https://here", f"{0:032}.tar", 4, lambda path: None) for _ in range(3)]
+    assert [one.result().read_bytes() for one in wanted] == [b"1234"] * 3 and fetched == ["https://here"]
+
+
 def test_other_files_in_the_caches_folder_stay(folder, url, tmp_path):
     (tmp_path / "cache" / "more").mkdir(parents=True)
     (tmp_path / "cache" / "thesis.tex").write_text("years of work")
@@ -214,15 +244,16 @@ def test_any_part_of_a_mix_wants_a_cache(folder, url, tmp_path):
 def test_a_damaged_copy_is_fetched_again(folder, url, tmp_path):
     """As after a power cut; once. What is damaged where it comes from is refused as before."""
     here = LatentDataset([Manifest.load(folder)], "train")
-    for pattern, size in (("*.tar", 0), ("*.npy", 3)):
+    zeros = lambda file: file.write_bytes(bytes(file.stat().st_size))  # noqa: E731 - whose damage shows only when a sample is read
+    for pattern, damage in (("*.tar", lambda file: os.truncate(file, 0)), ("*.npy", lambda file: os.truncate(file, 3)), ("*.tar", zeros)):
         dataset = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
         assert dataset.key(0)
         for file in (tmp_path / "cache").glob(pattern):
-            os.truncate(file, size)
+            damage(file)
         again = LatentDataset([Manifest.load(url)], "train", cache=remote.Cache(tmp_path / "cache", 10**9))
         assert torch.equal(again[0].latent, here[0].latent)
         for file in (tmp_path / "cache").glob(pattern):
-            os.truncate(file, size)
+            damage(file)
         again._reader.cache_clear()
         with pytest.raises(DataError):
             again[0]

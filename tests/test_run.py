@@ -195,8 +195,6 @@ def test_steps_may_be_raised(straight, folder, recipe):
     assert [r["step"] for r in metrics(run)] == list(range(1, 11))
     kept = [f"step_{step:08d}" for step in (4, 8, 9, 10)]
     assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == kept
-    assert checkpoint.CheckpointConfig(every=1, keep=2, keep_every=4).most(10) == 4  # step 8 is the third newest, and stays
-    assert checkpoint.CheckpointConfig(every=4, keep=1).most(10) == 2  # the last, and the one before while it is written
     before, after = state(run, 8), state(run, 9)
     for name in (name for kind, name in before if kind == "master"):  # the new average began at the weights of step 8
         warm = 9 / 18

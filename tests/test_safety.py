@@ -7,9 +7,11 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed import checkpoint
+from ditmoe_ds.distributed.shards import Shard
 from ditmoe_ds.distributed.topology import AgreedError
 from ditmoe_ds.distributed.weights import open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError, ConfigError
@@ -258,6 +261,16 @@ def test_tensorboard_opens_its_file_once_a_step(tmp_path, monkeypatch):
     assert told == {"step": [(1, 1), (2, 2)], "loss": [(1, 1), (2, 0.5)], "router/cv/0": [(2, 0.25)], "router/cv/1": [(2, 0.125)]}
 
 
+def test_special_steps_are_told_whatever_log_every_is(tmp_path):
+    settings = SimpleNamespace(tensorboard=True, wandb=False, log_every=50, steps=9)
+    trainer = SimpleNamespace(plan=SimpleNamespace(recipe=SimpleNamespace(train=settings)))
+    writer = MetricsWriter(trainer.plan, tmp_path, 0)
+    special = ({}, dict(val_loss=1.0), dict(fd=1.0), dict(skipped="why"), {}, dict(spike="where"))
+    for trainer.step, what in enumerate(special, 1):
+        writer(trainer, dict(step=trainer.step, **what))
+    assert [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("step")] == [2, 3, 4, 6]
+
+
 @pytest.mark.parametrize("fails, steps", [("init", []), ("log", [2])])
 def test_weights_and_biases_stop_no_run(fails, steps, tmp_path, monkeypatch, capsys):
     """Without network or login, say."""
@@ -299,6 +312,7 @@ def test_what_a_run_may_not_change(recipe, folder):
         ("model.router.balance_alpha=0.01", "of another model: model.router.balance_alpha: 0.005 -> 0.01; choose"),
         ("model.router.force_balance=true", "of another model: model.router.force_balance: False -> True; choose"),
         ("train.global_batch=4", "or another train.global_b"),
+        ("data.weight=2", "or another data.mix or weight"),
         ("ema.decays=[0.5]", "ema.decays=.0.5.: the checkpoint's ema_0.9 would be lost"),
     ):
         with pytest.raises(CheckpointError, match=words):
@@ -319,10 +333,12 @@ def test_a_new_checkpoint_stays_whatever_lies_there(allowed, alone, tmp_path, mo
                 raise PermissionError(1, "Operation not permitted", str(folder))
 
         monkeypatch.setattr(checkpoint, "_remove", forbidden)
-    saver._publish(tmp_path / "step_00005000.partial", dict(step=5000), [(4, [])])
+    saver._publish(tmp_path / "step_00005000.partial", dict(format=checkpoint.FORMAT, step=5000), [(4, [])])
     assert (tmp_path / "latest").read_text() == "step_00005000" and (tmp_path / "step_00005000" / "index.json").is_file()
     assert (tmp_path / "step_00004000").exists() != allowed and (tmp_path / "step_00006000").exists()
     assert ("cannot be deleted (Operation not permitted)" in capsys.readouterr().out) != allowed
+    shutil.copytree(tmp_path / "step_00005000", tmp_path / "step_00006000", dirs_exist_ok=True)
+    assert checkpoint.newest(tmp_path).name == "step_00005000", "a whole one that the run went back behind does not count"
 
 
 def test_a_rank_whose_disk_is_slow_is_waited_for(tmp_path):
@@ -349,6 +365,22 @@ leave()
     assert checkpoint.newest(tmp_path).name == "step_00000001"
 
 
+def test_a_checkpoint_written_in_the_background_is_of_its_step(alone, tmp_path, monkeypatch):
+    """Whatever training does to the weights meanwhile, and though the next one is to be written by then."""
+    waited, write, weights = threading.Event(), checkpoint.write, torch.zeros(4)
+    monkeypatch.setattr(checkpoint, "write", lambda *arguments: waited.wait(60) and write(*arguments))
+    saver = checkpoint.Saver(tmp_path, checkpoint.CheckpointConfig(asynchronous=True))
+    for step in (1, 2):
+        weights.fill_(step)
+        saver.save(step, [Shard("w", (4,), 0, weights, {}, True, None)], SimpleNamespace(averages={}, steps=step), step, {})
+        threading.Timer(0.5, waited.set).start()
+    weights.fill_(3)
+    saver.finish()
+    for step in (1, 2):
+        checkpoint.Reader(tmp_path / f"step_{step:08d}").read("master", "w", 0, found := torch.empty(4))
+        assert found.tolist() == [step] * 4
+
+
 def test_which_checkpoints_are_kept(alone, tmp_path):
     saver = checkpoint.Saver(tmp_path, checkpoint.CheckpointConfig(keep=2, keep_every=4))
     for step in range(1, 11):
@@ -356,6 +388,8 @@ def test_which_checkpoints_are_kept(alone, tmp_path):
         (tmp_path / f"step_{step:08d}.partial" / "rank_00000.safetensors").write_bytes(b"some")
         saver._publish(tmp_path / f"step_{step:08d}.partial", dict(step=step), [(4, [])])
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*")) == [4, 8, 9, 10]
+    assert checkpoint.CheckpointConfig(every=1, keep=2, keep_every=4).most(10) == 4  # step 8 is the third newest, and stays
+    assert checkpoint.CheckpointConfig(every=4, keep=1).most(10) == 2  # the last, and the one before while it is written
 
 
 def test_all_that_killed_saves_left_can_be_deleted(tmp_path, capsys):
@@ -423,7 +457,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(stage, routing, folder, rec
     weights = open_weights(run)
     assert all(weights.tensor(name).isfinite().all() for name in weights.shapes)
     index = checkpoint.Reader(checkpoint.newest(run / "checkpoints")).index
-    assert (index["skipped"], index["optimizer_steps"]) == (len(bad), 6 - len(bad))
+    assert (index["skipped"], index["optimizer_steps"], index["ema"]["steps"]) == (len(bad), 6 - len(bad), 6 - len(bad))
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])

@@ -6,6 +6,7 @@ Processes are expensive to start, so one group per world size runs all cases tha
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from latents import write_latents
 from processes import ROOT, state, train_cases
 
+from ditmoe_ds.distributed.checkpoint import Reader
 from ditmoe_ds.distributed.engine import BatchShape
 from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.models.sizes import describe, named_config
@@ -175,6 +177,14 @@ def test_optimizer_state_of_experts_is_sharded_over_their_replicas(runs, stage, 
     assert held == [experts // (world if stage else ep)] * world
 
 
+@pytest.mark.parametrize("stage,ep,world", SHAPES)
+def test_every_element_is_saved_once(runs, folder, stage, ep, world):
+    """By one rank, also where others hold a copy."""
+    index = Reader(folder / f"plain-{title(stage, ep, world)}" / "checkpoints" / f"step_{HALF:08d}").index
+    for name, shape in index["shapes"].items():
+        assert sum(count for _, count, _ in index["pieces"][name]) == math.prod(shape), name
+
+
 def test_the_cases_are_hard_enough(runs):
     plain = runs["plain-zero0-ep1-world1"]["records"]
     assert min(record["grad_norm"] for record in plain) > 0.2, "clipping was not active in every step"
@@ -238,6 +248,7 @@ def test_fewer_processes_accumulate(runs, folder):
         for mine, theirs in zip(runs[f"elastic-{world}"]["records"], straight, strict=True):
             for key in ("loss", "grad_norm"):
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (world, key, mine["step"])
+            assert mine["router"] == theirs["router"], "of all passes"
     assert "2 processes, begun on 4: train.accumulation 1 -> 2, the global batch stays 8\n" in runs["said 3"]
     assert runs["said 4"].count("1 processes, begun on 4: train.accumulation 1 -> 4") == 1
 

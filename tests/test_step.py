@@ -55,6 +55,10 @@ def test_time_dropout_and_flip_say_nothing_of_each_other(objective):
     assert (chances.corrcoef() - torch.eye(3)).abs().max() < 0.1
 
 
+def test_held_out_samples_without_a_class_are_of_no_class():
+    assert Classes(10).of(batch(count=3)._replace(labels=torch.tensor([4, -1, 0]))) == [4, 10, 0]
+
+
 def test_texts_are_dropped_like_classes():
     dropped = (prepare(Classes(10))(batch()).condition["y"] == 10).tolist()
     condition = prepare(Texts(EMPTY))(batch()).condition
@@ -151,6 +155,23 @@ def test_a_loss_is_the_sum_of_its_parts(scope, monkeypatch):
     assert len(logits) == 2
     torch.testing.assert_close(torch.stack([found.balance, found.z]), torch.stack([balance, z]))
     torch.testing.assert_close(found.total, found.diffusion + balance + z)
+
+
+def test_a_masked_step_is_of_the_patches_that_are_there(monkeypatch):
+    """What the network computes, and what the loss counts."""
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: None)
+    net, objective = load_model(random_weights(SPARSE)[1]), RectifiedFlow(1000.0)
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 8, 8)
+    y, t, keep = torch.tensor([0, 1, 2]), torch.rand(3), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(3)])
+    micro = Prepared(x0, dict(y=y), t, noise, torch.arange(3), keep)
+    found = compute_loss(net, objective, micro, SPARSE)
+
+    def only_these(z, s):
+        return net(z, s, y, keep=keep)
+
+    torch.testing.assert_close(found.diffusion, objective.loss(only_these, x0, t, noise, pixels_of(keep, x0, 2)).mean())
+    assert found.takers.sum(1).tolist() == [3 * 5] * 2 and micro.tokens(2) == 5
 
 
 def test_router_metrics_of_tokens():

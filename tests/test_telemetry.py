@@ -35,7 +35,7 @@ def test_flops_are_those_of_the_shapes_that_the_network_saw(kept):
     assert again == pytest.approx(2 * attention / 2.0 / 1e12, rel=1e-12) and attention > 0
     assert (speed["images_per_s"], speed["tokens_per_s"]) == (12, 12 * kept)
     shared = throughput(MODEL, [batch, batch], seconds=2.0, world=4, bf16=True, recompute=True, tensor=2)
-    assert [shared[key] / speed[key] for key in ("tflops", "recompute_tflops", "images_per_s")] == pytest.approx([0.5] * 3)
+    assert [shared[key] / speed[key] for key in ("tflops", "recompute_tflops", "images_per_s", "tokens_per_s")] == pytest.approx([0.5] * 4)
     assert "mfu" not in speed  # of a device whose peak is not known
     assert 0.1 < speed["peak_memory_gb"] < 100
 

@@ -98,6 +98,8 @@ def test_noise_makes_copies_differ_by_as_much(dense):
         (["--experts", "8", "--split", "4", "--top-k", "2"], "--top-k"),
         (["--experts", "2", "--top-k", "3"], "--top-k"),
         (["--experts", "2", "--top-k", "0"], "--top-k"),
+        (["--experts", "4", "--noise", "-0.1"], "--noise"),
+        (["--experts", "4", "--noise", "inf"], "--noise"),
     ],
 )
 def test_numbers_that_do_not_go_together(arguments, word, dense, tmp_path, capsys):

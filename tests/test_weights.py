@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ditmoe_ds.distributed import tensorfile
 from ditmoe_ds.distributed.checkpoint import FORMAT, Reader, Saver
 from ditmoe_ds.distributed.tensorfile import CHUNK, Entry, TensorFile, write
-from ditmoe_ds.distributed.weights import open_weights, write_weights
+from ditmoe_ds.distributed.weights import Weights, open_weights, write_weights
 from ditmoe_ds.errors import CheckpointError
 from ditmoe_ds.interop.diffusers_folder import export_diffusers
 from ditmoe_ds.interop.reference import export_reference
@@ -120,6 +121,10 @@ def test_weights_folder(tmp_path, dtype, torch_dtype):
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    held = {file: [name for name in parameters if index["weight_map"][name] == file] for file in files}
+    sizes = [[parameters[name].numel() * torch_dtype.itemsize for name in names] for names in held.values()]
+    assert all(sum(each) <= 100_000 or len(each) == 1 for each in sizes)
+    assert all(sum(each) + then[0] > 100_000 for each, then in pairwise(sizes)), "a file has what there is room for"
     by_library = {name: value for file in files for name, value in load_file(tmp_path / "out" / file).items()}
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in by_library.values())
     opened = open_weights(tmp_path / "out")
@@ -132,6 +137,14 @@ def test_weights_folder(tmp_path, dtype, torch_dtype):
         opened.read(name, 2, part)
         assert torch.equal(part, value.view(-1)[2:5].to(torch_dtype).float())
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_digest_is_of_names_shapes_and_values():
+    def digest(name, shape, first):
+        return Weights({name: shape}, lambda name, start, out: out.copy_(torch.arange(first, first + 6)), {}).sha256()
+
+    found = [digest("a", (2, 3), 0.0), digest("b", (2, 3), 0.0), digest("a", (3, 2), 0.0), digest("a", (2, 3), 1.0)]
+    assert len(set(found)) == 4 and digest("a", (2, 3), 0.0) == found[0]
 
 
 def test_what_is_no_weights_is_named(tmp_path):
