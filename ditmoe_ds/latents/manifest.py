@@ -116,24 +116,22 @@ class Manifest:
     splits: Splits
 
     @classmethod
-    def load(cls, path: str | Path, key: str = "data.manifest", share: slice = slice(None)) -> Manifest:
+    def load(cls, path: str | Path, key: str = "data.manifest", share: slice = slice(None), content: bytes | None = None) -> Manifest:
         """Read the manifest of a folder or URL (or the ``manifest.json`` itself). In a folder, shards must be there in full length.
 
         Args:
             key: the setting that names it, for errors.
             share: which shards to look for, where other processes look for the others: a file server has to answer for each.
+            content: of the ``manifest.json`` at a URL, where another process has fetched it; see ``fetch``.
 
         Raises:
             ConfigError: a URL of a kind that nothing opens.
             DataError: no manifest, an unknown format, a shard missing or of the wrong size.
         """
-        there = remote.is_url(str(path))
-        if there:
-            remote.refuse_unknown(key, str(path), str(path))
-        file = str(path) if str(path).endswith(".json") else f"{str(path).rstrip('/')}/manifest.json"
+        there, file = remote.is_url(str(path)), _file(path)
         root = file.rpartition("/")[0] if there else str(Path(file).parent.resolve())
         try:
-            tree = json.loads(remote.read(file) if there else Path(file).read_text())
+            tree = json.loads((content or fetch(str(path), key)) if there else Path(file).read_text())
         except OSError as error:
             fix = "run ditmoe-data encode first and, if it had several workers, ditmoe-data finalize"
             raise DataError(f"{key}={str(path)!r}: no readable manifest ({error.strerror}); {fix}") from None
@@ -245,6 +243,16 @@ class Manifest:
         """
         if sha256(self.path(shard)) != shard.sha256:
             raise DataError(f"{self.path(shard)}: sha256 differs from the manifest, the file is damaged; {REMAKE}")
+
+
+def fetch(url: str, key: str) -> bytes:
+    """The ``manifest.json`` at a URL, unread. Raises as ``Manifest.load``."""
+    remote.refuse_unknown(key, url, url)
+    return remote.read(_file(url))
+
+
+def _file(path: str | Path) -> str:
+    return str(path) if str(path).endswith(".json") else f"{str(path).rstrip('/')}/manifest.json"
 
 
 def weights_sha256(path_or_id: str) -> str | None:
