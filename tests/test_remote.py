@@ -14,8 +14,8 @@ from typing import ClassVar
 import pytest
 import torch
 from encoding import write_text_encoder
-from latents import write_latents
-from processes import demo_on, launch
+from latents import write_latents, write_vae
+from processes import ROOT, demo_on, launch
 
 from data_prep.sources import open_source
 from ditmoe_ds.errors import ConfigError, DataError
@@ -378,15 +378,22 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 def text_run(folder, *overrides):
     """Arguments of a run of one step, conditioned on text."""
     settings = ["model.name=EC-DIT-Nano-4E", "parallel.expert=1", f"run_dir={folder}/run"]
-    return ["recipes/digits.yaml", *settings, *demo_on("", 1), *overrides]
+    return [f"{ROOT}/recipes/digits.yaml", *settings, *demo_on("", 1), *overrides]
 
 
 def test_one_rank_asks_a_server_for_all(tmp_path, monkeypatch):
-    write_latents(tmp_path / "latents", train=20, val=4, per_shard=6, shape=(4, 8, 8), text=6)
+    data, vae = tmp_path / "data" / "latents", write_vae(tmp_path / "vae")
+    write_latents(data, train=20, val=4, per_shard=6, shape=(4, 8, 8), text=6, vae=vae)
     asked = []
     monkeypatch.setattr(Handler, "log_request", lambda self, *_: asked.append(self.path))
-    with serving(Handler, tmp_path / "latents") as url:
-        launch(2, ["-m", "ditmoe_ds.train", *text_run(tmp_path, f"data.manifest={url}", f"data.cache={tmp_path}/cache")])
+    code = "import os; os.chdir(os.environ['CACHES'] + os.environ['RANK']); from ditmoe_ds.train import main; exit(main())"
+    monkeypatch.setenv("CACHES", f"{tmp_path}/cache")
+    for rank in range(2):
+        (tmp_path / f"cache{rank}").mkdir()
+    grid = ["train.sample_every=1", "train.sample_images=4", "train.sample_steps=1"]
+    with serving(Handler, data) as url:
+        launch(2, ["-c", code, *text_run(tmp_path, f"data.manifest={url}", "data.cache=.", *grid)])
+    assert asked.count("/val-000000.tar") == 1, "of the pictures' captions"
     assert asked.count("/manifest.json") == asked.count("/empty.text.safetensors") == 1
 
 

@@ -103,7 +103,9 @@ class Plan:
             return [i % self.model.num_classes for i in range(count)]
         heldout = self.open_heldout()
         samples = heldout.spread(count)
-        return list(conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)])))
+        conditions = conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)]))
+        # Parts of one tensor would each be pickled with all of it.
+        return [condition.clone() if isinstance(condition, Tensor) else condition for condition in conditions]
 
     def describe(self, encoder_sha256: str | None = None) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from.

@@ -312,8 +312,10 @@ class Trainer:
         if train.validate_every:
             callbacks.append(agreed(lambda: Validation(self.plan)))
         if train.sample_every:
+            # read by one rank: they are of as many shards, which a thousand ranks would each open
+            conditions = decided(lambda: self.plan.grid_conditions(train.sample_images, self.conditioner))
             vae_sha256 = self.plan.manifest.vae_sha256
-            callbacks.append(self._loaded(lambda: SampleGrid(self.plan, self.conditioner, self.device), vae_sha256))
+            callbacks.append(self._loaded(lambda: SampleGrid(self.plan, conditions, self.device), vae_sha256))
         callbacks += [*others, Progress(self.step)]
         if self.plan.recipe.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
