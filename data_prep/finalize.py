@@ -15,11 +15,8 @@ import numpy as np
 from data_prep.tally import mean_and_std
 from data_prep.units import Request, load_record
 from ditmoe_ds.errors import ConfigError, DataError, some
-from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, VERSION, Manifest, Shard, Split, Splits, Text, sha256
+from ditmoe_ds.latents.manifest import EMPTY_TEXT, FORMAT, READERS, VERSION, Manifest, Shard, Split, Splits, Text, sha256
 from ditmoe_ds.progress import Progress
-
-READERS = 16
-"""Threads that read units: a file server takes about a millisecond for each of the files that a unit has."""
 
 
 def finalize(path: str, *, max_rejected: float = 0.01) -> None:

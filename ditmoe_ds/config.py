@@ -80,7 +80,10 @@ def build(cls: type[T], tree: dict[str, Any], prefix: str = "", whole: Any = Non
             near = [key[1:] for key in _keys(whole) if key.endswith(f".{name}")] or near  # the right name in the wrong section
             known = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{prefix}{name}", tree[name], f"unknown key; {known}")
-    values = {name: _convert(hints[name], value, f"{prefix}{name}", whole) for name, value in tree.items()}
+    values = {
+        name: value if type(value) is (hint := hints[name]) else _convert(hint, value, f"{prefix}{name}", whole)
+        for name, value in tree.items()
+    }
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -147,7 +150,8 @@ def _convert(hint: Any, value: Any, key: str, whole: Any) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             raise ConfigError(key, value, "expected a list, for example [0, 1, 2]")
-        return origin(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]", whole) for i, item in enumerate(value))
+        of = typing.get_args(hint)[0]
+        return origin(item if type(item) is of else _convert(of, item, f"{key}[{i}]", whole) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(key, value, "expected a section of key: value lines")

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from ditmoe_ds.ending import end
@@ -27,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     from ditmoe_ds.distributed.topology import World, agreed, alike, decided, on_all_ranks
     from ditmoe_ds.launching.facts import old_locks
     from ditmoe_ds.source import source
-    from ditmoe_ds.training.plan import read_plan, starting_folder
+    from ditmoe_ds.training.hub import fetched
+    from ditmoe_ds.training.plan import ask, read_plan
     from ditmoe_ds.training.recipe import read_recipe
 
     startup.lap("import")
@@ -37,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
             startup.lap("join")
             for lock in old_locks() if world.local_rank == 0 else ():
                 print(f"DeepSpeed waits for {lock} when it compiles; if no other process builds its extensions, remove it", flush=True)
-            start = decided(lambda: starting_folder(read_recipe(arguments)))
-            plan = agreed(lambda: read_plan(arguments, world.size, start, slice(world.rank, None, world.size)))
+            asked = decided(lambda: ask(read_recipe(arguments)))
+            plan = agreed(partial(read_plan, arguments, world.size, asked, slice(world.rank, None, world.size)))
+            del asked  # it may have a manifest of 50 MB
             ours = dict(recipe=asdict(plan.recipe), data_sha256=plan.data_digest(), deepspeed=plan.ds_config, processes=plan.begun_on)
             ours["weights"] = plan.weights.description if plan.weights else {}
             code = source() if world.local_rank == 0 else {}  # git is slow on a file server, and not everywhere
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             if plan.recipe.train.fd_every:
                 from ditmoe_ds.evaluation.during_training import FrechetDistance
 
-                callbacks.append(agreed(lambda: FrechetDistance(plan, world.device)))
+                callbacks.append(fetched(world, lambda: FrechetDistance(plan, world.device)))
             trainer = Trainer(plan, world, interruption, callbacks)
             lookout.before_end = trainer.saver.wait
             startup.lap("build")

@@ -100,6 +100,15 @@ def test_the_types_of_a_class_are_looked_up_once():
     assert config._hints.cache_info().misses == before
 
 
+def test_values_of_the_right_type_cost_no_call(monkeypatch):
+    """A unit of encoded data counts the samples of a thousand classes; there may be a hundred thousand units."""
+    calls, convert = [], config._convert
+    monkeypatch.setattr(config, "_convert", lambda *arguments: calls.append(arguments[2]) or convert(*arguments))
+    assert config.build(Outer, dict(name="x", sizes=list(range(1000)))).sizes == tuple(range(1000)) and calls == ["sizes"]
+    with pytest.raises(ConfigError, match=r"sizes\[1\]=True: expected int"):
+        config.build(Outer, dict(name="x", sizes=[1, True]))
+
+
 def test_what_has_changed_is_told_by_dotted_keys():
     """Of what both know: a release may have keys that an older one lacked."""
     before = dict(name="x", sizes=[1], inner=dict(rate=0.1, limit=None, gone=1))

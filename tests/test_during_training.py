@@ -105,13 +105,13 @@ def test_a_rank_without_a_picture_of_its_own_loads_no_vae(monkeypatch):
     loaded = []
     monkeypatch.setattr(callbacks, "load_vae", lambda *_: loaded.append(1))
     settings, manifest = SimpleNamespace(sample_images=6), SimpleNamespace(vae="vae", vae_sha256=None)
-    plan = SimpleNamespace(recipe=SimpleNamespace(train=settings), manifest=manifest, grid_conditions=lambda *_: list(range(6)))
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=settings), manifest=manifest)
     monkeypatch.setattr(callbacks, "data_group", lambda: None)
     monkeypatch.setattr(callbacks, "tensor_place", lambda: (0, 1))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1024)
     for rank in (5, 6, 1023):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
-        callbacks.SampleGrid(plan, None, torch.device("cpu"))
+        callbacks.SampleGrid(plan, list(range(6)), torch.device("cpu"))
     assert len(loaded) == 1
 
 

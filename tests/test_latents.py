@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
-from dataclasses import replace
+import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
-from latents import SHAPE, write_values
+from latents import SHAPE, write_latents, write_values
 
 from ditmoe_ds.errors import DataError
 from ditmoe_ds.latents.loader import LatentDataset
@@ -56,6 +58,14 @@ def test_a_damaged_folder_does_not_load(tmp_path, damage, message):
         Manifest.load(tmp_path)
 
 
+def test_the_digest_is_that_of_earlier_releases(tmp_path):
+    """By which a run knows its data again. It is made without ``asdict``, which copies every value."""
+    manifest = replace(write_values(tmp_path), text=Text("encoder", "0" * 64, 12, 16, "1" * 64))
+    tree = asdict(replace(manifest, text=replace(manifest.text, encoder="")))
+    del tree["root"], tree["vae"]
+    assert manifest.digest == hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 def test_shards_are_looked_for_by_shares(tmp_path):
     """What is missing is missed by one of the processes that share the work."""
     write_values(tmp_path, (3, 3, 3, 3, 1))
@@ -63,6 +73,20 @@ def test_shards_are_looked_for_by_shares(tmp_path):
     Manifest.load(tmp_path, share=slice(0, None, 2))
     with pytest.raises(DataError, match=r"train-000003\.tar: missing"):
         Manifest.load(tmp_path, share=slice(1, None, 2))
+
+
+def test_shards_are_looked_for_several_at_a_time(tmp_path, monkeypatch):
+    """A file server takes about a millisecond for each."""
+    write_latents(tmp_path, train=16, val=0, per_shard=1)
+    together, stat = threading.Barrier(16, timeout=20), os.stat
+
+    def patient(path, **options):
+        if str(path).endswith(".tar"):
+            together.wait()
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", patient)
+    assert len(Manifest.load(tmp_path).shards()) == 16
 
 
 def edit(root: Path, **changes) -> None:

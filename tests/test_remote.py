@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -14,7 +15,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from latents import write_latents
+from encoding import write_text_encoder
+from latents import write_latents, write_vae
+from processes import ROOT, demo_on, launch
 
 from data_prep.sources import open_source
 from ditmoe_ds.errors import ConfigError, DataError
@@ -57,6 +60,15 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def serving(handler, folder):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_latents(tmp_path / "latents", train=20, val=4, per_shard=6)
@@ -69,11 +81,8 @@ def url(folder, monkeypatch):
     monkeypatch.setattr(Handler, "failing", set())
     monkeypatch.setattr(Handler, "cutting", set())
     monkeypatch.setattr(Handler, "flooding", set())
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Handler, folder) as address:
+        yield address
 
 
 def test_samples_are_those_of_the_folder(folder, url, tmp_path):
@@ -367,3 +376,66 @@ def test_a_shard_to_skip_is_one_shard(tmp_path):
         LatentDataset(both, "train", ["train-000001.tar"])
     with pytest.raises(ConfigError, match="no such train shard"):
         LatentDataset(both, "train", ["train-000009.tar"])
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """A model hub with one repository, me/encoder. Notes what is asked, which begins with the rank that asks."""
+
+    asked: ClassVar[list[str]] = []
+    commit = "0123456789" * 4
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if self.path.partition("?")[0].endswith("/api/models/me/encoder"):
+            return self.answer(200, json.dumps(dict(id="me/encoder", sha=self.commit)).encode())
+        file = Path(self.directory, self.path.rpartition("/")[2])
+        return self.answer(200, file.read_bytes()) if "/resolve/" in self.path and file.is_file() else self.answer(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, code, content=b""):
+        self.send_response(code)
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content if self.command == "GET" else b"")
+
+    def log_message(self, *args):
+        pass
+
+
+def text_run(folder, *overrides):
+    """Arguments of a run of one step, conditioned on text."""
+    settings = ["model.name=EC-DIT-Nano-4E", "parallel.expert=1", f"run_dir={folder}/run"]
+    return [f"{ROOT}/recipes/digits.yaml", *settings, *demo_on("", 1), *overrides]
+
+
+def test_one_rank_asks_a_server_for_all(tmp_path, monkeypatch):
+    data, vae = tmp_path / "data" / "latents", write_vae(tmp_path / "vae")
+    write_latents(data, train=20, val=4, per_shard=6, shape=(4, 8, 8), text=6, vae=vae)
+    asked = []
+    monkeypatch.setattr(Handler, "log_request", lambda self, *_: asked.append(self.path))
+    code = "import os; os.chdir(os.environ['CACHES'] + os.environ['RANK']); from ditmoe_ds.train import main; exit(main())"
+    monkeypatch.setenv("CACHES", f"{tmp_path}/cache")
+    for rank in range(2):
+        (tmp_path / f"cache{rank}").mkdir()
+    grid = ["train.sample_every=1", "train.sample_images=4", "train.sample_steps=1"]
+    with serving(Handler, data) as url:
+        launch(2, ["-c", code, *text_run(tmp_path, f"data.manifest={url}", "data.cache=.", *grid)])
+    assert asked.count("/val-000000.tar") == 1, "of the pictures' captions"
+    assert asked.count("/manifest.json") == asked.count("/empty.text.safetensors") == 1
+
+
+def test_the_first_rank_of_a_host_asks_the_hub(tmp_path, monkeypatch):
+    write_text_encoder(tmp_path / "encoder", "bert", ("a", "b"))
+    write_latents(tmp_path / "latents", train=20, val=4, per_shard=6, shape=(4, 8, 8), text=6)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    text = ["data.text_encoder=me/encoder", "data.text_max_tokens=8"]
+    code = "import os; os.environ['HF_ENDPOINT'] += '/rank' + os.environ['RANK']; from ditmoe_ds.train import main; exit(main())"
+    with serving(Hub, tmp_path / "encoder") as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        launch(2, ["-c", code, *text_run(tmp_path, f"data.manifest={tmp_path}/latents", *text)])
+    assert any(path.endswith("/model.safetensors") for path in Hub.asked)
+    assert {path.split("/")[1] for path in Hub.asked} == {"rank0"}

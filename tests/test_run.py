@@ -35,7 +35,7 @@ from ditmoe_ds.rng import keyed_generator
 from ditmoe_ds.training import callbacks
 from ditmoe_ds.training.callbacks import MetricsWriter, _flat
 from ditmoe_ds.training.interruption import MARKER, mark
-from ditmoe_ds.training.plan import read_plan, starting_folder
+from ditmoe_ds.training.plan import ask, read_plan
 from ditmoe_ds.training.recipe import Recipe, read_recipe
 from ditmoe_ds.training.step import Preparation
 
@@ -322,7 +322,8 @@ def test_checkpoints_are_found_without_the_file_that_names_the_last(straight, fo
 def test_a_file_server_is_asked_little(straight, recipe, tmp_path, monkeypatch):
     """A rank looks for its share of the shards and for no file of what it starts from, since rank 0 has, and opens once what it reads."""
     arguments, looked, opened = [str(recipe), "model.name=null", f"model.weights={straight[0]}", f"run_dir={tmp_path}/run"], [], []
-    start = starting_folder(read_recipe(arguments))
+    asked = ask(read_recipe(arguments))
+    start = asked.start
     assert start.name == f"step_{STEPS:08d}"
     real, really = os.stat, open
 
@@ -336,7 +337,7 @@ def test_a_file_server_is_asked_little(straight, recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "stat", look)
     monkeypatch.setattr(tensorfile, "open", note, raising=False)
-    plan = read_plan(arguments, 2, start, slice(1, None, 2))
+    plan = read_plan(arguments, 2, asked, slice(1, None, 2))
     shards = [shard.name for shard in plan.manifest.shards()]
     assert len(shards) == 2 and [name for name in looked if name in shards] == shards[1:]
     reader = checkpoint.Reader(start)

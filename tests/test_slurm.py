@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -185,8 +184,8 @@ def test_numbers_and_words_that_cannot_be(tmp_path, capsys):
 
 
 def test_shards_are_looked_for_once_whatever_the_number_of_nodes(overrides, tmp_path, capsys, monkeypatch):
-    asked, stat = [], Path.stat
-    monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(path.name) or stat(path, **options))
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(str(path)) or stat(path, **options))
     options = ["--nodes", "1-2", "--gpus-per-node", "0", "--processes-per-node", "2", "--dry-run"]
     assert main(["launch", "slurm", str(ROOT / "recipes" / "digits.yaml"), *options, *overrides, f"run_dir={tmp_path / 'run'}"]) == 0
     tars = [name for name in asked if name.endswith(".tar")]

@@ -194,6 +194,14 @@ def decided(action: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
+def in_turns(world: World, first: Callable[[], T], others: Callable[[], T]) -> T:
+    """Run ``first`` on the first rank of each host and then ``others`` on its other ranks, which find there what that one has fetched.
+    Raises as ``agreed``. Collective."""
+    fetches = world.local_rank == 0
+    result = agreed(first if fetches else lambda: None)
+    return agreed((lambda: result) if fetches else others)  # type: ignore[arg-type, return-value]
+
+
 def alike(mine: dict[str, Any]) -> None:
     """Refuse that a rank trains something else than rank 0, as where nodes have recipes, data or code of their own. Collective.
 

@@ -95,7 +95,8 @@ def _literal(folder: Path) -> str:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from ditmoe_ds.training.plan import read_plan
+    from ditmoe_ds.training.plan import ask, read_plan
+    from ditmoe_ds.training.recipe import read_recipe
 
     check_least(arguments, gpus_per_node=0, processes_per_node=1, cpus_per_task=1, signal_seconds=1, max_restarts=0)
     processes = arguments.processes_per_node or arguments.gpus_per_node or 1
@@ -105,9 +106,10 @@ def _slurm(arguments: argparse.Namespace) -> int:
     if int(sizes[-1]) > int(sizes[0]) * processes:  # where tasks are counted by node, sbatch asks for the tasks of the least
         fix = f"SLURM takes no more nodes than the least has processes, {int(sizes[0]) * processes}; raise the least"
         raise ConfigError("--nodes", arguments.nodes, fix)
-    share = slice(None)
+    recipe, share = [arguments.recipe, *arguments.overrides], slice(None)
+    asked = ask(read_recipe(recipe))
     for size in range(int(sizes[0]), int(sizes[-1]) + 1):
-        plan = read_plan([arguments.recipe, *arguments.overrides], size * processes, share=share)  # now, not after a night in the queue
+        plan = read_plan(recipe, size * processes, asked, share)  # now, not after a night in the queue
         share = slice(0)  # the shards have been looked for
     run_dir = Path(plan.recipe.run_dir).absolute()
     options = _options(

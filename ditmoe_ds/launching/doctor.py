@@ -12,15 +12,15 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ditmoe_ds.errors import ConfigError
+from ditmoe_ds.errors import ConfigError, some
 from ditmoe_ds.launching.facts import heard
 from ditmoe_ds.launching.hosts import read_hostfile, start
-from ditmoe_ds.launching.network import COLLECTIVES, RENDEZVOUS, Unreachable, leave, measure
+from ditmoe_ds.launching.network import COLLECTIVES, CONNECT, NOTE, RENDEZVOUS, Unreachable, leave, measure
 from ditmoe_ds.launching.problems import Node, Problem, compare, in_words
 
-FACTS_SECONDS = 60.0
+FACTS_SECONDS = RENDEZVOUS  # a host may import torch for them
 MEASURE_SECONDS = 2 * RENDEZVOUS + 2 * COLLECTIVES
 LATER_SECONDS = 10.0
 """Seconds that the others get once a process has failed: they wait for it in vain, but may have a failure of their own to report."""
@@ -143,7 +143,7 @@ def _srun_nodes() -> list[str]:
     try:
         listed = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
         command = ["scontrol", "show", "hostnames", listed]
-        return subprocess.run(command, capture_output=True, text=True, timeout=FACTS_SECONDS).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, timeout=CONNECT).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         return []
 
@@ -208,6 +208,7 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 def _run(jobs: list[tuple[Any, list[str], dict[str, str]]], seconds: float, later: float) -> list[tuple[int | None, str]]:
     """Run jobs (host, command, environment) at the same time. After ``seconds``, or ``later`` after one has failed, the rest is ended.
+    Every ``NOTE`` seconds the hosts are printed of which a job has not yet said a word.
 
     Returns:
         Of each job its exit code, or None if it was ended, and its output.
@@ -225,16 +226,28 @@ def _run(jobs: list[tuple[Any, list[str], dict[str, str]]], seconds: float, late
             time.sleep(LOGIN_SECONDS if number else 0)
             started |= {i: stack.enter_context(_ended(start(*jobs[i], outputs[i]))) for i in wave}
         processes = [started[i] for i in range(len(jobs))]
-        deadline = time.monotonic() + seconds
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        beginning = told = time.monotonic()
+        deadline = beginning + seconds
+        while any(process.poll() is None for process in processes) and (now := time.monotonic()) < deadline:
             if any(process.poll() for process in processes):
-                deadline = min(deadline, time.monotonic() + later)
+                deadline = min(deadline, now + later)
+            if now > told + NOTE:
+                told = now
+                silent = [i for i, process in enumerate(processes) if process.poll() is None and not _heard(outputs[i])]
+                if hosts := list(dict.fromkeys(jobs[i][0] or "this machine" for i in silent)):
+                    print(f"after {now - beginning:.0f} s still waiting for {some(hosts)}", file=sys.stderr, flush=True)
             time.sleep(0.05)
         ends = []
         for process, output in zip(processes, outputs, strict=True):
             output.seek(0)
             ends.append((process.poll(), output.read()))
         return ends
+
+
+def _heard(output: IO[str]) -> dict[str, Any]:
+    """What a job has said so far, in whole lines. Without ``seek``: the job writes where this file stands."""
+    size = os.fstat(output.fileno()).st_size
+    return heard(os.pread(output.fileno(), size, 0).decode(errors="replace").rpartition("\n")[0])
 
 
 @contextlib.contextmanager

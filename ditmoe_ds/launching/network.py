@@ -18,13 +18,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ditmoe_ds.errors import some
 from ditmoe_ds.launching.facts import facts, say
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-RENDEZVOUS = 30.0
-"""Seconds in which every process must have reached the rendezvous."""
+CONNECT = 30.0
+"""Seconds in which a host must answer that is up."""
+RENDEZVOUS = 300.0
+"""Seconds in which every process must have reached the rendezvous: a file system takes minutes to hand torch to a thousand at once."""
+NOTE = 30.0
+"""Seconds after which those that are still waited for are named, and again."""
 COLLECTIVES = 60.0
 """Seconds for starting the process group and all exchanges together."""
 _MARGIN = 10.0
@@ -40,7 +45,7 @@ def main() -> None:
     host, run_dir, ep = sys.argv[1:]
     code = 0
     try:
-        found = measure(host, run_dir, int(ep))
+        found = measure(host, run_dir, int(ep), lambda: say(dict(came=True)))
         if found:
             say(found)
     except Unreachable as error:
@@ -56,13 +61,14 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def measure(host: str, run_dir: str, ep: int) -> dict[str, Any] | None:
+def measure(host: str, run_dir: str, ep: int, met: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
     """Meet the others and measure with them.
 
     Args:
         host: this node's name, the same on all its ranks.
         run_dir: where rank 0 writes a file for all to read.
         ep: ranks of one expert-parallel group; 0 is all of a node.
+        met: called when this process has reached the rendezvous.
 
     Returns:
         On rank 0, what all found; None on the others.
@@ -79,6 +85,7 @@ def measure(host: str, run_dir: str, ep: int) -> dict[str, Any] | None:
     store = _open_store(rank, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     try:
         store.set(f"came/{rank}", json.dumps(dict(host=host, facts=facts(run_dir))))
+        met()
         if rank == 0:
             return _lead(store, size, run_dir, ep)
         store.wait(["plan"], timedelta(seconds=RENDEZVOUS + _MARGIN))
@@ -107,7 +114,7 @@ def _knock(address: str, port: int) -> None:
     deadline = time.monotonic() + RENDEZVOUS
     while True:
         try:
-            socket.create_connection((address, port), max(deadline - time.monotonic(), 1.0)).close()
+            socket.create_connection((address, port), CONNECT).close()
             return
         except ConnectionRefusedError:  # rank 0 has not started yet, or never will
             if time.monotonic() > deadline:
@@ -151,8 +158,12 @@ def _lead(store: "Store", size: int, run_dir: str, ep: int) -> dict[str, Any]:
 
 def _gather(store: "Store", what: str, ranks: "range | list[int]", seconds: float) -> dict[int, Any]:
     """What each rank has stored under ``what`` within ``seconds``; without those that stored nothing."""
-    deadline = time.monotonic() + seconds
-    while not store.check([f"{what}/{rank}" for rank in ranks]) and time.monotonic() < deadline:
+    begun = told = time.monotonic()
+    while not store.check([f"{what}/{rank}" for rank in ranks]) and (now := time.monotonic()) < begun + seconds:
+        if now > told + NOTE:
+            told = now
+            absent = some([str(rank) for rank in ranks if not store.check([f"{what}/{rank}"])])
+            print(f"after {now - begun:.0f} s still waiting for ranks {absent}", file=sys.stderr, flush=True)
         time.sleep(0.05)
     return {rank: json.loads(store.get(f"{what}/{rank}")) for rank in ranks if store.check([f"{what}/{rank}"])}
 

@@ -22,7 +22,6 @@ from ditmoe_ds.diffusion.noise import image_generators, starting_noise
 from ditmoe_ds.diffusion.sampling import Guidance, guided, make_scheduler, sample
 from ditmoe_ds.distributed.topology import data_group, gathered, tensor_place
 from ditmoe_ds.errors import UserError, in_a_line
-from ditmoe_ds.latents.condition import Conditioner
 from ditmoe_ds.latents.images import save_grid
 from ditmoe_ds.latents.loader import Batch, LatentDataset
 from ditmoe_ds.latents.vae import decode, load_vae
@@ -147,10 +146,14 @@ def sample_latents(trainer: "Trainer", items: list[int], conditions: list[Any]) 
 
 
 class SampleGrid:
-    """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images, and decode their own."""
+    """A picture of EMA samples, the same noise and classes or captions every time. The ranks share the images, and decode their own.
 
-    def __init__(self, plan: Plan, conditioner: Conditioner, device: torch.device):
-        self.conditions = plan.grid_conditions(plan.recipe.train.sample_images, conditioner)
+    Args:
+        conditions: ``Plan.grid_conditions``.
+    """
+
+    def __init__(self, plan: Plan, conditions: list[Any], device: torch.device):
+        self.conditions = conditions
         _, own = share_out(plan.recipe.train.sample_images)
         self.vae = load_vae(plan.manifest.vae, device, plan.manifest.vae_sha256) if own else None  # few of a thousand ranks have an image
 

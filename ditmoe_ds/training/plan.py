@@ -27,7 +27,7 @@ from ditmoe_ds.errors import ConfigError
 from ditmoe_ds.latents import remote
 from ditmoe_ds.latents.condition import Captions, Classes, Conditioner, Texts
 from ditmoe_ds.latents.loader import DataConfig, LatentDataset
-from ditmoe_ds.latents.manifest import Manifest
+from ditmoe_ds.latents.manifest import Manifest, fetch
 from ditmoe_ds.latents.text import load_text_encoder, text_width
 from ditmoe_ds.models.dit import DiT, DiTConfig
 from ditmoe_ds.models.init import InitialWeights
@@ -105,7 +105,9 @@ class Plan:
             return [i % self.model.num_classes for i in range(count)]
         heldout = self.open_heldout()
         samples = heldout.spread(count)
-        return list(conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)])))
+        conditions = conditioner.of(heldout.batch([samples[i % len(samples)] for i in range(count)]))
+        # Parts of one tensor would each be pickled with all of it.
+        return [condition.clone() if isinstance(condition, Tensor) else condition for condition in conditions]
 
     def describe(self, encoder_sha256: str | None = None) -> dict[str, Any]:
         """What a checkpoint must say about itself to be sampled from.
@@ -132,11 +134,42 @@ class Plan:
         )
 
 
-def read_plan(arguments: list[str], world: int, start: Path | None = None, share: slice = slice(None)) -> Plan:
+@dataclass(frozen=True)
+class Asked:
+    """What ``read_plan`` has to ask of servers, each of which would else have to answer every rank."""
+
+    start: Path | None
+    """The folder of what ``starting_weights`` opens; another a moment later, if it is a run that is still saving."""
+    manifests: dict[str, bytes]
+    """The contents of those behind a URL, by what the recipe calls them."""
+    text_width: int | None
+    """Of the tokens of ``data.text_encoder``, if there is one."""
+
+
+def ask(recipe: Recipe) -> Asked:
+    """Ask for a recipe's starting weights, manifests and text encoder.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: of something that is not there, as ``read_plan``.
+    """
+    data, manifests = recipe.data, {}
+    for key, place in [("data", data.manifest), *((f"data.mix[{i}]", other.manifest) for i, other in enumerate(data.mix))]:
+        if "@" in urlsplit(place).netloc:
+            host = place.rpartition("@")[2]
+            fix = "leave user and password out, which the run's files would tell; curl takes them from ~/.netrc, with 'netrc' in ~/.curlrc"
+            raise ConfigError(f"{key}.manifest", f"...@{host}", fix)
+        if remote.is_url(place):
+            manifests[place] = fetch(place, f"{key}.manifest")
+    start = _starting_folder(recipe)
+    texts = data.text_encoder and (start or not named_network(recipe.model).num_classes)  # with classes it is refused unasked
+    return Asked(start, manifests, text_width(data.text_encoder, "data.text_encoder") if texts else None)
+
+
+def read_plan(arguments: list[str], world: int, asked: Asked | None = None, share: slice = slice(None)) -> Plan:
     """Read ``RECIPE.yaml [key=value ...]`` and check everything that can be checked before long work starts.
 
     Args:
-        start: the recipe's ``starting_folder``, where one rank has found it for all; else it is looked for here.
+        asked: what ``ask`` says of the recipe, where one rank has asked for all.
         share: see ``Manifest.load``.
 
     Raises:
@@ -148,7 +181,8 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None, share
     there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError("run_dir", recipe.run_dir, f"{there} is no folder that this user may write to; name another")
-    weights = starting_weights(recipe, start)
+    asked = asked or ask(recipe)
+    weights = open_located(asked.start) if asked.start else None
     named = network_of(weights, recipe) if weights else named_network(recipe.model)
     if weights:
         weights.check(parameter_shapes(named))
@@ -161,8 +195,8 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None, share
     ds_config = read_ds_config(recipe.parallel)
     if train.optimizer.name != "adamw" and offloads(ds_config):
         raise ConfigError("train.optimizer.name", train.optimizer.name, "DeepSpeed offloads adamw alone; choose it, or do not offload")
-    manifests = _load_manifests(recipe, share)
-    model, *_ = (fitted(named, recipe, manifest) for manifest in manifests)
+    manifests = _load_manifests(recipe, share, asked.manifests)
+    model, *_ = (fitted(named, recipe, manifest, asked.text_width) for manifest in manifests)
     if weights:
         _check_conditions(recipe, named, model)
     if train.sample_every or train.fd_every:
@@ -186,17 +220,16 @@ def read_plan(arguments: list[str], world: int, start: Path | None = None, share
     return plan
 
 
-def starting_folder(recipe: Recipe) -> Path | None:
-    """The folder of what ``starting_weights`` opens; another a moment later, if it is a run that is still saving. Raises as ``locate``."""
+def _starting_folder(recipe: Recipe) -> Path | None:
     source = recipe.model.weights
     if source is not None and last_index(recipe):
         source = recipe.run_dir  # a run that continues needs no others
     return locate(source) if source is not None else None
 
 
-def starting_weights(recipe: Recipe, folder: Path | None = None) -> Weights | None:
+def starting_weights(recipe: Recipe) -> Weights | None:
     """What the recipe starts from or, once there is a checkpoint, continues from. Nothing is read yet. Raises as ``open_weights``."""
-    folder = folder or starting_folder(recipe)
+    folder = _starting_folder(recipe)
     return open_located(folder) if folder else None
 
 
@@ -245,19 +278,14 @@ def network_of(weights: Weights, recipe: Recipe) -> DiTConfig:
     return network
 
 
-def _load_manifests(recipe: Recipe, share: slice) -> tuple[Manifest, ...]:
+def _load_manifests(recipe: Recipe, share: slice, contents: dict[str, bytes]) -> tuple[Manifest, ...]:
     data = recipe.data
-    for key, place in [("data", data.manifest), *((f"data.mix[{i}]", other.manifest) for i, other in enumerate(data.mix))]:
-        if "@" in urlsplit(place).netloc:
-            host = place.rpartition("@")[2]
-            fix = "leave user and password out, which the run's files would tell; curl takes them from ~/.netrc, with 'netrc' in ~/.curlrc"
-            raise ConfigError(f"{key}.manifest", f"...@{host}", fix)
-    first = Manifest.load(data.manifest, share=share)
+    first = Manifest.load(data.manifest, share=share, content=contents.get(data.manifest))
     others = []
     for i, other in enumerate(data.mix):
         if other.weight < 1:
             raise ConfigError(f"data.mix[{i}].weight", other.weight, "must be at least 1")
-        manifest = Manifest.load(other.manifest, f"data.mix[{i}].manifest", share)
+        manifest = Manifest.load(other.manifest, f"data.mix[{i}].manifest", share, contents.get(other.manifest))
         if differences := config.changes(_encoding(manifest), _encoding(first)):
             fix = f"{', '.join(differences)} of data.manifest; encode it alike"
             raise ConfigError(f"data.mix[{i}].manifest", other.manifest, fix)
@@ -279,8 +307,11 @@ def _encoding(manifest: Manifest) -> dict[str, Any]:
     return agreed | dict(text=text)
 
 
-def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:
+def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest, text: int | None = None) -> DiTConfig:
     """The network as the data make it: size and channels of their latents, classes or width of their texts.
+
+    Args:
+        text: width of the tokens of ``data.text_encoder``, where it has been asked for.
 
     Raises:
         ConfigError: they do not go together.
@@ -302,7 +333,7 @@ def fitted(named: DiTConfig, recipe: Recipe, manifest: Manifest) -> DiTConfig:
     model = replace(named, input_size=height, in_channels=channels)
     if named.num_classes:
         return replace(model, num_classes=manifest.num_classes)
-    return replace(model, text_width=_text_width(data, manifest))
+    return replace(model, text_width=text or _text_width(data, manifest))
 
 
 def _commonest_shape(manifest: Manifest) -> tuple[int, ...]:

@@ -6,12 +6,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -46,6 +46,7 @@ from ditmoe_ds.source import source
 from ditmoe_ds.training.ahead import Ahead
 from ditmoe_ds.training.callbacks import Callback, Checkpoints, MetricsWriter, Progress, Record, SampleGrid, Validation
 from ditmoe_ds.training.guard import SpikeWatch, explain
+from ditmoe_ds.training.hub import fetched
 from ditmoe_ds.training.interruption import Interruption, clear, mark
 from ditmoe_ds.training.lock import check_shared, claim
 from ditmoe_ds.training.network import arrange
@@ -53,6 +54,8 @@ from ditmoe_ds.training.plan import Plan
 from ditmoe_ds.training.resume import check_encoders
 from ditmoe_ds.training.step import Preparation, Prepared, compute_loss, router_metrics
 from ditmoe_ds.training.telemetry import Profile, throughput
+
+T = TypeVar("T")
 
 
 def round_alike() -> None:
@@ -78,9 +81,12 @@ class Trainer:
         self.lock = agreed(lambda: claim(self.run_dir) if world.rank == 0 else None)
         agreed(lambda: check_shared(self.run_dir))
         self.dataset = agreed(lambda: recipe.data.open(plan.manifests, "train"))
-        self.conditioner = agreed(lambda: plan.conditioner(world.device))
         encoder = recipe.data.text_encoder
         self.encoder_sha256 = decided(lambda: weights_sha256(encoder)) if encoder else None
+        if encoder:
+            self.conditioner = self._loaded(lambda: plan.conditioner(world.device), self.encoder_sha256)
+        else:
+            self.conditioner = decided(lambda: plan.conditioner(world.device))
         self.objective = make_objective(recipe.diffusion)
 
         group = expert_group(recipe.parallel.expert, recipe.parallel.tensor)
@@ -306,7 +312,10 @@ class Trainer:
         if train.validate_every:
             callbacks.append(agreed(lambda: Validation(self.plan)))
         if train.sample_every:
-            callbacks.append(agreed(lambda: SampleGrid(self.plan, self.conditioner, self.device)))
+            # read by one rank: they are of as many shards, which a thousand ranks would each open
+            conditions = decided(lambda: self.plan.grid_conditions(train.sample_images, self.conditioner))
+            vae_sha256 = self.plan.manifest.vae_sha256
+            callbacks.append(self._loaded(lambda: SampleGrid(self.plan, conditions, self.device), vae_sha256))
         callbacks += [*others, Progress(self.step)]
         if self.plan.recipe.profile:
             callbacks.append(Profile(self.run_dir, self.world.rank))
@@ -314,6 +323,14 @@ class Trainer:
             self._describe_run()
             callbacks.append(MetricsWriter(self.plan, self.run_dir, self.step))
         return [*callbacks, Checkpoints()]
+
+    def _loaded(self, load: Callable[[], T], sha256: str | None) -> T:
+        """What ``load`` returns, which loads a model. Raises as ``agreed``. Collective.
+
+        Args:
+            sha256: of the model's weights; None for a hub id.
+        """
+        return agreed(load) if sha256 else fetched(self.world, load)
 
     def _describe_run(self) -> None:
         clear(self.run_dir)
