@@ -6,6 +6,7 @@ Every average starts with the same weights and sees the same run. Its validation
 its distance is that to the average updated at every step, as a share of that one's distance from the raw weights.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -24,11 +25,14 @@ KINDS, EVERY = ((0.9, False), (0.99, False), (0.9999, True)), (1, 4, 16)
 
 
 def main() -> None:
-    recipe = sys.argv[1:2] or ["recipes/digits.yaml"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="recipes/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
     alone = ["parallel.expert=1", "parallel.zero_stage=2", "checkpoint.every=1000000", "train.sample_every=0", "train.validate_every=1"]
     with tempfile.TemporaryDirectory() as run_dir:
         world = join()
-        plan = read_plan([*recipe, *alone, f"run_dir={run_dir}", *sys.argv[2:]], world.size)
+        plan = read_plan([arguments.recipe, *alone, f"run_dir={run_dir}", *arguments.overrides], world.size)
         trainer = Trainer(plan, world)
         averages = {(d, warm, n): EMA(trainer.shards, EMAConfig((d,), every=n, warmup=warm)) for d, warm in KINDS for n in EVERY}
         seconds = dict.fromkeys(averages, 0.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_ds.errors import UserError, visible
+from ditmoe_ds.parser import Parser
 
 SOURCE = (
     "folder:PATH (one sub-folder per class), wds:URLS (webdataset tars, each with jpg/png/webp and maybe json, cls, txt), "
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``ditmoe-data``."""
-    parser = argparse.ArgumentParser(prog="ditmoe-data", description="Prepare latents for training.")
+    parser = Parser(prog="ditmoe-data", description="Prepare latents for training.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    fit = commands.add_parser("fit-vae", help="train a small VAE on images", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    fit = commands.add_parser("fit-vae", help="train a small VAE on images")
     fit.add_argument("--source", required=True, help=SOURCE)
     fit.add_argument("--out", required=True, help="folder for the VAE")
     fit.add_argument("--size", type=_positive, default=32, help="pixels")
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--batch", type=_positive, default=12, help="images per step")
     fit.add_argument("--seed", type=int, default=0, help="for weights and batches")
 
-    encode = commands.add_parser("encode", help="encode images into shards", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    encode = commands.add_parser("encode", help="encode images into shards")
     encode.add_argument("--source", required=True, help=SOURCE)
     encode.add_argument("--vae", required=True, help="diffusers folder or hub id of an AutoencoderKL, AutoencoderDC or AutoencoderTiny")
     encode.add_argument("--out", required=True, help="folder for the shards")
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--flip-copies", action="store_true", help="also encode a mirrored copy of each image")
     encode.add_argument("--text", help=TEXT)
     encode.add_argument("--text-max-tokens", type=_positive, default=77, help="longer captions are cut")
-    encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; None: as many as the largest label needs")
+    encode.add_argument("--classes", type=_positive, help="for wds and hf: number of classes; default: as many as the largest label needs")
     encode.add_argument("--decoders", type=_count, default=min(8, len(os.sched_getaffinity(0))), help="processes that decode images ahead")
     encode.add_argument("--worker", type=_worker, help="i/n: encode every n-th unit; default: by SLURM array task, or by rank")
     rejected: dict[str, Any] = dict(type=_fraction, default=0.01, help="share of a worker's images, and of all, that may be rejected")
@@ -106,9 +107,7 @@ def parser() -> argparse.ArgumentParser:
     subset.add_argument("--out", required=True, help="new folder")
     subset.add_argument("--shard-size", type=_positive, default=1000, help="samples per shard")
 
-    make = commands.add_parser(
-        "synthesize", help="make images with a text-to-image pipeline", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    make = commands.add_parser("synthesize", help="make images with a text-to-image pipeline")
     make.add_argument("--pipeline", required=True, help="folder or hub id of a diffusers text-to-image pipeline")
     make.add_argument("--classes", required=True, help="file with one class per line: its folder, or folder, tab and name for the prompt")
     make.add_argument("--out", required=True, help="folder for the images, a sub-folder per class; encode it as folder:OUT")

@@ -12,6 +12,7 @@ from ditmoe_ds.evaluation import cli as evaluation
 from ditmoe_ds.interop import cli as interop
 from ditmoe_ds.launching import cli as launching
 from ditmoe_ds.launching import doctor
+from ditmoe_ds.parser import Parser
 from ditmoe_ds.pipelines import cli as pipelines
 from ditmoe_ds.pipelines.arguments import add_recipe
 from ditmoe_ds.planning import cli as planning
@@ -19,7 +20,7 @@ from ditmoe_ds.planning import cli as planning
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if ``doctor`` found problems, or 2 after one line about a user's mistake."""
-    parser = argparse.ArgumentParser(prog="ditmoe", description="Train and use Mixture-of-Experts diffusion transformers on DeepSpeed.")
+    parser = Parser(prog="ditmoe", description="Train and use Mixture-of-Experts diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True)
 
     train = commands.add_parser("train", help="train in one process (in several: deepspeed --module ditmoe_ds.train)")
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     info.set_defaults(command=_info)
     info.add_argument("name", help="for example DiT-MoE-XL/2-8E2A or DiT-XL/2")
     info.add_argument("--image-size", type=int, default=256, help="pixels, with an f=8 VAE")
-    info.add_argument("--json", action="store_true")
+    info.add_argument("--json", action="store_true", help="print the same as JSON")
 
     pipelines.add_commands(commands)
     evaluation.add_commands(commands)

@@ -38,12 +38,12 @@ def add_commands(commands: Any) -> None:
     shapes.add_argument("run_dir", help="a run directory, a checkpoint folder or a weights folder")
     shapes.add_argument("--out", required=True, help="folder for the numbers and a picture")
     shapes.add_argument("--images", type=int, default=4, help="images per prompt")
-    shapes.add_argument("--steps", type=int, default=25)
-    shapes.add_argument("--guidance", type=float, default=3.0)
+    shapes.add_argument("--steps", type=int, default=25, help="of the sampler")
+    shapes.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 turns guidance off")
     shapes.add_argument("--seen", action="store_true", help="use captions of training instead of new ones")
     add_opening(shapes)
     add_memory(shapes)
-    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--seed", type=int, default=0, help="of the noise")
 
     geneval.add_command(kinds)
 
@@ -53,7 +53,10 @@ def add_commands(commands: Any) -> None:
         parser.add_argument("samples", help="npz with arr_0 (N, H, W, 3) uint8, or a folder of pictures (PNG, JPEG, WebP, TIFF and others)")
         parser.add_argument("--reference", help="real images, in the same form, or an npz with ADM's statistics")
         parser.add_argument("--out", required=True, help=f"folder for {measure}.json")
-        parser.add_argument("--extractor", help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH")
+        parser.add_argument(
+            "--extractor",
+            help="inception, efficientnet-lite0, timm:NAME, hf:ID_OR_PATH, clip:ID_OR_PATH; default: inception, or a CLIP",
+        )
         parser.add_argument("--inception", metavar="FILE", help="Inception's weights, if they cannot be downloaded")
         parser.add_argument("--captions", metavar="FILE", help="for clip-score: one line per sample")
         parser.add_argument("--batch", type=int, default=64, help="images at a time on each rank")

@@ -18,7 +18,12 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser("export", help="write a run's weights for other programs")
     export.set_defaults(command=_export)
     export.add_argument("run", help="a run directory, a checkpoint folder or a weights folder")
-    export.add_argument("--to", choices=["safetensors", "diffusers", "reference"], default="safetensors")
+    export.add_argument(
+        "--to",
+        choices=["safetensors", "diffusers", "reference"],
+        default="safetensors",
+        help="a weights folder, a diffusers pipeline, or the public DiT-MoE code's layout",
+    )
     export.add_argument("--vae", help="for --to diffusers: folder of the VAE, if the weights name none or it has moved")
     add_weights(export)
     _add_output(export, "a new folder; for --to reference also a file NAME.pt")
@@ -30,19 +35,19 @@ def add_commands(commands: Any) -> None:
     for name, meaning in (("top-k", "experts per token"), ("heads", "attention heads"), ("classes", "not counting the null class")):
         reference.add_argument(f"--{name}", type=int, required=True, help=meaning)
     reference.add_argument("--input-size", type=int, required=True, help="side of the latent, for example 32 for 256 px")
-    reference.add_argument("--objective", choices=["rectified_flow", "ddpm"], required=True)
+    reference.add_argument("--objective", choices=["rectified_flow", "ddpm"], required=True, help="that the weights were trained with")
     reference.add_argument("--balance-alpha", type=float, default=0.005, help="weight of the balance loss in later training")
     reference.add_argument("--time-scale", type=float, default=1.0, help="factor on rectified flow's t: 1000 if trained here, else 1")
     _add_output(reference)
     diffusers = importing.add_parser("diffusers", help="a pipeline saved by this package, or one with diffusers' DiTTransformer2DModel")
     diffusers.set_defaults(command=_import_diffusers)
-    diffusers.add_argument("folder")
+    diffusers.add_argument("folder", help="of the pipeline, or of its transformer alone")
     _add_output(diffusers)
 
     upcycle = commands.add_parser("upcycle", help="make a sparse model from a dense one, with the same output")
     upcycle.set_defaults(command=_upcycle)
     upcycle.add_argument("dense", help="a run directory, a checkpoint folder or a weights folder of a dense DiT")
-    upcycle.add_argument("--experts", type=int, default=8)
+    upcycle.add_argument("--experts", type=int, default=8, help="of each layer")
     upcycle.add_argument("--top-k", type=int, help="experts per token; default: 2, or the value of --split")
     upcycle.add_argument("--split", type=int, default=1, help="cut each copy of the dense MLP into this many experts")
     upcycle.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on copies, relative to the matrix's")
@@ -53,7 +58,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, out: str = "a new folder") -> None:
     parser.add_argument("--out", required=True, help=out)
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights that are written")
     parser.add_argument("--shard-size", default="5GB", help="largest size of a file, for example 500MB")
 
 

@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
     slurm.add_argument("--nodes", required=True, help="for example 4, or 2-4 for as many as are available at each start")
     slurm.add_argument("--gpus-per-node", type=int, required=True, help="0: train on the CPU")
     slurm.add_argument("--processes-per-node", type=int, help="default: one per GPU, or 1 without GPUs")
-    slurm.add_argument("--cpus-per-task", type=int)
+    slurm.add_argument("--cpus-per-task", type=int, help="cores of each process; default: the cluster's")
     slurm.add_argument("--time", help="time limit in sbatch's form; shortly before it the run saves and is queued again")
     slurm.add_argument(
         "--signal-seconds", type=int, default=180, help="seconds before the limit at which the run saves; more than a step and a save take"
@@ -33,10 +33,10 @@ def add_commands(commands: Any) -> None:
 
     array = kinds.add_parser("slurm-array", help="submit ditmoe-data encode as a job array")
     array.set_defaults(command=_slurm_array)
-    array.add_argument("--workers", type=int, required=True)
+    array.add_argument("--workers", type=int, required=True, help="tasks of the array, which divide the work")
     array.add_argument("--gpus-per-node", type=int, default=1, help="1, or 0 to encode on the CPU")
-    array.add_argument("--cpus-per-task", type=int)
-    array.add_argument("--time")
+    array.add_argument("--cpus-per-task", type=int, help="cores of each worker; default: the cluster's")
+    array.add_argument("--time", help="time limit in sbatch's form")
     _add_submission(array)
     array.add_argument("--out", default="launch", help="folder for the script and the workers' logs")
     array.add_argument("encode", nargs=argparse.REMAINDER, help="after --: the arguments of ditmoe-data encode")
@@ -47,15 +47,15 @@ def add_commands(commands: Any) -> None:
     hostfile.add_argument("--hostfile", required=True, help="file with lines HOST slots=N")
     hostfile.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="set on every host; no others are passed on")
     hostfile.add_argument("--master-addr", help="where the processes meet; default: the first host's first address")
-    hostfile.add_argument("--master-port", type=int, default=29500)
+    hostfile.add_argument("--master-port", type=int, default=29500, help="where they meet")
     hostfile.add_argument("--bind-cores", action="store_true", help="give each process its own cores (needs numactl)")
     hostfile.add_argument("--max-restarts", type=int, default=0, help="most restarts in a row without a new checkpoint; 0: none")
     hostfile.add_argument("--min-nodes", type=int, help="restart with fewer hosts if at least this many are left; default: all")
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--account")
-    parser.add_argument("--partition")
+    parser.add_argument("--account", help="as sbatch takes it")
+    parser.add_argument("--partition", help="as sbatch takes it")
     parser.add_argument(
         "--sbatch",
         action="append",

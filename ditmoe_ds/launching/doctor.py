@@ -56,7 +56,7 @@ def add_command(commands: Any) -> None:
     doctor.add_argument("--run-dir", default=".", help="where the run will write; all nodes must see the same folder")
     doctor.add_argument("--ep", type=int, default=0, help="parallel.expert: ranks that exchange tokens; default: all ranks of a node")
     doctor.add_argument("--min-free-gb", type=float, default=10.0, help="free space that the run directory's disk needs")
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ def should_restart(run_dir: Path, job: str, code: int, most: int) -> tuple[bool,
     Args:
         job: whose restarts count; those of other jobs do not.
         code: exit code of the run. Done and a user's mistake are final, unless the run was interrupted.
-        most: how many starts in a row may bring no new checkpoint.
+        most: how many restarts in a row may bring no new checkpoint.
 
     Returns:
         The decision, and one line that gives the reason.

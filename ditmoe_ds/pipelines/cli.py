@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ditmoe_ds.distributed.topology import ExpertGroup
     from ditmoe_ds.pipelines.run import Run
 
+SAMPLERS = "euler", "heun", "dpm++", "unipc", "ddim", "ddpm"
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 
 
@@ -40,13 +41,13 @@ def add_commands(commands: Any) -> None:
     sample.add_argument("--per-class", type=int, default=8, help="without --num: images per class or prompt (one row each)")
     sample.add_argument("--size", metavar="HEIGHTxWIDTH", help="size of the images in pixels; default: the most common in training")
     sample.add_argument("--batch", type=int, default=32, help="with --num: images computed together by a GPU; a CPU computes each alone")
-    sample.add_argument("--steps", type=int, default=50)
-    sample.add_argument("--sampler", choices=["euler", "heun", "dpm++", "unipc", "ddim", "ddpm"])
+    sample.add_argument("--steps", type=int, default=50, help="of the sampler")
+    sample.add_argument("--sampler", choices=SAMPLERS, help="default: euler or, if trained with DDPM, ddim")
     sample.add_argument("--guidance", type=float, default=2.0, help="guidance scale; 1 turns guidance off")
     sample.add_argument("--guidance-interval", default="0,1", metavar="LOW,HIGH", help="guide only at times from LOW to HIGH; 1 is noise")
     sample.add_argument("--autoguidance", metavar="RUN", help="guide away from this worse model, not from the model without condition")
     sample.add_argument("--guided-channels", type=int, metavar="N", help="guide only the first N latent channels (DiT's scripts: 3)")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=int, default=0, help="of the noise")
     add_opening(sample)
     add_memory(sample)
     sample.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")

@@ -27,8 +27,8 @@ def add_commands(commands: Any) -> None:
     plan = commands.add_parser("plan", help="plan a recipe on a cluster: memory, traffic, time and the best parallel shape")
     plan.set_defaults(command=_plan)
     add_recipe(plan)
-    plan.add_argument("--nodes", type=int, default=1)
-    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--nodes", type=int, default=1, help="of the cluster")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="of each node")
     plan.add_argument("--gpu", default="h100-80gb", help="a row of ditmoe_ds/distributed/hardware.py")
     for name, unit in HARDWARE.items():
         plan.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, instead of the GPU's in the table")
@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
     for assumed in fields(Assumptions):
         plan.add_argument(f"--{assumed.name}", type=float, default=assumed.default, metavar="SHARE", help="assumption; see docs/scaling.md")
     form = plan.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true")
+    form.add_argument("--json", action="store_true", help="print the same numbers, and more, as JSON")
     form.add_argument("--comment", action="store_true", help="print the lines that the headers of recipes have")
 
 
