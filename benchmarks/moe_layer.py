@@ -11,16 +11,16 @@ import argparse
 import itertools
 
 import torch
-from moe_peers import Weights, autoep, deepspeed, floor, loop, megatron, ours
+from moe_peers import Weights, autoep, autoep_fused, deepspeed, floor, loop, megatron, ours
 from report import Layer, Page, measure, spent
 from torch import Tensor
 
 from ditmoe_ds.models.sizes import SIZES
 
 IMAGE = 256
-PEERS = (loop, deepspeed, autoep, megatron)
+PEERS = (loop, deepspeed, autoep, autoep_fused, megatron)
 GEMMS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::_grouped_mm")
-TITLES = {"loop": "loop", "deepspeed": "DeepSpeed", "autoep": "AutoEP", "megatron": "megatron-core"}
+TITLES = {"loop": "loop", "deepspeed": "DeepSpeed", "autoep": "AutoEP", "autoep_fused": "AutoEP, fused", "megatron": "megatron-core"}
 
 
 def random_weights(dim: int, experts: int, device: str, dtype: torch.dtype) -> Weights:

@@ -93,7 +93,7 @@ def deepspeed(weights: Weights, choice: str) -> Layer:
     return Layer(lambda x: moe(x)[0], list(moe.parameters()))
 
 
-def autoep(weights: Weights, choice: str) -> Layer:
+def autoep(weights: Weights, choice: str, **how: str) -> Layer:
     """Grouped experts of DeepSpeed's AutoEP, with their own weights: gate and up are two there. Its router in fp32, as the others' are."""
     if choice == "expert":
         raise NotImplementedError("no expert choice")
@@ -108,10 +108,15 @@ def autoep(weights: Weights, choice: str) -> Layer:
     gate = dict(score_func="softmax", score_apply="post", route_norm=True, gate_bias=False)
     logits = dict(router_logits_capture_target="none", router_logits_capture_index=None, router_logits_capture_layer_name=None)
     spec = MoELayerSpec(**named, **stored, **sizes, **gate, **logits, return_router_logits=False)
-    layer = AutoEPMoELayer(spec, source, 1, 0, AutoEPConfig(enabled=True))
+    layer = AutoEPMoELayer(spec, source, 1, 0, AutoEPConfig(enabled=True, **how))
     weight = layer.router.gate.weight
     layer.router.gate.forward = lambda x: F.linear(x.float(), weight.float())
     return Layer(layer, list(layer.parameters()))
+
+
+def autoep_fused(weights: Weights, choice: str) -> Layer:
+    """The same with gate and up as one product and a kernel that weighs and sums."""
+    return autoep(weights, choice, gate_up_impl="fused", combine_impl="fused_weighted_sum")
 
 
 def megatron(weights: Weights, choice: str) -> Layer:

@@ -28,31 +28,35 @@ def free_port():
 
 
 class Ranks:
-    """``python ARGUMENTS`` as ``world`` ranks."""
+    """``python ARGUMENTS`` as ``world`` ranks; with ``gpu`` each is alone on a host whose first GPU it takes."""
 
-    def __init__(self, world, arguments):
+    def __init__(self, world, arguments, gpu=False):
         environment = os.environ | dict(
             WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
             OMP_NUM_THREADS="1",
-            PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
-            DS_ACCELERATOR="cpu",
+            PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
             PYTHONFAULTHANDLER="1",
-            # what is not compiled needs no compiler, which DeepSpeed imports with its Muon, a second of every rank
-            TORCHDYNAMO_DISABLE=str(int("train.compile=true" not in arguments)),
         )
+        if gpu:
+            environment |= dict(LOCAL_WORLD_SIZE="1", NCCL_SOCKET_IFNAME="lo")
+        else:
+            environment["DS_ACCELERATOR"] = "cpu"
+            # what is not compiled needs no compiler, which DeepSpeed imports with its Muon, a second of every rank
+            environment["TORCHDYNAMO_DISABLE"] = str(int("train.compile=true" not in arguments))
+        places = [dict(RANK=str(rank), LOCAL_RANK=str(0 if gpu else rank), NCCL_HOSTID=str(rank)) for rank in range(world)]
         # files, since a pipe that nobody reads would block its rank
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
         self.processes = [
             subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
                 cwd=ROOT,
-                env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-                stdout=self.outputs[rank],
+                env=environment | place,
+                stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            for rank in range(world)
+            for place, output in zip(places, self.outputs, strict=True)
         ]
 
     def wait(self, timeout=600, patience=60, check=True):
@@ -84,19 +88,19 @@ class Ranks:
         return results
 
 
-def launch(world, arguments, timeout=600, check=True):
+def launch(world, arguments, timeout=600, check=True, gpu=False):
     """Run ``python ARGUMENTS`` as ``world`` ranks; returns [(exit code, output)] by rank. Kills all if one hangs."""
-    return Ranks(world, arguments).wait(timeout, check=check)
+    return Ranks(world, arguments, gpu).wait(timeout, check=check)
 
 
 def train(recipe, world, *overrides, **options):
     return launch(world, ["-m", "ditmoe_ds.train", recipe, *overrides], **options)
 
 
-def train_cases(world, cases, folder):
+def train_cases(world, cases, folder, gpu=False):
     """Have so many ranks of ``shapes_worker`` train cases one after the other. Returns {name: what it recorded}, and rank 0's output."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    ended = launch(world, [ROOT / "tests" / "shapes_worker.py", folder / "cases.json", folder / "results.json"], timeout=1800)
+    ended = launch(world, [ROOT / "tests" / "shapes_worker.py", folder / "cases.json", folder / "results.json"], timeout=1800, gpu=gpu)
     return json.loads((folder / "results.json").read_text()), ended[0][1]
 
 

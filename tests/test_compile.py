@@ -2,11 +2,13 @@
 
 import copy
 import io
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from latents import write_latents, write_vae
 from models import SPARSE, random_weights
 from PIL import Image
@@ -17,6 +19,7 @@ from torch._dynamo.utils import counters
 from ditmoe_ds.cli import main
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.models.dit import DiT
+from ditmoe_ds.moe import dispatch
 from ditmoe_ds.moe.routing import RouterConfig
 
 
@@ -110,3 +113,25 @@ def test_compiled_samples_are_the_samples(tmp_path, routing):
     assert len(plain) == len(ours) == 5
     for a, b in zip(plain, ours):
         assert abs(a - b).max() <= 1 and a.std() > 1
+
+
+def test_an_exchange_between_ranks_is_left_to_python(alone, monkeypatch, blocks_compiled):
+    """Its splits change from pass to pass, and events of a clock that a compiler had traced would never be recorded."""
+    traced = []
+
+    @contextmanager
+    def clock(part):
+        traced.append(torch.compiler.is_compiling())
+        yield
+
+    def there_and_back(rows):
+        return 2 * dispatch.InFlight(3 * rows, [len(rows)], [len(rows)], dist.group.WORLD).wait()
+
+    monkeypatch.setattr(dispatch, "clock", clock)
+    compiled = torch.compile(there_and_back, None)
+    for number in (4, 7, 9):
+        rows = torch.ones(number, 2, requires_grad=True)
+        out = compiled(rows)
+        out.sum().backward()
+        assert (out == 6).all() and (rows.grad == 6).all()
+    assert traced == [False] * 6 and blocks_compiled() == 4, "what is before and what is after, with one number of rows and with any"

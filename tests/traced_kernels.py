@@ -238,3 +238,13 @@ def test_all_numbers_of_tokens_after_the_first_share_a_graph(ran, monkeypatch, o
         out, *_ = block(torch.randn(3, tokens, 32).bfloat16(), torch.randn(3, 32).bfloat16())
         out.sum().backward()
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_models_of_several_widths_are_compiled_in_one_process(ran):
+    """For torch.compile a width that changes is no number any more, from which a kernel's size could follow."""
+    for width in (32, 48, 64):
+        block = disturbed(hidden=width, qk_norm=True).bfloat16().blocks[0]
+        block.compile(backend="aot_eager", fullgraph=True)
+        out, *_ = block(torch.randn(3, 96, width).bfloat16(), torch.randn(3, width).bfloat16())
+        out.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 3

@@ -4,6 +4,7 @@ In bf16 forward moves 8 bytes for an element of the tokens (4 without a branch),
 gradients of shift, scale and gate, sums over an image's tokens, come from the same pass: each program adds up some tokens.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _launch_forward(
     stats: Tensor | None,
     eps: float,
 ) -> None:
-    images, tokens, width = x.shape
+    images, tokens, width = _sizes(x)
     vectors = [(x, 0) if vector is None else (vector, vector.stride(0)) for vector in (gate, shift, scale)]
     (gate_, gate_step), (shift_, shift_step), (scale_, scale_step) = vectors
     block, rows = triton.next_power_of_2(width), _rows(images, tokens, FORWARD[0], 1)
@@ -102,7 +103,7 @@ def _launch_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Fills in ``x_grad`` and ``branch_grad``. Returns the gradients of shift, scale and gate."""
     total_grad = total_grad.contiguous()
-    images, tokens, width = total_grad.shape
+    images, tokens, width = _sizes(total_grad)
     rows = _rows(images, tokens, BACKWARD[0], 4)
     chunks, block = triton.cdiv(tokens, rows), triton.next_power_of_2(width)
     kinds = [scale is not None, scale is not None, gate is not None]
@@ -120,6 +121,12 @@ def _launch_backward(
     sums = iter(parts.sum(2, keepdim=True).to(total_grad.dtype).unbind(0))
     shift_grad, scale_grad, gate_grad = (next(sums) if there else None for there in kinds)
     return shift_grad, scale_grad, gate_grad
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Of x (B, N, D), with D as a number, which decides how many warps there are: of a second model's width torch.compile makes a symbol."""
+    images, tokens, width = x.shape
+    return images, tokens, operator.index(width)
 
 
 def _rows(images: int, tokens: int, most: int, least: int) -> int:

@@ -1,4 +1,8 @@
-"""Moving tokens to the ranks that hold their experts, and back. Variable splits: nothing is padded or dropped."""
+"""Moving tokens to the ranks that hold their experts, and back. Variable splits: nothing is padded or dropped.
+
+torch.compile is told to leave exchanges to Python: it cannot start a transfer and await it later, would compile what is around it again
+for other splits, and takes a clock's events into a graph, where nobody records them.
+"""
 
 from typing import NamedTuple
 
@@ -25,6 +29,7 @@ class Exchange(NamedTuple):
     """(E_local,) rows of each local expert."""
 
 
+@torch.compiler.disable
 def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work] | None:
     """Start telling the other ranks how many rows each of their experts will receive, for ``plan``. None if all counts are equal."""
     if assignment.equal:
@@ -33,6 +38,7 @@ def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.
     return arriving, dist.all_to_all_single(arriving, assignment.counts, group=group, async_op=True)
 
 
+@torch.compiler.disable
 def plan(assignment: Assignment, asked: tuple[Tensor, dist.Work] | None, group: dist.ProcessGroup) -> Exchange:
     """Work out who sends how much to whom. ``asked`` is what ``ask`` returned; reading those counts is the layer's only device-to-host
     sync."""
@@ -74,12 +80,14 @@ class InFlight:
     runs whatever is ready in reverse order of creation, so in between it computes the gradients of what was computed in between.
     """
 
+    @torch.compiler.disable
     def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup):
         self.send, self.receive, self.group = send, receive, group
         self.under_way: tuple[dist.Work, Tensor, Tensor]
         """The transfer; the rows that it sends, which must live until it ends; and the tensor that it fills."""
         self.received = _Begin.apply(rows, self)
 
+    @torch.compiler.disable
     def wait(self) -> Tensor:
         received = _End.apply(self.received, self)
         del self.received
