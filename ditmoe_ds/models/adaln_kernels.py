@@ -124,7 +124,7 @@ def _launch_backward(
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """Of x (B, N, D), with D as a number, which decides how many warps there are: of a second model's width torch.compile makes a symbol."""
+    """Of x (B, N, D). D is a number, since it decides how many warps there are; of a second model's width torch.compile makes a symbol."""
     images, tokens, width = x.shape
     return images, tokens, operator.index(width)
 
