@@ -6,7 +6,7 @@ They may share a GPU: each names itself another host, so that NCCL takes them fo
 import pytest
 import yaml
 from encoding import write_text_encoder
-from latents import write_latents
+from latents import write_latents, write_vae
 from processes import train_cases
 
 pytestmark = pytest.mark.gpu
@@ -17,6 +17,8 @@ HOW = {
     "fp32": ["train.precision=fp32"],
     "compiled": ["train.compile=true"],
     "recomputed": ["train.accumulation=2", "train.activation_checkpointing=true"],
+    "offloaded": ["parallel.deepspeed=ds_configs/zero3_offload.json"],
+    "measured": [f"train.validate_every={HALF}", f"train.sample_every={STEPS}", "train.sample_images=3", "train.sample_steps=2"],
     "captions": ["model.name=EC-DIT-Tiny-4E", "data.text_encoder={folder}/encoder", "data.text_max_tokens=8"],
 }
 ONE, SAVED = (0, 1, 1, 1), ("bf16", 3, 2, 1, 2)
@@ -25,7 +27,8 @@ CASES = [
     *(("bf16", stage, 1, 2, 2) for stage in (1, 3)),
     *(("fp32", 3, 2, 1, 2), ("fp32", 2, 1, 2, 2)),
     *(("compiled", stage, 2, 1, 2) for stage in (0, 1, 3)),
-    *(("recomputed", 3, 2, 1, 2), ("captions", 2, 2, 1, 2)),
+    *((how, 3, 2, 1, 2) for how in ("recomputed", "offloaded", "measured")),
+    ("captions", 2, 2, 1, 2),
     *(("bf16", 3, 2, 1, 4), ("bf16", 1, 2, 2, 4), ("fp32", 2, 4, 1, 4), ("captions", 3, 2, 1, 4)),
 ]
 """How, stage of ZeRO, expert and tensor parallelism, ranks."""
@@ -36,8 +39,8 @@ def title(how, stage, expert, tensor, world):
 
 
 def base(how):
-    """With what it is compared: the same on one rank, neither compiled nor recomputed."""
-    return (how if how in ("fp32", "captions") else "bf16", *ONE)
+    """With what it is compared: the same on one rank, neither compiled nor recomputed nor offloaded."""
+    return (how if how in ("fp32", "measured", "captions") else "bf16", *ONE)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +52,15 @@ def runs(tmp_path_factory, request):
         needed.add(SAVED)
     folder = tmp_path_factory.mktemp("nccl")
     write_text_encoder(folder / "encoder", "bert", ("a", "b"))
-    latents = write_latents(folder / "latents", train=40, val=6)
+    latents = write_latents(folder / "latents", train=40, val=6, vae=write_vae(folder / "vae"))
     (folder / "recipe.yaml").write_text(
         yaml.safe_dump(
             dict(
                 model=dict(name="DiT-MoE-Tiny/2-4E2A", router=dict(balance_alpha=0.05)),
                 data=dict(manifest=latents, workers=0),
-                train=dict(steps=1000, global_batch=8, precision="bf16", validate_every=0, sample_every=0, tensorboard=False)
+                train=dict(
+                    steps=1000, global_batch=8, precision="bf16", validate_every=0, validate_samples=6, sample_every=0, tensorboard=False
+                )
                 | dict(optimizer=dict(lr=1e-3, grad_clip=0.2)),
                 ema=dict(decays=[0.9]),
                 checkpoint=dict(every=HALF),
@@ -82,10 +87,10 @@ def runs(tmp_path_factory, request):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: title(*case))
 def test_ranks_train_as_one_gpu_does(runs, case):
     ours, alone = runs[title(*case)], runs[title(*base(case[0]))]
-    assert len(ours) == len(alone) == STEPS
+    assert len(ours) == len(alone) == STEPS and ("val_loss" in alone[-1]) == (case[0] == "measured")
     assert min(record["grad_norm"] for record in alone) > 0.2, "clipping was not active in every step"
     for mine, theirs in zip(ours, alone, strict=True):
-        for key in ("loss", "balance_loss", "grad_norm"):
+        for key in ("loss", "balance_loss", "grad_norm", *({"val_loss"} & theirs.keys())):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4 if case[0] == "fp32" else 2e-2), (key, mine["step"])
 
 
