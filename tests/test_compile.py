@@ -78,16 +78,20 @@ def test_token_choice_is_compiled_once(blocks_compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, stage, world", [("EC-DIT-Nano-4E", 2, 2), ("DiT-MoE-Nano/2-4E2A", 0, 1), ("DiT-MoE-Nano/2-4E2A", 3, 2)])
-def test_a_compiled_run_is_the_run(tmp_path, name, stage, world):
+@pytest.mark.parametrize(
+    "name, stage, expert, tensor",
+    [("EC-DIT-Nano-4E", 2, 2, 1), ("DiT-MoE-Nano/2-4E2A", 0, 1, 1), ("DiT-MoE-Nano/2-4E2A", 3, 2, 1), ("EC-DIT-Nano-4E", 1, 1, 2)],
+)
+def test_a_compiled_run_is_the_run(tmp_path, name, stage, expert, tensor):
     """And goes on as if it had not ended."""
     latents = write_latents(tmp_path / "latents", train=64, text=6 if name.startswith("EC") else 0)
 
     def run(directory, compiled, *steps):
-        how = [f"model.name={name}", f"parallel.zero_stage={stage}", f"parallel.expert={world}", "train.precision=fp32"]
-        how += [f"train.compile={compiled}", "train.validate_every=4", "checkpoint.every=2", f"run_dir={tmp_path / directory}"]
+        how = [f"model.name={name}", f"parallel.zero_stage={stage}", f"parallel.expert={expert}", f"parallel.tensor={tensor}"]
+        how += [f"train.compile={compiled}", "train.precision=fp32", "train.validate_every=4"]
+        how += ["checkpoint.every=2", f"run_dir={tmp_path / directory}"]
         for until in steps:
-            launch(world, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, until), *how], timeout=900)
+            launch(expert * tensor, ["-m", "ditmoe_ds.train", "recipes/digits.yaml", *demo_on(latents, until), *how], timeout=900)
         return metrics(tmp_path / directory)
 
     plain, ours, resumed = run("plain", "false", 4), run("compiled", "true", 4), run("resumed", "true", 2, 4)

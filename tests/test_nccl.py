@@ -27,6 +27,7 @@ CASES = [
     *(("bf16", stage, 1, 2, 2) for stage in (1, 3)),
     *(("fp32", 3, 2, 1, 2), ("fp32", 2, 1, 2, 2)),
     *(("compiled", stage, 2, 1, 2) for stage in (0, 1, 3)),
+    ("compiled", 1, 1, 2, 2),
     *((how, 3, 2, 1, 2) for how in ("recomputed", "offloaded", "measured")),
     ("captions", 2, 2, 1, 2),
     *(("bf16", 3, 2, 1, 4), ("bf16", 1, 2, 2, 4), ("fp32", 2, 4, 1, 4), ("captions", 3, 2, 1, 4)),

@@ -1,7 +1,8 @@
 """Tensor parallelism by megatron-core: its process groups and its layers, in place of a built model's.
 
 Consecutive ranks form a tensor-parallel group. They see the same images and hold all that is not cut alike, bit by bit:
-whatever was computed from a part is summed over the group before it meets the rest.
+whatever was computed from a part is summed over the group before it meets the rest. torch.compile is told to leave these sums, and layers
+with one, to Python, as ``moe.dispatch``.
 """
 
 import warnings
@@ -44,11 +45,13 @@ def join_groups(size: int) -> ModelParallelUnit:
     return ModelParallelUnit()
 
 
+@torch.compiler.disable
 def enter(x: Tensor) -> Tensor:
     """Returns x, which all ranks of the group have alike and each uses with its part: backward sums the gradient over the group."""
     return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(x))
 
 
+@torch.compiler.disable
 def leave(x: Tensor) -> Tensor:
     """Sum over the group; backward gives every rank the whole gradient."""
     return reduce_from_tensor_model_parallel_region(x.contiguous())
@@ -72,6 +75,7 @@ class OutputsCut(ColumnParallelLinear):
     def __init__(self, whole: nn.Linear, config: ModelParallelConfig):
         super().__init__(whole.in_features, whole.out_features, config=config, init_method=None, bias=whole.bias is not None)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
@@ -84,6 +88,7 @@ class InputsCut(RowParallelLinear):
         sizes = whole.in_features, whole.out_features
         super().__init__(*sizes, config=config, init_method=None, bias=biased, input_is_parallel=True, skip_bias_add=False)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
