@@ -19,8 +19,6 @@ from ditmoe_ds.diffusion.objectives import DiffusionConfig, make_objective
 from ditmoe_ds.models.dit import DiT, DiTConfig
 
 GPU = torch.cuda.is_available()
-MORE = 8
-"""Times the tokens of a step, for experts once more: the optimizer's time does not depend on tokens."""
 
 
 class Step:
@@ -91,6 +89,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1152 if GPU else 128)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--images", type=int, default=64 if GPU else 16, help="of 256 tokens, in a step; of more tokens fewer")
+    parser.add_argument("--more", type=int, default=8, help="times as many images, for experts once more: the optimizer's time stays")
     parser.add_argument("--rounds", type=int, default=10 if GPU else 7)
     parser.add_argument("--write", action="store_true", help="put the figures into scaling.md")
     arguments = parser.parse_args()
@@ -104,7 +103,9 @@ def main() -> None:
         return lambda: Step(replace(base, **fields), images)
 
     Step(base, 1)  # so that what libraries allocate once does not count for the first case
-    for times, (routing, chosen) in itertools.product((1, MORE), (("token", "chosen by tokens"), ("expert", "which choose tokens"))):
+    for times, (routing, chosen) in itertools.product(
+        (1, arguments.more), (("token", "chosen by tokens"), ("expert", "which choose tokens"))
+    ):
         cases = [(experts, case(times * images, routing=routing, experts=experts)) for experts in (8, 16, 32, 64)]
         compare(page, f"experts, {chosen}" + f"; {times * images * 256:,} tokens a step" * (times > 1), cases, arguments.rounds)
     compare(page, "layers", [(depth * times, case(depth=depth * times)) for times in (1, 2, 4)], arguments.rounds)

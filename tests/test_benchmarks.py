@@ -17,7 +17,7 @@ CASES = {
     "moe_layer": ("--sizes S --experts 8 --tokens 256 --repeats 1", 2 + 2),
     "expert_parallel": ("--worlds 2 --images 2 --steps 1", 4),
     "sampling": ("--batches 1 --steps 5 --rounds 1", 1),
-    "scaling": ("--width 32 --images 16 --rounds 1", 4 * 4 + 3 + 3),
+    "scaling": ("--width 32 --images 16 --more 2 --rounds 1", 4 * 4 + 3 + 3),
     "expert_choice": ("--width 64 --repeats 1", 3),
 }
 """Arguments, and the least rows of figures. ``benchmarks.run_all`` runs these on a GPU."""
