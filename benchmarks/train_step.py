@@ -2,7 +2,8 @@
 
 python benchmarks/train_step.py [--models NAME ...] [--plain DiT-XL/2] [--stage 0] [--no-compile] [--write]
 
-One process, the real trainer on random latents. Without a GPU the models are small, and peers take turns.
+One process, the real trainer on random latents. Without a GPU the models are small, and peers take turns. On one, blocks of all models are
+compiled beforehand, side by side.
 --write puts the tables under "Measured" in train_step.md.
 """
 
@@ -11,6 +12,8 @@ import gc
 import itertools
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -110,6 +113,14 @@ def take_turns(trainers: Sequence[Trainer], rounds: int, steps: int) -> list[tup
     for trainer in trainers:
         close(trainer)
     return [(statistics.median(each), record, profile) for each, (_, record), profile in zip(times, last, profiles)]
+
+
+def compile_blocks(names: Sequence[str], options: Sequence[str]) -> None:
+    """Have each model's blocks compiled by a process that trains it two layers deep. torch.compile keeps what it made, so that this process
+    need not compile one model after the other."""
+    command = [sys.executable, __file__, "--plain", "none", "--depth", "2", "--rounds", "1", "--steps", "1", *options, "--models"]
+    for process in [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for name in names]:
+        process.wait()
 
 
 def compare_models(page: Page, make: Callable[..., Trainer], names: Sequence[str], rounds: int, steps: int) -> list[str]:
@@ -216,11 +227,14 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=128 if GPU else 32, help="of a step")
     parser.add_argument("--stage", type=int, default=0 if GPU else 2, help="of ZeRO")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=GPU, help="compare the models with compiled blocks")
+    parser.add_argument("--depth", type=int, help="layers of each model, if not its own")
     parser.add_argument("--rounds", type=int, default=2 if GPU else 5)
     parser.add_argument("--steps", type=int, default=10 if GPU else 2, help="of a peer in a round")
     parser.add_argument("--write", action="store_true", help="put the figures into train_step.md")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if GPU and arguments.compile and not arguments.depth:
+        compile_blocks(arguments.models, ["--images", str(arguments.images), "--stage", str(arguments.stage)])
     precision = "bf16" if GPU else "fp32"
     page = Page(__file__, arguments.write, f"{precision}, {arguments.images} images a step, ZeRO-{arguments.stage}")
     world = join()
@@ -244,7 +258,7 @@ def main() -> int:
                 "parallel.zero_stage": stage,
                 "run_dir": folder / f"run{next(runs)}",
             }
-            return make_trainer(world, settings, change)
+            return make_trainer(world, settings, change | (dict(depth=arguments.depth) if arguments.depth else {}))
 
         if arguments.plain != "none":
             compare_loops(page, make, arguments.plain, sorted({0, arguments.stage}), arguments.rounds, arguments.steps)

@@ -13,7 +13,7 @@ sys.path.append(str(ROOT))
 from benchmarks.run_all import ON_CPU, ON_GPU, main
 
 CASES = {
-    "train_step": ("--models DiT-MoE-Tiny/2-8E2A EC-DIT-Tiny-8E --images 2 --rounds 1 --steps 1", 2 + 4 + 4 + 2 * 6),
+    "train_step": ("--models DiT-MoE-Tiny/2-8E2A EC-DIT-Tiny-8E --depth 2 --images 2 --rounds 1 --steps 1", 2 + 4 + 4 + 2 * 6),
     "moe_layer": ("--sizes S --experts 8 --tokens 256 --repeats 1", 2 + 2),
     "expert_parallel": ("--worlds 2 --images 2 --steps 1", 4),
     "sampling": ("--batches 1 --steps 5 --rounds 1", 1),
