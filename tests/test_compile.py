@@ -20,6 +20,7 @@ from ditmoe_ds.cli import main
 from ditmoe_ds.distributed.weights import write_weights
 from ditmoe_ds.models.dit import DiT
 from ditmoe_ds.moe import dispatch
+from ditmoe_ds.moe.layer import RoutedExperts
 from ditmoe_ds.moe.routing import RouterConfig
 
 
@@ -34,13 +35,16 @@ def blocks_compiled(monkeypatch):
     torch._dynamo.reset()
 
 
-def grown(config):
-    """A network of random weights, and its compiled twin."""
+def grown(config, group=None):
+    """A network of random weights, and its compiled twin; with a ``group`` of this process alone, their experts are asked through it."""
     torch.manual_seed(0)
     network = DiT(config)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.05)
     twin = copy.deepcopy(network)
+    for module in (*network.modules(), *twin.modules()):
+        if group and isinstance(module, RoutedExperts):
+            module.ep_size, module.ep_group = 2, group
     twin.compile_blocks()
     return network, twin
 
@@ -128,14 +132,11 @@ def test_an_exchange_between_ranks_is_left_to_python(alone, monkeypatch, blocks_
         traced.append(torch.compiler.is_compiling())
         yield
 
-    def there_and_back(rows):
-        return 2 * dispatch.InFlight(3 * rows, [len(rows)], [len(rows)], dist.group.WORLD).wait()
-
     monkeypatch.setattr(dispatch, "clock", clock)
-    compiled = torch.compile(there_and_back, None)
-    for number in (4, 7, 9):
-        rows = torch.ones(number, 2, requires_grad=True)
-        out = compiled(rows)
-        out.sum().backward()
-        assert (out == 6).all() and (rows.grad == 6).all()
-    assert traced == [False] * 6 and blocks_compiled() == 4, "what is before and what is after, with one number of rows and with any"
+    network, twin = grown(SPARSE, group=dist.group.WORLD)
+    graphs = []
+    for side in (8, 12, 16):
+        same(network, twin, side, side)
+        graphs.append(blocks_compiled())
+    assert len(traced) == 2 * 3 * 4 * SPARSE.depth and not any(traced)
+    assert graphs[0] < graphs[1] == graphs[2] == 2 * graphs[0], "once for this number of tokens, once for any"

@@ -18,7 +18,7 @@ from ditmoe_ds.models.adaln import AdaNorm, add_gated, modulate
 from ditmoe_ds.models.attention import Attention, CrossAttention
 from ditmoe_ds.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, dtype_of, position_table, rotary_angles
 from ditmoe_ds.moe.experts import PackedExperts
-from ditmoe_ds.moe.layer import MoE, RouterStats
+from ditmoe_ds.moe.layer import MoE, RoutedExperts, RouterStats
 from ditmoe_ds.moe.routing import RouterConfig, same_decisions
 
 Recompute = Literal[False, "attention", True]
@@ -273,6 +273,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, PackedExperts) and module.asks_for_counts(self.config.equal_load):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] # else recompiled for new counts
+            if isinstance(module, RoutedExperts) and module.ep_size > 1:
+                module.leave_to_python()
         for block in self.blocks:
             # not the call, which has ZeRO-3's hooks
             block.forward = torch.compile(block.forward, mode="reduce-overhead" if graphs else None)  # type: ignore[method-assign]

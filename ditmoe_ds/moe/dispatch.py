@@ -1,8 +1,4 @@
-"""Moving tokens to the ranks that hold their experts, and back. Variable splits: nothing is padded or dropped.
-
-torch.compile is told to leave exchanges to Python: it cannot start a transfer and await it later, would compile what is around it again
-for other splits, and takes a clock's events into a graph, where nobody records them.
-"""
+"""Moving tokens to the ranks that hold their experts, and back. Variable splits: nothing is padded or dropped."""
 
 from typing import NamedTuple
 
@@ -29,17 +25,19 @@ class Exchange(NamedTuple):
     """(E_local,) rows of each local expert."""
 
 
-@torch.compiler.disable
-def ask(assignment: Assignment, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work] | None:
-    """Start telling the other ranks how many rows each of their experts will receive, for ``plan``. None if all counts are equal."""
+Asked = tuple[Tensor, dist.Work] | None
+"""How many rows each local expert will receive from each rank, on its way; None if all counts are equal."""
+
+
+def ask(assignment: Assignment, group: dist.ProcessGroup) -> Asked:
+    """Start telling the other ranks how many rows each of their experts will receive, for ``plan``."""
     if assignment.equal:
         return None
     arriving = torch.empty_like(assignment.counts)
     return arriving, dist.all_to_all_single(arriving, assignment.counts, group=group, async_op=True)
 
 
-@torch.compiler.disable
-def plan(assignment: Assignment, asked: tuple[Tensor, dist.Work] | None, group: dist.ProcessGroup) -> Exchange:
+def plan(assignment: Assignment, asked: Asked, group: dist.ProcessGroup) -> Exchange:
     """Work out who sends how much to whom. ``asked`` is what ``ask`` returned; reading those counts is the layer's only device-to-host
     sync."""
     counts, ranks = assignment.counts, dist.get_world_size(group)
@@ -80,14 +78,12 @@ class InFlight:
     runs whatever is ready in reverse order of creation, so in between it computes the gradients of what was computed in between.
     """
 
-    @torch.compiler.disable
     def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup):
         self.send, self.receive, self.group = send, receive, group
         self.under_way: tuple[dist.Work, Tensor, Tensor]
         """The transfer; the rows that it sends, which must live until it ends; and the tensor that it fills."""
         self.received = _Begin.apply(rows, self)
 
-    @torch.compiler.disable
     def wait(self) -> Tensor:
         received = _End.apply(self.received, self)
         del self.received

@@ -129,24 +129,38 @@ class RoutedExperts(MOELayer):
         """
         tokens = x.reshape(-1, x.shape[-1])
         assignment, stats = self.gate(route_by)
-        asked = dispatch.ask(assignment, self.ep_group) if self.ep_size > 1 else None
+        asked = self.ask(assignment) if self.ep_size > 1 else None
         listed = by_token(assignment, len(tokens))
         rows = Take.apply(tokens, assignment.tokens, *listed)
-        experts = self.experts.deepspeed_experts[0]
         if self.ep_size == 1:
-            rows = experts(rows, assignment.counts, assignment.equal)
+            rows = self.experts.deepspeed_experts[0](rows, assignment.counts, assignment.equal)
             beside = shared(x) if shared else None
         else:
-            exchange = dispatch.plan(assignment, asked, self.ep_group)
-            order, back = exchange.order, exchange.back
-            outward = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
-            inner: Any = shared.up(x) if shared else None
-            done = experts(dispatch.Permute.apply(outward.wait(), order, back), exchange.counts, assignment.equal)
-            homeward = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group)
-            beside = shared.down(inner) if shared else None
-            rows = homeward.wait()
+            rows, beside = self.elsewhere(rows, assignment, asked, x, shared)
         routed = Combine.apply(rows, assignment.tokens, assignment.weights, len(tokens), *listed).view_as(x)
         return routed if beside is None else beside + routed, *stats
+
+    def ask(self, assignment: Assignment) -> dispatch.Asked:
+        return dispatch.ask(assignment, self.ep_group)
+
+    def elsewhere(
+        self, rows: Tensor, assignment: Assignment, asked: dispatch.Asked, x: Tensor, shared: "SharedMLP | None"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows through their experts, wherever these are, and back; and what the shared path makes of x meanwhile."""
+        exchange = dispatch.plan(assignment, asked, self.ep_group)
+        order, back = exchange.order, exchange.back
+        outward = dispatch.InFlight(rows, exchange.send, exchange.receive, self.ep_group)
+        inner: Any = shared.up(x) if shared else None
+        received = dispatch.Permute.apply(outward.wait(), order, back)
+        done = self.experts.deepspeed_experts[0](received, exchange.counts, assignment.equal)
+        homeward = dispatch.InFlight(dispatch.Permute.apply(done, back, order), exchange.receive, exchange.send, self.ep_group)
+        beside = shared.down(inner) if shared else None
+        return homeward.wait(), beside
+
+    def leave_to_python(self) -> None:
+        """Have torch.compile leave out what goes between ranks: it cannot start a transfer and await it later, would compile again for
+        other splits, and takes the events of a clock into its graph, where nobody records them."""
+        self.ask, self.elsewhere = map(torch.compiler.disable, (self.ask, self.elsewhere))  # type: ignore[method-assign]
 
 
 class SharedMLP(nn.Module):
