@@ -12,6 +12,7 @@ LONGEST = (
     "safety",
     "run",
     "shapes",
+    "moe",
     "slurm",
     "interruption",
     "during_training",

@@ -24,7 +24,13 @@ CASES = [  # settings and processes, what is done to the code, and the line that
 ]
 
 
-@pytest.mark.parametrize("shape, how, told", CASES, ids=[f"{shape[0]['stage']}-{how}" for shape, how, _ in CASES])
+@pytest.mark.parametrize(
+    "shape, how, told",
+    [
+        pytest.param(shape, how, told, id=f"{shape[0]['stage']}-{how}", marks=pytest.mark.slow if how == "as_found" else ())
+        for shape, how, told in CASES
+    ],
+)
 def test_what_streams_share_is_in_order(shape, how, told, tmp_path):
     zero, world = shape
     (tmp_path / "ds.json").write_text(json.dumps(dict(zero_optimization=zero | dict(overlap_comm=True, contiguous_gradients=True))))
