@@ -2,7 +2,7 @@
 
 Consecutive ranks form a tensor-parallel group. They see the same images and hold all that is not cut alike, bit by bit:
 whatever was computed from a part is summed over the group before it meets the rest. torch.compile is told to leave these sums, and layers
-with one, to Python, for the reasons of ``RoutedExperts.leave_to_python``.
+with one, to Python, for the reasons of ``RoutedExperts.leave_to_python``; by decorators, since megatron-core imports the compiler anyway.
 """
 
 import warnings

@@ -141,6 +141,7 @@ class RoutedExperts(MOELayer):
         return routed if beside is None else beside + routed, *stats
 
     def ask(self, assignment: Assignment) -> dispatch.Asked:
+        """For ``elsewhere``, which begins later: counts travel while rows are gathered."""
         return dispatch.ask(assignment, self.ep_group)
 
     def elsewhere(
